@@ -1,16 +1,16 @@
 # make demo    train a small model on this CPU, then accuracy against sleep depth
-# make test    style and every test that is neither slow nor needs a GPU
+# make test    style, and every test that is neither slow nor needs a GPU
 # make lint    style alone
-# make clean   remove the environment and what tools left behind
+# make clean   remove the environment and what the tools left behind
 #
-# Variables: PYTHON (3.10 to 3.12), JOBS (test processes), PIP_ARGS (more arguments for pip, such
-# as an index that has CPU builds of torch), DEMO_ARGS and TEST_ARGS.
+# Variables: PYTHON (3.10 to 3.12), PIP_ARGS (for pip install, such as an index that has CPU builds
+# of torch), JOBS (test processes), TEST_ARGS (for pytest), DEMO_ARGS (for hybrid-sleep demo).
 
 PYTHON ?= python3
-JOBS ?= 2
 PIP_ARGS ?=
-DEMO_ARGS ?=
+JOBS ?= 2
 TEST_ARGS ?=
+DEMO_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,19 +22,18 @@ demo: $(READY)
 	$(BIN)/hybrid-sleep demo $(DEMO_ARGS)
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(TEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
 
-# Only a finished installation writes the file, so an interrupted one is taken up again.
+# The stamp is written last, so an interrupted installation is taken up again.
 $(READY): setup.py pyproject.toml
-	@$(PYTHON) -c 'import sys; ok = (3, 10) <= sys.version_info[:2] <= (3, 12); sys.exit(None if ok else \
-	"hybrid_sleep needs Python 3.10 to 3.12; " + sys.executable + " is " + sys.version.split()[0] \
-	+ ". Name another one: make PYTHON=python3.11")'
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
+	  { echo 'hybrid_sleep needs Python 3.10 to 3.12; name one: make PYTHON=python3.11' >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q $(PIP_ARGS) -e '.[test]'
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install $(PIP_ARGS) --editable '.[test]'
 	@touch $@
 
 clean:
