@@ -1,0 +1,1 @@
+"""Tasks with floors, the sleep-depth benchmark, cost benchmarks, and the demo."""

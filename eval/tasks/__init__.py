@@ -1,0 +1,34 @@
+"""Synthetic tasks by name: `load("rule110", width=24, states=4, steps=8)`.
+
+A task is one module with a subclass of `Task`, named in `TASKS` below.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from hybrid_sleep.eval.tasks.base import IGNORED, SPLITS, Task
+from hybrid_sleep.eval.tasks.rule110 import Rule110
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Rule110,)}
+
+__all__ = ["IGNORED", "SPLITS", "TASKS", "Rule110", "Task", "load"]
+
+
+def load(name: str, **params: Any) -> Task:
+    """The task called `name`, with the parameters it takes.
+
+    Raises ValueError for a name or a parameter that does not exist (listing those that do), and
+    for a parameter out of range.
+    """
+    if name not in TASKS:
+        raise ValueError(f"name={name!r} is no task; allowed: {', '.join(sorted(TASKS))}")
+    allowed = inspect.signature(TASKS[name]).parameters
+    for param in params:
+        if param not in allowed:
+            raise ValueError(
+                f"{param}={params[param]!r} is no parameter of task {name!r}; "
+                f"allowed: {', '.join(allowed)}"
+            )
+    return TASKS[name](**params)

@@ -1,0 +1,103 @@
+"""What every task offers: examples drawn by (split, seed), a floor, a score."""
+
+from __future__ import annotations
+
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORED = -100
+SPLITS = ("train", "test")
+
+
+class Task(ABC):
+    """A source of supervised sequences whose correct answers are known by construction.
+
+    `length` is the number of tokens of an example, `window` the window a model of the task is
+    usually given, `params` what `load` needs to make the same task again.
+    """
+
+    name: ClassVar[str]
+    vocab_size: int
+    length: int
+    window: int
+    params: dict[str, Any]
+
+    @abstractmethod
+    def examples(self, split: str, seed: int, count: int | None = None) -> Iterator[dict[str, Any]]:
+        """Yield `count` examples (endlessly if None), the same ones for the same (split, seed).
+
+        Each has `input_ids` and `labels` (lists of `length` ints; labels follow the transformers
+        convention: -100 where unsupervised, shifted inside the model) and `meta` (what the
+        example was made of, for slicing results). No example of one split is ever in another,
+        whatever the seeds.
+        """
+
+    @abstractmethod
+    def batch(self, split: str, seed: int, count: int) -> dict[str, torch.Tensor]:
+        """The first `count` examples as `input_ids`, `labels`: LongTensors [count, length]."""
+
+    @abstractmethod
+    def floor(self) -> dict[str, Any]:
+        """What always guessing the most frequent label scores: `exact`, `per_label`."""
+
+    def describe(self, example: Mapping[str, Any]) -> str:
+        """One example in words; by default its tokens."""
+        return " ".join(str(token) for token in example["input_ids"])
+
+    def score(
+        self,
+        predictions: Any,
+        examples: Sequence[Mapping[str, Any]] | Mapping[str, Any],
+    ) -> dict[str, float]:
+        """Accuracy of `predictions` [count, T] on a list of examples or on a `batch`.
+
+        `predictions[i, t]` is the token predicted for `labels[i, t]`: a causal model's logits
+        at t-1. Unsupervised positions are ignored. `exact` counts the examples with every label
+        right, `per_label` the labels. Raises ValueError if the shapes differ or if an example
+        has no label.
+        """
+        if isinstance(examples, Mapping):
+            labels = np.asarray(examples["labels"])
+        else:
+            labels = np.asarray([example["labels"] for example in examples])
+        if labels.ndim != 2 or labels.size == 0:
+            raise ValueError(f"examples hold labels of shape {labels.shape}; allowed: [count, T]")
+        predictions = np.asarray(predictions)
+        if predictions.shape != labels.shape:
+            raise ValueError(
+                f"predictions have shape {predictions.shape}; allowed: that of the labels, "
+                f"{labels.shape}"
+            )
+        supervised = labels != IGNORED
+        if not supervised.any(axis=1).all():
+            raise ValueError("examples: every example needs at least one label that is not -100")
+        right = predictions == labels
+        return {
+            "exact": float((right | ~supervised).all(axis=1).mean()),
+            "per_label": float(right[supervised].mean()),
+        }
+
+
+def check_int(name: str, value: Any, least: int) -> int:
+    """`value` as an int of at least `least`; ValueError naming the argument otherwise."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or number < least:
+        raise ValueError(f"{name}={value!r}; allowed: an integer of at least {least}")
+    return number
+
+
+def check_split(split: str) -> int:
+    """The index of `split`; ValueError listing the splits if there is no such split."""
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r}; allowed: {', '.join(SPLITS)}")
+    return SPLITS.index(split)

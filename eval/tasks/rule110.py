@@ -1,0 +1,238 @@
+"""Rule 110 on a ring: what is the leftmost cell of each of several states after `steps` steps?
+
+The answer needs `steps` rounds of computation on text that has left the window, which is what a
+sleep is for. The ring is periodic: with a zero boundary the leftmost cell can only ever turn on,
+so that a constant guess would be right nearly always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hybrid_sleep.eval.tasks.base import IGNORED, SPLITS, Task, check_int, check_split
+
+if TYPE_CHECKING:
+    import torch
+
+SEP = 2
+TEST_SHARE = 16  # one context in this many is a test context
+RANKED_BITS = 16  # up to this many context bits, the split is by rank so that no split is empty
+ENUMERATED_CELLS = 28  # up to this many cells the floor is exact
+SAMPLED_STATES = 1 << 24
+SLICE_STATES = 1 << 17  # states a slice of the enumeration holds: its planes stay in cache
+DRAWN_AT_ONCE = 1 << 15
+U64 = np.uint64
+
+
+class Rule110(Task):
+    """`states` random rings of `width` cells, a separator, then one label per ring.
+
+    A cell becomes bit `4*left + 2*self + right` of 110; label i is the leftmost cell of ring i
+    after `steps` steps (`steps=0`: plain retrieval). Tokens: cells 0 and 1, separator 2. An
+    example is `states * width` cells, leftmost first, the separator, `states` labels; labels are
+    -100 except for the last `states`, so the separator predicts the first label.
+
+    Train and test contexts are disjoint for any seeds: a 64-bit hash of all `states * width`
+    cells of a context, which knows nothing of the labels, decides which split it belongs to
+    (one in 16 is test), and a drawn context of the other split is passed over. Single rings do
+    recur: what is new in the test split is the context, not each ring in it. Contexts are drawn
+    with replacement, from raw Philox words, whose stream is the same in every numpy version.
+
+    Raises ValueError unless width >= 3, states >= 1, steps >= 0.
+    """
+
+    name = "rule110"
+    vocab_size = 3
+
+    def __init__(self, width: int = 24, states: int = 4, steps: int = 8):
+        self.width = check_int("width", width, 3)
+        self.states = check_int("states", states, 1)
+        self.steps = check_int("steps", steps, 0)
+        self.params = {"width": self.width, "states": self.states, "steps": self.steps}
+        self.length = self.states * self.width + 1 + self.states
+        self.window = self.width
+
+    def examples(self, split: str, seed: int, count: int | None = None) -> Iterator[dict[str, Any]]:
+        check_split(split)
+        check_int("seed", seed, 0)
+        if count is not None:
+            check_int("count", count, 0)
+        return self._examples(split, seed, count)
+
+    def _examples(self, split: str, seed: int, count: int | None) -> Iterator[dict[str, Any]]:
+        for cells in self._contexts(split, seed, count):
+            input_ids, labels = self._tokens(cells)
+            for row in range(len(cells)):
+                yield {
+                    "input_ids": input_ids[row].tolist(),
+                    "labels": labels[row].tolist(),
+                    "meta": {
+                        "task": self.name,
+                        **self.params,
+                        "context": ["".join(map(str, ring)) for ring in cells[row].tolist()],
+                        "answers": labels[row, -self.states :].tolist(),
+                    },
+                }
+
+    def batch(self, split: str, seed: int, count: int) -> dict[str, torch.Tensor]:
+        import torch
+
+        check_split(split)
+        check_int("seed", seed, 0)
+        check_int("count", count, 1)
+        cells = np.concatenate(list(self._contexts(split, seed, count)))
+        input_ids, labels = self._tokens(cells)
+        return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
+
+    def rollout(self, bits: str | Sequence[int] | np.ndarray, steps: int | None = None) -> Any:
+        """The state `bits` after `steps` steps (default: the task's), in the form it came in.
+
+        `bits` is a string of 0 and 1, a list, or an array [..., width]; leftmost cell first.
+        Raises ValueError unless it has `width` cells, all 0 or 1, and steps >= 0.
+        """
+        steps = self.steps if steps is None else check_int("steps", steps, 0)
+        text = isinstance(bits, str)
+        cells = np.array([*bits] if text else bits)
+        if not np.isin(cells, ["0", "1"] if text else [0, 1]).all():
+            raise ValueError(f"bits={bits!r}; allowed: cells 0 and 1 only")
+        if cells.ndim == 0 or cells.shape[-1] != self.width:
+            raise ValueError(
+                f"bits={bits!r} has shape {cells.shape}; allowed: width={self.width} cells"
+            )
+        ended = np.moveaxis(evolve(np.moveaxis(cells.astype(np.uint8), -1, 0), steps), 0, -1)
+        if text:
+            return "".join(map(str, ended.tolist()))
+        if isinstance(bits, np.ndarray):
+            return ended.astype(bits.dtype)
+        return ended.tolist()
+
+    def floor(self) -> dict[str, Any]:
+        """What always guessing the more frequent label scores, over all contexts.
+
+        `per_label` is p = max(P(label=1), P(label=0)), `exact` is p**states (the rings are
+        independent). P(label=1) = `ones` / `of` by enumeration of every ring: exact, with
+        `standard_error` 0. Only min(width, 2*steps + 1) cells can reach the leftmost one; if
+        that is more than 28, P comes from 2**24 random rings instead, and `standard_error` is
+        that of `per_label`.
+        """
+        # The leftmost cell's light cone is all that matters, and a ring just as wide as the cone
+        # first touches its own far side one step too late to be seen.
+        cells = min(self.width, max(3, 2 * self.steps + 1))
+        ones, of = _count_ones(cells, self.steps)
+        share = max(ones, of - ones) / of
+        exact = cells <= ENUMERATED_CELLS
+        return {
+            "exact": share**self.states,
+            "per_label": share,
+            "majority": int(2 * ones >= of),
+            "ones": ones,
+            "of": of,
+            "standard_error": 0.0 if exact else (share * (1 - share) / of) ** 0.5,
+        }
+
+    def describe(self, example: Mapping[str, Any]) -> str:
+        """The rings of an example, what they become, and the labels asked for."""
+        tokens = example["input_ids"][: self.states * self.width]
+        lines = []
+        for start in range(0, len(tokens), self.width):
+            ring = "".join(str(int(token)) for token in tokens[start : start + self.width])
+            ended = self.rollout(ring)
+            lines.append(f"{ring} becomes {ended} after {self.steps} steps: label {ended[0]}")
+        return "\n".join(lines)
+
+    def _contexts(self, split: str, seed: int, count: int | None) -> Iterator[np.ndarray]:
+        """Contexts [n, states, width] of a split, `count` in all, however they are sliced."""
+        bits = self.states * self.width
+        words = -(-bits // 64)
+        spare = U64(64 * words - bits)
+        stream = np.random.Philox(np.random.SeedSequence([SPLITS.index(split), seed]))
+        share = 1 / TEST_SHARE if split == "test" else 1 - 1 / TEST_SHARE
+        threshold = _test_threshold(bits)
+        left = count
+        while left is None or left > 0:
+            wanted = 256 if left is None else left
+            drawn = min(int(wanted / share * 1.05) + 8, max(DRAWN_AT_ONCE // words, 1))
+            packed = stream.random_raw(drawn * words).reshape(drawn, words)
+            packed[:, -1] >>= spare
+            packed = packed[(_hash(packed) < threshold) == (split == "test")][:left]
+            if left is not None:
+                left -= len(packed)
+            if len(packed):
+                octets = packed.astype("<u8").view(np.uint8)
+                cells = np.unpackbits(octets, axis=1, count=bits, bitorder="little")
+                yield cells.reshape(-1, self.states, self.width)
+
+    def _tokens(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`input_ids` and `labels`, int64 [n, length], of contexts [n, states, width]."""
+        rows = len(cells)
+        answers = evolve(np.ascontiguousarray(np.moveaxis(cells, -1, 0)), self.steps)[0]
+        separator = np.full((rows, 1), SEP, dtype=np.int64)
+        input_ids = np.concatenate([cells.reshape(rows, -1), separator, answers], axis=1)
+        labels = np.full_like(input_ids, IGNORED)
+        labels[:, -self.states :] = answers
+        return input_ids, labels
+
+
+def evolve(cells: np.ndarray, steps: int) -> np.ndarray:
+    """`steps` steps of Rule 110 on rings along axis 0, bit by bit.
+
+    Works on any unsigned integers: on 0/1 cells, and equally on bit planes, where bit j of every
+    element belongs to ring j and 64 rings advance at once.
+    """
+    for _ in range(steps):
+        left, right = np.roll(cells, 1, axis=0), np.roll(cells, -1, axis=0)
+        # 110 = 0b01101110: on where the cell or its right neighbour is, off if all three are.
+        cells = (cells | right) & ~(left & cells & right)
+    return cells
+
+
+@lru_cache(maxsize=64)
+def _count_ones(cells: int, steps: int) -> tuple[int, int]:
+    """(rings whose leftmost cell ends as 1, rings looked at): all 2**cells, or a sample."""
+    if cells > ENUMERATED_CELLS:
+        stream = np.random.Philox(np.random.SeedSequence([cells, steps]))
+        words = SLICE_STATES // 64
+        slices = range(SAMPLED_STATES // SLICE_STATES)
+        ones = sum(
+            _leftmost_ones(stream.random_raw(cells * words).reshape(cells, words), steps)
+            for _ in slices
+        )
+        return ones, SAMPLED_STATES
+    ones = 0
+    for start in range(0, 1 << cells, SLICE_STATES):
+        rings = np.arange(start, min(start + SLICE_STATES, 1 << cells), dtype=np.uint32)
+        planes = np.stack(
+            [np.packbits((rings >> np.uint32(cell)).astype(np.uint8) & 1) for cell in range(cells)]
+        )
+        if planes.shape[1] % 8 == 0:
+            planes = planes.view(np.uint64)
+        ones += _leftmost_ones(planes, steps)
+    return ones, 1 << cells
+
+
+def _leftmost_ones(planes: np.ndarray, steps: int) -> int:
+    return int(np.unpackbits(evolve(planes, steps)[0].view(np.uint8)).sum(dtype=np.int64))
+
+
+@lru_cache(maxsize=64)
+def _test_threshold(bits: int) -> np.uint64:
+    """Contexts whose hash is below this are test contexts."""
+    if bits > RANKED_BITS:
+        return U64(2**64 // TEST_SHARE)
+    ranked = np.sort(_hash(np.arange(1 << bits, dtype=U64)[:, None]))
+    return ranked[max(1, len(ranked) // TEST_SHARE)]
+
+
+def _hash(packed: np.ndarray) -> np.ndarray:
+    """A 64-bit hash of each row of words [n, words]: Stafford's Mix13 finaliser, chained."""
+    mixed = np.full(len(packed), 0x9E3779B97F4A7C15, dtype=U64)
+    for word in packed.T:
+        mixed = mixed ^ word
+        mixed = (mixed ^ (mixed >> U64(30))) * U64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> U64(27))) * U64(0x94D049BB133111EB)
+        mixed = (mixed ^ (mixed >> U64(31))) + U64(0x9E3779B97F4A7C15)
+    return mixed
