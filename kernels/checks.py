@@ -1,0 +1,68 @@
+"""Checks of shapes and dtypes that cost next to nothing: no tensor is read, no device waits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    """Raise unless `tensor` is floating point and of `shape`; `meaning` names the dimensions."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: must be a Tensor {meaning}, got {type(tensor).__name__}")
+    if tensor.shape != shape:
+        raise ValueError(
+            f"{name}: shape {tuple(tensor.shape)} must be {meaning} = {tuple(shape)}"
+        )
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name}: dtype {tensor.dtype} must be one of {FLOATS}")
+
+
+def check_sequence(name: str, tensor: Tensor, meaning: str) -> None:
+    """Raise unless `tensor` is floating point, of as many dimensions as `meaning`, none empty."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: must be a Tensor {meaning}, got {type(tensor).__name__}")
+    if tensor.dim() != meaning.count(",") + 1 or 0 in tensor.shape:
+        raise ValueError(
+            f"{name}: shape {tuple(tensor.shape)} must be {meaning} with no dimension of 0"
+        )
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name}: dtype {tensor.dtype} must be one of {FLOATS}")
+
+
+def check_mask(mask: Tensor | None, batch: int, tokens: int) -> None:
+    """Raise unless `mask` is None or a bool tensor [B, T]."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(
+            "mask: must be a bool Tensor [B, T] (True = real token), "
+            f"got {getattr(mask, 'dtype', type(mask).__name__)}"
+        )
+    if mask.shape != (batch, tokens):
+        raise ValueError(f"mask: shape {tuple(mask.shape)} must be [B, T] = {(batch, tokens)}")
+
+
+def check_chunk_size(chunk_size: int | None) -> None:
+    """Raise unless `chunk_size` is None or a positive int."""
+    if chunk_size is None:
+        return
+    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size!r}: must be None (automatic) or an int >= 1")
+
+
+def hide_pads(mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Each [B, T, ...] tensor with zeros where `mask` is False, whatever stood there (even NaN)."""
+    if mask is None:
+        return tensors
+    return tuple(x.where(mask.view(*mask.shape, *[1] * (x.dim() - 2)), 0) for x in tensors)
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any tensor is, else float32: what states are kept and updated in."""
+    for tensor in tensors:
+        if tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32

@@ -1,0 +1,171 @@
+"""Which implementation of an op runs: one registry, and a record of what it took and why.
+
+Every op folder registers its implementations here when it is imported. `impl="auto"` asks them,
+highest rank first, whether they want a call; any other `impl` forces one, and an implementation
+that cannot run the call says so in the error. Nothing here looks at the contents of a tensor.
+
+Adding an implementation means registering it, from its op's `__init__.py`:
+
+    register("ssd", "triton", run, rank=50, wants=..., rejects=...)
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+OPS = ("gated_delta_rule", "ssd", "short_conv")
+NAMES = ("reference", "chunked", "triton")
+
+
+class Call(NamedTuple):
+    """What a choice may depend on: metadata of the inputs, never their values."""
+
+    device: str
+    dtype: torch.dtype
+    batch: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run an op, and when.
+
+    wants: why `impl="auto"` should take it for a call, or None.
+    rejects: why it cannot run a call at all, or None.
+    """
+
+    name: str
+    run: Callable
+    rank: int
+    wants: Callable[[Call], str | None]
+    rejects: Callable[[Call], str | None]
+
+
+class Path(NamedTuple):
+    """The path one call took: which implementation, what was asked for, and why."""
+
+    name: str
+    requested: str
+    reason: str
+    call: Call
+
+
+_registry: dict[str, list[Implementation]] = {op: [] for op in OPS}
+_last: dict[str, Path] = {}
+
+
+def _never(call: Call) -> None:
+    return None
+
+
+def register(
+    op: str,
+    name: str,
+    run: Callable,
+    *,
+    rank: int,
+    wants: Callable[[Call], str | None],
+    rejects: Callable[[Call], str | None] = _never,
+) -> None:
+    """Add an implementation of `op`. `impl="auto"` asks higher ranks first.
+
+    Raises ValueError for an op or name that is not in OPS or NAMES, or a name already taken.
+    """
+    if op not in OPS:
+        raise ValueError(f"op={op!r}: must be one of {', '.join(OPS)}")
+    if name not in NAMES:
+        raise ValueError(f"name={name!r}: must be one of {', '.join(NAMES)}")
+    if any(entry.name == name for entry in _registry[op]):
+        raise ValueError(f"name={name!r}: {op} already has an implementation of that name")
+    _registry[op].append(Implementation(name, run, rank, wants, rejects))
+    _registry[op].sort(key=lambda entry: -entry.rank)
+
+
+def select(op: str, impl: str, call: Call) -> Callable:
+    """The function that runs `call`, recorded for `explain`.
+
+    Raises ValueError when `impl` is no known name, is not registered for the op, or rejects the
+    call; RuntimeError when no implementation takes it.
+    """
+    path, run = _choose(op, impl, call)
+    _last[op] = path
+    return run
+
+
+def _choose(op: str, impl: str, call: Call) -> tuple[Path, Callable]:
+    entries = _registry[op]
+    if impl == "auto":
+        for entry in entries:
+            reason = entry.wants(call)
+            if reason is not None and entry.rejects(call) is None:
+                return Path(entry.name, impl, reason, call), entry.run
+        raise RuntimeError(f"impl='auto': no implementation of {op} takes {call}")
+    for entry in entries:
+        if entry.name == impl:
+            reason = entry.rejects(call)
+            if reason is not None:
+                raise ValueError(f"impl={impl!r} cannot run this call of {op}: {reason}")
+            return Path(impl, impl, "forced", call), entry.run
+    allowed = ", ".join(["auto", *(entry.name for entry in entries)])
+    if impl in NAMES:
+        raise ValueError(f"impl={impl!r}: {op} has no {impl} implementation; allowed: {allowed}")
+    raise ValueError(f"impl={impl!r}: not an implementation of {op}; allowed: {allowed}")
+
+
+def explain(
+    op: str,
+    *,
+    tokens: int | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    batch: int = 1,
+) -> dict[str, Any]:
+    """What `op` would run, or last ran, and why.
+
+    With `tokens`: the path `impl="auto"` would take for such a call. Without: the last path taken
+    in this process, with `implementation` None if the op has not run yet.
+
+    Returns `op`, `implementation`, `requested`, `reason`, `call` (device, dtype, batch, tokens, or
+    None) and `candidates`: name -> why it is not used for that call (or "" for the one taken).
+    Raises ValueError when `op` is not one of OPS.
+    """
+    if op not in OPS:
+        raise ValueError(f"op={op!r}: must be one of {', '.join(OPS)}")
+    importlib.import_module(f"hybrid_sleep.kernels.{op}")
+    if tokens is None:
+        path = _last.get(op)
+    else:
+        path = _choose(op, "auto", Call(device, dtype, batch, tokens))[0]
+    candidates = {}
+    for name in NAMES:
+        entry = next((entry for entry in _registry[op] if entry.name == name), None)
+        if entry is None:
+            candidates[name] = "not implemented"
+        elif path is None or path.name == name:
+            candidates[name] = ""
+        else:
+            candidates[name] = entry.rejects(path.call) or f"{path.name} is preferred"
+    return {
+        "op": op,
+        "implementation": path and path.name,
+        "requested": path and path.requested,
+        "reason": path.reason if path else "has not run in this process",
+        "call": path
+        and {
+            "device": path.call.device,
+            "dtype": str(path.call.dtype).removeprefix("torch."),
+            "batch": path.call.batch,
+            "tokens": path.call.tokens,
+        },
+        "candidates": candidates,
+    }
+
+
+def paths() -> list[dict[str, Any]]:
+    """`explain` of every op: the last path each took in this process."""
+    return [explain(op) for op in OPS]

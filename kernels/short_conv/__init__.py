@@ -1,0 +1,77 @@
+"""Short causal depthwise convolution, with its tail as a state."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hybrid_sleep.kernels import dispatch
+from hybrid_sleep.kernels.checks import check_mask, check_sequence, check_tensor
+from hybrid_sleep.kernels.short_conv import chunked, reference
+
+__all__ = ["short_conv"]
+
+ACTIVATIONS = ("silu", None)
+
+dispatch.register(
+    "short_conv",
+    "reference",
+    reference.short_conv,
+    rank=-100,
+    wants=lambda call: "nothing else takes it",
+)
+dispatch.register(
+    "short_conv",
+    "chunked",
+    chunked.short_conv,
+    rank=0,
+    wants=lambda call: "any length, any device",
+)
+
+
+def short_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    mask: Tensor | None = None,
+    activation: str | None = "silu",
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Convolve each channel with its own causal filter over the last W real tokens.
+
+        y_t = act(bias + sum_w weight[:, w] * x_{t - (W - 1) + w})
+
+    Args:
+        x: [B, T, C].
+        weight: [C, W]; weight[:, -1] multiplies the current token.
+        bias: [C] or None.
+        initial_state: [B, W - 1, C], the inputs just before x, oldest first, or None for zeros.
+        mask: bool [B, T], True = real token, or None. Every row gives what it would give with its
+            pads removed, wherever they are; y is 0 at pads.
+        activation: "silu" or None.
+        impl: "auto", "reference", "chunked" or "triton".
+
+    Returns:
+        y [B, T, C] and final_state [B, W - 1, C], the last W - 1 real inputs (of initial_state
+        where x has fewer), both in x's dtype. Half-precision inputs are summed in float32.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype or shape, T = 0, or an `impl`
+            that cannot run here.
+    """
+    check_sequence("x", x, "[B, T, C]")
+    batch, tokens, channels = x.shape
+    check_sequence("weight", weight, "[C, W]")
+    width = weight.shape[1]
+    check_tensor("weight", weight, (channels, width), "[C, W]")
+    if bias is not None:
+        check_tensor("bias", bias, (channels,), "[C]")
+    if initial_state is not None:
+        check_tensor("initial_state", initial_state, (batch, width - 1, channels), "[B, W - 1, C]")
+    check_mask(mask, batch, tokens)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r}: must be 'silu' or None")
+    call = dispatch.Call(x.device.type, x.dtype, batch, tokens)
+    run = dispatch.select("short_conv", impl, call)
+    return run(x, weight, bias, initial_state, mask, activation)
