@@ -1,0 +1,200 @@
+"""HybridSleepConfig: what a sleeping hybrid is made of."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from transformers import PreTrainedConfig
+
+LAYER_TYPES = ("full_attention", "linear_attention")
+STATE_SPACES = ("gated_deltanet", "mamba2")
+EVICTIONS = ("hard", "sliding")
+SLEEP_SCHEDULES = ("context_windows", "every_window")
+SLEEP_ATTENTIONS = ("causal", "bidirectional")
+
+
+def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError naming `name` unless `value` is one of `allowed`."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_count(name: str, value: Any, minimum: int = 1) -> int:
+    """Return `value` if it is an integer of at least `minimum`, else raise ValueError naming it."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+    return value
+
+
+class HybridSleepConfig(PreTrainedConfig):
+    """Configuration of a causal hybrid that sleeps. Names are transformers' where it has one.
+
+    Backbone:
+        layer_types: one of `full_attention`, `linear_attention` per layer. Default: alternating,
+            attention first.
+        state_space: what a `linear_attention` layer is: `gated_deltanet` (Gated Delta Networks,
+            arXiv 2412.06464) or `mamba2` (SSD, arXiv 2405.21060).
+        linear_num_key_heads, linear_num_value_heads: key heads must divide value heads. For
+            `mamba2` the key heads are its groups and the key dim its state size.
+        linear_key_head_dim, linear_value_head_dim: K and V of the fast weights `S: [B, H, K, V]`.
+        linear_conv_kernel_dim: width W of the short convolution, at least 2.
+        intermediate_size: width of the SwiGLU MLP behind each mixer; 0 leaves the MLPs out.
+
+    Sleep (DESIGN meanings; Lee et al., arXiv 2605.26099, Algorithm 1):
+        window: L, tokens that attention sees at a time, at least 1.
+        sleep_passes: default depth N, at least 1; pass 1 is the ordinary forward. A call may
+            choose another depth.
+        loop: `(start, end)`, blocks that are repeated; None means all. Blocks before run once,
+            blocks after run on the last pass.
+        eviction: `hard` keeps only fast weights across a boundary; `sliding` also keeps the last
+            L - 1 tokens' keys and values, and the convolution tails.
+        sleep_schedule: with labels, `context_windows` lets only windows without a supervised token
+            sleep; `every_window` lets every full window sleep after it has predicted.
+        sleep_attention: attention in passes 2..N, `causal` or `bidirectional` within the window.
+
+    Raises ValueError naming the argument, its value and what is allowed.
+    """
+
+    model_type = "hybrid_sleep"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 512
+    intermediate_size: int = 1408
+    num_hidden_layers: int = 8
+    layer_types: list[str] | None = None
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 1_048_576
+    rope_parameters: dict[str, Any] | None = None
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    attention_dropout: float = 0.0
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    state_space: Literal["gated_deltanet", "mamba2"] = "gated_deltanet"
+    linear_num_key_heads: int = 4
+    linear_num_value_heads: int = 4
+    linear_key_head_dim: int = 64
+    linear_value_head_dim: int = 128
+    linear_conv_kernel_dim: int = 4
+
+    window: int = 1024
+    sleep_passes: int = 1
+    loop: tuple[int, int] | None = None
+    eviction: Literal["hard", "sliding"] = "hard"
+    sleep_schedule: Literal["context_windows", "every_window"] = "context_windows"
+    sleep_attention: Literal["causal", "bidirectional"] = "causal"
+    weights_version: int = 0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.layer_types is None:
+            check_count("num_hidden_layers", self.num_hidden_layers)
+            self.layer_types = [LAYER_TYPES[i % 2] for i in range(self.num_hidden_layers)]
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and check_count("num_attention_heads", self.num_attention_heads):
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.rope_parameters is None:
+            self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+        if isinstance(self.loop, list):
+            self.loop = tuple(self.loop)
+        self._check_backbone()
+        self._check_sleep()
+        super().__post_init__(**kwargs)
+
+    def _check_backbone(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "linear_num_key_heads",
+            "linear_num_value_heads",
+            "linear_key_head_dim",
+            "linear_value_head_dim",
+            "max_position_embeddings",
+        ):
+            check_count(name, getattr(self, name))
+        check_count("intermediate_size", self.intermediate_size, minimum=0)
+        check_count("linear_conv_kernel_dim", self.linear_conv_kernel_dim, minimum=2)
+        check_count("weights_version", self.weights_version, minimum=0)
+        check_choice("state_space", self.state_space, STATE_SPACES)
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types must name one layer each for num_hidden_layers="
+                f"{self.num_hidden_layers}, got {len(self.layer_types)} entries"
+            )
+        for i, layer_type in enumerate(self.layer_types):
+            check_choice(f"layer_types[{i}]", layer_type, LAYER_TYPES)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads must divide num_attention_heads="
+                f"{self.num_attention_heads}, got {self.num_key_value_heads}"
+            )
+        if self.linear_num_value_heads % self.linear_num_key_heads:
+            raise ValueError(
+                f"linear_num_key_heads must divide linear_num_value_heads="
+                f"{self.linear_num_value_heads}, got {self.linear_num_key_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"head_dim must be even for rotary embeddings, got {self.head_dim} "
+                "(default: hidden_size // num_attention_heads)"
+            )
+        for token in ("pad_token_id", "bos_token_id"):
+            value = getattr(self, token)
+            if value is not None and not 0 <= value < self.vocab_size:
+                raise ValueError(
+                    f"{token} must be None or in 0..{self.vocab_size - 1}, got {value!r}"
+                )
+
+    def _check_sleep(self) -> None:
+        check_count("window", self.window)
+        check_count("sleep_passes", self.sleep_passes)
+        check_choice("eviction", self.eviction, EVICTIONS)
+        check_choice("sleep_schedule", self.sleep_schedule, SLEEP_SCHEDULES)
+        check_choice("sleep_attention", self.sleep_attention, SLEEP_ATTENTIONS)
+        if self.loop is not None:
+            bounds = self.loop
+            if (
+                not isinstance(bounds, tuple)
+                or len(bounds) != 2
+                or any(isinstance(b, bool) or not isinstance(b, int) for b in bounds)
+                or not 0 <= bounds[0] < bounds[1] <= self.num_hidden_layers
+            ):
+                raise ValueError(
+                    f"loop must be None or (start, end) with 0 <= start < end <= "
+                    f"num_hidden_layers={self.num_hidden_layers}, got {bounds!r}"
+                )
+        rope_type = self.rope_parameters.get("rope_type", "default")
+        if rope_type in ("dynamic", "longrope"):
+            raise ValueError(
+                f"rope_parameters['rope_type'] must not depend on the length read so far, which "
+                f"a sleeping model does not keep; got {rope_type!r}, use 'default', 'linear', "
+                "'llama3' or 'yarn'"
+            )
+
+    @property
+    def loop_range(self) -> tuple[int, int]:
+        """`(start, end)` of the blocks that a sleep repeats."""
+        return (0, self.num_hidden_layers) if self.loop is None else self.loop
+
+    @property
+    def fast_weight_bytes(self) -> int:
+        """Bytes of fast weights of one row (fp32), over all state-space layers."""
+        one = self.linear_num_value_heads * self.linear_key_head_dim * self.linear_value_head_dim
+        return 4 * one * sum(kind == "linear_attention" for kind in self.layer_types)
+
+    @property
+    def attention_scale(self) -> float:
+        """Scale of attention logits, `head_dim ** -0.5`."""
+        return 1.0 / math.sqrt(self.head_dim)

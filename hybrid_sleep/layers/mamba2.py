@@ -1,0 +1,41 @@
+"""Mamba-2 (Dao and Gu, arXiv 2405.21060)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from hybrid_sleep.configuration import HybridSleepConfig
+from hybrid_sleep.kernels.ssd import ssd
+from hybrid_sleep.layers.state_space import StateSpaceMixer
+
+
+class Mamba2(StateSpaceMixer):
+    """State-space dual, `S <- exp(dt A) S + B (dt x)^T`, `y = S^T C + skip x` per head.
+
+    q is C, k is B (shared by the heads of a group), v is x, `dt` the time step; `skip` is D of the
+    paper, one number a head.
+    """
+
+    def __init__(self, config: HybridSleepConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.skip = nn.Parameter(torch.ones(self.value_heads))
+
+    @torch.no_grad()
+    def reset_gates(self) -> None:
+        """As the base class; the skip connection starts at one."""
+        super().reset_gates()
+        self.skip.fill_(1.0)
+
+    def update(self, h, q, k, v, S, mask):
+        step = self.time_step(h)
+        o, S = ssd(
+            k if q is None else q,
+            k,
+            (v * step[..., None]).to(v.dtype),
+            self.decay_rate(step.dtype) * step,
+            initial_state=S,
+            mask=mask,
+            output=q is not None,
+        )
+        return (None if o is None else o + self.skip[:, None].to(v.dtype) * v), S
