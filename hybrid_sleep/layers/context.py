@@ -63,6 +63,24 @@ class Context:
     keep_tails: bool
 
 
+def is_uniform(lengths: torch.Tensor) -> bool:
+    """Whether all rows are equally long; lengths: `[B]` on the CPU."""
+    return bool((lengths == lengths[0]).all())
+
+
+def packing(past: torch.Tensor, new: torch.Tensor, width: int) -> torch.Tensor | None:
+    """Index `[B, max(past + new)]` that keeps each row's slots gapless after appending.
+
+    Row b holds `past[b]` valid slots out of `width` and `new[b]` valid ones out of `new.max()`
+    appended behind them. None where plain appending leaves no gap.
+    """
+    if is_uniform(past) and is_uniform(new) and int(past[0]) == width:
+        return None
+    slot = torch.arange(int((past + new).max()))
+    index = torch.where(slot < past[:, None], slot, width + slot - past[:, None])
+    return index.clamp_(max=width + int(new.max()) - 1)
+
+
 def see(
     past: torch.Tensor,
     new: torch.Tensor,
@@ -80,13 +98,9 @@ def see(
     bidirectional: new tokens see each other both ways; older slots are seen as before.
     """
     tokens, slots = int(new.max()), int((past + new).max())
-    uniform = bool((past == past[0]).all()) and bool((new == tokens).all())
-    gather = None
-    if not uniform or int(past[0]) != width:
-        slot = torch.arange(slots)
-        is_old = slot < past[:, None]
-        index = torch.where(is_old, slot, width + slot - past[:, None])
-        gather = index.clamp_(max=width + tokens - 1).to(device)
+    uniform = is_uniform(past) and is_uniform(new)
+    gather = packing(past, new, width)
+    gather = None if gather is None else gather.to(device)
     if uniform:
         old = int(past[0])
         in_reach = reach is None or slots <= reach
@@ -103,5 +117,7 @@ def see(
     seen = slot <= last
     if reach is not None:
         near = slot > place - reach
-        seen &= near | (slot >= past[:, None, None]) if bidirectional else near
+        if bidirectional:
+            near = near | (slot >= past[:, None, None])
+        seen = seen & near
     return Sight(gather, seen[:, None].to(device), causal=False)

@@ -32,10 +32,12 @@ class Mamba2(StateSpaceMixer):
         o, S = ssd(
             k if q is None else q,
             k,
-            (v * step[..., None]).to(v.dtype),
+            v * step[..., None],
             self.decay_rate(step.dtype) * step,
             initial_state=S,
             mask=mask,
             output=q is not None,
         )
-        return (None if o is None else o + self.skip[:, None].to(v.dtype) * v), S
+        if o is not None:
+            o = (o + self.skip[:, None] * v).to(v.dtype)
+        return o, S

@@ -1,0 +1,196 @@
+"""generate() for a model that sleeps: transformers' loop, our cache, each row at its own boundary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin, StoppingCriteriaList
+from transformers.generation import GenerationMode
+
+from hybrid_sleep.cache import SleepCache
+from hybrid_sleep.sleep import check_passes
+
+_MODES = {
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
+}
+
+
+class _Finished(StoppingCriteriaList):
+    """Stopping criteria that remember which rows are done, so that they read no more tokens."""
+
+    def __init__(self, criteria: StoppingCriteriaList, done: dict[str, torch.Tensor]):
+        super().__init__(criteria)
+        self.done = done
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        stopped = super().__call__(input_ids, scores, **kwargs)
+        rows = self.done.get("rows")
+        self.done["rows"] = stopped if rows is None else rows | stopped
+        return stopped
+
+
+class SleepGenerationMixin(GenerationMixin):
+    """Greedy search, sampling and beam search with sleep; one forward pass a token.
+
+    A row sleeps when it reads a token and its window is full. Rows of a batch, padded on the left
+    or on the right, get what each would get alone; a row that is finished reads nothing further.
+    """
+
+    _is_stateful = True
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        **kwargs: Any,
+    ):
+        """As transformers' `generate`, with these additions.
+
+        sleep_passes: depth N of every sleep in this call, an integer of at least 1 or "auto";
+            None takes the config's.
+        past_key_values: a `SleepCache` to continue; the prompt then holds only the new tokens, and
+            the cache goes on with this call (give a `copy()` to keep it). With beams or several
+            returned sequences a repeated copy is used instead.
+
+        Raises ValueError for an empty prompt, a depth that is none, a cache of another model, config
+        or weights version, and for what cannot work: assisted and contrastive decoding (fast
+        weights cannot be rolled back), static, quantised or offloaded caches, chunked prefill
+        (prompts are read window by window already).
+        """
+        if kwargs.get("sleep_passes") is not None:
+            check_passes(kwargs["sleep_passes"], "sleep_passes")
+        cache = kwargs.get("past_key_values")
+        if cache is not None and not isinstance(cache, SleepCache):
+            raise ValueError(
+                f"past_key_values must be a SleepCache, got {type(cache).__name__}; this model's "
+                "memory is its fast weights"
+            )
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        mask, prompt = kwargs.get("attention_mask"), None
+        if ids is not None and kwargs.get("inputs_embeds") is None:
+            self._check_prompt(ids, mask, kwargs)
+            if mask is None:
+                mask = self._mask_from_pads(ids, generation_config, kwargs)
+            if mask is not None and mask.shape == ids.shape and bool((mask[:, -1] == 0).any()):
+                prompt, (ids, mask) = ids, pads_to_the_left(ids, mask)
+                inputs, kwargs["attention_mask"] = ids, mask
+                kwargs.pop("input_ids", None)
+        out = super().generate(inputs, generation_config, **kwargs)
+        if prompt is not None:
+            sequences = out if isinstance(out, torch.Tensor) else out.sequences
+            copies = len(sequences) // len(prompt)
+            sequences[:, : prompt.shape[1]] = prompt.repeat_interleave(copies, 0)
+        return out
+
+    def _check_prompt(
+        self, ids: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]
+    ) -> None:
+        if ids.ndim != 2:
+            raise ValueError(f"input_ids must be [B, T], got shape {tuple(ids.shape)}")
+        empty = ids.shape[1] == 0 or ids.shape[0] == 0
+        if mask is not None and mask.ndim == 2 and not empty:
+            empty = bool((mask[:, -ids.shape[1] :] == 0).all(1).any())
+        if empty:
+            raise ValueError(
+                f"input_ids is an empty prompt in at least one row (shape {tuple(ids.shape)}); "
+                "each row needs at least one token, such as bos_token_id"
+            )
+        self.model.check_ids(ids, "input_ids")
+
+    def _mask_from_pads(
+        self,
+        ids: torch.Tensor,
+        generation_config: GenerationConfig | None,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor | None:
+        """Transformers' rule: without a mask, pad tokens that are no eos tokens are pads."""
+        config = generation_config if generation_config is not None else self.generation_config
+        pad = kwargs.get("pad_token_id", config.pad_token_id)
+        eos = kwargs.get("eos_token_id", config.eos_token_id)
+        eos = eos if isinstance(eos, (list, tuple)) else [eos]
+        if pad is None or pad in eos or not bool((ids == pad).any()):
+            return None
+        return (ids != pad).long()
+
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        if generation_mode not in _MODES:
+            allowed = ", ".join(sorted(mode.value for mode in _MODES))
+            raise ValueError(
+                f"generation mode {generation_mode.value!r} cannot work: it takes tokens back, and "
+                f"fast weights cannot be rolled back; allowed are {allowed}"
+            )
+        if generation_config.prefill_chunk_size is not None:
+            raise ValueError(
+                f"prefill_chunk_size={generation_config.prefill_chunk_size} is not needed: a prompt "
+                "is read window by window; leave it None"
+            )
+        super()._validate_generation_mode(
+            generation_mode, generation_config, generation_mode_kwargs
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ) -> None:
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} cannot hold fast "
+                "weights; leave it None, a SleepCache is constant in size"
+            )
+        copies = max(generation_config.num_beams, generation_config.num_return_sequences)
+        cache = model_kwargs.get("past_key_values")
+        if cache is None:
+            if generation_config.use_cache is not False:
+                model_kwargs["past_key_values"] = SleepCache(self.config)
+            return
+        cache.check(self.memory_owner())
+        cache.check_finite("past_key_values")
+        if copies > 1:
+            cache = cache.copy()
+            cache.batch_repeat_interleave(copies)
+            model_kwargs["past_key_values"] = cache
+
+    def _get_stopping_criteria(self, generation_config, stopping_criteria, **kwargs):
+        criteria = super()._get_stopping_criteria(generation_config, stopping_criteria, **kwargs)
+        if generation_config.num_beams > 1:
+            return criteria
+        self._done: dict[str, torch.Tensor] = {}
+        return _Finished(criteria, self._done)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: SleepCache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The prompt whole, then one token a step; a finished row's token is a pad."""
+        inputs: dict[str, Any] = {"past_key_values": past_key_values}
+        if is_first_iteration:
+            # A cache that came with the call holds the past: all of the prompt is new.
+            if inputs_embeds is not None:
+                inputs["inputs_embeds"] = inputs_embeds
+            else:
+                inputs["input_ids"] = input_ids
+            inputs["attention_mask"] = attention_mask
+        elif past_key_values is None:
+            inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
+        else:
+            inputs["input_ids"] = input_ids[:, -1:]
+            done = getattr(self, "_done", {}).get("rows")
+            inputs["attention_mask"] = None if done is None else (~done)[:, None].long()
+        inputs |= {k: v for k, v in kwargs.items() if k in ("sleep_passes", "use_cache")}
+        return inputs | {"logits_to_keep": kwargs.get("logits_to_keep", 1)}
+
+
+def pads_to_the_left(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move every row's pads in front of its tokens, keeping the tokens' order; `[B, T]` each."""
+    order = torch.argsort(mask.bool(), dim=1, stable=True)
+    return ids.gather(1, order), mask.gather(1, order)

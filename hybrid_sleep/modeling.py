@@ -1,0 +1,426 @@
+"""HybridSleepModel and HybridSleepForCausalLM."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from hybrid_sleep.cache import SleepCache
+from hybrid_sleep.configuration import HybridSleepConfig, check_choice
+from hybrid_sleep.generation import SleepGenerationMixin
+from hybrid_sleep.identity import Owner, weights_version
+from hybrid_sleep.io import write_text_atomic
+from hybrid_sleep.layers.block import Block
+from hybrid_sleep.layers.context import Context, see
+from hybrid_sleep.layers.rotary import Rotary
+from hybrid_sleep.layers.stack import GRANULARITIES, Granularity, run_blocks
+from hybrid_sleep.layers.state_space import StateSpaceMixer
+from hybrid_sleep.sleep import (
+    MAX_PASSES,
+    TOLERANCE,
+    Passes,
+    SleepReport,
+    check_passes,
+    consolidate,
+)
+from hybrid_sleep.windows import cut, spread
+
+_REMOTE_FILE = "modeling_hybrid_sleep.py"
+_REMOTE_CODE = '''"""Lets transformers load this checkpoint with trust_remote_code=True."""
+
+from hybrid_sleep import HybridSleepConfig, HybridSleepForCausalLM, HybridSleepModel
+
+__all__ = ["HybridSleepConfig", "HybridSleepForCausalLM", "HybridSleepModel"]
+'''
+
+
+class HybridSleepPreTrainedModel(PreTrainedModel):
+    """Loading, saving, initialisation and what all heads share."""
+
+    config_class = HybridSleepConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = False
+    _no_split_modules: ClassVar[list[str]] = ["Block"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["A_log", "dt_bias"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, StateSpaceMixer):
+            gates = (module.A_log, module.dt_bias, module.q_conv, module.kv_conv)
+            if not all(getattr(p, "_is_hf_initialized", False) for p in gates):
+                module.reset_gates()
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As transformers', plus a file by which AutoModel finds this package (auto_map)."""
+        module = _REMOTE_FILE.removesuffix(".py")
+        self.config.auto_map = {
+            "AutoConfig": f"{module}.HybridSleepConfig",
+            "AutoModel": f"{module}.HybridSleepModel",
+            "AutoModelForCausalLM": f"{module}.HybridSleepForCausalLM",
+        }
+        super().save_pretrained(save_directory, **kwargs)
+        write_text_atomic(f"{save_directory}/{_REMOTE_FILE}", _REMOTE_CODE)
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: transformers' checkpointing drops the state that a sleep carries."""
+        raise ValueError(
+            "gradient_checkpointing must stay off: transformers' would drop the fast weights "
+            "between windows without a word. Use model.set_activation_checkpointing('block') or "
+            "('pass'), which carry them"
+        )
+
+    @property
+    def weights_version(self) -> int:
+        """Grows with every change of the slow weights; a cache serves one version."""
+        return weights_version(self)
+
+    def bump_weights_version(self) -> int:
+        """Count a change of the slow weights, durably (it is saved with the config)."""
+        self.config.weights_version += 1
+        return self.weights_version
+
+    def memory_owner(self) -> Owner:
+        """This model as it is now, for a cache to belong to."""
+        return Owner.of(self)
+
+
+class HybridSleepModel(HybridSleepPreTrainedModel):
+    """The backbone: embeddings, blocks, final norm, and the loop of windows and sleeps.
+
+    Raises ValueError, naming the argument, for token ids out of range, masks of another shape, a
+    depth that is none, and a cache of another model, config or weights version.
+    """
+
+    def __init__(self, config: HybridSleepConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary = Rotary(config)
+        self.granularity: Granularity | None = None
+        self.post_init()
+
+    def check_ids(self, input_ids: torch.Tensor, name: str) -> None:
+        """Raise ValueError unless every token id is in the vocabulary."""
+        low, high = input_ids.min().item(), input_ids.max().item()
+        if low < 0 or high >= self.config.vocab_size:
+            bad = low if low < 0 else high
+            raise ValueError(
+                f"{name} must be token ids in 0..{self.config.vocab_size - 1}, got {bad}"
+            )
+
+    def context(
+        self,
+        past: torch.Tensor,
+        new: torch.Tensor,
+        width: int,
+        first_position: torch.Tensor,
+        like: torch.Tensor,
+        *,
+        sleeping: bool,
+    ) -> Context:
+        """Positions and visibility of `new: [B]` tokens a row behind `past: [B]` slots.
+
+        width: slots that the attention layers hold; first_position: `[B]`, position of the first
+        new token; like: a tensor of the device and dtype to compute in; sleeping: passes 2..N.
+        """
+        tokens = int(new.max())
+        device = like.device
+        start = first_position
+        if bool((start == start[0]).all()):
+            start = start[:1]
+        positions = start[:, None] + torch.arange(tokens)
+        cos, sin = self.rotary(positions.to(device), like.dtype)
+        sliding = self.config.eviction == "sliding"
+        mask = None
+        if not bool((new == tokens).all()):
+            mask = (torch.arange(tokens) < new[:, None]).to(device)
+        sight = see(
+            past,
+            new,
+            width,
+            reach=self.config.window if sliding else None,
+            bidirectional=sleeping and self.config.sleep_attention == "bidirectional",
+            device=device,
+        )
+        return Context(cos, sin, sight, mask, keep_tails=sliding or not sleeping)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: SleepCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        sleep_passes: Passes | None = None,
+        supervised: torch.Tensor | None = None,
+        columns_to_keep: int = 0,
+        owner: Owner | None = None,
+    ) -> BaseModelOutputWithPast:
+        """Read tokens window by window, sleeping wherever one arrives and its window is full.
+
+        input_ids: `[B, T]`, or inputs_embeds: `[B, T, D]`. attention_mask: `[B, T]` or longer (the
+        last T columns count), 0 at pads. supervised: bool `[B, T]`; under `context_windows` a
+        window with a supervised token does not sleep. columns_to_keep: return hidden states of the
+        last columns only; 0 for all. owner: whose cache it is, if not this module's own.
+
+        Returns `last_hidden_state: [B, T, D]` (final norm applied, zeros at pads).
+        """
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if tokens is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if tokens.ndim != (2 if inputs_embeds is None else 3) or 0 in tokens.shape[:2]:
+            raise ValueError(
+                "input_ids must be [B, T] and inputs_embeds [B, T, D] with at least one row and one "
+                f"token, got shape {tuple(tokens.shape)}: an empty prompt has nothing to read"
+            )
+        passes = check_passes(
+            self.config.sleep_passes if sleep_passes is None else sleep_passes, "sleep_passes"
+        )
+        if inputs_embeds is None and (tokens.device.type == "cpu" or tokens.shape[1] > 1):
+            self.check_ids(input_ids, "input_ids")
+        batch, columns = tokens.shape[:2]
+        real = _real_tokens(attention_mask, batch, columns)
+        cache = SleepCache(self.config) if past_key_values is None else past_key_values
+        if not isinstance(cache, SleepCache):
+            raise ValueError(
+                f"past_key_values must be a SleepCache, got {type(cache).__name__}"
+            )
+        if past_key_values is not None:
+            cache.check(Owner.of(self) if owner is None else owner)
+        elif use_cache is not False:
+            cache.owner = Owner.of(self) if owner is None else owner
+        cache.open(batch)
+        first_kept = columns - columns_to_keep if columns_to_keep else 0
+        blocks = []
+        for block in cut(cache.counts, real, columns, self.config.window):
+            if len(block.full):
+                self._cross(cache, block.full, passes)
+            h, last = self._read(tokens, block, cache, supervised)
+            if last >= first_kept:
+                blocks.append((block, self.norm(h)))
+        cache.columns += columns
+        return BaseModelOutputWithPast(
+            last_hidden_state=self._spread(blocks, first_kept, batch, columns),
+            past_key_values=cache if use_cache is not False else None,
+        )
+
+    def _spread(self, blocks, first: int, batch: int, columns: int) -> torch.Tensor:
+        if not blocks:
+            weight = self.embed_tokens.weight
+            return weight.new_zeros(batch, columns - first, self.config.hidden_size)
+        return spread(blocks, first, columns)
+
+    def _cross(self, cache: SleepCache, full: torch.Tensor, passes: Passes) -> None:
+        """Let the rows in `full` sleep; those whose window was supervised only evict."""
+        report = not torch.is_grad_enabled()
+        stays_awake = cache.supervised[full]
+        if bool(stays_awake.any()):
+            consolidate(self, cache, full[stays_awake], 1, report=report)
+            full = full[~stays_awake]
+        if len(full):
+            consolidate(self, cache, full, passes, report=report)
+
+    def _read(
+        self,
+        tokens: torch.Tensor,
+        block,
+        cache: SleepCache,
+        supervised: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, int]:
+        """Pass 1 over one block; returns its hidden states and the last input column it read."""
+        columns = block.columns
+        if isinstance(columns, slice):
+            part, last = tokens[:, columns], columns.stop - 1
+        else:
+            index = columns.to(tokens.device)
+            last = int(columns[torch.arange(columns.shape[1]) < block.lengths[:, None]].max())
+            part = tokens.take_along_dim(index if tokens.ndim == 2 else index[..., None], dim=1)
+        if supervised is not None:
+            seen = supervised[:, columns] if last is None or isinstance(columns, slice) else None
+            if seen is None:
+                seen = supervised.take_along_dim(columns, dim=1)
+                seen = seen & (torch.arange(columns.shape[1]) < block.lengths[:, None])
+            cache.supervised = cache.supervised | seen.any(1)
+        h = self.embed_tokens(part) if tokens.ndim == 2 else part
+        context = self.context(
+            cache.kept + cache.counts,
+            block.lengths,
+            cache.slots,
+            cache.first_position + cache.counts,
+            h,
+            sleeping=False,
+        )
+        _, end = self.config.loop_range
+        memory = {i: m for i, m in enumerate(cache.memory) if m is not None}
+        h, after = run_blocks(
+            self.layers, range(end), h, memory, context, granularity=self.granularity
+        )
+        hidden = h
+        if end < len(self.layers):
+            h, coda = run_blocks(
+                self.layers,
+                range(end, len(self.layers)),
+                h,
+                memory,
+                context,
+                granularity=self.granularity,
+            )
+            after |= coda
+        cache.append(after, hidden, block.lengths)
+        return h, last
+
+
+class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
+    """The backbone with a language-modelling head; what users load, train, sleep and generate with."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {
+        "lm_head.weight": "model.embed_tokens.weight"
+    }
+
+    def __init__(self, config: HybridSleepConfig):
+        super().__init__(config)
+        self.model = HybridSleepModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def set_activation_checkpointing(self, granularity: Granularity | None) -> None:
+        """Recompute activations in the backward: per `"block"`, per `"pass"`, or not at all (None).
+
+        Fast weights and short-term memory are passed explicitly, so results do not change.
+        """
+        if granularity is not None:
+            check_choice("granularity", granularity, GRANULARITIES)
+        self.model.granularity = granularity
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: SleepCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        sleep_passes: Passes | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Predict on pass 1, sleep at every full window; differentiable through every pass.
+
+        input_ids: `[B, T]`; attention_mask: `[B, T]`, 0 at pads; labels: `[B, T]`, -100 where
+        unsupervised, shifted inside. logits_to_keep: logits of the last columns only; 0 for all.
+        sleep_passes: depth N of the sleeps in this call, None for the config's.
+
+        With labels, `context_windows` (Algorithm 1) keeps windows that hold a supervised token
+        awake, `every_window` lets them sleep after predicting; the loss is always pass 1's.
+        Under no_grad sleeps are recorded in `past_key_values.reports`; with gradients they are not.
+        """
+        for name in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(name):
+                raise ValueError(f"{name}=True is not supported; windows and passes have many")
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        supervised = None
+        if labels is not None:
+            if tokens is None or labels.shape != tokens.shape[:2]:
+                shape = None if tokens is None else tuple(tokens.shape[:2])
+                raise ValueError(
+                    f"labels must have the shape of the input, {shape}, got {tuple(labels.shape)}"
+                )
+            self._check_labels(labels)
+            if self.config.sleep_schedule == "context_windows":
+                supervised = (labels != -100).cpu()
+        if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int):
+            raise ValueError(f"logits_to_keep must be an integer, got {logits_to_keep!r}")
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            past_key_values,
+            inputs_embeds,
+            use_cache=use_cache,
+            sleep_passes=sleep_passes,
+            supervised=supervised,
+            columns_to_keep=0 if tokens is None else min(logits_to_keep, tokens.shape[1]),
+            owner=self.memory_owner(),
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values
+        )
+
+    def _check_labels(self, labels: torch.Tensor) -> None:
+        wrong = (labels != -100) & ((labels < 0) | (labels >= self.config.vocab_size))
+        if bool(wrong.any()):
+            raise ValueError(
+                f"labels must be -100 or token ids in 0..{self.config.vocab_size - 1}, got "
+                f"{labels[wrong][0].item()}"
+            )
+
+    @torch.no_grad()
+    def sleep(
+        self,
+        cache: SleepCache,
+        passes: Passes | None = None,
+        *,
+        tol: float = TOLERANCE,
+        max_passes: int = MAX_PASSES,
+    ) -> SleepReport:
+        """Sleep now, on whatever each row's window holds; the next token opens a new window.
+
+        passes: depth N, pass 1 (the forward that filled the window) included; None takes the
+            config's; "auto" stops, row by row, when a pass changes the looped fast weights by less
+            than `tol` (relative, > 0), at the latest after `max_passes`.
+
+        Computes no logits and writes no keys and values that are dropped anyway; with a fixed depth
+        the last pass skips what no fast weight depends on. Empty windows change nothing.
+
+        Raises ValueError for a depth that is none, a cache of another model, config or weights
+        version, and fast weights that are not finite; the cache is then as it was.
+        """
+        passes = check_passes(self.config.sleep_passes if passes is None else passes)
+        if not isinstance(tol, (int, float)) or not tol > 0:
+            raise ValueError(f"tol must be a number above 0, got {tol!r}")
+        if check_passes(max_passes, "max_passes") == "auto":
+            raise ValueError("max_passes must be an integer of at least 1, got 'auto'")
+        if not isinstance(cache, SleepCache):
+            raise ValueError(f"cache must be a SleepCache, got {type(cache).__name__}")
+        cache.check(self.memory_owner(), "cache")
+        rows = torch.arange(len(cache.counts))
+        return consolidate(self.model, cache, rows, passes, tol=tol, max_passes=max_passes)
+
+
+def _real_tokens(
+    attention_mask: torch.Tensor | None, batch: int, columns: int
+) -> torch.Tensor | None:
+    """Bool `[B, T]` on the CPU from a mask that may also cover the past; None without pads."""
+    if attention_mask is None:
+        return None
+    if (
+        attention_mask.ndim != 2
+        or attention_mask.shape[0] != batch
+        or attention_mask.shape[1] < columns
+    ):
+        raise ValueError(
+            f"attention_mask must be [{batch}, {columns}], or longer where it also covers the past, "
+            f"got {tuple(attention_mask.shape)}"
+        )
+    real = attention_mask[:, -columns:].bool().cpu()
+    return None if bool(real.all()) else real
+
+
+AutoConfig.register("hybrid_sleep", HybridSleepConfig)
+AutoModel.register(HybridSleepConfig, HybridSleepModel)
+AutoModelForCausalLM.register(HybridSleepConfig, HybridSleepForCausalLM)

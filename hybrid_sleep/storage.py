@@ -1,0 +1,114 @@
+"""Fast weights on disk: one safetensors file a cache, replaced whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from hybrid_sleep.identity import Owner, architecture, same_architecture, weights_digest
+from hybrid_sleep.io import atomic_path
+from hybrid_sleep.layers.context import AttentionMemory, FastWeights
+
+if TYPE_CHECKING:
+    from hybrid_sleep.cache import SleepCache
+
+FILE_NAME = "sleep_cache.safetensors"
+_VECTORS = ("counts", "kept", "positions", "sleeps", "supervised")
+
+
+def save_cache(cache: SleepCache, directory: str | os.PathLike) -> Path:
+    """Write `directory/sleep_cache.safetensors`: fast weights, open window, counts, and whose.
+
+    Raises ValueError for a cache that has read nothing, whose model is gone or has changed since,
+    or whose fast weights are not finite. The old file stays whole until the new one is complete.
+    """
+    model = cache.owner.model() if cache.owner is not None else None
+    if model is None:
+        raise ValueError(
+            "cache has read nothing yet, or its model no longer exists; only a cache that a living "
+            "model has filled can be saved"
+        )
+    cache.owner.check_same(Owner.of(model), "cache")
+    cache.check_finite()
+    tensors = {f"rows.{name}": getattr(cache, name) for name in _VECTORS}
+    if cache.hidden is not None:
+        tensors["hidden"] = cache.hidden
+    parts = [(f"memory.{i}", m) for i, m in enumerate(cache.memory) if m is not None]
+    parts += [(f"opening.{i}", m) for i, m in cache.opening.items()]
+    for prefix, part in parts:
+        for field, value in part._asdict().items():
+            if value is not None:
+                tensors[f"{prefix}.{field}"] = value
+    metadata = {
+        "format": "hybrid_sleep.cache.1",
+        "config": json.dumps(architecture(cache.config)),
+        "weights": weights_digest(model),
+        "weights_version": str(cache.config.weights_version),
+        "columns": str(cache.columns),
+    }
+    # safetensors refuses views that share storage; what is saved is what is seen.
+    tensors = {name: value.detach().contiguous().clone() for name, value in tensors.items()}
+    path = Path(directory) / FILE_NAME
+    with atomic_path(path) as partial:
+        save_file(tensors, partial, metadata=metadata)
+    return path
+
+
+def load_cache(
+    cls: type[SleepCache], directory: str | os.PathLike, model: nn.Module
+) -> SleepCache:
+    """Read what `save_cache` wrote, onto the device of `model`.
+
+    Raises FileNotFoundError where there is no such file, and ValueError where it is no cache, or
+    belongs to another config, other weights or another weights version.
+    """
+    path = Path(directory) / FILE_NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"directory={str(directory)!r} holds no {FILE_NAME}; save_pretrained() writes one"
+        )
+    with safe_open(path, framework="pt", device=str(model.device)) as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != "hybrid_sleep.cache.1":
+            raise ValueError(
+                f"{path} has format {metadata.get('format')!r}, allowed is 'hybrid_sleep.cache.1'"
+            )
+        same_architecture(json.loads(metadata["config"]), model.config, f"cache {path}")
+        version = int(metadata["weights_version"])
+        if version != model.config.weights_version:
+            raise ValueError(
+                f"cache {path} was made under weights version {version}, the model is at "
+                f"{model.config.weights_version}; read the text again with a new cache"
+            )
+        if metadata["weights"] != weights_digest(model):
+            raise ValueError(
+                f"cache {path} was made by other weights than this model's (SHA-256 differs); "
+                "load the checkpoint it was made with"
+            )
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    cache = cls(model.config)
+    for name in _VECTORS:
+        setattr(cache, name, tensors.pop(f"rows.{name}").cpu())
+    cache.hidden = tensors.pop("hidden", None)
+    cache.columns = int(metadata["columns"])
+    parts: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        kind, layer, field = name.split(".")
+        parts.setdefault((kind, int(layer)), {})[field] = value
+    for (kind, layer), fields in parts.items():
+        if kind == "opening":
+            cache.opening[layer] = FastWeights(**{"S": None, **fields})
+        elif "k" in fields:
+            cache.memory[layer] = AttentionMemory(**fields)
+        else:
+            cache.memory[layer] = FastWeights(**fields)
+    cache.owner = Owner.of(model)
+    cache.check_finite(f"cache {path}")
+    return cache
