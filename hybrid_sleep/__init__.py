@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
 
 __version__ = "0.1.0"
@@ -12,6 +13,7 @@ if (_root / "pyproject.toml").is_file() and (_root / "kernels").is_dir():
     # A checkout keeps kernels/, training/, eval/ and configs/ beside this package, not inside it.
     __path__.append(str(_root))
 
+# Names are loaded when asked for: a command line that only prints its help should not wait for torch.
 _exports = {
     "HybridSleepConfig": "configuration",
     "HybridSleepModel": "modeling",
@@ -30,3 +32,8 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_exports])
+
+
+if "transformers" in sys.modules:
+    # Someone may reach for AutoModelForCausalLM next, without asking this package for a name.
+    importlib.import_module("hybrid_sleep.modeling")

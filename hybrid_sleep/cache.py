@@ -50,7 +50,8 @@ class SleepCache(Cache):
     many tokens came, lie in the window, and how often the row slept. Tensors are replaced, never
     written in place, so gradients flow through them and a copy is cheap.
 
-    `reports` lists a `SleepReport` for each sleep that happened outside of training.
+    `reports` lists a `SleepReport` for each sleep that happened outside of training. `finished` is
+    set by generate(): rows that read no more tokens in this call.
     """
 
     def __init__(self, config: HybridSleepConfig):
@@ -73,6 +74,7 @@ class SleepCache(Cache):
             setattr(self, name, torch.zeros(0, dtype=torch.long))
         self.supervised = torch.zeros(0, dtype=torch.bool)
         self.columns = 0
+        self.finished: torch.Tensor | None = None
         self.reports.clear()
         self.owner = None
 

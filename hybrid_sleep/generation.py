@@ -20,16 +20,16 @@ _MODES = {
 
 
 class _Finished(StoppingCriteriaList):
-    """Stopping criteria that remember which rows are done, so that they read no more tokens."""
+    """Stopping criteria that tell the cache which rows are done and read no more tokens."""
 
-    def __init__(self, criteria: StoppingCriteriaList, done: dict[str, torch.Tensor]):
+    def __init__(self, criteria: StoppingCriteriaList, cache: SleepCache):
         super().__init__(criteria)
-        self.done = done
+        self.cache = cache
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         stopped = super().__call__(input_ids, scores, **kwargs)
-        rows = self.done.get("rows")
-        self.done["rows"] = stopped if rows is None else rows | stopped
+        before = self.cache.finished
+        self.cache.finished = stopped if before is None else before | stopped
         return stopped
 
 
@@ -144,22 +144,25 @@ class SleepGenerationMixin(GenerationMixin):
         copies = max(generation_config.num_beams, generation_config.num_return_sequences)
         cache = model_kwargs.get("past_key_values")
         if cache is None:
-            if generation_config.use_cache is not False:
-                model_kwargs["past_key_values"] = SleepCache(self.config)
-            return
-        cache.check(self.memory_owner())
-        cache.check_finite("past_key_values")
-        if copies > 1:
-            cache = cache.copy()
-            cache.batch_repeat_interleave(copies)
-            model_kwargs["past_key_values"] = cache
+            if generation_config.use_cache is False:
+                return
+            cache = SleepCache(self.config)
+        else:
+            cache.check(self.memory_owner())
+            cache.check_finite("past_key_values")
+            if copies > 1:
+                cache = cache.copy()
+                cache.batch_repeat_interleave(copies)
+        cache.finished = None
+        model_kwargs["past_key_values"] = cache
+        if generation_config.num_beams == 1:
+            # The one object that transformers hands to both this method and the next.
+            generation_config._sleep_cache = cache
 
     def _get_stopping_criteria(self, generation_config, stopping_criteria, **kwargs):
         criteria = super()._get_stopping_criteria(generation_config, stopping_criteria, **kwargs)
-        if generation_config.num_beams > 1:
-            return criteria
-        self._done: dict[str, torch.Tensor] = {}
-        return _Finished(criteria, self._done)
+        cache = getattr(generation_config, "_sleep_cache", None)
+        return criteria if cache is None else _Finished(criteria, cache)
 
     def prepare_inputs_for_generation(
         self,
@@ -184,7 +187,7 @@ class SleepGenerationMixin(GenerationMixin):
             inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
         else:
             inputs["input_ids"] = input_ids[:, -1:]
-            done = getattr(self, "_done", {}).get("rows")
+            done = past_key_values.finished
             inputs["attention_mask"] = None if done is None else (~done)[:, None].long()
         inputs |= {k: v for k, v in kwargs.items() if k in ("sleep_passes", "use_cache")}
         return inputs | {"logits_to_keep": kwargs.get("logits_to_keep", 1)}
