@@ -13,7 +13,7 @@ if (_root / "pyproject.toml").is_file() and (_root / "kernels").is_dir():
     # A checkout keeps kernels/, training/, eval/ and configs/ beside this package, not inside it.
     __path__.append(str(_root))
 
-# Names are loaded when asked for: a command line that only prints its help should not wait for torch.
+# Names are loaded when asked for: printing the command line's help should not wait for torch.
 _exports = {
     "HybridSleepConfig": "configuration",
     "HybridSleepModel": "modeling",

@@ -57,7 +57,7 @@ class SleepCache(Cache):
     def __init__(self, config: HybridSleepConfig):
         if not isinstance(config, HybridSleepConfig):
             raise ValueError(
-                f"config must be a HybridSleepConfig, got {type(config).__name__}; pass model.config"
+                f"config must be a HybridSleepConfig, got {type(config).__name__}; use model.config"
             )
         super().__init__(layers=[])
         self.config = config
@@ -325,7 +325,7 @@ class SleepCache(Cache):
             self.owner.check_same(owner, name)
 
     def save_pretrained(self, directory: str) -> None:
-        """Write `sleep_cache.safetensors` into `directory`, atomically; see hybrid_sleep.storage."""
+        """Write `sleep_cache.safetensors` into `directory`, atomically; see `storage`."""
         from hybrid_sleep.storage import save_cache
 
         save_cache(self, directory)

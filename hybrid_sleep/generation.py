@@ -1,4 +1,4 @@
-"""generate() for a model that sleeps: transformers' loop, our cache, each row at its own boundary."""
+"""generate() for a model that sleeps: transformers' loop, each row at its own boundary."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ class SleepGenerationMixin(GenerationMixin):
             the cache goes on with this call (give a `copy()` to keep it). With beams or several
             returned sequences a repeated copy is used instead.
 
-        Raises ValueError for an empty prompt, a depth that is none, a cache of another model, config
-        or weights version, and for what cannot work: assisted and contrastive decoding (fast
-        weights cannot be rolled back), static, quantised or offloaded caches, chunked prefill
-        (prompts are read window by window already).
+        Raises ValueError for an empty prompt, a depth that is none, a cache of another model,
+        config or weights version, and for what cannot work: assisted decoding (fast weights cannot
+        be rolled back), static, quantised or offloaded caches, chunked prefill (prompts are read
+        window by window already).
         """
         if kwargs.get("sleep_passes") is not None:
             check_passes(kwargs["sleep_passes"], "sleep_passes")
@@ -126,8 +126,8 @@ class SleepGenerationMixin(GenerationMixin):
             )
         if generation_config.prefill_chunk_size is not None:
             raise ValueError(
-                f"prefill_chunk_size={generation_config.prefill_chunk_size} is not needed: a prompt "
-                "is read window by window; leave it None"
+                f"prefill_chunk_size={generation_config.prefill_chunk_size} is not needed: "
+                "a prompt is read window by window; leave it None"
             )
         super()._validate_generation_mode(
             generation_mode, generation_config, generation_mode_kwargs
@@ -175,6 +175,8 @@ class SleepGenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The prompt whole, then one token a step; a finished row's token is a pad."""
+        if kwargs.get("position_ids") is not None:
+            raise ValueError("position_ids cannot be given: a row's positions follow its windows")
         inputs: dict[str, Any] = {"past_key_values": past_key_values}
         if is_first_iteration:
             # A cache that came with the call holds the past: all of the prompt is new.

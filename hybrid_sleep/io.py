@@ -45,5 +45,5 @@ def write_text_atomic(path: str | os.PathLike, text: str) -> None:
 
 
 def write_json_atomic(path: str | os.PathLike, content: Any) -> None:
-    """Write `content` to `path` as indented JSON, atomically. Raises TypeError on what JSON lacks."""
+    """Write `content` to `path` as indented JSON, atomically; TypeError on what JSON lacks."""
     write_text_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from hybrid_sleep.cache import SleepCache
 from hybrid_sleep.configuration import HybridSleepConfig, check_choice
@@ -27,8 +28,9 @@ from hybrid_sleep.sleep import (
     check_passes,
     consolidate,
 )
-from hybrid_sleep.windows import cut, spread
+from hybrid_sleep.windows import TokenBlock, cut, spread
 
+_LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index")
 _REMOTE_FILE = "modeling_hybrid_sleep.py"
 _REMOTE_CODE = '''"""Lets transformers load this checkpoint with trust_remote_code=True."""
 
@@ -153,6 +155,7 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
         )
         return Context(cos, sin, sight, mask, keep_tails=sliding or not sleeping)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -179,8 +182,8 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if tokens.ndim != (2 if inputs_embeds is None else 3) or 0 in tokens.shape[:2]:
             raise ValueError(
-                "input_ids must be [B, T] and inputs_embeds [B, T, D] with at least one row and one "
-                f"token, got shape {tuple(tokens.shape)}: an empty prompt has nothing to read"
+                "input_ids must be [B, T] and inputs_embeds [B, T, D], at least one row and one token; "
+                f"got shape {tuple(tokens.shape)}: an empty prompt has nothing to read"
             )
         passes = check_passes(
             self.config.sleep_passes if sleep_passes is None else sleep_passes, "sleep_passes"
@@ -188,6 +191,7 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
         if inputs_embeds is None and (tokens.device.type == "cpu" or tokens.shape[1] > 1):
             self.check_ids(input_ids, "input_ids")
         batch, columns = tokens.shape[:2]
+        use_cache = self.config.use_cache if use_cache is None else use_cache
         real = _real_tokens(attention_mask, batch, columns)
         cache = SleepCache(self.config) if past_key_values is None else past_key_values
         if not isinstance(cache, SleepCache):
@@ -196,28 +200,21 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
             )
         if past_key_values is not None:
             cache.check(Owner.of(self) if owner is None else owner)
-        elif use_cache is not False:
+        elif use_cache:
             cache.owner = Owner.of(self) if owner is None else owner
         cache.open(batch)
         first_kept = columns - columns_to_keep if columns_to_keep else 0
-        blocks = []
+        kept: list[tuple[TokenBlock, torch.Tensor]] = []
         for block in cut(cache.counts, real, columns, self.config.window):
             if len(block.full):
                 self._cross(cache, block.full, passes)
-            h, last = self._read(tokens, block, cache, supervised)
-            if last >= first_kept:
-                blocks.append((block, self.norm(h)))
+            h = self._read(tokens, block, cache, supervised)
+            kept = [pair for pair in kept if pair[0].last_column >= first_kept] + [(block, h)]
         cache.columns += columns
         return BaseModelOutputWithPast(
-            last_hidden_state=self._spread(blocks, first_kept, batch, columns),
-            past_key_values=cache if use_cache is not False else None,
+            last_hidden_state=self.norm(spread(kept, first_kept, columns)),
+            past_key_values=cache if use_cache else None,
         )
-
-    def _spread(self, blocks, first: int, batch: int, columns: int) -> torch.Tensor:
-        if not blocks:
-            weight = self.embed_tokens.weight
-            return weight.new_zeros(batch, columns - first, self.config.hidden_size)
-        return spread(blocks, first, columns)
 
     def _cross(self, cache: SleepCache, full: torch.Tensor, passes: Passes) -> None:
         """Let the rows in `full` sleep; those whose window was supervised only evict."""
@@ -232,24 +229,14 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
     def _read(
         self,
         tokens: torch.Tensor,
-        block,
+        block: TokenBlock,
         cache: SleepCache,
         supervised: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, int]:
-        """Pass 1 over one block; returns its hidden states and the last input column it read."""
-        columns = block.columns
-        if isinstance(columns, slice):
-            part, last = tokens[:, columns], columns.stop - 1
-        else:
-            index = columns.to(tokens.device)
-            last = int(columns[torch.arange(columns.shape[1]) < block.lengths[:, None]].max())
-            part = tokens.take_along_dim(index if tokens.ndim == 2 else index[..., None], dim=1)
+    ) -> torch.Tensor:
+        """Pass 1 over one block; returns its last hidden states."""
+        part = block.take(tokens)
         if supervised is not None:
-            seen = supervised[:, columns] if last is None or isinstance(columns, slice) else None
-            if seen is None:
-                seen = supervised.take_along_dim(columns, dim=1)
-                seen = seen & (torch.arange(columns.shape[1]) < block.lengths[:, None])
-            cache.supervised = cache.supervised | seen.any(1)
+            cache.supervised = cache.supervised | (block.take(supervised) & block.real).any(1)
         h = self.embed_tokens(part) if tokens.ndim == 2 else part
         context = self.context(
             cache.kept + cache.counts,
@@ -276,11 +263,11 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
             )
             after |= coda
         cache.append(after, hidden, block.lengths)
-        return h, last
+        return h
 
 
 class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
-    """The backbone with a language-modelling head; what users load, train, sleep and generate with."""
+    """The backbone with a language-modelling head: train it, let it sleep, generate with it."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {
         "lm_head.weight": "model.embed_tokens.weight"
@@ -302,6 +289,7 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
             check_choice("granularity", granularity, GRANULARITIES)
         self.model.granularity = granularity
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -324,9 +312,13 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
         awake, `every_window` lets them sleep after predicting; the loss is always pass 1's.
         Under no_grad sleeps are recorded in `past_key_values.reports`; with gradients they are not.
         """
-        for name in ("output_hidden_states", "output_attentions"):
-            if kwargs.get(name):
-                raise ValueError(f"{name}=True is not supported; windows and passes have many")
+        unknown = [name for name, value in kwargs.items() if value and name not in _LOSS_ARGUMENTS]
+        if unknown:
+            raise ValueError(
+                f"forward() does not take {', '.join(unknown)}: positions and states are counted "
+                "and kept by past_key_values"
+            )
+        loss_arguments = {k: v for k, v in kwargs.items() if k in _LOSS_ARGUMENTS}
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         supervised = None
         if labels is not None:
@@ -350,12 +342,13 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
             supervised=supervised,
             columns_to_keep=0 if tokens is None else min(logits_to_keep, tokens.shape[1]),
             owner=self.memory_owner(),
+            return_dict=True,
         )
         logits = self.lm_head(outputs.last_hidden_state)
         loss = None
         if labels is not None:
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_arguments
             )
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values
@@ -414,10 +407,12 @@ def _real_tokens(
         or attention_mask.shape[1] < columns
     ):
         raise ValueError(
-            f"attention_mask must be [{batch}, {columns}], or longer where it also covers the past, "
+            f"attention_mask must be [{batch}, {columns}], or longer where it covers the past too, "
             f"got {tuple(attention_mask.shape)}"
         )
     real = attention_mask[:, -columns:].bool().cpu()
+    if not bool(real.any()):
+        raise ValueError("attention_mask hides every token; at least one row must have one to read")
     return None if bool(real.all()) else real
 
 

@@ -53,7 +53,8 @@ class Backbone(Protocol):
 class SleepReport:
     """What one sleep did.
 
-    rows: which rows of the batch slept; tokens: how many tokens each consolidated.
+    rows: which rows of the batch slept.
+    tokens: how many tokens were consolidated in all; tokens_by_row: in each of `rows`.
     passes: depth reached, pass 1 included (the largest over rows); passes_by_row: each row's.
     change: per state-space layer, `||S_j - S_{j-1}|| / ||S_{j-1}||` of passes j = 2, 3, ...
     bytes_freed: keys, values, hidden states and tails that the boundary dropped.
@@ -61,7 +62,8 @@ class SleepReport:
     """
 
     rows: list[int]
-    tokens: list[int]
+    tokens: int
+    tokens_by_row: list[int]
     passes: int
     passes_by_row: list[int]
     change: dict[int, list[float]] = field(default_factory=dict)
@@ -80,7 +82,7 @@ class SleepReport:
             for layer, changes in self.change.items()
         )
         return (
-            f"{sum(self.tokens)} tokens in {len(self.rows)} row(s), {self.passes} pass(es), "
+            f"{self.tokens} tokens in {len(self.rows)} row(s), {self.passes} pass(es), "
             f"{self.bytes_freed / 1024:.1f} KiB freed, {self.seconds * 1e3:.1f} ms"
             + (f"; change of S by pass: {change}" if change else "")
         )
@@ -88,7 +90,8 @@ class SleepReport:
 
 def check_passes(passes: Any, name: str = "passes") -> Passes:
     """Return `passes` if it is an integer of at least 1 or "auto", else raise ValueError."""
-    if passes == "auto" or (isinstance(passes, int) and not isinstance(passes, bool) and passes > 0):
+    is_count = isinstance(passes, int) and not isinstance(passes, bool)
+    if passes == "auto" or (is_count and passes > 0):
         return passes
     raise ValueError(f"{name} must be an integer of at least 1 or 'auto', got {passes!r}")
 
@@ -126,7 +129,7 @@ def consolidate(
     config = backbone.config
     rows = rows[cache.counts[rows] > 0]
     if not len(rows):
-        return SleepReport([], [], 0, []) if report else None
+        return SleepReport([], 0, [], 0, []) if report else None
     if report:
         cache.check_finite()
     window = cache.window(rows)
@@ -202,7 +205,8 @@ def consolidate(
     }
     done = SleepReport(
         rows=rows.tolist(),
-        tokens=window.lengths.tolist(),
+        tokens=int(window.lengths.sum()),
+        tokens_by_row=window.lengths.tolist(),
         passes=int(depths.max()),
         passes_by_row=depths.tolist(),
         change=by_layer,

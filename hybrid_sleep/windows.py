@@ -24,6 +24,25 @@ class TokenBlock:
     columns: torch.Tensor | slice
     lengths: torch.Tensor
 
+    @property
+    def real(self) -> torch.Tensor:
+        """Bool `[B, n]`, False at pads."""
+        return torch.arange(int(self.lengths.max())) < self.lengths[:, None]
+
+    @property
+    def last_column(self) -> int:
+        """The last input column that any row reads in this block."""
+        if isinstance(self.columns, slice):
+            return self.columns.stop - 1
+        return int(self.columns[self.real].max())
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        """This block's part of `x: [B, T, ...]`; what stands at pads means nothing."""
+        if isinstance(self.columns, slice):
+            return x[:, self.columns]
+        index = self.columns.to(x.device)
+        return x.take_along_dim(index.view(*index.shape, *[1] * (x.ndim - 2)), dim=1)
+
 
 def cut(
     counts: torch.Tensor, real: torch.Tensor | None, columns: int, window: int
@@ -72,7 +91,8 @@ def spread(
 ) -> torch.Tensor:
     """Put the blocks' hidden states `[B, n, D]` back where their tokens stood in the input.
 
-    Returns `[B, columns - first, D]` for input columns `first..columns - 1`, zeros at pads.
+    blocks: at least those that read any column from `first` on. Returns `[B, columns - first, D]`
+    for input columns `first..columns - 1`, zeros at pads.
     """
     if all(isinstance(block.columns, slice) for block, _ in blocks):
         joined = torch.cat([h for _, h in blocks], dim=1)
@@ -83,8 +103,7 @@ def spread(
     source = torch.zeros(batch, columns, dtype=torch.long)
     offset = 1
     for block, h in blocks:
-        step = torch.arange(h.shape[1])
-        row, place = (step < block.lengths[:, None]).nonzero(as_tuple=True)
+        row, place = block.real.nonzero(as_tuple=True)
         source[row, block.columns[row, place]] = offset + place
         offset += h.shape[1]
     index = source[:, first:, None].expand(-1, -1, width).to(joined.device)
