@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from hybrid_sleep.cache import SleepCache
 from hybrid_sleep.configuration import HybridSleepConfig, check_choice
 from hybrid_sleep.generation import SleepGenerationMixin
-from hybrid_sleep.identity import Owner, weights_version
-from hybrid_sleep.io import write_text_atomic
+from hybrid_sleep.identity import Owner
 from hybrid_sleep.layers.block import Block
 from hybrid_sleep.layers.context import Context, see
 from hybrid_sleep.layers.rotary import Rotary
 from hybrid_sleep.layers.stack import GRANULARITIES, Granularity, run_blocks
-from hybrid_sleep.layers.state_space import StateSpaceMixer
+from hybrid_sleep.pretrained import HybridSleepPreTrainedModel
 from hybrid_sleep.sleep import (
     MAX_PASSES,
     TOLERANCE,
@@ -31,67 +30,6 @@ from hybrid_sleep.sleep import (
 from hybrid_sleep.windows import TokenBlock, cut, spread
 
 _LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index")
-_REMOTE_FILE = "modeling_hybrid_sleep.py"
-_REMOTE_CODE = '''"""Lets transformers load this checkpoint with trust_remote_code=True."""
-
-from hybrid_sleep import HybridSleepConfig, HybridSleepForCausalLM, HybridSleepModel
-
-__all__ = ["HybridSleepConfig", "HybridSleepForCausalLM", "HybridSleepModel"]
-'''
-
-
-class HybridSleepPreTrainedModel(PreTrainedModel):
-    """Loading, saving, initialisation and what all heads share."""
-
-    config_class = HybridSleepConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = False
-    _no_split_modules: ClassVar[list[str]] = ["Block"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_attention_backend = True
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["A_log", "dt_bias"]
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, StateSpaceMixer):
-            gates = (module.A_log, module.dt_bias, module.q_conv, module.kv_conv)
-            if not all(getattr(p, "_is_hf_initialized", False) for p in gates):
-                module.reset_gates()
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As transformers', plus a file by which AutoModel finds this package (auto_map)."""
-        module = _REMOTE_FILE.removesuffix(".py")
-        self.config.auto_map = {
-            "AutoConfig": f"{module}.HybridSleepConfig",
-            "AutoModel": f"{module}.HybridSleepModel",
-            "AutoModelForCausalLM": f"{module}.HybridSleepForCausalLM",
-        }
-        super().save_pretrained(save_directory, **kwargs)
-        write_text_atomic(f"{save_directory}/{_REMOTE_FILE}", _REMOTE_CODE)
-
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: transformers' checkpointing drops the state that a sleep carries."""
-        raise ValueError(
-            "gradient_checkpointing must stay off: transformers' would drop the fast weights "
-            "between windows without a word. Use model.set_activation_checkpointing('block') or "
-            "('pass'), which carry them"
-        )
-
-    @property
-    def weights_version(self) -> int:
-        """Grows with every change of the slow weights; a cache serves one version."""
-        return weights_version(self)
-
-    def bump_weights_version(self) -> int:
-        """Count a change of the slow weights, durably (it is saved with the config)."""
-        self.config.weights_version += 1
-        return self.weights_version
-
-    def memory_owner(self) -> Owner:
-        """This model as it is now, for a cache to belong to."""
-        return Owner.of(self)
 
 
 class HybridSleepModel(HybridSleepPreTrainedModel):
@@ -182,8 +120,8 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if tokens.ndim != (2 if inputs_embeds is None else 3) or 0 in tokens.shape[:2]:
             raise ValueError(
-                "input_ids must be [B, T] and inputs_embeds [B, T, D], at least one row and one token; "
-                f"got shape {tuple(tokens.shape)}: an empty prompt has nothing to read"
+                "input_ids must be [B, T] and inputs_embeds [B, T, D], at least one row and one "
+                f"token, got shape {tuple(tokens.shape)}: an empty prompt has nothing to read"
             )
         passes = check_passes(
             self.config.sleep_passes if sleep_passes is None else sleep_passes, "sleep_passes"
