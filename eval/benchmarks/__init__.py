@@ -1,0 +1,1 @@
+"""What a sleeping model costs, per generated token and per sleep; ratios within one process."""

@@ -1,0 +1,252 @@
+"""`hybrid-sleep demo`: train a small model here, ask it at several depths, let it write on.
+
+Everything measured is in results.json; results.md and accuracy.png are made from it alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hybrid_sleep.eval import depth as depths_of
+from hybrid_sleep.eval import report
+from hybrid_sleep.eval.progress import progress_bar
+from hybrid_sleep.eval.tasks import IGNORED, Task
+from hybrid_sleep.eval.tasks.base import check_int
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from hybrid_sleep.training import RunConfig
+
+RECIPE = "rule110_cpu.yaml"
+DEPTHS = range(1, 7)
+NEW_WINDOWS = 3
+EQUAL_WITHIN = 0.02
+
+
+def run_demo(*, seed: int = 0, out: str | os.PathLike, command: str | None = None) -> Path:
+    """Train, measure, generate; write results.json, results.md, accuracy.png into `out`.
+
+    Returns the path of results.json. Interrupted, it raises KeyboardInterrupt saying what is
+    already on disk. Raises ValueError for a seed that is not an integer of at least 0.
+    """
+    from rich.console import Console
+
+    from hybrid_sleep import HybridSleepForCausalLM
+    from hybrid_sleep.training import train
+
+    check_int("seed", seed, 0)
+    out, console = Path(out), Console()
+    began = time.perf_counter()
+    run = recipe(seed, out / "training")
+    task = run.load_task()
+    saved = f"the training run in {run.output_dir}, if it had begun"
+    try:
+        model_dir = train(run).model_dir
+        trained = time.perf_counter()
+        saved = f"the trained model in {model_dir}"
+        model = HybridSleepForCausalLM.from_pretrained(model_dir)
+        with progress_bar("measure") as progress:
+            measured = depths_of.measure_depth(model, task, DEPTHS, progress=progress)
+        result = depths_of.summarise(
+            task, [measured], [depths_of.run_record(model_dir, run)], command=command
+        )
+        result |= {
+            "benchmark": "demo",
+            "config": run.to_dict(),
+            "baseline": baseline(),
+            "generation": None,
+            "seconds": time.perf_counter() - began,
+            "seconds_training": trained - began,
+        }
+        paths = report.save(result, out)
+        saved = f"the accuracies in {paths[0]}"
+        console.print(table(result))
+        result["generation"] = generate(model, task, result["best_depth"])
+        result["seconds"] = time.perf_counter() - began
+        paths = report.save(result, out)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"kept {saved}") from None
+    for line in words(result):
+        console.print(line, markup=False, highlight=False)
+    console.print("\nwrote " + ", ".join(str(path) for path in paths), markup=False)
+    return paths[0]
+
+
+def recipe(seed: int, output_dir: Path) -> RunConfig:
+    """The demo's training run, from the packaged configs."""
+    from hybrid_sleep.training import load_run_config
+
+    with as_file(files("hybrid_sleep.configs") / "runs" / RECIPE) as path:
+        return load_run_config(path, {"train.seed": seed, "output_dir": str(output_dir)})
+
+
+def baseline() -> dict[str, Any] | None:
+    """The committed result of the same model trained at N = 1 alone; None where it is not shipped.
+
+    Holds `accuracy` and `spread` at depth 1, `seeds`, `command`, and the `examples` and `passes`
+    (over a window, summed over examples) that its training took.
+    """
+    file = files("hybrid_sleep.eval") / "results" / "baseline_n1" / "results.json"
+    if not file.is_file():
+        return None
+    result = json.loads(file.read_text(encoding="utf-8"))
+    return {
+        "accuracy": {"1": result["accuracy"]["1"]},
+        "spread": {"1": result["spread"]["1"]},
+        "seeds": [run["seed"] for run in result["runs"]],
+        "command": result["command"],
+        **training_cost(result["runs"][0]["config"]),
+    }
+
+
+def training_cost(config: dict[str, Any]) -> dict[str, float]:
+    """Examples that a run trains on, and passes over a context window, summed over examples."""
+    from hybrid_sleep.training import parse_depth
+
+    examples = config["train"]["steps"] * config["train"]["batch_size"]
+    return {"examples": examples, "passes": examples * parse_depth(config["sleep_passes"]).mean}
+
+
+def generate(model: Any, task: Task, passes: int) -> dict[str, Any]:
+    """Let `model` answer one test example and write on over several windows, sleeping by itself.
+
+    The prompt is everything before the first label. Only the labels were ever supervised, so only
+    the first tokens mean anything; what follows shows the sleeps.
+    """
+    import torch
+
+    from hybrid_sleep import SleepCache
+
+    example = next(task.examples(depths_of.SPLIT, 0))
+    first = next(i for i, label in enumerate(example["labels"]) if label != IGNORED)
+    prompt, answers = example["input_ids"][:first], example["labels"][first:]
+    window = model.config.window
+    cache = SleepCache(model.config)
+    sequence = model.generate(
+        torch.tensor([prompt]),
+        past_key_values=cache,
+        max_new_tokens=NEW_WINDOWS * window,
+        min_new_tokens=NEW_WINDOWS * window,
+        do_sample=False,
+        sleep_passes=passes,
+    )[0].tolist()
+    return {
+        "depth": passes,
+        "window": window,
+        "prompt": prompt,
+        "answers": answers,
+        "generated": sequence[first:],
+        "reports": [sleep.to_dict() for sleep in cache.reports],
+        "said": [str(sleep) for sleep in cache.reports],
+    }
+
+
+def table(result: dict[str, Any]) -> Any:
+    """Accuracy by depth as a rich table, floor and baseline below it."""
+    from rich.table import Table
+
+    shown = Table(title=f"Rule 110, seed {result['runs'][0]['seed']}: accuracy by sleep depth")
+    for column in ("depth N", "exact", "95 % interval", "per label", "ms per example"):
+        shown.add_column(column, justify="right")
+    for depth, accuracy in result["accuracy"].items():
+        low, high = result["runs"][0]["interval"][depth]
+        shown.add_row(
+            depth,
+            f"{accuracy:.3f}",
+            f"{low:.3f} to {high:.3f}",
+            f"{result['per_label'][depth]:.3f}",
+            f"{1000 * result['seconds_per_example'][depth]:.2f}",
+            style="bold" if int(depth) == result["best_depth"] else None,
+        )
+    shown.add_row("floor", f"{result['floor']:.3f}", "", f"{result['floor_per_label']:.3f}", "")
+    return shown
+
+
+def words(result: dict[str, Any]) -> list[str]:
+    """What the numbers mean, paragraph by paragraph; for the terminal and for results.md."""
+    trained = result["runs"][0]["trained_depths"]
+    best = str(result["best_depth"])
+    text = [
+        f"One checkpoint, trained with its sleep depth drawn from {trained}: "
+        f"{result['accuracy']['1']:.3f} at depth 1, {result['accuracy'][best]:.3f} at depth "
+        f"{best}. Always guessing the most frequent label scores {result['floor']:.3f}.",
+        baseline_words(result),
+    ]
+    if result["generation"]:
+        text += generation_words(result["generation"])
+    text.append(
+        f"{result['seconds']:.0f} s in all, {result['seconds_training']:.0f} s of them training."
+    )
+    return text
+
+
+def baseline_words(result: dict[str, Any]) -> str:
+    """The comparison at equal compute, said as it is."""
+    base = result["baseline"]
+    if base is None:
+        return (
+            "The baseline (the same model trained at N = 1 alone) is not part of this "
+            "installation; it is in the repository, eval/results/baseline_n1."
+        )
+    cost = training_cost(result["config"])
+    accuracy, (low, high) = base["accuracy"]["1"], base["spread"]["1"]
+    best = result["accuracy"][str(result["best_depth"])]
+    text = (
+        f"Baseline, measured once: the same model trained at N = 1 alone, on "
+        f"{base['examples'] / cost['examples']:.1f} times the examples "
+        f"({base['passes'] / cost['passes']:.1f} times the passes over a window), reaches "
+        f"{accuracy:.3f} at depth 1 ({low:.3f} to {high:.3f} over {len(base['seeds'])} seeds). "
+    )
+    if accuracy > best - EQUAL_WITHIN:
+        return text + (
+            "So on this easy setting depth does not beat more training at equal compute. What it "
+            "buys is data, the same accuracy from fewer examples, and a dial: one checkpoint that "
+            "can be asked cheaply or thoroughly."
+        )
+    return text + (
+        f"So for about the same compute, sleeping deeper is worth {best - accuracy:.3f} of exact "
+        "accuracy here."
+    )
+
+
+def generation_words(generation: dict[str, Any]) -> list[str]:
+    """The text written across windows, and what each sleep reported."""
+    window, answers = generation["window"], generation["answers"]
+    tokens = generation["prompt"] + generation["generated"]
+    windows = [tokens[start : start + window] for start in range(0, len(tokens), window)]
+    answered = generation["generated"][: len(answers)]
+    verdict = "right" if answered == answers else f"wrong, {answers} would be right"
+    return [
+        f"The same model writing on, depth {generation['depth']}, one window of {window} tokens "
+        f"a group (2 is the separator, what follows it the answer: {answered}, {verdict}; the rest "
+        "was never supervised and only shows that it goes on):",
+        " ".join("".join(str(token) for token in part) for part in windows),
+        *(f"sleep {number}: {said}" for number, said in enumerate(generation["said"], 1)),
+    ]
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The demo's page."""
+    lines = [
+        f"# Accuracy against sleep depth, seed {result['runs'][0]['seed']}",
+        "",
+        "![Exact accuracy against sleep depth](accuracy.png)",
+        "",
+        depths_of.markdown(result),
+    ]
+    for paragraph in words(result):
+        lines += [paragraph, ""]
+    if result["baseline"]:
+        lines += [f"Baseline: `{result['baseline']['command']}`", ""]
+    return "\n".join(lines)
+
+
+def figure(result: dict[str, Any]) -> Figure:
+    """As for `bench depth`, with the baseline."""
+    return depths_of.figure(result)

@@ -1,0 +1,198 @@
+"""One command, `hybrid-sleep`. Every command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="hybrid-sleep",
+    help="Language models that sleep: train one, measure it, look at what this machine has.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+bench = typer.Typer(
+    help="Benchmarks: each writes results.json, a Markdown table and a figure.",
+    no_args_is_help=True,
+)
+app.add_typer(bench, name="bench")
+
+_options = {"traceback": False}
+
+
+@app.callback()
+def _main(
+    traceback: Annotated[
+        bool, typer.Option(help="Show the whole traceback of an error instead of one line.")
+    ] = False,
+) -> None:
+    _options["traceback"] = traceback
+
+
+def _command(work: Callable[..., Any]) -> Callable[..., Any]:
+    """`work` as a command: bad input ends in one line and exit code 2, Ctrl-C in 130."""
+
+    @functools.wraps(work)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            work(*args, **kwargs)
+        except KeyboardInterrupt as interrupt:
+            # Work that can say what it saved raises with that text.
+            typer.echo(f"interrupted: {interrupt or 'nothing more was written'}", err=True)
+            raise typer.Exit(130) from None
+        except (ValueError, OSError) as error:
+            if _options["traceback"]:
+                raise
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from None
+
+    return run
+
+
+def _command_line() -> str:
+    """This call as someone else can repeat it: relative paths, no folder of this machine."""
+    return " ".join(["hybrid-sleep", *(_shown(word) for word in sys.argv[1:])])
+
+
+def _shown(word: str) -> str:
+    path = Path(word)
+    if not path.is_absolute():
+        return word
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return path.name
+
+
+def _report(result: dict[str, Any], out: Path) -> None:
+    """Write a benchmark's files, and show its table."""
+    from hybrid_sleep.eval import report
+
+    paths = report.save(result, out)
+    typer.echo(paths[1].read_text(encoding="utf-8"))
+    typer.echo("wrote " + ", ".join(str(path) for path in paths), err=True)
+
+
+@app.command()
+@_command
+def demo(
+    seed: Annotated[int, typer.Option(help="Seed of the weights, the data and the depths.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the results [default: out/demo-seedSEED].")
+    ] = None,
+) -> None:
+    """Train a small model on this CPU, then show accuracy against sleep depth.
+
+    Takes under five minutes on two cores. Writes results.json, results.md and accuracy.png.
+    """
+    from hybrid_sleep.eval.demo import run_demo
+
+    run_demo(seed=seed, out=out or Path("out") / f"demo-seed{seed}", command=_command_line())
+
+
+@bench.command("depth")
+@_command
+def bench_depth(
+    checkpoints: Annotated[
+        list[Path], typer.Argument(help="Trained models; several are taken as seeds of one recipe.")
+    ],
+    depths: Annotated[str, typer.Option(help="Sleep depths, such as 1-8 or 1,2,4.")] = "1-8",
+    count: Annotated[int, typer.Option(help="Test examples at each depth.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Which test examples.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Examples in one forward.")] = 250,
+    device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/bench-depth"),
+) -> None:
+    """Accuracy and cost against sleep depth, with the floor and the spread over checkpoints.
+
+    The task is the one each checkpoint was trained on (run.yaml beside its weights).
+    """
+    from hybrid_sleep.eval.depth import bench_checkpoints, parse_depths
+
+    result = bench_checkpoints(
+        checkpoints,
+        parse_depths(depths),
+        count=count,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        command=_command_line(),
+    )
+    _report(result, out)
+
+
+@bench.command("generation")
+@_command
+def bench_generation(
+    windows: Annotated[int, typer.Option(help="Windows to generate.")] = 64,
+    window: Annotated[int, typer.Option(help="Tokens in a window.")] = 64,
+    passes: Annotated[int, typer.Option(help="Passes of each sleep.")] = 4,
+    repeats: Annotated[int, typer.Option(help="Runs, of which medians are taken.")] = 5,
+    state_space: Annotated[str, typer.Option(help="gated_deltanet or mamba2.")] = "gated_deltanet",
+    device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path(
+        "out/bench-generation"
+    ),
+) -> None:
+    """Seconds per token and memory of the last generated window against the first."""
+    from hybrid_sleep.eval.benchmarks import generation
+    from hybrid_sleep.eval.progress import progress_bar
+
+    with progress_bar("generate") as progress:
+        result = generation.run(
+            windows=windows,
+            window=window,
+            passes=passes,
+            repeats=repeats,
+            state_space=state_space,
+            device=device,
+            command=_command_line(),
+            progress=progress,
+        )
+    _report(result, out)
+
+
+@bench.command("sleep")
+@_command
+def bench_sleep(
+    repeats: Annotated[int, typer.Option(help="Paired runs of each shape and depth.")] = 9,
+    device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/bench-sleep"),
+) -> None:
+    """One sleep of depth N against N calls of the model, over window shapes."""
+    from hybrid_sleep.eval.benchmarks import sleep
+    from hybrid_sleep.eval.progress import progress_bar
+
+    with progress_bar("sleep") as progress:
+        result = sleep.run(
+            repeats=repeats, device=device, command=_command_line(), progress=progress
+        )
+    _report(result, out)
+
+
+@bench.command("render")
+@_command
+def bench_render(
+    results: Annotated[list[Path], typer.Argument(help="results.json files of any benchmark.")],
+) -> None:
+    """Rebuild the table and the figure beside each results.json, from it alone."""
+    from hybrid_sleep.eval import report
+
+    for path in results:
+        for written in report.render(path):
+            typer.echo(f"wrote {written}")
+
+
+@app.command()
+@_command
+def doctor() -> None:
+    """What this machine has, which path each op takes on it, and why."""
+    from hybrid_sleep.doctor import render
+
+    render()
