@@ -32,7 +32,7 @@ LEVELS = (
     ("io", "configuration", "identity"),
     ("kernels",),
     ("layers",),
-    ("cache", "storage"),
+    ("cache", "storage", "windows"),
     ("sleep",),
     ("generation",),
     ("modeling",),
