@@ -1,0 +1,99 @@
+"""Cost benchmarks: the bookkeeping on made-up times, and one tiny run of each."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hybrid_sleep.eval import report
+from hybrid_sleep.eval.benchmarks import generation, sleep
+from hybrid_sleep.eval.benchmarks.models import untrained
+
+TINY = sleep.Shape(state_space="mamba2", batch=2, window=5, hidden=16, layers=2)
+
+
+def test_a_sleep_is_charged_to_the_window_that_slept():
+    """Windows of 3: forwards 3 and 6 begin with a sleep, of windows 1 and 2."""
+    clock = generation.Clock(SimpleNamespace(nbytes=lambda: 0), 3, torch.device("cpu"))
+    seconds = [1.0, 2.0, 6.0, 1.0 + 10.0, 2.0, 9.0, 1.0 + 20.0]
+    clock.times = [sum(seconds[:end]) for end in range(len(seconds) + 1)]
+    clock.cache_bytes = clock.process_bytes = [7, 8]
+    cost = generation.by_window(clock, [10.0, 20.0], windows=2)
+    assert cost["token"] == pytest.approx([2.0, 2.0])
+    assert cost["total"] == pytest.approx([(9 + 10) / 3, (12 + 20) / 3])
+    assert cost["sleep"] == [10.0, 20.0]
+    assert cost["cache"] == [7.0, 8.0]
+
+
+def test_the_clock_reads_the_cache_when_a_window_is_full():
+    cache = SimpleNamespace(held=0, nbytes=lambda: cache.held)
+    clock = generation.Clock(cache, 3, torch.device("cpu"))
+    clock.put("prompt of one token")
+    for read in range(1, 8):
+        cache.held = read  # tokens read when the next one comes
+        clock.put("token")
+    clock.end()
+    assert len(clock.times) == 8
+    assert clock.cache_bytes == [3, 6]
+
+
+def test_trend_ignores_one_disturbed_window():
+    values = [1.0 + 0.01 * index for index in range(11)]
+    assert generation.trend(values) == pytest.approx(1.1)
+    values[4] = 50.0
+    assert generation.trend(values) == pytest.approx(1.1, rel=0.01)
+
+
+def test_generation_runs_and_the_cache_does_not_grow(tmp_path):
+    result = generation.run(windows=4, window=4, passes=2, repeats=1, hidden=16, layers=2)
+    per_window = result["per_window"]
+    assert all(len(values) == 4 for values in per_window.values())
+    assert len(set(per_window["cache"])) == 1 and per_window["cache"][0] > 0
+    assert result["ratio"]["cache"] == 1.0
+    assert result["ratio"]["token"] == per_window["token"][-1] / per_window["token"][0]
+    paths = report.save(result, tmp_path)
+    assert "window 4" in paths[1].read_text()
+    assert paths[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_sleep_is_timed_at_the_depth_asked_for(tmp_path):
+    result = sleep.run(shapes=[TINY], passes=(2, 3), repeats=2)
+    assert [(row["passes"], row["bound"]) for row in result["rows"]] == [(2, 0.5), (3, 2 / 3)]
+    for row in result["rows"]:
+        assert row["pairs"] >= 2
+        assert row["quartiles"][0] <= row["ratio"] <= row["quartiles"][1]
+    paths = report.save(result, tmp_path)
+    text = paths[1].read_text()
+    assert text.count("| mamba2 |") == 2
+    assert all(("yes" if row["ratio"] <= row["bound"] else "**no**") in text
+               for row in result["rows"])  # fmt: skip
+
+
+def test_a_sleep_that_stops_early_is_not_timed(monkeypatch):
+    model = untrained("mamba2", hidden=16, layers=2, window=5)
+    asleep = model.sleep
+    monkeypatch.setattr(model, "sleep", lambda cache, passes: asleep(cache, passes=passes - 1))
+    with pytest.raises(RuntimeError, match="2 passes where 3"):
+        sleep.time_pairs(model, 1, 3, 2)
+
+
+def test_shapes_cover_both_state_spaces_evictions_and_a_loop_range():
+    assert {shape.state_space for shape in sleep.SHAPES} == {"gated_deltanet", "mamba2"}
+    assert {shape.eviction for shape in sleep.SHAPES} == {"hard", "sliding"}
+    assert any(shape.loop for shape in sleep.SHAPES)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: generation.run(windows=1), r"windows=1.*at least 2"),
+        (lambda: generation.run(repeats=0), r"repeats=0.*at least 1"),
+        (lambda: sleep.run(repeats=1), r"repeats=1.*at least 2"),
+        (lambda: sleep.run(passes=(1,)), r"passes=1.*at least 2"),
+    ],
+)
+def test_bad_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
