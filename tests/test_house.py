@@ -32,7 +32,7 @@ LEVELS = (
     ("io", "configuration", "identity"),
     ("kernels",),
     ("layers",),
-    ("cache", "storage", "windows"),
+    ("cache", "storage", "windows", "pretrained"),
     ("sleep",),
     ("generation",),
     ("modeling",),
