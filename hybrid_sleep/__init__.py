@@ -19,7 +19,7 @@ _exports = {
     "HybridSleepModel": "modeling",
     "HybridSleepForCausalLM": "modeling",
     "SleepCache": "cache",
-    "SleepReport": "sleep",
+    "SleepReport": "report",
 }
 __all__ = ["__version__", *_exports]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -16,7 +16,7 @@ from hybrid_sleep.layers.attention import take_slots
 from hybrid_sleep.layers.context import AttentionMemory, FastWeights, Memory, packing
 
 if TYPE_CHECKING:
-    from hybrid_sleep.sleep import SleepReport
+    from hybrid_sleep.report import SleepReport
 
 ROW_COUNTERS = ("counts", "kept", "positions", "sleeps")
 
@@ -307,9 +307,14 @@ class SleepCache(Cache):
             if isinstance(m, FastWeights) and m.S is not None
         }
 
-    def check_finite(self, name: str = "cache") -> None:
-        """Raise ValueError naming the first layer whose fast weights hold a NaN or infinity."""
+    def check_finite(self, name: str = "cache", only: Set[int] | None = None) -> None:
+        """Raise ValueError naming the first layer whose fast weights hold a NaN or infinity.
+
+        only: layers to look at; None for all.
+        """
         for layer, S in self.fast_weights.items():
+            if only is not None and layer not in only:
+                continue
             if not bool(torch.isfinite(S.sum())) and not bool(torch.isfinite(S).all()):
                 raise ValueError(
                     f"{name}: the fast weights of layer {layer} hold a NaN or an infinity; they "

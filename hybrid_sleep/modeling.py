@@ -19,14 +19,8 @@ from hybrid_sleep.layers.context import Context, see
 from hybrid_sleep.layers.rotary import Rotary
 from hybrid_sleep.layers.stack import GRANULARITIES, Granularity, run_blocks
 from hybrid_sleep.pretrained import HybridSleepPreTrainedModel
-from hybrid_sleep.sleep import (
-    MAX_PASSES,
-    TOLERANCE,
-    Passes,
-    SleepReport,
-    check_passes,
-    consolidate,
-)
+from hybrid_sleep.report import SleepReport
+from hybrid_sleep.sleep import MAX_PASSES, TOLERANCE, Passes, check_passes, consolidate
 from hybrid_sleep.windows import TokenBlock, cut, spread
 
 _LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index")

@@ -32,7 +32,7 @@ LEVELS = (
     ("io", "configuration", "identity"),
     ("kernels",),
     ("layers",),
-    ("cache", "storage", "windows", "pretrained"),
+    ("cache", "storage", "windows", "pretrained", "report"),
     ("sleep",),
     ("generation",),
     ("modeling",),
