@@ -30,7 +30,6 @@ REQUIRED = (
     "transformers",
     "accelerate",
     "safetensors",
-    "datasets",
     "numpy",
     "matplotlib",
 )

@@ -101,12 +101,12 @@ def test_a_missing_package_is_marked(monkeypatch):
     present = doctor.metadata.version
 
     def version(name):
-        if name == "datasets":
+        if name == "matplotlib":
             raise doctor.metadata.PackageNotFoundError(name)
         return present(name)
 
     monkeypatch.setattr(doctor.metadata, "version", version)
-    assert row("software", "datasets")["ok"] is False
+    assert row("software", "matplotlib")["ok"] is False
 
 
 def test_a_machine_with_a_gpu_gets_rows_for_it(monkeypatch):
