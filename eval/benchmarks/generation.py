@@ -3,6 +3,10 @@
 Every forward of one long `generate` is timed through its streamer. A token that finds its window
 full makes the model sleep first; that time (from the SleepReport) is charged to the window that
 slept, so that the first window is not cheaper than the others for want of a sleep before it.
+
+A machine is not equally fast from one minute to the next. So each window is compared with a first
+window of its own: as soon as it is over, a fresh sequence is started beside the long one, and one
+window of it generated and timed. The long run waits, off the clock.
 """
 
 from __future__ import annotations
@@ -23,22 +27,35 @@ ALLOWED = 1.05
 
 
 class Clock(BaseStreamer):
-    """A streamer that notes when each token comes, and what the cache holds at that moment."""
+    """A streamer that times every forward, and reads the memory held when a window is full.
 
-    def __init__(self, cache: Any, window: int, device: Any):
+    `forwards[j]` are the seconds from one token's arrival to the next: the forward that reads
+    token j of the sequence, with the sleep before it where there is one. `window_over` is called,
+    off the clock, after the forward in which a window slept.
+    """
+
+    def __init__(
+        self, cache: Any, window: int, device: Any, window_over: Callable[[], None] | None = None
+    ):
         self.cache, self.window, self.device = cache, window, device
-        self.times: list[float] = []
+        self.window_over = window_over
+        self.forwards: list[float] = []
         self.cache_bytes: list[int] = []
         self.process_bytes: list[int] = []
+        self.resumed: float | None = None
 
     def put(self, value: Any) -> None:
-        """Called with the prompt, then after every token: entry j is the end of forward j-1."""
+        """Called with the prompt, then after every token."""
         synchronise(self.device)
-        self.times.append(time.perf_counter())
-        read = len(self.times) - 1
-        if read and read % self.window == 0:
-            self.cache_bytes.append(self.cache.nbytes())
-            self.process_bytes.append(process_bytes(self.device))
+        if self.resumed is not None:
+            self.forwards.append(time.perf_counter() - self.resumed)
+            read = len(self.forwards)
+            if read % self.window == 0:
+                self.cache_bytes.append(self.cache.nbytes())
+                self.process_bytes.append(process_bytes(self.device))
+            if self.window_over is not None and read > 1 and read % self.window == 1:
+                self.window_over()
+        self.resumed = time.perf_counter()
 
     def end(self) -> None:
         """Nothing is buffered."""
@@ -84,12 +101,13 @@ def run(
     command: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Generate `windows` windows `repeats` times; medians per window, and last against first.
+    """Generate `windows` windows `repeats` times, and a fresh first window beside each of them.
 
-    `ratio` compares the last window with the first: `token` is the median forward of one token,
-    `total` everything the window cost, its sleep included, `cache` and `process` the bytes held
-    when it is full. `trend` is the same for `token` by a robust line (Theil and Sen) through all
-    windows, which one disturbed window cannot move.
+    `per_window` holds medians over the repeats. `token`: median seconds of a forward awake;
+    `sleep`: seconds of the window's sleep; `total`: seconds per token with the sleep's share;
+    each also as `fresh_...`, of the first window beside it, and as `ratio_...` of the two.
+    `cache`, `process`: bytes held when the window is full. `ratio` is the last window's: against
+    its fresh first window for times, against the run's own first window for bytes.
     """
     import torch
 
@@ -99,32 +117,44 @@ def run(
                                ("passes", passes, 1), ("repeats", repeats, 1)):  # fmt: skip
         check_int(name, value, least)
     model = untrained(state_space, hidden=hidden, layers=layers, window=window, device=device)
-    first_token = torch.randint(
-        VOCABULARY, (1, 1), generator=torch.Generator().manual_seed(0)
-    ).to(device)  # fmt: skip
+    first_token = torch.randint(VOCABULARY, (1, 1), generator=torch.Generator().manual_seed(0))
+    first_token = first_token.to(device)
 
-    def generate(count: int) -> tuple[Clock, Any]:
+    def generate(count: int, beside: Callable[[], None] | None = None) -> dict[str, list[float]]:
         cache = SleepCache(model.config)
-        clock = Clock(cache, window, model.device)
+        clock = Clock(cache, window, model.device, beside)
+        # One token more than fills the last window, so that the last window sleeps as well.
+        tokens = count * window + 1
         model.generate(
             first_token,
             past_key_values=cache,
-            max_new_tokens=count,
-            min_new_tokens=count,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
             do_sample=False,
             sleep_passes=passes,
             streamer=clock,
         )
-        return clock, cache
+        return by_window(clock, [report.seconds for report in cache.reports])
 
-    generate(2 * window + 1)
-    samples = []
-    for repeat in range(repeats):
-        # One token more than fills the last window, so that the last window sleeps as well.
-        clock, cache = generate(windows * window + 1)
-        samples.append(by_window(clock, [report.seconds for report in cache.reports], windows))
-        if progress is not None:
-            progress(repeat + 1, repeats)
+    generate(2)
+    samples: list[dict[str, list[float]]] = []
+    for _ in range(repeats):
+        fresh: list[dict[str, list[float]]] = []
+
+        def beside(fresh: list[dict[str, list[float]]] = fresh) -> None:
+            fresh.append(generate(1))
+            if progress is not None:
+                progress(len(samples) * windows + len(fresh), repeats * windows)
+
+        sample = generate(windows, beside)
+        for name in ("token", "sleep", "total"):
+            beside_it = [cost[name][0] for cost in fresh]
+            pairs = zip(sample[name], beside_it, strict=True)
+            sample |= {
+                f"fresh_{name}": beside_it,
+                f"ratio_{name}": [long / short for long, short in pairs],
+            }
+        samples.append(sample)
     per_window = {
         name: [median(sample[name][index] for sample in samples) for index in range(windows)]
         for name in samples[0]
@@ -136,33 +166,42 @@ def run(
         "passes": passes,
         "repeats": repeats,
         "config": model.config.to_diff_dict(),
+        "state_space": state_space,
         "allowed": ALLOWED,
-        "ratio": {name: values[-1] / values[0] for name, values in per_window.items() if values[0]},
-        "trend": trend(per_window["token"]),
+        "ratio": {
+            **{name: per_window[f"ratio_{name}"][-1] for name in ("token", "sleep", "total")},
+            **{
+                name: per_window[name][-1] / per_window[name][0]
+                for name in ("cache", "process")
+                if per_window[name][0]
+            },
+        },
+        "trend": {name: trend(per_window[f"ratio_{name}"]) for name in ("token", "total")},
         "per_window": per_window,
         "command": command,
         "provenance": provenance(device),
     }
 
 
-def by_window(clock: Clock, sleeps: list[float], windows: int) -> dict[str, list[float]]:
-    """Seconds per token (awake, and with the window's sleep) and bytes, for each window."""
-    window = clock.window
-    forwards = [end - start for start, end in zip(clock.times, clock.times[1:], strict=False)]
-    for index in range(windows):
-        forwards[(index + 1) * window] -= sleeps[index]
-    awake = [forwards[index * window : (index + 1) * window] for index in range(windows)]
+def by_window(clock: Clock, sleeps: list[float]) -> dict[str, list[float]]:
+    """What each window that slept cost; `sleeps` are the seconds of their sleeps, in order."""
+    window, awake = clock.window, list(clock.forwards)
+    tokens = []
+    for index, seconds in enumerate(sleeps):
+        awake[(index + 1) * window] -= seconds
+    for index in range(len(sleeps)):
+        tokens.append(median(awake[index * window : (index + 1) * window]))
     return {
-        "token": [median(seconds) for seconds in awake],
-        "total": [sum(s) / window + sleeps[i] / window for i, s in enumerate(awake)],
-        "sleep": sleeps[:windows],
-        "cache": [float(size) for size in clock.cache_bytes[:windows]],
-        "process": [float(size) for size in clock.process_bytes[:windows]],
+        "token": tokens,
+        "sleep": list(sleeps),
+        "total": [token + sleep / window for token, sleep in zip(tokens, sleeps, strict=True)],
+        "cache": [float(size) for size in clock.cache_bytes],
+        "process": [float(size) for size in clock.process_bytes],
     }
 
 
 def trend(values: list[float]) -> float:
-    """Last over first value on the robust line through all of them (median of all slopes)."""
+    """Last over first value on the line through all of them whose slope is the median slope."""
     count = len(values)
     slope = median(
         (values[j] - values[i]) / (j - i) for i in range(count) for j in range(i + 1, count)
@@ -171,32 +210,38 @@ def trend(values: list[float]) -> float:
     return (start + slope * (count - 1)) / start
 
 
-NAMES = {
-    "token": "seconds per token, awake (median)",
-    "total": "seconds per token, sleep included",
-    "sleep": "seconds per sleep",
-    "cache": "cache, bytes",
-    "process": "process, bytes resident",
+TIMES = {
+    "token": "ms per token awake (median)",
+    "sleep": "ms per sleep",
+    "total": "ms per token with its share of the sleep",
 }
+BYTES = {"cache": "cache, bytes", "process": "process, bytes"}
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """First against last window."""
-    last = result["windows"]
-    lines = [f"| | window 1 | window {last} | ratio |", "|---|---:|---:|---:|"]
-    for name, ratio in result["ratio"].items():
-        first_value, last_value = (result["per_window"][name][i] for i in (0, -1))
-        bytes_ = name in ("cache", "process")
-        shown = [f"{v:,.0f}" if bytes_ else f"{v:.6f}" for v in (first_value, last_value)]
-        lines.append(f"| {NAMES[name]} | {shown[0]} | {shown[1]} | {ratio:.3f} |")
+    """The last window against a first window."""
+    last, per_window = result["windows"], result["per_window"]
+    lines = [f"| | first window | window {last} | ratio |", "|---|---:|---:|---:|"]
+    for name, label in TIMES.items():
+        first_value, last_value = (1000 * per_window[key][-1] for key in (f"fresh_{name}", name))
+        ratio = result["ratio"][name]
+        lines.append(f"| {label} | {first_value:.3f} | {last_value:.3f} | **{ratio:.3f}** |")
+    for name, label in BYTES.items():
+        if name in result["ratio"]:
+            first_value, last_value = (per_window[name][index] for index in (0, -1))
+            ratio = result["ratio"][name]
+            lines.append(f"| {label} | {first_value:,.0f} | {last_value:,.0f} | **{ratio:.3f}** |")
+    for name in result["trend"]:
+        ratio = result["trend"][name]
+        lines.append(f"| {TIMES[name]}: trend over all windows | | | {ratio:.3f} |")
     config = result["config"]
     lines += [
-        f"| trend of seconds per token over all windows | | | {result['trend']:.3f} |",
         "",
         f"Allowed: {result['allowed']:.2f}. {last} windows of {result['window']} tokens, "
-        f"{result['passes']} passes a sleep, medians of {result['repeats']} runs; batch 1, "
-        f"{config['num_hidden_layers']} layers of {config['hidden_size']}, "
-        f"{config.get('state_space', 'gated_deltanet')}, random weights.",
+        f"{result['passes']} passes a sleep, medians of {result['repeats']} runs. For times, the "
+        "first window is that of a fresh sequence generated right beside the window it is compared "
+        f"with. Batch 1, {config['num_hidden_layers']} layers of {config['hidden_size']}, "
+        f"{result['state_space']}, random weights.",
         "",
         describe(result["provenance"]),
     ]
@@ -206,26 +251,26 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def figure(result: dict[str, Any]) -> Any:
-    """Cost of each window relative to the first, with the allowed band."""
+    """Cost of each window relative to a first window, with the allowed band."""
     from hybrid_sleep.eval.plots import BLUE, GREEN, GREY, ORANGE, new_figure
 
     picture, axes = new_figure(f"Generating {result['windows']} windows: cost of each")
     numbers = range(1, result["windows"] + 1)
-    styles = {
-        "token": ("seconds per token, awake", BLUE, "o"),
-        "total": ("seconds per token with its sleep", ORANGE, "^"),
-        "cache": ("cache bytes", GREEN, "s"),
-    }
+    per_window = result["per_window"]
+    cache = [size / per_window["cache"][0] for size in per_window["cache"]]
     axes.axhspan(0, 100 * result["allowed"], color=GREY, alpha=0.12, linewidth=0)
-    for name, (label, colour, marker) in styles.items():
-        values = result["per_window"][name]
+    for values, label, colour, marker in (
+        (per_window["ratio_token"], "seconds per token, awake", BLUE, "o"),
+        (per_window["ratio_total"], "seconds per token with its sleep", ORANGE, "^"),
+        (cache, "cache bytes", GREEN, "s"),
+    ):
         axes.plot(
-            numbers, [100 * value / values[0] for value in values], color=colour, marker=marker,
+            numbers, [100 * value for value in values], color=colour, marker=marker,
             markersize=4, linewidth=1.4, label=label,
         )  # fmt: skip
     axes.set_ylim(0, None)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f} %")
-    axes.set_xlabel("window", fontsize=13)
-    axes.set_ylabel("of the first window", fontsize=13)
+    axes.set_xlabel(f"window (shaded: at most {100 * result['allowed']:.0f} %)", fontsize=13)
+    axes.set_ylabel("of a first window", fontsize=13)
     picture.legend(fontsize=11, frameon=False, loc="outside lower center", ncols=2)
     return picture

@@ -16,27 +16,39 @@ TINY = sleep.Shape(state_space="mamba2", batch=2, window=5, hidden=16, layers=2)
 
 def test_a_sleep_is_charged_to_the_window_that_slept():
     """Windows of 3: forwards 3 and 6 begin with a sleep, of windows 1 and 2."""
-    clock = generation.Clock(SimpleNamespace(nbytes=lambda: 0), 3, torch.device("cpu"))
-    seconds = [1.0, 2.0, 6.0, 1.0 + 10.0, 2.0, 9.0, 1.0 + 20.0]
-    clock.times = [sum(seconds[:end]) for end in range(len(seconds) + 1)]
+    clock = generation.Clock(None, 3, torch.device("cpu"))
+    clock.forwards = [1.0, 2.0, 6.0, 1.0 + 10.0, 2.0, 9.0, 1.0 + 20.0]
     clock.cache_bytes = clock.process_bytes = [7, 8]
-    cost = generation.by_window(clock, [10.0, 20.0], windows=2)
-    assert cost["token"] == pytest.approx([2.0, 2.0])
-    assert cost["total"] == pytest.approx([(9 + 10) / 3, (12 + 20) / 3])
-    assert cost["sleep"] == [10.0, 20.0]
-    assert cost["cache"] == [7.0, 8.0]
+    assert generation.by_window(clock, [10.0, 20.0]) == {
+        "token": [2.0, 2.0],
+        "sleep": [10.0, 20.0],
+        "total": [pytest.approx(2 + 10 / 3), pytest.approx(2 + 20 / 3)],
+        "cache": [7.0, 8.0],
+        "process": [7.0, 8.0],
+    }
 
 
-def test_the_clock_reads_the_cache_when_a_window_is_full():
+def test_the_clock_reads_the_cache_when_a_window_is_full(monkeypatch):
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(generation.time, "perf_counter", lambda: now.seconds)
     cache = SimpleNamespace(held=0, nbytes=lambda: cache.held)
-    clock = generation.Clock(cache, 3, torch.device("cpu"))
+    called_at = []
+
+    def window_over():
+        called_at.append(len(clock.forwards))
+        now.seconds += 1000.0  # off the clock
+
+    clock = generation.Clock(cache, 3, torch.device("cpu"), window_over)
     clock.put("prompt of one token")
     for read in range(1, 8):
         cache.held = read  # tokens read when the next one comes
+        now.seconds += read
         clock.put("token")
     clock.end()
-    assert len(clock.times) == 8
+    assert clock.forwards == [1, 2, 3, 4, 5, 6, 7]
     assert clock.cache_bytes == [3, 6]
+    # Forwards 4 and 7 are the ones in which windows 1 and 2 slept.
+    assert called_at == [4, 7]
 
 
 def test_trend_ignores_one_disturbed_window():
@@ -52,7 +64,9 @@ def test_generation_runs_and_the_cache_does_not_grow(tmp_path):
     assert all(len(values) == 4 for values in per_window.values())
     assert len(set(per_window["cache"])) == 1 and per_window["cache"][0] > 0
     assert result["ratio"]["cache"] == 1.0
-    assert result["ratio"]["token"] == per_window["token"][-1] / per_window["token"][0]
+    for name in ("token", "sleep", "total"):
+        ratio = per_window[name][-1] / per_window[f"fresh_{name}"][-1]
+        assert result["ratio"][name] == pytest.approx(ratio)
     paths = report.save(result, tmp_path)
     assert "window 4" in paths[1].read_text()
     assert paths[2].read_bytes().startswith(b"\x89PNG")
