@@ -63,44 +63,55 @@ class SleepGenerationMixin(GenerationMixin):
         window by window already).
         """
         if kwargs.get("sleep_passes") is not None:
-            check_passes(kwargs["sleep_passes"], "sleep_passes")
+            check_passes(kwargs["sleep_passes"], self.config, "sleep_passes")
         cache = kwargs.get("past_key_values")
         if cache is not None and not isinstance(cache, SleepCache):
             raise ValueError(
                 f"past_key_values must be a SleepCache, got {type(cache).__name__}; this model's "
                 "memory is its fast weights"
             )
-        ids = inputs if inputs is not None else kwargs.get("input_ids")
-        mask, prompt = kwargs.get("attention_mask"), None
-        if ids is not None and kwargs.get("inputs_embeds") is None:
-            self._check_prompt(ids, mask, kwargs)
-            if mask is None:
-                mask = self._mask_from_pads(ids, generation_config, kwargs)
-            if mask is not None and mask.shape == ids.shape and bool((mask[:, -1] == 0).any()):
-                prompt, (ids, mask) = ids, pads_to_the_left(ids, mask)
-                inputs, kwargs["attention_mask"] = ids, mask
-                kwargs.pop("input_ids", None)
-        out = super().generate(inputs, generation_config, **kwargs)
-        if prompt is not None:
+        ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        tokens = ids if embeds is None else embeds
+        if tokens is None:
+            return super().generate(None, generation_config, **kwargs)
+        self.model.check_tokens(None if embeds is not None else ids, embeds)
+        if mask is None and embeds is None:
+            mask = self._mask_from_pads(ids, generation_config, kwargs)
+        moved = None
+        if mask is not None:
+            mask = self._check_mask(mask, tokens)
+            if bool((mask[:, -1] == 0).any()):
+                moved = ids
+                order = pads_to_the_left(mask)
+                mask = mask.gather(1, order)
+                if embeds is None:
+                    ids = ids.gather(1, order)
+                else:
+                    kwargs["inputs_embeds"] = embeds.take_along_dim(order[..., None], dim=1)
+            kwargs["attention_mask"] = mask
+        out = super().generate(ids, generation_config, **kwargs)
+        if moved is not None and embeds is None:
             sequences = out if isinstance(out, torch.Tensor) else out.sequences
-            copies = len(sequences) // len(prompt)
-            sequences[:, : prompt.shape[1]] = prompt.repeat_interleave(copies, 0)
+            copies = len(sequences) // len(moved)
+            sequences[:, : moved.shape[1]] = moved.repeat_interleave(copies, 0)
         return out
 
-    def _check_prompt(
-        self, ids: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]
-    ) -> None:
-        if ids.ndim != 2:
-            raise ValueError(f"input_ids must be [B, T], got shape {tuple(ids.shape)}")
-        empty = ids.shape[1] == 0 or ids.shape[0] == 0
-        if mask is not None and mask.ndim == 2 and not empty:
-            empty = bool((mask[:, -ids.shape[1] :] == 0).all(1).any())
-        if empty:
+    def _check_mask(self, mask: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """The mask of the prompt's own columns; a longer one also covers what a cache has read."""
+        batch, columns = tokens.shape[:2]
+        if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] < columns:
             raise ValueError(
-                f"input_ids is an empty prompt in at least one row (shape {tuple(ids.shape)}); "
-                "each row needs at least one token, such as bos_token_id"
+                f"attention_mask must be [{batch}, {columns}], or longer where it covers the past "
+                f"too, got {tuple(mask.shape)}"
             )
-        self.model.check_ids(ids, "input_ids")
+        mask = mask[:, -columns:]
+        if bool((mask == 0).all(1).any()):
+            raise ValueError(
+                "attention_mask hides every token of at least one row: an empty prompt; each row "
+                "needs at least one token, such as bos_token_id"
+            )
+        return mask
 
     def _mask_from_pads(
         self,
@@ -195,7 +206,6 @@ class SleepGenerationMixin(GenerationMixin):
         return inputs | {"logits_to_keep": kwargs.get("logits_to_keep", 1)}
 
 
-def pads_to_the_left(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Move every row's pads in front of its tokens, keeping the tokens' order; `[B, T]` each."""
-    order = torch.argsort(mask.bool(), dim=1, stable=True)
-    return ids.gather(1, order), mask.gather(1, order)
+def pads_to_the_left(mask: torch.Tensor) -> torch.Tensor:
+    """Columns `[B, T]` in the order that puts pads in front and keeps the tokens' order."""
+    return torch.argsort(mask.bool(), dim=1, stable=True)

@@ -27,7 +27,6 @@ _FREE_FIELDS = (
     "eos_token_id",
     "weights_version",
 )
-_digests: weakref.WeakKeyDictionary[nn.Module, tuple[int, str]] = weakref.WeakKeyDictionary()
 
 
 def architecture(config: HybridSleepConfig) -> dict[str, Any]:
@@ -54,7 +53,8 @@ def weights_version(model: nn.Module) -> int:
     """How often the slow weights were changed, counted by the config and by torch itself.
 
     Every in-place change of a parameter counts (an optimiser step, an edit, a rollback), so equal
-    versions of one model mean equal weights.
+    versions of one model mean equal weights. torch does not see a change made through `p.data`:
+    whoever does that calls `bump_weights_version()`.
     """
     return model.config.weights_version + sum(
         p._version for p in model.parameters() if not p.is_inference()
@@ -62,17 +62,12 @@ def weights_version(model: nn.Module) -> int:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of all parameters, name by name. Reads every byte; kept until the weights change."""
-    version = weights_version(model)
-    known = _digests.get(model)
-    if known is not None and known[0] == version:
-        return known[1]
+    """SHA-256 of all parameters, name by name. Reads every byte: about a second a gigabyte."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().cpu().contiguous().reshape(-1)
         digest.update(f"{name}:{tuple(parameter.shape)}:{parameter.dtype}:".encode())
         digest.update(memoryview(flat.view(torch.uint8).numpy()))
-    _digests[model] = (version, digest.hexdigest())
     return digest.hexdigest()
 
 

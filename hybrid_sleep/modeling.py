@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from hybrid_sleep.cache import SleepCache
-from hybrid_sleep.configuration import HybridSleepConfig, check_choice
+from hybrid_sleep.configuration import HybridSleepConfig, check_choice, check_count
 from hybrid_sleep.generation import SleepGenerationMixin
 from hybrid_sleep.identity import Owner
 from hybrid_sleep.layers.block import Block
@@ -21,7 +21,7 @@ from hybrid_sleep.layers.stack import GRANULARITIES, Granularity, run_blocks
 from hybrid_sleep.pretrained import HybridSleepPreTrainedModel
 from hybrid_sleep.report import SleepReport
 from hybrid_sleep.sleep import MAX_PASSES, TOLERANCE, Passes, check_passes, consolidate
-from hybrid_sleep.windows import TokenBlock, cut, spread
+from hybrid_sleep.windows import TokenBlock, cut, next_labels, real_tokens, spread
 
 _LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index")
 
@@ -42,14 +42,37 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
         self.granularity: Granularity | None = None
         self.post_init()
 
-    def check_ids(self, input_ids: torch.Tensor, name: str) -> None:
-        """Raise ValueError unless every token id is in the vocabulary."""
-        low, high = input_ids.min().item(), input_ids.max().item()
-        if low < 0 or high >= self.config.vocab_size:
-            bad = low if low < 0 else high
+    def check_tokens(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The one of the two that is given; ValueError for both, none, a wrong shape, dtype or id.
+
+        Ids of a single decoding step on an accelerator are trusted: looking would wait for it.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        name, tokens = "input_ids [B, T]", input_ids
+        width, floating = (), False
+        if input_ids is None:
+            name, tokens = f"inputs_embeds [B, T, {self.config.hidden_size}]", inputs_embeds
+            width, floating = (self.config.hidden_size,), True
+        if tokens.ndim != 2 + len(width) or tokens.shape[2:] != width:
+            raise ValueError(f"{name} expected, got shape {tuple(tokens.shape)}")
+        if 0 in tokens.shape:
             raise ValueError(
-                f"{name} must be token ids in 0..{self.config.vocab_size - 1}, got {bad}"
+                f"{name} is an empty prompt, shape {tuple(tokens.shape)}; every row needs at least "
+                "one token, such as bos_token_id"
             )
+        if tokens.is_floating_point() != floating or tokens.dtype == torch.bool:
+            raise ValueError(f"{name} must be integer ids or float embeddings, got {tokens.dtype}")
+        if not floating and (tokens.device.type == "cpu" or tokens.shape[1] > 1):
+            low, high = tokens.min().item(), tokens.max().item()
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"input_ids must be token ids in 0..{self.config.vocab_size - 1}, got "
+                    f"{low if low < 0 else high}"
+                )
+        return tokens
 
     def context(
         self,
@@ -109,22 +132,12 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
 
         Returns `last_hidden_state: [B, T, D]` (final norm applied, zeros at pads).
         """
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
-        if tokens is None or (input_ids is not None and inputs_embeds is not None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if tokens.ndim != (2 if inputs_embeds is None else 3) or 0 in tokens.shape[:2]:
-            raise ValueError(
-                "input_ids must be [B, T] and inputs_embeds [B, T, D], at least one row and one "
-                f"token, got shape {tuple(tokens.shape)}: an empty prompt has nothing to read"
-            )
-        passes = check_passes(
-            self.config.sleep_passes if sleep_passes is None else sleep_passes, "sleep_passes"
-        )
-        if inputs_embeds is None and (tokens.device.type == "cpu" or tokens.shape[1] > 1):
-            self.check_ids(input_ids, "input_ids")
+        tokens = self.check_tokens(input_ids, inputs_embeds)
+        passes = self.config.sleep_passes if sleep_passes is None else sleep_passes
+        check_passes(passes, self.config, "sleep_passes")
         batch, columns = tokens.shape[:2]
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        real = _real_tokens(attention_mask, batch, columns)
+        real = real_tokens(attention_mask, batch, columns)
         cache = SleepCache(self.config) if past_key_values is None else past_key_values
         if not isinstance(cache, SleepCache):
             raise ValueError(
@@ -135,16 +148,25 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
         elif use_cache:
             cache.owner = Owner.of(self) if owner is None else owner
         cache.open(batch)
-        first_kept = columns - columns_to_keep if columns_to_keep else 0
+        first_kept = max(0, columns - columns_to_keep) if columns_to_keep else 0
+        as_before = vars(cache.copy())
         kept: list[tuple[TokenBlock, torch.Tensor]] = []
-        for block in cut(cache.counts, real, columns, self.config.window):
-            if len(block.full):
-                self._cross(cache, block.full, passes)
-            h = self._read(tokens, block, cache, supervised)
-            kept = [pair for pair in kept if pair[0].last_column >= first_kept] + [(block, h)]
+        try:
+            for block in cut(cache.counts, real, columns, self.config.window):
+                if len(block.full):
+                    self._cross(cache, block.full, passes)
+                h = self._read(tokens, block, cache, supervised)
+                kept = [pair for pair in kept if pair[0].last_column >= first_kept] + [(block, h)]
+        except BaseException:
+            vars(cache).update(as_before)
+            raise
         cache.columns += columns
+        if kept:
+            h = spread(kept, first_kept, columns)
+        else:
+            h = self.norm.weight.new_zeros(batch, columns - first_kept, self.config.hidden_size)
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(spread(kept, first_kept, columns)),
+            last_hidden_state=self.norm(h),
             past_key_values=cache if use_cache else None,
         )
 
@@ -153,10 +175,12 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
         report = not torch.is_grad_enabled()
         stays_awake = cache.supervised[full]
         if bool(stays_awake.any()):
-            consolidate(self, cache, full[stays_awake], 1, report=report)
+            consolidate(
+                self, cache, full[stays_awake], 1, report=report, name="past_key_values"
+            )
             full = full[~stays_awake]
         if len(full):
-            consolidate(self, cache, full, passes, report=report)
+            consolidate(self, cache, full, passes, report=report, name="past_key_values")
 
     def _read(
         self,
@@ -251,19 +275,17 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
                 "and kept by past_key_values"
             )
         loss_arguments = {k: v for k, v in kwargs.items() if k in _LOSS_ARGUMENTS}
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
         supervised = None
         if labels is not None:
-            if tokens is None or labels.shape != tokens.shape[:2]:
-                shape = None if tokens is None else tuple(tokens.shape[:2])
-                raise ValueError(
-                    f"labels must have the shape of the input, {shape}, got {tuple(labels.shape)}"
-                )
-            self._check_labels(labels)
+            tokens = self.model.check_tokens(input_ids, inputs_embeds)
+            self._check_labels(labels, tokens)
             if self.config.sleep_schedule == "context_windows":
                 supervised = (labels != -100).cpu()
-        if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int):
-            raise ValueError(f"logits_to_keep must be an integer, got {logits_to_keep!r}")
+        check_count("logits_to_keep", logits_to_keep, minimum=0)
+        if labels is not None and logits_to_keep:
+            raise ValueError(
+                f"logits_to_keep must be 0 where labels need every logit, got {logits_to_keep}"
+            )
         outputs = self.model(
             input_ids,
             attention_mask,
@@ -272,13 +294,16 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
             use_cache=use_cache,
             sleep_passes=sleep_passes,
             supervised=supervised,
-            columns_to_keep=0 if tokens is None else min(logits_to_keep, tokens.shape[1]),
+            columns_to_keep=logits_to_keep,
             owner=self.memory_owner(),
             return_dict=True,
         )
         logits = self.lm_head(outputs.last_hidden_state)
         loss = None
         if labels is not None:
+            real = real_tokens(attention_mask, *labels.shape)
+            if real is not None:
+                loss_arguments["shift_labels"] = next_labels(labels, real)
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_arguments
             )
@@ -286,7 +311,12 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
             loss=loss, logits=logits, past_key_values=outputs.past_key_values
         )
 
-    def _check_labels(self, labels: torch.Tensor) -> None:
+    def _check_labels(self, labels: torch.Tensor, tokens: torch.Tensor) -> None:
+        if labels.shape != tokens.shape[:2] or labels.is_floating_point():
+            raise ValueError(
+                f"labels must be integers of the input's shape, {tuple(tokens.shape[:2])}, got "
+                f"{labels.dtype} of shape {tuple(labels.shape)}"
+            )
         wrong = (labels != -100) & ((labels < 0) | (labels >= self.config.vocab_size))
         if bool(wrong.any()):
             raise ValueError(
@@ -315,37 +345,15 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
         Raises ValueError for a depth that is none, a cache of another model, config or weights
         version, and fast weights that are not finite; the cache is then as it was.
         """
-        passes = check_passes(self.config.sleep_passes if passes is None else passes)
-        if not isinstance(tol, (int, float)) or not tol > 0:
+        passes = check_passes(self.config.sleep_passes if passes is None else passes, self.config)
+        if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not tol > 0:
             raise ValueError(f"tol must be a number above 0, got {tol!r}")
-        if check_passes(max_passes, "max_passes") == "auto":
-            raise ValueError("max_passes must be an integer of at least 1, got 'auto'")
+        check_count("max_passes", max_passes)
         if not isinstance(cache, SleepCache):
             raise ValueError(f"cache must be a SleepCache, got {type(cache).__name__}")
         cache.check(self.memory_owner(), "cache")
         rows = torch.arange(len(cache.counts))
         return consolidate(self.model, cache, rows, passes, tol=tol, max_passes=max_passes)
-
-
-def _real_tokens(
-    attention_mask: torch.Tensor | None, batch: int, columns: int
-) -> torch.Tensor | None:
-    """Bool `[B, T]` on the CPU from a mask that may also cover the past; None without pads."""
-    if attention_mask is None:
-        return None
-    if (
-        attention_mask.ndim != 2
-        or attention_mask.shape[0] != batch
-        or attention_mask.shape[1] < columns
-    ):
-        raise ValueError(
-            f"attention_mask must be [{batch}, {columns}], or longer where it covers the past too, "
-            f"got {tuple(attention_mask.shape)}"
-        )
-    real = attention_mask[:, -columns:].bool().cpu()
-    if not bool(real.any()):
-        raise ValueError("attention_mask hides every token; at least one row must have one to read")
-    return None if bool(real.all()) else real
 
 
 AutoConfig.register("hybrid_sleep", HybridSleepConfig)

@@ -76,7 +76,7 @@ def relative_by_row(change: Change) -> torch.Tensor:
 
 
 def relative_by_layer(
-    cache: SleepCache, after: Mapping[int, Memory], changes: list[Change]
+    cache: SleepCache, after: Mapping[int, Memory], changes: list[Change], name: str
 ) -> dict[int, list[float]]:
     """Relative change per layer and pass; raises ValueError where fast weights are not finite.
 
@@ -93,13 +93,13 @@ def relative_by_layer(
                 by_layer[layer].append(math.sqrt(step / max(start, sys.float_info.min)))
             else:
                 suspects.add(layer)
-    cache.check_finite(only=suspects)
+    cache.check_finite(name, only=suspects)
     for layer in suspects:
         m = after.get(layer)
         if isinstance(m, FastWeights) and not bool(torch.isfinite(m.S).all()):
             raise ValueError(
-                f"cache: this sleep would leave a NaN or an infinity in the fast weights of layer "
-                f"{layer}; the cache is as it was before"
+                f"{name}: this sleep would leave a NaN or an infinity in the fast weights of "
+                f"layer {layer}; the cache is as it was before"
             )
     return by_layer
 

@@ -56,12 +56,21 @@ class Backbone(Protocol):
         """Positions and visibility for `new` tokens a row behind `past` slots."""
 
 
-def check_passes(passes: Any, name: str = "passes") -> Passes:
-    """Return `passes` if it is an integer of at least 1 or "auto", else raise ValueError."""
+def check_passes(passes: Any, config: HybridSleepConfig, name: str = "passes") -> Passes:
+    """Return `passes` if it is an integer of at least 1 or "auto", else raise ValueError.
+
+    "auto" watches looped fast weights, so it is refused where no state-space layer is looped.
+    """
     is_count = isinstance(passes, int) and not isinstance(passes, bool)
-    if passes == "auto" or (is_count and passes > 0):
-        return passes
-    raise ValueError(f"{name} must be an integer of at least 1 or 'auto', got {passes!r}")
+    if not (is_count and passes > 0) and passes != "auto":
+        raise ValueError(f"{name} must be an integer of at least 1 or 'auto', got {passes!r}")
+    start, end = config.loop_range
+    if passes == "auto" and "linear_attention" not in config.layer_types[start:end]:
+        raise ValueError(
+            f"{name}='auto' watches looped fast weights, and loop={(start, end)} holds no "
+            "state-space layer; allowed is an integer of at least 1"
+        )
+    return passes
 
 
 def last_writer(config: HybridSleepConfig) -> int | None:
@@ -85,14 +94,15 @@ def consolidate(
     tol: float = TOLERANCE,
     max_passes: int = MAX_PASSES,
     report: bool = True,
+    name: str = "cache",
 ) -> SleepReport | None:
     """Let `rows` (ascending, on the CPU) sleep and open a new window; rows without tokens stay.
 
     passes: depth N; 1 only evicts. "auto" ends, row by row, with the first pass that changes the
     looped fast weights by less than `tol`, at the latest after `max_passes`; since no pass is known
     to be the last beforehand, none is pruned.
-    report: measure and check; raises ValueError, leaving the cache as it was, where fast weights
-    are not finite before or after.
+    report: measure and check; raises ValueError naming `name`, leaving the cache as it was, where
+    fast weights are not finite before or after.
     """
     began = time.perf_counter()
     rows = rows[cache.counts[rows] > 0]
@@ -102,7 +112,7 @@ def consolidate(
     after, depths, changes = _repeat_passes(backbone, window, passes, tol, max_passes, report)
     if backbone.config.eviction == "hard":
         after = {i: m for i, m in after.items() if isinstance(m, FastWeights)}
-    by_layer = relative_by_layer(cache, after, changes) if report else {}
+    by_layer = relative_by_layer(cache, after, changes, name) if report else {}
     freed = bytes_to_free(cache, window)
     cache.cross(rows, after)
     if not report:
@@ -136,11 +146,6 @@ def _repeat_passes(
     depths, changes = torch.ones_like(window.lengths), []
     if depth == 1 or writer is None:
         return {}, depths, changes
-    if passes == "auto" and "linear_attention" not in config.layer_types[start:end]:
-        raise ValueError(
-            f"passes='auto' watches looped fast weights, and loop={config.loop} holds no "
-            "state-space layer; give an integer"
-        )
     context = backbone.context(
         window.kept,
         window.lengths,

@@ -44,6 +44,25 @@ class TokenBlock:
         return x.take_along_dim(index.view(*index.shape, *[1] * (x.ndim - 2)), dim=1)
 
 
+def real_tokens(
+    attention_mask: torch.Tensor | None, batch: int, columns: int
+) -> torch.Tensor | None:
+    """Bool `[B, T]` on the CPU from a mask that may also cover the past; None without pads."""
+    if attention_mask is None:
+        return None
+    if (
+        attention_mask.ndim != 2
+        or attention_mask.shape[0] != batch
+        or attention_mask.shape[1] < columns
+    ):
+        raise ValueError(
+            f"attention_mask must be [{batch}, {columns}], or longer where it covers the past too, "
+            f"got {tuple(attention_mask.shape)}"
+        )
+    real = attention_mask[:, -columns:].bool().cpu()
+    return None if bool(real.all()) else real
+
+
 def cut(
     counts: torch.Tensor, real: torch.Tensor | None, columns: int, window: int
 ) -> Iterator[TokenBlock]:
@@ -84,6 +103,19 @@ def _cut_together(counts: torch.Tensor, columns: int, window: int) -> Iterator[T
         lengths = torch.full_like(counts, stop - start)
         yield TokenBlock(full, slice(start, stop), lengths)
         start, count = stop, count + stop - start
+
+
+def next_labels(labels: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Labels shifted to where they are predicted: at each token, the label of the row's next one.
+
+    labels: `[B, T]`; real: bool `[B, T]` on the CPU, False at pads. Pads neither predict nor are
+    predicted (-100), wherever they lie, so a padded row has the loss it has alone.
+    """
+    order = torch.argsort(~real, dim=1, stable=True).to(labels.device)
+    real = real.to(labels.device)
+    packed = labels.masked_fill(~real, -100).gather(1, order)
+    shifted = torch.nn.functional.pad(packed[:, 1:], (0, 1), value=-100)
+    return torch.empty_like(labels).scatter_(1, order, shifted).masked_fill_(~real, -100)
 
 
 def spread(
