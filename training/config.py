@@ -119,6 +119,8 @@ class RunConfig:
         self.sleep_passes = parse_depth(self.sleep_passes)
         if not self.output_dir:
             raise ValueError("output_dir is empty; allowed: the path of a folder")
+        task = self.load_task()
+        self.model = {"vocab_size": task.vocab_size, "window": task.window, **self.model}
         self.model_config()
 
     def load_task(self) -> Any:
@@ -137,9 +139,8 @@ class RunConfig:
         task = self.load_task()
         known = {f.name for f in dataclasses.fields(HybridSleepConfig)}
         _only_known(self.model, known, "model.")
-        arguments = {"vocab_size": task.vocab_size, "window": task.window, **self.model}
         try:
-            config = HybridSleepConfig(**arguments)
+            config = HybridSleepConfig(**self.model)
         except ValueError as error:
             raise ValueError(f"model: {error}") from error
         if config.vocab_size < task.vocab_size:

@@ -1,0 +1,171 @@
+"""A wrong run config fails before anything is built, naming the key and what is allowed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hybrid_sleep.training.config import load_run_config
+from hybrid_sleep.training.depth import Fixed, Uniform
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "configs" / "runs").glob("*.yaml"))
+
+SMALL = """
+model:
+  hidden_size: 16
+  intermediate_size: 24
+  num_hidden_layers: 2
+  num_attention_heads: 2
+  linear_num_key_heads: 2
+  linear_num_value_heads: 2
+  linear_key_head_dim: 8
+  linear_value_head_dim: 8
+task:
+  name: rule110
+  params: {width: 4, states: 2, steps: 1}
+sleep_passes: {uniform: [1, 3]}
+train:
+  steps: 6
+  batch_size: 8
+  lr_muon: 2e-2
+  lr_adamw: 0.003
+output_dir: out/small
+"""
+
+
+@pytest.fixture
+def small(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    return path
+
+
+def test_defaults_and_what_the_task_decides(small):
+    run = load_run_config(small)
+    assert run.sleep_passes == Uniform(1, 3)
+    assert run.train.lr_muon == 0.02  # to YAML 1.1, 2e-2 is text
+    assert run.train.save_every is None
+    config = run.model_config()
+    assert (config.vocab_size, config.window, config.hidden_size) == (3, 4, 16)
+    assert run.load_task().params == {"width": 4, "states": 2, "steps": 1}
+
+
+def test_a_resolved_run_loads_as_itself(small, tmp_path):
+    run = load_run_config(small, ["sleep_passes={choice: {1: 1, 4: 2.5}}", "train.grad_clip=null"])
+    (tmp_path / "run.yaml").write_text(run.to_yaml())
+    assert load_run_config(tmp_path / "run.yaml") == run
+    assert yaml.safe_load(run.to_yaml())["model"]["window"] == 4
+
+
+def test_overrides_by_text_and_by_mapping(small):
+    text = load_run_config(small, ["train.steps=10", "sleep_passes=2", "model.window=3"])
+    mapping = load_run_config(small, {"train.steps": 10, "sleep_passes": 2, "model.window": 3})
+    assert text == mapping
+    assert (text.train.steps, text.sleep_passes) == (10, Fixed(2))
+    assert text.model_config().window == 3
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_committed_recipes_load(recipe):
+    run = load_run_config(recipe)
+    assert run.output_dir == f"out/{recipe.stem}"
+    assert run.load_task().window == run.model_config().window
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.step=5", r"unknown key train.step; allowed: accumulate, .*steps"),
+        ("trian.steps=5", r"unknown key trian; allowed: model, output_dir, sleep_passes"),
+        ("task.parms={}", r"unknown key task.parms; allowed: name, params"),
+        ("model.hiden_size=5", r"unknown key model.hiden_size; allowed: .*hidden_size"),
+        ("model.hidden_size=0", r"model: hidden_size must be an integer of at least 1, got 0"),
+        ("model.window=0", r"model: window must be an integer of at least 1, got 0"),
+        ("model.sleep_attention=both", r"sleep_attention must be one of 'causal', 'bidirect"),
+        ("model.vocab_size=2", r"model.vocab_size=2; allowed: at least 3"),
+        ("model=5", r"model=5; allowed: keys of HybridSleepConfig"),
+        ("task=rule110", r"task='rule110'; allowed: the keys name, params"),
+        ("task.name=rule30", r"task: name='rule30' is no task; allowed: rule110"),
+        ("task.params.width=2", r"task: width=2; allowed: an integer of at least 3"),
+        ("task.params.wide=2", r"task: wide=2 is no parameter .* allowed: width, states, steps"),
+        ("sleep_passes=0", r"sleep_passes must be an integer of at least 1, got 0"),
+        ("sleep_passes={uniform: 3}", r"sleep_passes.uniform=3; allowed: \[low, high\]"),
+        ("train.steps=0", r"train.steps=0; allowed: an integer >= 1"),
+        ("train.steps=many", r"train.steps='many'; allowed: an integer"),
+        ("train.steps=1.5", r"train.steps=1.5; allowed: an integer"),
+        ("train.steps=true", r"train.steps=True; allowed: an integer"),
+        ("train.steps=null", r"train.steps=None; allowed: an integer"),
+        ("train.batch_size=-8", r"train.batch_size=-8; allowed: an integer >= 1"),
+        ("train.accumulate=3", r"train.accumulate=3; allowed: a divisor of train.batch_size=8"),
+        ("train.lr_muon=0", r"train.lr_muon=0.0; allowed: a finite number > 0"),
+        ("train.lr_adamw=.nan", r"train.lr_adamw=nan; allowed: a finite number > 0"),
+        ("train.lr_adamw=fast", r"train.lr_adamw='fast'; allowed: a number"),
+        ("train.weight_decay=-1", r"train.weight_decay=-1.0; allowed: a finite number >= 0"),
+        ("train.warmup=7", r"train.warmup=7; allowed: 0..train.steps=6"),
+        ("train.cooldown=2", r"train.cooldown=2.0; allowed: a share of the steps, 0..1"),
+        ("train.schedule=step", r"train.schedule='step'; allowed: constant, linear, cosine, trap"),
+        ("train.grad_clip=0", r"train.grad_clip=0.0; allowed: null or a finite number > 0"),
+        ("train.grad_clip=x", r"train.grad_clip='x'; allowed: null or a number"),
+        ("train.eval_every=0", r"train.eval_every=0; allowed: null or an integer >= 1"),
+        ("train.eval_depths=[]", r"train.eval_depths=\[\]; allowed: null or a list of depths"),
+        ("train.eval_depths=[1, 0]", r"train.eval_depths=\[1, 0\]; allowed"),
+        ("train.eval_depths=[1, x]", r"train.eval_depths\[1\]='x'; allowed: .*an integer"),
+        ("train.save_every=0", r"train.save_every=0; allowed: null or an integer >= 1"),
+        ("train.seed=-1", r"train.seed=-1; allowed: an integer >= 0"),
+        ("train.dtype=float16", r"train.dtype='float16'; allowed: float32, bfloat16"),
+        ("train.device=tpu", r"train.device='tpu'; allowed: auto, cpu"),
+        ("train.activation_checkpointing=all", r"checkpointing='all'; allowed: null or block, pass"),
+        ("output_dir=''", r"output_dir is empty; allowed: the path of a folder"),
+        ("train.steps", r"override 'train.steps'; allowed: key=value"),
+        ("output_dir.name=x", r"override 'output_dir.name': output_dir is a value"),
+    ],
+)
+def test_wrong_values_name_the_key_and_what_is_allowed(small, override, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        load_run_config(small, [override])
+    assert str(small) in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["model", "task", "train", "sleep_passes", "output_dir"])
+def test_missing_keys_are_named(small, key):
+    content = yaml.safe_load(SMALL)
+    del content[key]
+    small.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=f"key {key} is missing"):
+        load_run_config(small)
+    content = yaml.safe_load(SMALL)
+    del content["train"]["steps"]
+    small.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match="key train.steps is missing"):
+        load_run_config(small)
+
+
+def test_files_that_are_no_run(small, tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.yaml' is no file"):
+        load_run_config(tmp_path / "none.yaml")
+    for text, message in [
+        ("", "holds NoneType; allowed: keys and values"),
+        ("- 1", "holds list"),
+        ("a: [", "while parsing"),
+        (SMALL + "task: {name: rule110}\n", "key 'task' in line .* is given twice"),
+    ]:
+        small.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_run_config(small)
+
+
+def test_the_command_ends_in_one_line_and_code_2(small, tmp_path):
+    command = [sys.executable, "-m", "hybrid_sleep.training"]
+    done = subprocess.run(
+        [*command, str(small), "--quiet", "train.steps=0", f"output_dir={tmp_path / 'out'}"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: config") and done.stderr.count("\n") == 1
+    assert "train.steps=0; allowed: an integer >= 1" in done.stderr
+    assert not (tmp_path / "out").exists()
