@@ -182,7 +182,8 @@ class Oracle:
                 scores = torch.stack([q @ k[j // groups] for k, _ in visible]) / math.sqrt(K)
                 odds = torch.exp(scores - scores.max())
                 share = odds / odds.sum()
-                heads.append(sum(s * v[j // groups] for s, (_, v) in zip(share, visible)))
+                values = [v[j // groups] for _, v in visible]
+                heads.append(sum(s * v for s, v in zip(share, values, strict=True)))
             out.append(self.w(f"{name}.o_proj.weight") @ torch.cat(heads))
         return out
 
@@ -195,7 +196,8 @@ class Oracle:
         layer.inputs = [*layer.inputs, raw][-width:]
         taps = torch.cat([self.w(f"{name}.q_conv"), self.w(f"{name}.kv_conv")])
         # The last tap meets the newest input; inputs from before the start are zero.
-        mixed = silu(sum(taps[:, width - 1 - ago] * old for ago, old in enumerate(layer.inputs[::-1])))
+        newest_first = enumerate(reversed(layer.inputs))
+        mixed = silu(sum(taps[:, width - 1 - ago] * old for ago, old in newest_first))
         q, k, v = mixed.split([K * c.linear_num_key_heads, K * c.linear_num_key_heads, H * V])
         q, k, v = q.split(K), k.split(K), v.split(V)
         raw_step = self.w(f"{name}.a_proj.weight") @ x + self.w(f"{name}.dt_bias")

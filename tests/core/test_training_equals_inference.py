@@ -115,8 +115,6 @@ def readings(draw) -> list[Call]:
             lengths = torch.tensor([draw(st.integers(0, size)) for _ in range(batch)])[:, None]
             mask = (torch.arange(size) < lengths).long()
             mask = mask.flip(1) if padded == "left" else mask
-        if mask is not None:
-            mask[0, -1 if padded == "left" else 0] = 1
         calls.append(
             Call(
                 ids,
@@ -173,7 +171,8 @@ def test_single_precision(state_space, eviction, loop):
     mask = (torch.arange(19) < lengths[:, None]).long()
     whole = [Call(ids, None, 3, None, True)]
     padded = [Call(ids, mask, 3, None, False)]
-    pieces = [Call(ids[:, a:b], None, 3, None, False) for a, b in ((0, 1), (1, 12), (12, 13), (13, 19))]
+    cuts = ((0, 1), (1, 12), (12, 13), (13, 19))
+    pieces = [Call(ids[:, a:b], None, 3, None, False) for a, b in cuts]
     for calls in (whole, padded, pieces):
         cache, logits, rows = play(model, calls)
         wanted = [oracle_of(model).read(row.windows) for row in rows]
