@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 RECIPE = "rule110_cpu.yaml"
 DEPTHS = range(1, 7)
+EXAMPLES = 2000
 NEW_WINDOWS = 3
 EQUAL_WITHIN = 0.02
 
@@ -35,24 +36,29 @@ def run_demo(*, seed: int = 0, out: str | os.PathLike, command: str | None = Non
     Returns the path of results.json. Interrupted, it raises KeyboardInterrupt saying what is
     already on disk. Raises ValueError for a seed that is not an integer of at least 0.
     """
+    began = time.perf_counter()
     from rich.console import Console
 
-    from hybrid_sleep import HybridSleepForCausalLM
     from hybrid_sleep.training import train
+    from hybrid_sleep.training.run import RUN_FILE
 
     check_int("seed", seed, 0)
     out, console = Path(out), Console()
-    began = time.perf_counter()
     run = recipe(seed, out / "training")
     task = run.load_task()
-    saved = f"the training run in {run.output_dir}, if it had begun"
     try:
-        model_dir = train(run).model_dir
-        trained = time.perf_counter()
-        saved = f"the trained model in {model_dir}"
-        model = HybridSleepForCausalLM.from_pretrained(model_dir)
+        model_dir = train(run, overwrite=True).model_dir
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"hybrid-sleep train {Path(run.output_dir) / RUN_FILE} --resume goes on from the last "
+            "checkpoint"
+        ) from None
+    trained = time.perf_counter()
+    saved = f"the trained model in {model_dir} (hybrid-sleep bench depth {model_dir})"
+    try:
+        model = depths_of.load_model(model_dir)
         with progress_bar("measure") as progress:
-            measured = depths_of.measure_depth(model, task, DEPTHS, progress=progress)
+            measured = depths_of.measure_depth(model, task, DEPTHS, EXAMPLES, progress=progress)
         result = depths_of.summarise(
             task, [measured], [depths_of.run_record(model_dir, run)], command=command
         )
@@ -72,9 +78,9 @@ def run_demo(*, seed: int = 0, out: str | os.PathLike, command: str | None = Non
         paths = report.save(result, out)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"kept {saved}") from None
-    for line in words(result):
-        console.print(line, markup=False, highlight=False)
-    console.print("\nwrote " + ", ".join(str(path) for path in paths), markup=False)
+    for line in (*words(result), *written(result["generation"])):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print("wrote " + ", ".join(str(path) for path in paths), markup=False, soft_wrap=True)
     return paths[0]
 
 
@@ -123,7 +129,10 @@ def generate(model: Any, task: Task, passes: int) -> dict[str, Any]:
 
     from hybrid_sleep import SleepCache
 
-    example = next(task.examples(depths_of.SPLIT, 0))
+    # An example whose labels differ: one that a constant guess gets wrong.
+    example = next(
+        ex for ex in task.examples(depths_of.SPLIT, 0) if len(set(ex["labels"]) - {IGNORED}) > 1
+    )
     first = next(i for i, label in enumerate(example["labels"]) if label != IGNORED)
     prompt, answers = example["input_ids"][:first], example["labels"][first:]
     window = model.config.window
@@ -170,20 +179,15 @@ def table(result: dict[str, Any]) -> Any:
 
 def words(result: dict[str, Any]) -> list[str]:
     """What the numbers mean, paragraph by paragraph; for the terminal and for results.md."""
-    trained = result["runs"][0]["trained_depths"]
+    trained = ", ".join(str(depth) for depth in result["runs"][0]["trained_depths"])
     best = str(result["best_depth"])
-    text = [
-        f"One checkpoint, trained with its sleep depth drawn from {trained}: "
-        f"{result['accuracy']['1']:.3f} at depth 1, {result['accuracy'][best]:.3f} at depth "
-        f"{best}. Always guessing the most frequent label scores {result['floor']:.3f}.",
+    return [
+        f"One checkpoint, trained with its sleep depth drawn from {trained}: exact accuracy "
+        f"{result['accuracy']['1']:.3f} at depth 1, at best {result['accuracy'][best]:.3f} "
+        f"(depth {best}). Always guessing the most frequent label scores {result['floor']:.3f}.",
         baseline_words(result),
+        f"{result['seconds']:.0f} s in all, {result['seconds_training']:.0f} s of them training.",
     ]
-    if result["generation"]:
-        text += generation_words(result["generation"])
-    text.append(
-        f"{result['seconds']:.0f} s in all, {result['seconds_training']:.0f} s of them training."
-    )
-    return text
 
 
 def baseline_words(result: dict[str, Any]) -> str:
@@ -215,19 +219,19 @@ def baseline_words(result: dict[str, Any]) -> str:
     )
 
 
-def generation_words(generation: dict[str, Any]) -> list[str]:
-    """The text written across windows, and what each sleep reported."""
+def written(generation: dict[str, Any]) -> list[str]:
+    """What the model wrote across windows, and what each sleep reported, line by line."""
     window, answers = generation["window"], generation["answers"]
     tokens = generation["prompt"] + generation["generated"]
     windows = [tokens[start : start + window] for start in range(0, len(tokens), window)]
     answered = generation["generated"][: len(answers)]
     verdict = "right" if answered == answers else f"wrong, {answers} would be right"
     return [
-        f"The same model writing on, depth {generation['depth']}, one window of {window} tokens "
-        f"a group (2 is the separator, what follows it the answer: {answered}, {verdict}; the rest "
-        "was never supervised and only shows that it goes on):",
-        " ".join("".join(str(token) for token in part) for part in windows),
-        *(f"sleep {number}: {said}" for number, said in enumerate(generation["said"], 1)),
+        f"The same model writing on at depth {generation['depth']}, windows of {window} tokens:",
+        "  " + " ".join("".join(str(token) for token in part) for part in windows),
+        f"  After the separator (2) comes its answer, {answered}: {verdict}. What follows was "
+        "never trained; it is there to show the sleeps.",
+        *(f"  sleep {number}: {said}" for number, said in enumerate(generation["said"], 1)),
     ]
 
 
@@ -238,12 +242,14 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         "![Exact accuracy against sleep depth](accuracy.png)",
         "",
-        depths_of.markdown(result),
     ]
     for paragraph in words(result):
         lines += [paragraph, ""]
+    lines += [depths_of.markdown(result)]
     if result["baseline"]:
         lines += [f"Baseline: `{result['baseline']['command']}`", ""]
+    if result["generation"]:
+        lines += ["```", *written(result["generation"]), "```", ""]
     return "\n".join(lines)
 
 

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from hybrid_sleep.training import RunConfig
 
-RUN_FILE = "run.yaml"
 Z95 = 1.959963984540054
 SPLIT = "test"
 
@@ -132,7 +131,6 @@ def bench_checkpoints(
     before any model is loaded, if one of them was not written by training or if their tasks
     differ.
     """
-    from hybrid_sleep import HybridSleepForCausalLM
     from hybrid_sleep.eval.progress import progress_bar
 
     depths = check_depths(depths)
@@ -148,28 +146,46 @@ def bench_checkpoints(
     task = runs[0].load_task()
     results, records = [], []
     for number, (checkpoint, run) in enumerate(zip(checkpoints, runs, strict=True), 1):
-        model = HybridSleepForCausalLM.from_pretrained(os.fspath(checkpoint)).to(device)
+        model = load_model(checkpoint, device)
         with progress_bar(f"measure {number}/{len(runs)}") as progress:
             results.append(measure_depth(model, task, depths, count, seed, batch_size, progress))
         records.append(run_record(checkpoint, run))
     return summarise(task, results, records, device=device, command=command)
 
 
+def load_model(checkpoint: str | os.PathLike, device: Any = "cpu") -> Any:
+    """The model saved in `checkpoint`, without transformers' bar for its few weights."""
+    from transformers.utils import logging
+
+    from hybrid_sleep import HybridSleepForCausalLM
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return HybridSleepForCausalLM.from_pretrained(os.fspath(checkpoint)).to(device)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def read_run(checkpoint: str | os.PathLike) -> RunConfig:
     """The run that `checkpoint` came from, as training left it beside the weights."""
     from hybrid_sleep.training import load_run_config
+    from hybrid_sleep.training.run import RUN_FILE
 
     folder = Path(checkpoint)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"checkpoint {str(folder)!r} is no folder; allowed: a trained model"
         )
-    if not (folder / RUN_FILE).is_file():
-        raise FileNotFoundError(
-            f"checkpoint {str(folder)!r} has no {RUN_FILE}, which names its task; allowed: a model "
-            "written by hybrid-sleep train"
-        )
-    return load_run_config(folder / RUN_FILE)
+    # A checkpoint taken on the way lies inside the folder of its run.
+    for place in (folder, folder.parent):
+        if (place / RUN_FILE).is_file():
+            return load_run_config(place / RUN_FILE)
+    raise FileNotFoundError(
+        f"checkpoint {str(folder)!r} has no {RUN_FILE}, which names its task; allowed: a model "
+        "written by hybrid-sleep train"
+    )
 
 
 def run_record(checkpoint: str | os.PathLike, run: RunConfig) -> dict[str, Any]:

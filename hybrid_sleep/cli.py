@@ -96,11 +96,47 @@ def demo(
     run_demo(seed=seed, out=out or Path("out") / f"demo-seed{seed}", command=_command_line())
 
 
+@app.command()
+@_command
+def train(
+    config: Annotated[
+        Path,
+        typer.Argument(metavar="CONFIG", help="A run's YAML file, such as configs/runs/*.yaml."),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Changes to it, such as train.steps=100."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier run in output_dir.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+) -> None:
+    """Train the model of a run config, in one process.
+
+    The same as python -m hybrid_sleep.training, which DeepSpeed's launcher can start.
+    """
+    from hybrid_sleep import training
+
+    run = training.load_run_config(config, overrides or [])
+    result = training.train(run, resume=resume, overwrite=overwrite, progress=not quiet)
+    typer.echo(
+        f"trained {result.steps} steps in {result.seconds:.0f} s; model in {result.model_dir}"
+    )
+
+
 @bench.command("depth")
 @_command
 def bench_depth(
     checkpoints: Annotated[
-        list[Path], typer.Argument(help="Trained models; several are taken as seeds of one recipe.")
+        list[Path],
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="Trained models; several are taken as seeds of one recipe.",
+        ),
     ],
     depths: Annotated[str, typer.Option(help="Sleep depths, such as 1-8 or 1,2,4.")] = "1-8",
     count: Annotated[int, typer.Option(help="Test examples at each depth.")] = 2000,
@@ -179,7 +215,10 @@ def bench_sleep(
 @bench.command("render")
 @_command
 def bench_render(
-    results: Annotated[list[Path], typer.Argument(help="results.json files of any benchmark.")],
+    results: Annotated[
+        list[Path],
+        typer.Argument(metavar="RESULTS_JSON", help="results.json files of any benchmark."),
+    ],
 ) -> None:
     """Rebuild the table and the figure beside each results.json, from it alone."""
     from hybrid_sleep.eval import report

@@ -1,0 +1,156 @@
+"""The demo's bookkeeping and words on a model that is hardly trained."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hybrid_sleep import training
+from hybrid_sleep.eval import demo, report
+from hybrid_sleep.eval import depth as depths_of
+
+REAL_RECIPE = demo.recipe
+
+
+def short_recipe(seed, output_dir):
+    run = REAL_RECIPE(seed, output_dir)
+    run.train.steps, run.train.batch_size = 2, 8
+    run.train.warmup, run.train.eval_every = 0, None
+    return run
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(demo, "recipe", short_recipe)
+    monkeypatch.setattr(demo, "EXAMPLES", 20)
+
+
+def base(accuracy, low=None, high=None):
+    return {
+        "accuracy": {"1": accuracy},
+        "spread": {"1": [low or accuracy, high or accuracy]},
+        "seeds": [0, 1, 2],
+        "command": "hybrid-sleep bench depth a b c",
+        "examples": 48,
+        "passes": 48.0,
+    }
+
+
+def test_the_packaged_recipe_is_found_and_takes_seed_and_folder(tmp_path):
+    run = REAL_RECIPE(7, tmp_path)
+    assert run.train.seed == 7
+    assert run.output_dir == str(tmp_path)
+    assert run.load_task().name == "rule110"
+    assert max(run.sleep_passes.probabilities()) > 1
+
+
+def test_demo_writes_what_it_measured(short, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "baseline", lambda: base(0.9, 0.8, 0.95))
+    path = demo.run_demo(seed=3, out=tmp_path / "d", command="hybrid-sleep demo --seed 3")
+    result = json.loads(path.read_text())
+    assert sorted(p.name for p in (tmp_path / "d").iterdir()) == [
+        "accuracy.png", "results.json", "results.md", "training",
+    ]  # fmt: skip
+    assert list(result["accuracy"]) == [str(n) for n in range(1, 7)]
+    assert all(0 <= value <= 1 for value in result["accuracy"].values())
+    assert result["floor"] == pytest.approx(0.53515625**2)
+    assert 0 < result["seconds_training"] < result["seconds"]
+    assert result["config"]["train"]["seed"] == 3
+    assert result["runs"][0]["trained_depths"] == [1, 2, 3, 4]
+
+    # The saved model gives the same numbers again, by the other command.
+    again = depths_of.bench_checkpoints([tmp_path / "d" / "training"], range(1, 7), count=20)
+    assert again["accuracy"] == result["accuracy"]
+
+    generation = result["generation"]
+    window, prompt = generation["window"], generation["prompt"]
+    assert len(prompt) == 2 * window + 1 and prompt[-1] == 2
+    assert len(generation["generated"]) == 3 * window
+    # Each window but the last, which nothing followed, slept once.
+    read = len(prompt) + len(generation["generated"]) - 1
+    assert len(generation["reports"]) == (read - 1) // window == 4
+    assert all(sleep["tokens"] == window for sleep in generation["reports"])
+    assert all(sleep["passes"] == result["best_depth"] for sleep in generation["reports"])
+
+    shown = capsys.readouterr().out
+    page = path.with_name("results.md").read_text()
+    for text in (shown, page):
+        assert "0.900 at depth 1 (0.800 to 0.950 over 3 seeds)" in text
+        assert "sleep 4: 12 tokens" in text
+        assert "scores 0.286" in text
+    assert "`hybrid-sleep demo --seed 3`" in page and "hybrid-sleep bench depth a b c" in page
+
+    before = {p.name: p.read_bytes() for p in (tmp_path / "d").iterdir() if p.is_file()}
+    report.render(path)
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "d").iterdir() if p.is_file()}
+
+
+def result_with(best, accuracy, tmp_path):
+    return {
+        "baseline": base(accuracy),
+        "config": short_recipe(0, tmp_path).to_dict(),
+        "best_depth": 4,
+        "accuracy": {"1": 0.4, "4": best},
+    }
+
+
+def test_an_equal_baseline_is_not_talked_away(tmp_path):
+    text = demo.baseline_words(result_with(0.99, 0.985, tmp_path))
+    # 48 examples against 2 steps of 8, one pass each against 2.5 on average.
+    assert "3.0 times the examples (1.2 times the passes over a window)" in text
+    assert "does not beat more training at equal compute" in text
+    assert "does not beat" in demo.baseline_words(result_with(0.9, 0.99, tmp_path))
+
+
+def test_a_worse_baseline_is_said_to_be_worse(tmp_path):
+    text = demo.baseline_words(result_with(0.99, 0.60, tmp_path))
+    assert "worth 0.390 of exact accuracy" in text
+
+
+def test_baseline_reads_a_depth_result(tmp_path, monkeypatch):
+    run = short_recipe(0, tmp_path)
+    run.sleep_passes = training.parse_depth(1)
+    exact = {1: 0.75}
+    measured = depths_of.DepthResult(
+        count=4, eval_seed=0, exact=exact, per_label=exact, seconds=exact
+    )
+    records = [depths_of.run_record("out/n1", run)]
+    result = depths_of.summarise(run.load_task(), [measured], records, command="command")
+    folder = tmp_path / "results" / "baseline_n1"
+    report.save(result, folder)
+    monkeypatch.setattr(demo, "files", lambda package: tmp_path)
+    found = demo.baseline()
+    assert found["accuracy"] == {"1": 0.75} and found["spread"] == {"1": [0.75, 0.75]}
+    assert found["command"] == "command" and found["seeds"] == [0]
+    assert (found["examples"], found["passes"]) == (16, 16)
+    (folder / "results.json").unlink()
+    assert demo.baseline() is None
+
+
+def test_without_the_baseline_it_says_where_it_is(tmp_path):
+    result = result_with(0.99, 0.5, tmp_path)
+    result["baseline"] = None
+    assert "eval/results/baseline_n1" in demo.baseline_words(result)
+
+
+@pytest.mark.parametrize("stopped, kept", [("measure", "bench depth"), ("generate", "accuracies")])
+def test_interrupted_it_says_what_is_kept(short, tmp_path, monkeypatch, stopped, kept):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    place = {"measure": (depths_of, "measure_depth"), "generate": (demo, "generate")}[stopped]
+    monkeypatch.setattr(*place, interrupt)
+    with pytest.raises(KeyboardInterrupt, match=kept):
+        demo.run_demo(seed=0, out=tmp_path)
+    assert (tmp_path / "training" / "model.safetensors").is_file()
+    assert (tmp_path / "results.json").is_file() == (stopped == "generate")
+    if stopped == "generate":
+        result = json.loads((tmp_path / "results.json").read_text())
+        assert result["generation"] is None and len(result["accuracy"]) == 6
+
+
+def test_a_negative_seed_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match=r"seed=-1.*at least 0"):
+        demo.run_demo(seed=-1, out=tmp_path / "d")
+    assert not (tmp_path / "d").exists()

@@ -1,0 +1,171 @@
+"""The command: what it does, what it refuses in one line, and that asking for help is cheap."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from hybrid_sleep import cli
+
+RUN = {
+    "model": {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+    "task": {"name": "rule110", "params": {"width": 4, "states": 2, "steps": 1}},
+    "sleep_passes": {"uniform": [1, 2]},
+    "train": {"steps": 2, "batch_size": 4, "device": "cpu"},
+}
+
+
+def call(*words, code=0):
+    result = CliRunner().invoke(cli.app, [str(word) for word in words])
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(RUN | {"output_dir": str(tmp_path / "model")}))
+    return path
+
+
+@pytest.fixture
+def argv(monkeypatch):
+    """Set what the result files record as the command."""
+    return lambda *words: monkeypatch.setattr(sys, "argv", ["x", *map(str, words)])
+
+
+def test_help_imports_no_torch():
+    script = (
+        "import sys\n"
+        "from hybrid_sleep.cli import app\n"
+        "for words in (['--help'], ['bench', 'depth', '--help']):\n"
+        "    try: app(words)\n"
+        "    except SystemExit as end: assert end.code in (0, None)\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ([], ["demo", "train", "bench", "doctor"]),
+        (["demo"], ["--seed", "--out", "five minutes"]),
+        (["train"], ["CONFIG", "KEY=VALUE", "--resume", "--overwrite"]),
+        (["bench"], ["depth", "generation", "sleep", "render"]),
+        (["bench", "depth"], ["CHECKPOINT", "--depths", "--count", "--seed", "--out", "floor"]),
+        (["bench", "generation"], ["--windows", "--repeats"]),
+        (["bench", "sleep"], ["--repeats", "--out"]),
+    ],
+    ids=" ".join,
+)
+def test_help_says_what_there_is(words, says):
+    text = call(*words, "--help").output
+    for expected in says:
+        assert expected in text
+
+
+def test_train_then_measure_two_seeds(config, tmp_path, argv):
+    said = call("train", config, "--quiet").output
+    assert "trained 2 steps" in said and str(tmp_path / "model") in said
+    second = tmp_path / "second"
+    call("train", config, f"output_dir={second}", "train.seed=1", "--quiet")
+
+    words = ["bench", "depth", tmp_path / "model", second, "--depths", "1,3", "--count", "30"]
+    argv(*words, "--out", tmp_path / "bench")
+    said = call(*words, "--out", tmp_path / "bench").output
+    result = json.loads((tmp_path / "bench" / "results.json").read_text())
+    assert (tmp_path / "bench" / "results.md").read_text() in said
+    assert list(result["accuracy"]) == ["1", "3"]
+    assert [run["seed"] for run in result["runs"]] == [0, 1]
+    assert [run["trained_depths"] for run in result["runs"]] == [[1, 2], [1, 2]]
+    assert result["task"] == RUN["task"]
+    # What is recorded can be repeated elsewhere: nothing of this machine's folders is in it.
+    text = (tmp_path / "bench" / "results.json").read_text()
+    assert "bench depth model second --depths 1,3 --count 30 --out bench" in result["command"]
+    assert str(tmp_path) not in text.replace(str(tmp_path / "model"), "").replace(str(second), "")
+
+    (tmp_path / "bench" / "results.md").unlink()
+    call("bench", "render", tmp_path / "bench" / "results.json")
+    assert (tmp_path / "bench" / "results.md").read_text() in said
+
+    again = call("train", config, code=2)
+    assert "overwrite=True" in again.output
+    call("train", config, "--overwrite", "--quiet")
+
+
+def test_checkpoints_of_two_tasks_are_refused(config, tmp_path):
+    call("train", config, "--quiet")
+    other = f"output_dir={tmp_path / 'other'}"
+    call("train", config, other, "task.params.steps=2", "--quiet")
+    said = call("bench", "depth", tmp_path / "model", tmp_path / "other", code=2).output
+    assert "checkpoints of one task" in said
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["bench", "depth", "nowhere"], "checkpoint 'nowhere' is no folder"),
+        (["bench", "depth", "."], "no run.yaml"),
+        (["bench", "depth", ".", "--depths", "4-1"], "depths=[]"),
+        (["bench", "depth", ".", "--depths", "0-2"], "depths=0; allowed: an integer"),
+        (["bench", "depth", ".", "--depths", "two"], "depths='two'; allowed: such as 1-8"),
+        (["bench", "generation", "--windows", "1"], "windows=1; allowed: an integer of at least 2"),
+        (["bench", "generation", "--state-space", "s4"], "state_space must be one of"),
+        (["bench", "sleep", "--repeats", "0"], "repeats=0; allowed: an integer of at least 2"),
+        (["bench", "render", "nowhere.json"], "nowhere.json"),
+        (["demo", "--seed", "-1"], "seed=-1; allowed: an integer of at least 0"),
+        (["train", "nowhere.yaml"], "config 'nowhere.yaml' is no file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_exit_code_2(words, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = call(*words, code=2)
+    assert says in result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_command_or_option_is_refused():
+    assert "dream" in call("dream", code=2).output
+    assert "--deep" in call("demo", "--deep", code=2).output
+
+
+def test_traceback_is_shown_when_asked_for():
+    result = CliRunner().invoke(cli.app, ["--traceback", "demo", "--seed", "-1"])
+    assert isinstance(result.exception, ValueError)
+    assert isinstance(CliRunner().invoke(cli.app, ["demo", "--seed", "-1"]).exception, SystemExit)
+
+
+def test_interrupt_is_130_and_says_what_is_kept(monkeypatch, config):
+    from hybrid_sleep import training
+
+    def stop(run, **options):
+        raise KeyboardInterrupt("step 7 is saved")
+
+    monkeypatch.setattr(training, "train", stop, raising=False)
+    assert "interrupted: step 7 is saved" in call("train", config, code=130).stderr
+    assert "--resume goes on" in call("demo", code=130).stderr
+
+
+def test_doctor_names_the_ops():
+    said = call("doctor").output
+    for op in ("gated_delta_rule", "ssd", "short_conv"):
+        assert op in said
