@@ -41,8 +41,9 @@ class TrainResult:
     """A finished run.
 
     `model_dir` holds the model (`from_pretrained` takes it), `run.yaml` and `metrics.jsonl`;
-    `metrics` has `loss` (mean of the last tenth of the steps), `exact` and `per_label` by depth
-    if the run evaluates; `seconds` is the time of this call, `steps` the steps of the whole run.
+    `metrics` has `loss` (mean of the last tenth of the steps) and, if the run evaluates, the last
+    `exact` and `per_label` by depth; it is empty in all processes but the first. `seconds` is the
+    time of this call, `steps` the steps of the whole run.
     """
 
     model_dir: Path
@@ -67,17 +68,20 @@ def train(
     """
     started = time.perf_counter()
     out = Path(run.output_dir)
-    _prepare_folder(run, out, resume, overwrite)
-    trainer = build_trainer(run)
+    arguments = training_arguments(run)
+    main = arguments.process_index == 0
+    if main:
+        _prepare_folder(run, out, resume, overwrite)
+    trainer = build_trainer(run, arguments)
     stop = StopOnSignal()
     trainer.add_callback(stop)
     with contextlib.ExitStack() as stack:
         display = None
-        if progress and trainer.is_world_process_zero():
+        if progress and main:
             display = stack.enter_context(Display(run.train.steps))
         stack.enter_context(stop.listening())
         stack.enter_context(_no_other_bars())
-        if trainer.is_world_process_zero():
+        if main:
             trainer.add_callback(RunLog(trainer, out / METRICS_FILE, run.train.log_every, display))
         trainer.train(resume_from_checkpoint=str(checkpoints(out)[-1]) if resume else None)
     steps = trainer.state.global_step
@@ -86,17 +90,17 @@ def train(
             f"step {steps} of {run.train.steps} is saved in {checkpoints(out)[-1]}; the same "
             "command with --resume goes on from there"
         )
-    if trainer.is_world_process_zero():
+    if main:
         save_model(trainer.model, run, out)
     return TrainResult(
         model_dir=out,
         steps=steps,
         seconds=time.perf_counter() - started,
-        metrics=summary(out / METRICS_FILE),
+        metrics=summary(out / METRICS_FILE) if main else {},
     )
 
 
-def build_trainer(run: RunConfig) -> SleepTrainer:
+def build_trainer(run: RunConfig, arguments: TrainingArguments | None = None) -> SleepTrainer:
     """Model, data, optimizer and schedule of `run`, ready to train."""
     from hybrid_sleep import HybridSleepForCausalLM
 
@@ -105,7 +109,7 @@ def build_trainer(run: RunConfig) -> SleepTrainer:
     set_seed(settings.seed)
     model = HybridSleepForCausalLM(run.model_config())
     model.set_activation_checkpointing(settings.activation_checkpointing)
-    arguments = training_arguments(run)
+    arguments = arguments or training_arguments(run)
     depths = settings.eval_depths or sorted(run.sleep_passes.probabilities())
     trainer = SleepTrainer(
         model,

@@ -117,7 +117,10 @@ def test_committed_recipes_load(recipe):
         ("train.seed=-1", r"train.seed=-1; allowed: an integer >= 0"),
         ("train.dtype=float16", r"train.dtype='float16'; allowed: float32, bfloat16"),
         ("train.device=tpu", r"train.device='tpu'; allowed: auto, cpu"),
-        ("train.activation_checkpointing=all", r"checkpointing='all'; allowed: null or block, pass"),
+        (
+            "train.activation_checkpointing=all",
+            r"checkpointing='all'; allowed: null or block, pass",
+        ),
         ("output_dir=''", r"output_dir is empty; allowed: the path of a folder"),
         ("train.steps", r"override 'train.steps'; allowed: key=value"),
         ("output_dir.name=x", r"override 'output_dir.name': output_dir is a value"),
