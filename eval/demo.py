@@ -5,7 +5,6 @@ Everything measured is in results.json; results.md and accuracy.png are made fro
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from importlib.resources import as_file, files
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid_sleep.eval import depth as depths_of
-from hybrid_sleep.eval import report
+from hybrid_sleep.eval import depth_report, report
 from hybrid_sleep.eval.progress import progress_bar
 from hybrid_sleep.eval.tasks import IGNORED, Task
 from hybrid_sleep.eval.tasks.base import check_int
@@ -27,7 +26,10 @@ RECIPE = "rule110_cpu.yaml"
 DEPTHS = range(1, 7)
 EXAMPLES = 2000
 NEW_WINDOWS = 3
-EQUAL_WITHIN = 0.02
+NO_BASELINE = (
+    "The baseline (the same model trained at N = 1 alone) is not part of this installation; it is "
+    "in the repository, eval/results/baseline_n1."
+)
 
 
 def run_demo(*, seed: int = 0, out: str | os.PathLike, command: str | None = None) -> Path:
@@ -45,7 +47,7 @@ def run_demo(*, seed: int = 0, out: str | os.PathLike, command: str | None = Non
     check_int("seed", seed, 0)
     out, console = Path(out), Console()
     run = recipe(seed, out / "training")
-    task = run.load_task()
+    task, base = run.load_task(), baseline(run)
     try:
         model_dir = train(run, overwrite=True).model_dir
     except KeyboardInterrupt:
@@ -59,13 +61,16 @@ def run_demo(*, seed: int = 0, out: str | os.PathLike, command: str | None = Non
         model = depths_of.load_model(model_dir)
         with progress_bar("measure") as progress:
             measured = depths_of.measure_depth(model, task, DEPTHS, EXAMPLES, progress=progress)
-        result = depths_of.summarise(
-            task, [measured], [depths_of.run_record(model_dir, run)], command=command
+        result = depth_report.summarise(
+            task,
+            [measured],
+            [depth_report.run_record(model_dir, run)],
+            baseline=base,
+            command=command,
         )
         result |= {
             "benchmark": "demo",
             "config": run.to_dict(),
-            "baseline": baseline(),
             "generation": None,
             "seconds": time.perf_counter() - began,
             "seconds_training": trained - began,
@@ -92,31 +97,10 @@ def recipe(seed: int, output_dir: Path) -> RunConfig:
         return load_run_config(path, {"train.seed": seed, "output_dir": str(output_dir)})
 
 
-def baseline() -> dict[str, Any] | None:
-    """The committed result of the same model trained at N = 1 alone; None where it is not shipped.
-
-    Holds `accuracy` and `spread` at depth 1, `seeds`, `command`, and the `examples` and `passes`
-    (over a window, summed over examples) that its training took.
-    """
+def baseline(run: RunConfig) -> dict[str, Any] | None:
+    """The committed result of the same model trained at N = 1 alone, None if not installed."""
     file = files("hybrid_sleep.eval") / "results" / "baseline_n1" / "results.json"
-    if not file.is_file():
-        return None
-    result = json.loads(file.read_text(encoding="utf-8"))
-    return {
-        "accuracy": {"1": result["accuracy"]["1"]},
-        "spread": {"1": result["spread"]["1"]},
-        "seeds": [run["seed"] for run in result["runs"]],
-        "command": result["command"],
-        **training_cost(result["runs"][0]["config"]),
-    }
-
-
-def training_cost(config: dict[str, Any]) -> dict[str, float]:
-    """Examples that a run trains on, and passes over a context window, summed over examples."""
-    from hybrid_sleep.training import parse_depth
-
-    examples = config["train"]["steps"] * config["train"]["batch_size"]
-    return {"examples": examples, "passes": examples * parse_depth(config["sleep_passes"]).mean}
+    return depth_report.read_baseline(file, run.to_dict()) if file.is_file() else None
 
 
 def generate(model: Any, task: Task, passes: int) -> dict[str, Any]:
@@ -185,38 +169,9 @@ def words(result: dict[str, Any]) -> list[str]:
         f"One checkpoint, trained with its sleep depth drawn from {trained}: exact accuracy "
         f"{result['accuracy']['1']:.3f} at depth 1, at best {result['accuracy'][best]:.3f} "
         f"(depth {best}). Always guessing the most frequent label scores {result['floor']:.3f}.",
-        baseline_words(result),
+        depth_report.baseline_words(result) if result["baseline"] else NO_BASELINE,
         f"{result['seconds']:.0f} s in all, {result['seconds_training']:.0f} s of them training.",
     ]
-
-
-def baseline_words(result: dict[str, Any]) -> str:
-    """The comparison at equal compute, said as it is."""
-    base = result["baseline"]
-    if base is None:
-        return (
-            "The baseline (the same model trained at N = 1 alone) is not part of this "
-            "installation; it is in the repository, eval/results/baseline_n1."
-        )
-    cost = training_cost(result["config"])
-    accuracy, (low, high) = base["accuracy"]["1"], base["spread"]["1"]
-    best = result["accuracy"][str(result["best_depth"])]
-    text = (
-        f"Baseline, measured once: the same model trained at N = 1 alone, on "
-        f"{base['examples'] / cost['examples']:.1f} times the examples "
-        f"({base['passes'] / cost['passes']:.1f} times the passes over a window), reaches "
-        f"{accuracy:.3f} at depth 1 ({low:.3f} to {high:.3f} over {len(base['seeds'])} seeds). "
-    )
-    if accuracy > best - EQUAL_WITHIN:
-        return text + (
-            "So on this easy setting depth does not beat more training at equal compute. What it "
-            "buys is data, the same accuracy from fewer examples, and a dial: one checkpoint that "
-            "can be asked cheaply or thoroughly."
-        )
-    return text + (
-        f"So for about the same compute, sleeping deeper is worth {best - accuracy:.3f} of exact "
-        "accuracy here."
-    )
 
 
 def written(generation: dict[str, Any]) -> list[str]:
@@ -245,7 +200,8 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     for paragraph in words(result):
         lines += [paragraph, ""]
-    lines += [depths_of.markdown(result)]
+    # The baseline is in words() already.
+    lines += [depth_report.markdown({**result, "baseline": None})]
     if result["baseline"]:
         lines += [f"Baseline: `{result['baseline']['command']}`", ""]
     if result["generation"]:
@@ -255,4 +211,4 @@ def markdown(result: dict[str, Any]) -> str:
 
 def figure(result: dict[str, Any]) -> Figure:
     """As for `bench depth`, with the baseline."""
-    return depths_of.figure(result)
+    return depth_report.figure(result)

@@ -12,12 +12,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from math import sqrt
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybrid_sleep.eval.provenance import describe, provenance
+from hybrid_sleep.eval.depth_report import read_baseline, run_record, summarise
 from hybrid_sleep.eval.tasks import Task
 from hybrid_sleep.eval.tasks.base import check_int
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
     from hybrid_sleep.training import RunConfig
 
-Z95 = 1.959963984540054
 SPLIT = "test"
 
 
@@ -40,6 +38,7 @@ class DepthResult:
 
     count: int
     eval_seed: int
+    split: str = SPLIT
     exact: dict[int, float] = field(default_factory=dict)
     per_label: dict[int, float] = field(default_factory=dict)
     seconds: dict[int, float] = field(default_factory=dict)
@@ -123,13 +122,18 @@ def bench_checkpoints(
     seed: int = 0,
     batch_size: int = 250,
     device: str = "cpu",
+    baseline: str | os.PathLike | None = None,
     command: str | None = None,
 ) -> dict[str, Any]:
-    """Measure trained models, each on the task it was trained for, with a progress bar.
+    """Measure trained models on the task they were trained for, with a progress bar.
 
-    Several checkpoints are taken as seeds of one recipe. Raises ValueError or FileNotFoundError,
-    before any model is loaded, if one of them was not written by training or if their tasks
-    differ.
+    Several checkpoints are seeds of one recipe. `baseline`: the results.json of a model trained at
+    one depth, to compare with (see `read_baseline`). Interrupted after the first checkpoint, it
+    returns what it has, with `complete` False.
+
+    Raises ValueError or FileNotFoundError, before any model is loaded, for a checkpoint that
+    training did not write, for checkpoints of different recipes or of the same seed, and for a
+    baseline that cannot be compared.
     """
     from hybrid_sleep.eval.progress import progress_bar
 
@@ -137,20 +141,61 @@ def bench_checkpoints(
     if not checkpoints:
         raise ValueError("checkpoints is empty; allowed: one or more folders of trained models")
     runs = [read_run(checkpoint) for checkpoint in checkpoints]
-    for checkpoint, run in zip(checkpoints, runs, strict=True):
-        if run.task != runs[0].task:
-            raise ValueError(
-                f"{os.fspath(checkpoint)} was trained on {run.task}, {os.fspath(checkpoints[0])} "
-                f"on {runs[0].task}; allowed: checkpoints of one task"
-            )
+    check_seeds_of_one_recipe(checkpoints, runs)
+    base = None if baseline is None else read_baseline(baseline, runs[0].to_dict())
     task = runs[0].load_task()
-    results, records = [], []
-    for number, (checkpoint, run) in enumerate(zip(checkpoints, runs, strict=True), 1):
-        model = load_model(checkpoint, device)
-        with progress_bar(f"measure {number}/{len(runs)}") as progress:
-            results.append(measure_depth(model, task, depths, count, seed, batch_size, progress))
-        records.append(run_record(checkpoint, run))
-    return summarise(task, results, records, device=device, command=command)
+    results, complete = [], True
+    try:
+        for number, checkpoint in enumerate(checkpoints, 1):
+            model = load_model(checkpoint, device)
+            with progress_bar(f"measure {number}/{len(runs)}") as progress:
+                measured = measure_depth(model, task, depths, count, seed, batch_size, progress)
+            results.append(measured)
+    except KeyboardInterrupt:
+        if not results:
+            raise
+        complete = False
+    records = [run_record(*pair) for pair in zip(checkpoints, runs, strict=True)]
+    return {
+        **summarise(
+            task, results, records[: len(results)], baseline=base, device=device, command=command
+        ),
+        "complete": complete,
+    }
+
+
+def check_seeds_of_one_recipe(
+    checkpoints: Sequence[str | os.PathLike], runs: Sequence[RunConfig]
+) -> None:
+    """ValueError unless the runs differ in their seeds, and otherwise in nothing that matters."""
+    from hybrid_sleep.training.run import FREE_ON_RESUME
+
+    may_differ = {"output_dir", "train.seed", "train.device", *FREE_ON_RESUME}
+    first, seeds = _flat(runs[0].to_dict()), {}
+    for checkpoint, run in zip(checkpoints, runs, strict=True):
+        name, settings = os.fspath(checkpoint), _flat(run.to_dict())
+        for key in sorted((first.keys() | settings.keys()) - may_differ):
+            if first.get(key) != settings.get(key):
+                raise ValueError(
+                    f"checkpoint {name!r} has {key}={settings.get(key)!r}, "
+                    f"{os.fspath(checkpoints[0])!r} has {first.get(key)!r}; allowed: several "
+                    "seeds of one recipe"
+                )
+        if run.train.seed in seeds:
+            raise ValueError(
+                f"checkpoints {seeds[run.train.seed]!r} and {name!r} both have train.seed="
+                f"{run.train.seed}; allowed: each seed once"
+            )
+        seeds[run.train.seed] = name
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in content.items():
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat
 
 
 def load_model(checkpoint: str | os.PathLike, device: Any = "cpu") -> Any:
@@ -188,17 +233,6 @@ def read_run(checkpoint: str | os.PathLike) -> RunConfig:
     )
 
 
-def run_record(checkpoint: str | os.PathLike, run: RunConfig) -> dict[str, Any]:
-    """What results.json says of a checkpoint: its name, its seed, its whole configuration."""
-    folder = Path(checkpoint)
-    return {
-        "checkpoint": folder.name if folder.is_absolute() else folder.as_posix(),
-        "seed": run.train.seed,
-        "trained_depths": sorted(run.sleep_passes.probabilities()),
-        "config": run.to_dict(),
-    }
-
-
 def parse_depths(text: str) -> list[int]:
     """Depths from text such as `1-8` or `1,2,4-6`; ValueError for anything else."""
     depths = []
@@ -216,122 +250,3 @@ def check_depths(depths: Iterable[int]) -> list[int]:
     if not checked or len(set(checked)) < len(checked):
         raise ValueError(f"depths={checked}; allowed: one or more distinct integers of at least 1")
     return sorted(checked)
-
-
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a share seen in `count` independent trials."""
-    centre = share + Z95**2 / (2 * count)
-    spread = Z95 * sqrt(share * (1 - share) / count + Z95**2 / (4 * count**2))
-    scale = 1 + Z95**2 / count
-    # At 0 and 1 the bound is exact; rounding must not push it outside.
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
-
-
-def summarise(
-    task: Task,
-    results: Sequence[DepthResult],
-    runs: Sequence[dict[str, Any]],
-    *,
-    device: Any = "cpu",
-    command: str | None = None,
-) -> dict[str, Any]:
-    """What goes into results.json: one entry a checkpoint, their mean and spread, the floor.
-
-    `runs[i]` describes the checkpoint behind `results[i]` (checkpoint, seed, config). `accuracy`
-    is the mean of the checkpoints by depth, `spread` their lowest and highest; `interval` of a
-    run is the 95 % interval of its own accuracy, given how many examples it saw.
-    """
-    depths = results[0].depths
-    floor = task.floor()
-    mean = {}
-    for name in ("exact", "per_label", "seconds"):
-        by_run = [getattr(result, name) for result in results]
-        mean[name] = {d: sum(values[d] for values in by_run) / len(results) for d in depths}
-    return {
-        "benchmark": "depth",
-        "task": {"name": task.name, "params": task.params},
-        "floor": floor["exact"],
-        "floor_per_label": floor["per_label"],
-        "accuracy": _keyed(mean["exact"]),
-        "per_label": _keyed(mean["per_label"]),
-        "spread": _keyed(
-            {
-                d: [min(r.exact[d] for r in results), max(r.exact[d] for r in results)]
-                for d in depths
-            }
-        ),
-        "seconds_per_example": _keyed({d: mean["seconds"][d] / results[0].count for d in depths}),
-        "best_depth": best_depth(mean["exact"]),
-        "examples": results[0].count,
-        "split": SPLIT,
-        "eval_seed": results[0].eval_seed,
-        "runs": [
-            {
-                **run,
-                **{
-                    name: _keyed(values)
-                    for name, values in asdict(result).items()
-                    if isinstance(values, dict)
-                },
-                "interval": _keyed({d: wilson(result.exact[d], result.count) for d in depths}),
-            }
-            for run, result in zip(runs, results, strict=True)
-        ],
-        "command": command,
-        "provenance": provenance(device),
-    }
-
-
-def best_depth(accuracy: dict[int, float]) -> int:
-    """The smallest depth with the highest accuracy."""
-    return max(sorted(accuracy), key=lambda depth: accuracy[depth])
-
-
-def _keyed(by_depth: dict[int, Any]) -> dict[str, Any]:
-    return {str(depth): value for depth, value in by_depth.items()}
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The table of a depth result, with the floor, what was asked, and where it came from."""
-    several = len(result["runs"]) > 1
-    seeds = [f"seed {run['seed']}" for run in result["runs"]] if several else []
-    spread = ["lowest to highest"] if several else ["95 % interval"]
-    head = ["depth N", "exact", *spread, *seeds, "per label", "ms per example", "cost"]
-    lines = [f"| {' | '.join(head)} |", "|" + "---:|" * len(head)]
-    first = result["seconds_per_example"][min(result["accuracy"], key=int)]
-    for depth, accuracy in result["accuracy"].items():
-        low, high = (result["spread"] if several else result["runs"][0]["interval"])[depth]
-        seconds = result["seconds_per_example"][depth]
-        cells = [
-            depth,
-            _bold(f"{accuracy:.3f}", int(depth) == result["best_depth"]),
-            f"{low:.3f} to {high:.3f}",
-            *(f"{run['exact'][depth]:.3f}" for run in result["runs"] if several),
-            f"{result['per_label'][depth]:.3f}",
-            f"{1000 * seconds:.2f}",
-            f"{seconds / first:.2f}x",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    params = ", ".join(f"{name}={value}" for name, value in result["task"]["params"].items())
-    lines += [
-        "",
-        f"Task: {result['task']['name']} ({params}); {result['examples']} test examples a depth, "
-        f"evaluation seed {result['eval_seed']}. Floor (always the most frequent label): "
-        f"exact {result['floor']:.4f}, per label {result['floor_per_label']:.4f}.",
-        "",
-        describe(result["provenance"]),
-    ]
-    if result["command"]:
-        lines += ["", f"`{result['command']}`"]
-    return "\n".join(lines) + "\n"
-
-
-def _bold(text: str, when: bool) -> str:
-    return f"**{text}**" if when else text
-
-
-def figure(result: dict[str, Any]) -> Any:
-    """Accuracy against depth, the floor, and the spread, as a matplotlib figure."""
-    from hybrid_sleep.eval.plots import depth_figure
-
-    return depth_figure(result)

@@ -84,11 +84,14 @@ def depth_figure(result: dict[str, Any]) -> Figure:
             depths, accuracy, color=BLUE, marker="o", markersize=8, linewidth=2.5,
             label=f"mean of {len(runs)} seeds",
         )  # fmt: skip
-    baseline = result.get("baseline")
+    baseline = result["baseline"]
     if baseline:
-        axes.plot(
-            [1], [baseline["accuracy"]["1"]], color=VERMILLION, marker="D", markersize=10,
-            linestyle="none", label="trained at N = 1 only, equal compute", zorder=4,
+        at = str(baseline["depth"])
+        value, (low, high) = baseline["accuracy"][at], baseline["spread"][at]
+        axes.errorbar(
+            [baseline["depth"]], [value], yerr=[[value - low], [high - value]], color=VERMILLION,
+            marker="D", markersize=10, linestyle="none", capsize=4, zorder=4,
+            label=f"trained at N = {at} only, {baseline['examples_ratio']:.0f}x the examples",
         )  # fmt: skip
     for depth, value in zip(depths, accuracy, strict=True):
         axes.annotate(

@@ -13,7 +13,7 @@ from hybrid_sleep.io import write_json_atomic, write_text_atomic
 
 # Each module has `markdown(result) -> str` and `figure(result)`; the name is the figure's file.
 BENCHMARKS = {
-    "depth": ("hybrid_sleep.eval.depth", "accuracy.png"),
+    "depth": ("hybrid_sleep.eval.depth_report", "accuracy.png"),
     "demo": ("hybrid_sleep.eval.demo", "accuracy.png"),
     "generation": ("hybrid_sleep.eval.benchmarks.generation", "generation.png"),
     "sleep": ("hybrid_sleep.eval.benchmarks.sleep", "sleep.png"),

@@ -77,6 +77,8 @@ def _report(result: dict[str, Any], out: Path) -> None:
     paths = report.save(result, out)
     typer.echo(paths[1].read_text(encoding="utf-8"))
     typer.echo("wrote " + ", ".join(str(path) for path in paths), err=True)
+    if not result["complete"]:
+        raise KeyboardInterrupt("these files hold what was finished")
 
 
 @app.command()
@@ -143,6 +145,10 @@ def bench_depth(
     seed: Annotated[int, typer.Option(help="Which test examples.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Examples in one forward.")] = 250,
     device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
+    baseline: Annotated[
+        Path | None,
+        typer.Option(help="results.json of a model trained at one depth, to compare with."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/bench-depth"),
 ) -> None:
     """Accuracy and cost against sleep depth, with the floor and the spread over checkpoints.
@@ -158,6 +164,7 @@ def bench_depth(
         seed=seed,
         batch_size=batch_size,
         device=device,
+        baseline=baseline,
         command=_command_line(),
     )
     _report(result, out)

@@ -68,7 +68,7 @@ def test_help_imports_no_torch():
         (["demo"], ["--seed", "--out", "five minutes"]),
         (["train"], ["CONFIG", "KEY=VALUE", "--resume", "--overwrite"]),
         (["bench"], ["depth", "generation", "sleep", "render"]),
-        (["bench", "depth"], ["CHECKPOINT", "--depths", "--count", "--seed", "--out", "floor"]),
+        (["bench", "depth"], ["CHECKPOINT", "--depths", "--count", "--baseline", "--out", "floor"]),
         (["bench", "generation"], ["--windows", "--repeats"]),
         (["bench", "sleep"], ["--repeats", "--out"]),
     ],
@@ -109,12 +109,35 @@ def test_train_then_measure_two_seeds(config, tmp_path, argv):
     call("train", config, "--overwrite", "--quiet")
 
 
-def test_checkpoints_of_two_tasks_are_refused(config, tmp_path):
+def test_only_seeds_of_one_recipe_are_averaged(config, tmp_path):
     call("train", config, "--quiet")
-    other = f"output_dir={tmp_path / 'other'}"
-    call("train", config, other, "task.params.steps=2", "--quiet")
-    said = call("bench", "depth", tmp_path / "model", tmp_path / "other", code=2).output
-    assert "checkpoints of one task" in said
+    model, other = tmp_path / "model", tmp_path / "other"
+    call("train", config, f"output_dir={other}", "train.seed=1", "train.steps=3", "--quiet")
+    said = call("bench", "depth", model, other, code=2).stderr
+    assert "train.steps=3" in said and "has 2" in said
+    assert "both have train.seed=0" in call("bench", "depth", model, model, code=2).stderr
+
+
+def test_an_interrupted_benchmark_keeps_the_checkpoints_it_finished(config, tmp_path, monkeypatch):
+    from hybrid_sleep.eval import depth
+
+    call("train", config, "--quiet")
+    call("train", config, f"output_dir={tmp_path / 'second'}", "train.seed=1", "--quiet")
+    measure, calls = depth.measure_depth, []
+
+    def second_is_stopped(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measure(*args, **kwargs)
+
+    monkeypatch.setattr(depth, "measure_depth", second_is_stopped)
+    words = ["bench", "depth", tmp_path / "model", tmp_path / "second", "--depths", "1"]
+    said = call(*words, "--count", 5, "--out", tmp_path / "b", code=130)
+    assert "these files hold what was finished" in said.stderr
+    result = json.loads((tmp_path / "b" / "results.json").read_text())
+    assert result["complete"] is False and [run["seed"] for run in result["runs"]] == [0]
+    assert "Interrupted after 1" in (tmp_path / "b" / "results.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,8 @@ def run(
     `sleep`: seconds of the window's sleep; `total`: seconds per token with the sleep's share;
     each also as `fresh_...`, of the first window beside it, and as `ratio_...` of the two.
     `cache`, `process`: bytes held when the window is full. `ratio` is the last window's: against
-    its fresh first window for times, against the run's own first window for bytes.
+    its fresh first window for times, against the run's own first window for bytes. Interrupted
+    after the first repeat, it uses those it has, with `complete` False.
     """
     import torch
 
@@ -138,23 +139,21 @@ def run(
 
     generate(2)
     samples: list[dict[str, list[float]]] = []
-    for _ in range(repeats):
-        fresh: list[dict[str, list[float]]] = []
+    complete = True
+    try:
+        for _ in range(repeats):
+            fresh: list[dict[str, list[float]]] = []
 
-        def beside(fresh: list[dict[str, list[float]]] = fresh) -> None:
-            fresh.append(generate(1))
-            if progress is not None:
-                progress(len(samples) * windows + len(fresh), repeats * windows)
+            def beside(fresh: list[dict[str, list[float]]] = fresh) -> None:
+                fresh.append(generate(1))
+                if progress is not None:
+                    progress(len(samples) * windows + len(fresh), repeats * windows)
 
-        sample = generate(windows, beside)
-        for name in ("token", "sleep", "total"):
-            beside_it = [cost[name][0] for cost in fresh]
-            pairs = zip(sample[name], beside_it, strict=True)
-            sample |= {
-                f"fresh_{name}": beside_it,
-                f"ratio_{name}": [long / short for long, short in pairs],
-            }
-        samples.append(sample)
+            samples.append(paired(generate(windows, beside), fresh))
+    except KeyboardInterrupt:
+        if not samples:
+            raise
+        complete = False
     per_window = {
         name: [median(sample[name][index] for sample in samples) for index in range(windows)]
         for name in samples[0]
@@ -164,7 +163,7 @@ def run(
         "windows": windows,
         "window": window,
         "passes": passes,
-        "repeats": repeats,
+        "repeats": len(samples),
         "config": model.config.to_diff_dict(),
         "state_space": state_space,
         "allowed": ALLOWED,
@@ -178,9 +177,24 @@ def run(
         },
         "trend": {name: trend(per_window[f"ratio_{name}"]) for name in ("token", "total")},
         "per_window": per_window,
+        "complete": complete,
         "command": command,
         "provenance": provenance(device),
     }
+
+
+def paired(
+    sample: dict[str, list[float]], fresh: list[dict[str, list[float]]]
+) -> dict[str, list[float]]:
+    """A run's costs with those of the first windows beside it, and the ratio of the two."""
+    for name in ("token", "sleep", "total"):
+        beside_it = [cost[name][0] for cost in fresh]
+        pairs = zip(sample[name], beside_it, strict=True)
+        sample |= {
+            f"fresh_{name}": beside_it,
+            f"ratio_{name}": [long / short for long, short in pairs],
+        }
+    return sample
 
 
 def by_window(clock: Clock, sleeps: list[float]) -> dict[str, list[float]]:

@@ -66,42 +66,52 @@ def run(
     """Time both sides on every shape and depth; `ratio` is the median over paired runs.
 
     At least `repeats` pairs of each, more where that takes less than a second. `quartiles` are
-    those of the paired ratios, `bound` is (N-1)/N.
+    those of the paired ratios, `bound` is (N-1)/N. Interrupted after the first row, it returns the
+    rows it has, with `complete` False.
     """
     check_int("repeats", repeats, 2)
     for depth in passes:
         check_int("passes", depth, 2)
-    rows = []
-    for shape in shapes:
-        options = asdict(shape)
-        batch = options.pop("batch")
-        model = untrained(device=device, **options)
-        for depth in passes:
-            pairs = time_pairs(model, batch, depth, repeats)
-            ratios = [slept / called for slept, called in pairs]
-            low, middle, high = quantiles(ratios, n=4, method="inclusive")
-            rows.append(
-                {
-                    **asdict(shape),
-                    "passes": depth,
-                    "pairs": len(pairs),
-                    "sleep_seconds": median(slept for slept, _ in pairs),
-                    "calls_seconds": median(called for _, called in pairs),
-                    "ratio": middle,
-                    "quartiles": [low, high],
-                    "bound": (depth - 1) / depth,
-                }
-            )
-            if progress is not None:
-                progress(len(rows), len(shapes) * len(passes))
+    rows, complete = [], True
+    try:
+        for shape in shapes:
+            options = asdict(shape)
+            batch = options.pop("batch")
+            model = untrained(device=device, **options)
+            for depth in passes:
+                pairs = time_pairs(model, batch, depth, repeats)
+                rows.append(
+                    {
+                        **asdict(shape),
+                        "passes": depth,
+                        "pairs": len(pairs),
+                        "sleep_seconds": median(slept for slept, _ in pairs),
+                        "calls_seconds": median(called for _, called in pairs),
+                        **compare(pairs),
+                        "bound": (depth - 1) / depth,
+                    }
+                )
+                if progress is not None:
+                    progress(len(rows), len(shapes) * len(passes))
+    except KeyboardInterrupt:
+        if not rows:
+            raise
+        complete = False
     return {
         "benchmark": "sleep",
         "repeats": repeats,
         "rows": rows,
         "within_bound": all(row["ratio"] <= row["bound"] for row in rows),
+        "complete": complete,
         "command": command,
         "provenance": provenance(device),
     }
+
+
+def compare(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """Median and quartiles of the ratios of paired times."""
+    low, middle, high = quantiles((a / b for a, b in pairs), n=4, method="inclusive")
+    return {"ratio": middle, "quartiles": [low, high]}
 
 
 def time_pairs(model: Any, batch: int, depth: int, repeats: int) -> list[tuple[float, float]]:
@@ -165,6 +175,8 @@ def markdown(result: dict[str, Any]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     fewest, most = (pick(row["pairs"] for row in result["rows"]) for pick in (min, max))
+    if not result["complete"]:
+        lines += ["", "Interrupted; the shapes after these were not measured."]
     lines += [
         "",
         f"Medians of {fewest} to {most} paired runs in one process, in alternating order. A call "

@@ -93,6 +93,25 @@ def test_a_sleep_that_stops_early_is_not_timed(monkeypatch):
         sleep.time_pairs(model, 1, 3, 2)
 
 
+def test_interrupted_they_keep_what_is_finished(tmp_path):
+    def stop(done, total):
+        if done == limit:
+            raise KeyboardInterrupt
+
+    limit = 1
+    result = sleep.run(shapes=[TINY], passes=(2, 3), repeats=2, progress=stop)
+    assert not result["complete"] and [row["passes"] for row in result["rows"]] == [2]
+    assert "Interrupted" in report.save(result, tmp_path)[1].read_text()
+
+    options = {"windows": 2, "window": 3, "passes": 1, "hidden": 16, "layers": 2}
+    limit = 3
+    result = generation.run(**options, repeats=2, progress=stop)
+    assert not result["complete"] and result["repeats"] == 1
+    limit = 1
+    with pytest.raises(KeyboardInterrupt):
+        generation.run(**options, repeats=2, progress=stop)
+
+
 def test_shapes_cover_both_state_spaces_evictions_and_a_loop_range():
     assert {shape.state_space for shape in sleep.SHAPES} == {"gated_deltanet", "mamba2"}
     assert {shape.eviction for shape in sleep.SHAPES} == {"hard", "sliding"}

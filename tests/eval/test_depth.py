@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hybrid_sleep import HybridSleepConfig, HybridSleepForCausalLM
-from hybrid_sleep.eval import depth, report, tasks
+from hybrid_sleep.eval import depth, depth_report, report, tasks
 
 TASK = tasks.load("rule110", width=6, states=2, steps=3)
 
@@ -124,6 +124,17 @@ def test_depth_reaches_the_model():
     assert not torch.allclose(logits[1], logits[2])
 
 
+BASE = {
+    "depth": 1,
+    "accuracy": {"1": 0.77},
+    "spread": {"1": [0.7, 0.8]},
+    "seeds": [0, 1, 2],
+    "examples_ratio": 3.0,
+    "passes_ratio": 1.2,
+    "command": "hybrid-sleep bench depth a b c",
+}
+
+
 def made_up(shift=0.0):
     exact = {1: 0.4 + shift, 2: 0.9 + shift, 3: 0.9 + shift, 4: 0.5 + shift}
     return depth.DepthResult(
@@ -138,7 +149,7 @@ def record(seed):
 
 def test_summary_of_several_checkpoints():
     shifts = (-0.06, 0.0, 0.03)
-    result = depth.summarise(
+    result = depth_report.summarise(
         TASK, [made_up(shift) for shift in shifts], [record(seed) for seed in range(3)]
     )
     assert result["floor"] == TASK.floor()["exact"]
@@ -149,7 +160,7 @@ def test_summary_of_several_checkpoints():
     assert result["seconds_per_example"]["4"] == pytest.approx(0.4 / 200)
     for key in ("torch", "transformers", "python", "device", "date", "commit", "hybrid_sleep"):
         assert key in result["provenance"]
-    text = depth.markdown(json.loads(json.dumps(result)))
+    text = depth_report.markdown(json.loads(json.dumps(result)))
     assert "| 2 | **0.890** | 0.840 to 0.930 | 0.840 | 0.900 | 0.930 |" in text
     assert f"{TASK.floor()['exact']:.4f}" in text
 
@@ -157,7 +168,9 @@ def test_summary_of_several_checkpoints():
 @pytest.mark.parametrize("checkpoints", [1, 3])
 def test_table_and_figure_come_from_the_json_alone(tmp_path, checkpoints):
     runs = range(checkpoints)
-    result = depth.summarise(TASK, [made_up(0.01 * i) for i in runs], [record(i) for i in runs])
+    result = depth_report.summarise(
+        TASK, [made_up(0.01 * i) for i in runs], [record(i) for i in runs]
+    )
     paths = report.save(result, tmp_path)
     assert [path.name for path in paths] == ["results.json", "results.md", "accuracy.png"]
     before = [path.read_bytes() for path in paths]
@@ -170,9 +183,9 @@ def test_table_and_figure_come_from_the_json_alone(tmp_path, checkpoints):
 
 
 def test_figure_draws_floor_points_and_baseline():
-    result = depth.summarise(TASK, [made_up()], [record(0)])
-    result["baseline"] = {"accuracy": {"1": 0.77}}
-    axes = depth.figure(result).axes[0]
+    result = depth_report.summarise(TASK, [made_up()], [record(0)])
+    result["baseline"] = BASE
+    axes = depth_report.figure(result).axes[0]
     drawn = [(line.get_xdata(), line.get_ydata()) for line in axes.get_lines()]
     floor = TASK.floor()["exact"]
     assert any(list(y) == [floor, floor] for _, y in drawn)
@@ -180,10 +193,81 @@ def test_figure_draws_floor_points_and_baseline():
     assert any(list(x) == [1, 2, 3, 4] and list(y) == [0.4, 0.9, 0.9, 0.5] for x, y in drawn)
 
 
+def test_an_equal_baseline_is_not_talked_away():
+    result = {"accuracy": {"1": 0.4, "4": 0.78}, "best_depth": 4, "baseline": BASE}
+    text = depth_report.baseline_words(result)
+    assert "3.0 times the examples (1.2 times the passes over a window)" in text
+    assert "0.770 at depth 1 (0.700 to 0.800 over 3 seeds)" in text
+    assert "does not beat more training at equal compute" in text
+    result["accuracy"]["4"] = 0.5
+    assert "does not beat" in depth_report.baseline_words(result)
+
+
+def test_a_worse_baseline_is_said_to_be_worse():
+    result = {"accuracy": {"1": 0.4, "4": 0.99}, "best_depth": 4, "baseline": BASE}
+    assert "worth 0.220 of exact accuracy" in depth_report.baseline_words(result)
+
+
+def config(steps, passes, task="rule110", hidden=16):
+    return {
+        "train": {"steps": steps, "batch_size": 10},
+        "sleep_passes": passes,
+        "task": {"name": task},
+        "model": {"hidden_size": hidden},
+    }
+
+
+def saved_baseline(tmp_path, passes=2, depths=(1, 2), **changes):
+    runs = [
+        record(seed) | {"trained_depths": [passes], "config": config(60, passes, **changes)}
+        for seed in (4, 5)
+    ]
+    exact = {2: {1: 0.5, 2: 0.7}, 3: {1: 0.5, 2: 0.9}}
+    results = [
+        depth.DepthResult(
+            count=9, eval_seed=0, **{name: {d: values[d] for d in depths} for name in
+                                     ("exact", "per_label", "seconds")}
+        )
+        for values in exact.values()
+    ]  # fmt: skip
+    result = depth_report.summarise(TASK, results, runs, command="measured so")
+    return report.save(result, tmp_path)[0]
+
+
+def test_a_baseline_is_asked_at_its_own_depth(tmp_path):
+    base = depth_report.read_baseline(saved_baseline(tmp_path), config(20, {"uniform": [1, 4]}))
+    assert base["depth"] == 2
+    assert base["accuracy"]["2"] == pytest.approx(0.8)
+    assert base["spread"] == {"2": [0.7, 0.9]}
+    assert base["seeds"] == [4, 5] and base["command"] == "measured so"
+    # 600 examples of 2 passes against 200 of 2.5 on average.
+    assert base["examples_ratio"] == 3.0
+    assert base["passes_ratio"] == pytest.approx(1200 / 500)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"task": "other"}, r"task=.*other.*allowed.*rule110"),
+        ({"hidden": 32}, r"model=.*32.*allowed.*16"),
+        ({"depths": (1,)}, r"not measured at depth 2"),
+    ],
+)
+def test_a_baseline_that_compares_nothing_is_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        depth_report.read_baseline(saved_baseline(tmp_path, **changes), config(20, 1))
+
+
+def test_a_baseline_of_several_depths_is_refused(tmp_path):
+    path = report.save(depth_report.summarise(TASK, [made_up()], [record(0)]), tmp_path)[0]
+    with pytest.raises(ValueError, match="trained at one depth"):
+        depth_report.read_baseline(path, config(20, 1))
+
+
 @pytest.mark.parametrize("share, count", [(0.0, 50), (0.43, 200), (0.99, 2000), (1.0, 10)])
 def test_wilson_interval_solves_its_equation(share, count):
     """The bounds are the p at which the observed share lies 1.96 standard errors away."""
-    for bound in depth.wilson(share, count):
+    for bound in depth_report.wilson(share, count):
         if 1e-12 < bound < 1 - 1e-12:
             error = math.sqrt(bound * (1 - bound) / count)
             assert abs(share - bound) / error == pytest.approx(1.959964, rel=1e-6)

@@ -1,0 +1,232 @@
+"""The result of a depth benchmark as data, in words, as a table and as a figure.
+
+`summarise` makes the dict of results.json; everything else here reads that dict alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from math import sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hybrid_sleep.eval.provenance import describe, provenance
+from hybrid_sleep.eval.tasks import Task
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from hybrid_sleep.eval.depth import DepthResult
+    from hybrid_sleep.training import RunConfig
+
+Z95 = 1.959963984540054
+EQUAL_WITHIN = 0.02
+
+
+def summarise(
+    task: Task,
+    results: Sequence[DepthResult],
+    runs: Sequence[dict[str, Any]],
+    *,
+    baseline: dict[str, Any] | None = None,
+    device: Any = "cpu",
+    command: str | None = None,
+) -> dict[str, Any]:
+    """What goes into results.json: one entry a checkpoint, their mean and spread, the floor.
+
+    `runs[i]` is the `run_record` of the checkpoint behind `results[i]`. `accuracy` is the mean of
+    the checkpoints by depth, `spread` their lowest and highest; `interval` of a run is the 95 %
+    interval of its own accuracy, given how many examples it saw. `baseline`: see `read_baseline`.
+    """
+    depths = results[0].depths
+    floor = task.floor()
+    mean = {}
+    for name in ("exact", "per_label", "seconds"):
+        by_run = [getattr(result, name) for result in results]
+        mean[name] = {d: sum(values[d] for values in by_run) / len(results) for d in depths}
+    exact = {d: [result.exact[d] for result in results] for d in depths}
+    return {
+        "benchmark": "depth",
+        "task": {"name": task.name, "params": task.params},
+        "floor": floor["exact"],
+        "floor_per_label": floor["per_label"],
+        "accuracy": _keyed(mean["exact"]),
+        "per_label": _keyed(mean["per_label"]),
+        "spread": _keyed({d: [min(exact[d]), max(exact[d])] for d in depths}),
+        "seconds_per_example": _keyed({d: mean["seconds"][d] / results[0].count for d in depths}),
+        "best_depth": best_depth(mean["exact"]),
+        "baseline": baseline,
+        "complete": True,
+        "examples": results[0].count,
+        "split": results[0].split,
+        "eval_seed": results[0].eval_seed,
+        "runs": [
+            {
+                **run,
+                **{
+                    name: _keyed(values)
+                    for name, values in asdict(result).items()
+                    if isinstance(values, dict)
+                },
+                "interval": _keyed({d: wilson(result.exact[d], result.count) for d in depths}),
+            }
+            for run, result in zip(runs, results, strict=True)
+        ],
+        "command": command,
+        "provenance": provenance(device),
+    }
+
+
+def run_record(checkpoint: str | os.PathLike, run: RunConfig) -> dict[str, Any]:
+    """What results.json says of a checkpoint: name, seed, depths it was trained at, its config."""
+    folder = Path(checkpoint)
+    return {
+        "checkpoint": folder.name if folder.is_absolute() else folder.as_posix(),
+        "seed": run.train.seed,
+        "trained_depths": sorted(run.sleep_passes.probabilities()),
+        "config": run.to_dict(),
+    }
+
+
+def best_depth(accuracy: dict[int, float]) -> int:
+    """The smallest depth with the highest accuracy."""
+    return max(sorted(accuracy), key=lambda depth: accuracy[depth])
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a share seen in `count` independent trials."""
+    centre = share + Z95**2 / (2 * count)
+    spread = Z95 * sqrt(share * (1 - share) / count + Z95**2 / (4 * count**2))
+    scale = 1 + Z95**2 / count
+    # At 0 and 1 the bound is exact; rounding must not push it outside.
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def _keyed(by_depth: dict[int, Any]) -> dict[str, Any]:
+    return {str(depth): value for depth, value in by_depth.items()}
+
+
+def read_baseline(path: str | os.PathLike | Any, config: dict[str, Any]) -> dict[str, Any]:
+    """A model trained at one depth, to compare with models trained by `config` at several.
+
+    `path` is the results.json of that model's own depth benchmark. The baseline is asked at the
+    depth it was trained at. `examples_ratio` and `passes_ratio` say how much more it was trained:
+    examples, and passes over a context window summed over examples.
+
+    Raises ValueError if the file is no such result, or one of another task or model.
+    """
+    file = path if hasattr(path, "read_text") else Path(path)
+    result = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(result, dict) or result.get("benchmark") != "depth":
+        raise ValueError(
+            f"baseline={str(path)!r}; allowed: results.json of hybrid-sleep bench depth"
+        )
+    trained = {tuple(run["trained_depths"]) for run in result["runs"]}
+    if len(trained) != 1 or len(min(trained)) != 1:
+        raise ValueError(
+            f"baseline={str(path)!r} was trained at depths {sorted(trained)}; allowed: a baseline "
+            "trained at one depth"
+        )
+    ((only,),) = trained
+    depth, theirs = str(only), result["runs"][0]["config"]
+    for key in ("task", "model"):
+        if theirs[key] != config[key]:
+            raise ValueError(
+                f"baseline={str(path)!r} has {key}={theirs[key]}; allowed: {config[key]}"
+            )
+    if depth not in result["accuracy"]:
+        raise ValueError(
+            f"baseline={str(path)!r} was not measured at depth {depth}, which it was trained at"
+        )
+    cost, base_cost = training_cost(config), training_cost(theirs)
+    return {
+        "depth": only,
+        "accuracy": {depth: result["accuracy"][depth]},
+        "spread": {depth: result["spread"][depth]},
+        "seeds": [run["seed"] for run in result["runs"]],
+        "examples_ratio": base_cost["examples"] / cost["examples"],
+        "passes_ratio": base_cost["passes"] / cost["passes"],
+        "command": result["command"],
+        "provenance": result["provenance"],
+    }
+
+
+def training_cost(config: dict[str, Any]) -> dict[str, float]:
+    """Examples that a run trains on, and passes over a context window, summed over examples."""
+    from hybrid_sleep.training import parse_depth
+
+    examples = config["train"]["steps"] * config["train"]["batch_size"]
+    return {"examples": examples, "passes": examples * parse_depth(config["sleep_passes"]).mean}
+
+
+def baseline_words(result: dict[str, Any]) -> str:
+    """The comparison with training at one depth, said as it is."""
+    base = result["baseline"]
+    depth = str(base["depth"])
+    accuracy, (low, high) = base["accuracy"][depth], base["spread"][depth]
+    best = result["accuracy"][str(result["best_depth"])]
+    text = (
+        f"Baseline: the same model trained at N = {depth} alone, on {base['examples_ratio']:.1f} "
+        f"times the examples ({base['passes_ratio']:.1f} times the passes over a window), reaches "
+        f"{accuracy:.3f} at depth {depth} ({low:.3f} to {high:.3f} over {len(base['seeds'])} "
+        "seeds). "
+    )
+    if accuracy > best - EQUAL_WITHIN:
+        return text + (
+            "So on this setting depth does not beat more training at equal compute. What it buys "
+            "is data, the same accuracy from fewer examples, and a dial: one checkpoint that can "
+            "be asked cheaply or thoroughly."
+        )
+    return text + (
+        f"So for about the same compute, sleeping deeper is worth {best - accuracy:.3f} of exact "
+        "accuracy here."
+    )
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table of a depth result, with the floor, what was asked, and where it came from."""
+    several = len(result["runs"]) > 1
+    seeds = [f"seed {run['seed']}" for run in result["runs"]] if several else []
+    spread = ["lowest to highest"] if several else ["95 % interval"]
+    head = ["depth N", "exact", *spread, *seeds, "per label", "ms per example", "cost"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---:|" * len(head)]
+    first = result["seconds_per_example"][min(result["accuracy"], key=int)]
+    for depth, accuracy in result["accuracy"].items():
+        low, high = (result["spread"] if several else result["runs"][0]["interval"])[depth]
+        seconds = result["seconds_per_example"][depth]
+        exact = f"{accuracy:.3f}"
+        cells = [
+            depth,
+            f"**{exact}**" if int(depth) == result["best_depth"] else exact,
+            f"{low:.3f} to {high:.3f}",
+            *(f"{run['exact'][depth]:.3f}" for run in result["runs"] if several),
+            f"{result['per_label'][depth]:.3f}",
+            f"{1000 * seconds:.2f}",
+            f"{seconds / first:.2f}x",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    params = ", ".join(f"{name}={value}" for name, value in result["task"]["params"].items())
+    lines += [
+        "",
+        f"Task: {result['task']['name']} ({params}); {result['examples']} test examples a depth, "
+        f"evaluation seed {result['eval_seed']}. Floor (always the most frequent label): "
+        f"exact {result['floor']:.4f}, per label {result['floor_per_label']:.4f}.",
+    ]
+    if not result["complete"]:
+        lines += ["", f"Interrupted after {len(result['runs'])} checkpoint(s)."]
+    if result["baseline"]:
+        lines += ["", baseline_words(result), "", f"`{result['baseline']['command']}`"]
+    lines += ["", describe(result["provenance"])]
+    if result["command"]:
+        lines += ["", f"`{result['command']}`"]
+    return "\n".join(lines) + "\n"
+
+
+def figure(result: dict[str, Any]) -> Figure:
+    """Accuracy against depth, the floor, the spread and the baseline."""
+    from hybrid_sleep.eval.plots import depth_figure
+
+    return depth_figure(result)
