@@ -205,7 +205,7 @@ def test_finished_rows_read_no_further(eviction):
 @pytest.mark.parametrize("eviction", EVICTIONS)
 @pytest.mark.parametrize("long_mask", [False, True])
 def test_a_conversation_equals_one_long_run(eviction, long_mask):
-    """Each turn gives the cache the answer's last token, which it has not read, and the new text."""
+    """A turn gives the cache the last answer's last token, which it has not read, and new text."""
     model = lively(eviction=eviction)
     cache = SleepCache(model.config)
     heard = [torch.zeros(0, dtype=torch.long)] * 3

@@ -220,6 +220,35 @@ def test_what_pads_hold_does_not_matter():
         assert torch.equal(S, two.past_key_values.fast_weights[i])
 
 
+@pytest.mark.parametrize("side", ["none", "left", "right", "inside"])
+def test_logits_of_the_last_columns_are_those_of_all_columns(side):
+    model = small_model()
+    ids = small_ids(2, 13)
+    mask = torch.ones_like(ids)
+    pads = {"none": slice(0, 0), "left": slice(0, 9), "right": slice(6, 13), "inside": slice(3, 12)}
+    mask[1, pads[side]] = 0
+    whole = model(ids, attention_mask=mask, sleep_passes=2).logits
+    for keep in range(1, 14):
+        some = model(ids, attention_mask=mask, sleep_passes=2, logits_to_keep=keep).logits
+        assert gap(some, whole[:, -keep:]) <= EXACT
+
+
+def test_a_left_padded_batch_has_the_loss_of_its_rows():
+    model = small_model(sleep_schedule="every_window")
+    ids = small_ids(3, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :5], mask[1, 7:], mask[2, 4:9] = 0, 0, 0
+    labels = ids.masked_fill(mask == 0, -100)
+    together = model(ids, attention_mask=mask, labels=labels, sleep_passes=2).loss
+    total, count = 0.0, 0
+    for b in range(3):
+        alone = ids[b, mask[b].bool()][None]
+        steps = alone.shape[1] - 1
+        total = total + steps * model(alone, labels=alone, sleep_passes=2).loss
+        count += steps
+    assert gap(together, total / count) <= 1e-6
+
+
 @pytest.mark.parametrize("schedule", ["context_windows", "every_window"])
 @pytest.mark.parametrize("eviction", EVICTIONS)
 def test_supervised_windows_stay_awake_row_by_row(schedule, eviction):

@@ -1,0 +1,122 @@
+"""Rows of a cache can be picked, repeated and copied, and it does not grow."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small import assert_same, gap, small_ids, small_model, snapshot
+
+from hybrid_sleep import SleepCache
+from hybrid_sleep.configuration import EVICTIONS
+
+EXACT = 1e-10
+LENGTHS = (13, 4, 8)
+
+
+def ragged(model):
+    ids = small_ids(3, 13)
+    mask = (torch.arange(13) < torch.tensor(LENGTHS)[:, None]).long()
+    with torch.no_grad():
+        return ids, model(ids, attention_mask=mask, sleep_passes=2).past_key_values
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS)
+@pytest.mark.parametrize(
+    ("change", "rows"),
+    [
+        (lambda cache: cache.batch_select_indices(torch.tensor([2, 0])), [2, 0]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([1])), [1]),
+        (lambda cache: cache.reorder_cache(torch.tensor([1, 1, 0])), [1, 1, 0]),
+        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+        (lambda cache: cache.copy(), [0, 1, 2]),
+    ],
+    ids=["select", "select one", "reorder", "repeat", "copy"],
+)
+def test_picked_rows_go_on_as_they_would_have(eviction, change, rows):
+    model = small_model(eviction=eviction, loop=(0, 3))
+    ids, cache = ragged(model)
+    change(cache)
+    assert cache.batch_size == len(rows)
+    new = small_ids(len(rows), 9, seed=5)
+    with torch.no_grad():
+        out = model(new, past_key_values=cache, sleep_passes=2)
+    for place, row in enumerate(rows):
+        whole = torch.cat((ids[row, : LENGTHS[row]], new[place]))[None]
+        alone = model(whole, sleep_passes=2)
+        assert gap(out.logits[place], alone.logits[0, LENGTHS[row] :]) <= EXACT
+        assert cache.sleeps[place] == alone.past_key_values.sleeps[0]
+        for i, S in alone.past_key_values.fast_weights.items():
+            assert gap(cache.fast_weights[i][place], S[0]) <= EXACT
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS)
+def test_copies_go_their_own_ways(eviction):
+    model = small_model(eviction=eviction, loop=(1, 3))
+    _, cache = ragged(model)
+    twin = cache.copy()
+    before = snapshot(cache)
+    assert_same(before, snapshot(twin))
+    with torch.no_grad():
+        model(small_ids(3, 9), past_key_values=twin, sleep_passes=3)
+    model.sleep(twin, passes=2)
+    twin.batch_repeat_interleave(2)
+    assert_same(before, snapshot(cache))
+    ahead = snapshot(twin)
+    model.sleep(cache, passes=2)
+    cache.reset()
+    assert_same(ahead, snapshot(twin))
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS)
+def test_reset_makes_it_new(eviction):
+    model = small_model(eviction=eviction, loop=(1, 3))
+    _, cache = ragged(model)
+    cache.reset()
+    assert cache.batch_size == -1
+    assert cache.nbytes() == 0
+    assert cache.get_seq_length() == 0
+    assert_same(snapshot(SleepCache(model.config)), snapshot(cache))
+    ids = small_ids(1, 12)
+    again = model(ids, past_key_values=cache, sleep_passes=2).logits
+    assert torch.equal(again, model(ids, sleep_passes=2).logits)
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS)
+@pytest.mark.parametrize("loop", [None, (1, 3)])
+def test_it_does_not_grow_with_what_was_read(eviction, loop):
+    model = small_model(eviction=eviction, loop=loop, window=4)
+    cache = SleepCache(model.config)
+    sizes = []
+    with torch.no_grad():
+        for _ in range(40):
+            size = []
+            for _ in range(4):
+                model(small_ids(2, 1), past_key_values=cache, sleep_passes=2)
+                size.append(cache.nbytes())
+            sizes.append(size)
+    assert cache.sleeps.tolist() == [39, 39]
+    assert sizes[2] == sizes[10] == sizes[39]
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors(cache)}
+    assert sum(held.values()) <= 2 * cache.nbytes()
+
+
+def tensors(cache: SleepCache) -> list[torch.Tensor]:
+    parts = [part for part in (*cache.memory, *cache.opening.values()) if part is not None]
+    return [x for x in (*(x for part in parts for x in part), cache.hidden) if x is not None]
+
+
+def test_bytes_are_those_of_the_tensors():
+    model = small_model(eviction="sliding", loop=(1, 3))
+    _, cache = ragged(model)
+    assert cache.nbytes() == sum(x.numel() * x.element_size() for x in tensors(cache))
+    assert model.config.fast_weight_bytes == 2 * 2 * 4 * 3 * 4
+
+
+def test_tokens_cannot_be_taken_back():
+    model = small_model()
+    _, cache = ragged(model)
+    before = snapshot(cache)
+    with pytest.raises(ValueError, match="crop"):
+        cache.crop(3)
+    assert_same(before, snapshot(cache))
+    assert cache.get_seq_length() == 13
