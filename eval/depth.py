@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid_sleep.eval.depth_report import read_baseline, run_record, summarise
+from hybrid_sleep.eval.provenance import check_device
 from hybrid_sleep.eval.tasks import Task
 from hybrid_sleep.eval.tasks.base import check_int
 
@@ -138,6 +139,7 @@ def bench_checkpoints(
     from hybrid_sleep.eval.progress import progress_bar
 
     depths = check_depths(depths)
+    check_device(device)
     if not checkpoints:
         raise ValueError("checkpoints is empty; allowed: one or more folders of trained models")
     runs = [read_run(checkpoint) for checkpoint in checkpoints]

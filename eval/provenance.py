@@ -33,6 +33,20 @@ def provenance(device: Any = "cpu") -> dict[str, Any]:
     }
 
 
+def check_device(device: str) -> str:
+    """`device` if torch can compute on it here; ValueError saying what there is otherwise."""
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = None
+    if kind == "cpu" or (kind == "cuda" and torch.cuda.is_available()):
+        return device
+    found = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    raise ValueError(f"device={device!r}; allowed here: {', '.join(['cpu', *found])}")
+
+
 def describe(record: dict[str, Any]) -> str:
     """One line of Markdown for a `provenance` record."""
     commit = record["commit"]

@@ -150,6 +150,7 @@ def test_an_interrupted_benchmark_keeps_the_checkpoints_it_finished(config, tmp_
         (["bench", "depth", ".", "--depths", "two"], "depths='two'; allowed: such as 1-8"),
         (["bench", "generation", "--windows", "1"], "windows=1; allowed: an integer of at least 2"),
         (["bench", "generation", "--state-space", "s4"], "state_space must be one of"),
+        (["bench", "sleep", "--device", "abacus"], "device='abacus'; allowed here: cpu"),
         (["bench", "sleep", "--repeats", "0"], "repeats=0; allowed: an integer of at least 2"),
         (["bench", "render", "nowhere.json"], "nowhere.json"),
         (["demo", "--seed", "-1"], "seed=-1; allowed: an integer of at least 0"),

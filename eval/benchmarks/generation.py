@@ -20,7 +20,7 @@ from typing import Any
 from transformers.generation.streamers import BaseStreamer
 
 from hybrid_sleep.eval.benchmarks.models import VOCABULARY, untrained
-from hybrid_sleep.eval.provenance import describe, provenance
+from hybrid_sleep.eval.provenance import check_device, describe, provenance
 from hybrid_sleep.eval.tasks.base import check_int
 
 ALLOWED = 1.05
@@ -117,6 +117,7 @@ def run(
     for name, value, least in (("windows", windows, 2), ("window", window, 2),
                                ("passes", passes, 1), ("repeats", repeats, 1)):  # fmt: skip
         check_int(name, value, least)
+    check_device(device)
     model = untrained(state_space, hidden=hidden, layers=layers, window=window, device=device)
     first_token = torch.randint(VOCABULARY, (1, 1), generator=torch.Generator().manual_seed(0))
     first_token = first_token.to(device)

@@ -14,7 +14,7 @@ from typing import Any
 
 from hybrid_sleep.eval.benchmarks.generation import synchronise
 from hybrid_sleep.eval.benchmarks.models import VOCABULARY, untrained
-from hybrid_sleep.eval.provenance import describe, provenance
+from hybrid_sleep.eval.provenance import check_device, describe, provenance
 from hybrid_sleep.eval.tasks.base import check_int
 
 LEAST_SECONDS = 1.0
@@ -69,6 +69,7 @@ def run(
     those of the paired ratios, `bound` is (N-1)/N. Interrupted after the first row, it returns the
     rows it has, with `complete` False.
     """
+    check_device(device)
     check_int("repeats", repeats, 2)
     for depth in passes:
         check_int("passes", depth, 2)
