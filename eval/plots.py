@@ -44,11 +44,8 @@ def depth_figure(result: dict[str, Any]) -> Figure:
     runs = result["runs"]
     depths = [int(depth) for depth in result["accuracy"]]
     accuracy = list(result["accuracy"].values())
-    figure, axes = new_figure(
-        f"One checkpoint, asked at {len(depths)} depths"
-        if len(runs) == 1
-        else f"{len(runs)} checkpoints, each asked at {len(depths)} depths"
-    )
+    asked = "one checkpoint" if len(runs) == 1 else f"{len(runs)} checkpoints, each"
+    figure, axes = new_figure(f"{result['task']['name']}: {asked} asked at {len(depths)} depths")
     deepest = max((max(run["trained_depths"]) for run in runs), default=0)
     if deepest < max(depths):
         axes.axvspan(deepest + 0.5, max(depths) + 0.65, color=GREY, alpha=0.1, linewidth=0)
