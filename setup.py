@@ -8,7 +8,8 @@ checkout itself.
 from setuptools import find_namespace_packages, setup
 
 BESIDE = ("kernels", "training", "eval", "configs")
-# Results are committed to be read in the repository, not to be installed.
+# Results are committed to be read in the repository; of them only what the demo compares itself
+# with is installed.
 EXCLUDE = ("results", "results.*", "*.results", "*.results.*", "__pycache__", "*.__pycache__")
 
 
@@ -21,6 +22,9 @@ setup(
     packages=find("hybrid_sleep", "hybrid_sleep")
     + [package for folder in BESIDE for package in find(folder, f"hybrid_sleep.{folder}")],
     package_dir={f"hybrid_sleep.{folder}": folder for folder in BESIDE},
-    package_data={"hybrid_sleep.configs": ["**/*.yaml", "**/*.json"]},
+    package_data={
+        "hybrid_sleep.configs": ["**/*.yaml", "**/*.json"],
+        "hybrid_sleep.eval": ["results/baseline_n1/results.json"],
+    },
     include_package_data=False,
 )

@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BESIDE = ("kernels", "training", "eval", "configs")
+BASELINE = "eval/results/baseline_n1/results.json"
 RUNNERS = ("python", "python -m pytest", "pytest")
 OPTIONAL = ("fla", "mamba_ssm", "causal_conv1d", "flash_attn", "triton", "deepspeed", "lm_eval")
 
@@ -23,12 +24,12 @@ def sources(root: Path) -> dict[str, str]:
     """Where each file of the package must lie once installed -> where it lies in a checkout."""
     found = {}
     for folder in ("hybrid_sleep", *BESIDE):
+        prefix = "" if folder == "hybrid_sleep" else "hybrid_sleep/"
         suffixes = (".yaml", ".json") if folder == "configs" else (".py",)
         for path in sorted((root / folder).rglob("*")):
-            inside = path.relative_to(root)
-            if path.suffix in suffixes and "results" not in inside.parts:
-                prefix = "" if folder == "hybrid_sleep" else "hybrid_sleep/"
-                found[prefix + inside.as_posix()] = inside.as_posix()
+            file = path.relative_to(root).as_posix()
+            if path.suffix in suffixes and "/results/" not in file or file == BASELINE:
+                found[prefix + file] = file
     return found
 
 
