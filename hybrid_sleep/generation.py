@@ -17,6 +17,13 @@ _MODES = {
     GenerationMode.BEAM_SEARCH,
     GenerationMode.BEAM_SAMPLE,
 }
+_ROLLING_BACK = (
+    "assistant_model",
+    "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+    "penalty_alpha",
+    "dola_layers",
+)
 
 
 class _Finished(StoppingCriteriaList):
@@ -131,9 +138,12 @@ class SleepGenerationMixin(GenerationMixin):
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         if generation_mode not in _MODES:
             allowed = ", ".join(sorted(mode.value for mode in _MODES))
+            given = [name for name, value in generation_mode_kwargs.items() if value is not None]
+            given += [name for name in _ROLLING_BACK if getattr(generation_config, name, None)]
+            asked_by = ", ".join(name for name in given if name in _ROLLING_BACK) or "these options"
             raise ValueError(
-                f"generation mode {generation_mode.value!r} cannot work: it takes tokens back, and "
-                f"fast weights cannot be rolled back; allowed are {allowed}"
+                f"{asked_by} asks for {generation_mode.value}, which cannot work: it takes tokens "
+                f"back, and fast weights cannot be rolled back; allowed are {allowed}"
             )
         if generation_config.prefill_chunk_size is not None:
             raise ValueError(
