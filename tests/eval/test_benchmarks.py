@@ -17,12 +17,12 @@ TINY = sleep.Shape(state_space="mamba2", batch=2, window=5, hidden=16, layers=2)
 def test_a_sleep_is_charged_to_the_window_that_slept():
     """Windows of 3: forwards 3 and 6 begin with a sleep, of windows 1 and 2."""
     clock = generation.Clock(None, 3, torch.device("cpu"))
-    clock.forwards = [1.0, 2.0, 6.0, 1.0 + 10.0, 2.0, 9.0, 1.0 + 20.0]
+    clock.forwards = [1.0, 2.0, 6.0, 5.0 + 10.0, 2.0, 9.0, 1.0 + 20.0]
     clock.cache_bytes = clock.process_bytes = [7, 8]
     assert generation.by_window(clock, [10.0, 20.0]) == {
-        "token": [2.0, 2.0],
+        "token": [2.0, 5.0],
         "sleep": [10.0, 20.0],
-        "total": [pytest.approx(2 + 10 / 3), pytest.approx(2 + 20 / 3)],
+        "total": [pytest.approx(2 + 10 / 3), pytest.approx(5 + 20 / 3)],
         "cache": [7.0, 8.0],
         "process": [7.0, 8.0],
     }
