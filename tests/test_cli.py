@@ -109,6 +109,15 @@ def test_train_then_measure_two_seeds(config, tmp_path, argv):
     call("train", config, "--overwrite", "--quiet")
 
 
+def test_a_checkpoint_taken_on_the_way_can_be_measured(config, tmp_path):
+    call("train", config, "train.save_every=1", "train.keep_checkpoints=2", "--quiet")
+    out = tmp_path / "bench"
+    checkpoint = tmp_path / "model" / "checkpoint-1"
+    call("bench", "depth", checkpoint, "--depths", "1", "--count", "5", "--out", out)
+    (run,) = json.loads((out / "results.json").read_text())["runs"]
+    assert run["checkpoint"] == "checkpoint-1" and run["config"]["task"] == RUN["task"]
+
+
 def test_only_seeds_of_one_recipe_are_averaged(config, tmp_path):
     call("train", config, "--quiet")
     model, other = tmp_path / "model", tmp_path / "other"
