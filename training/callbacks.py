@@ -124,7 +124,7 @@ class StopOnSignal(TrainerCallback):
 
         def request(number: int, frame: Any) -> None:
             self.requested = True
-            signal.signal(number, usual[number])
+            signal.signal(number, usual[number] or signal.SIG_DFL)
 
         for number in usual:
             signal.signal(number, request)
@@ -132,7 +132,7 @@ class StopOnSignal(TrainerCallback):
             yield
         finally:
             for number, handler in usual.items():
-                signal.signal(number, handler)
+                signal.signal(number, handler or signal.SIG_DFL)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.requested:

@@ -31,8 +31,9 @@ class TrainConfig:
     """How to learn it.
 
     Optimisation: `steps` updates of `batch_size` examples each (`accumulate` micro-batches of
-    `batch_size / accumulate`), Muon with `lr_muon` on matrices, AdamW with `lr_adamw` on the rest,
-    decoupled `weight_decay`, gradients clipped to norm `grad_clip` (None: not clipped). The rates
+    `batch_size / accumulate`), Muon with `lr_muon` on matrices, AdamW with `lr_adamw` and betas
+    (0.9, 0.95) on the rest, decoupled `weight_decay` (matrices and embeddings), gradients clipped
+    to norm `grad_clip` (None: not clipped). The rates
     rise linearly for `warmup` steps, then follow `schedule`: `constant`; `linear` or `cosine` to
     zero at the last step; `trapezoid`, constant and then linear to zero over the last `cooldown`
     share of all steps.

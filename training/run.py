@@ -31,9 +31,14 @@ from hybrid_sleep.training.trainer import (
 RUN_FILE = "run.yaml"
 METRICS_FILE = "metrics.jsonl"
 WEIGHTS = ".safetensors"
-# What may differ between the two parts of a resumed run: where it runs and what it reports.
-REPORTING = ("eval_every", "eval_depths", "eval_examples", "log_every", "save_every")
-FREE_ON_RESUME = ("output_dir", *(f"train.{key}" for key in (*REPORTING, "keep_checkpoints")))
+# What may differ between the two parts of a resumed run: where it is, what it reports and keeps.
+FREE_ON_RESUME = (
+    "output_dir",
+    "train.device",
+    "train.eval_depths",
+    "train.eval_examples",
+    "train.keep_checkpoints",
+)
 
 
 @dataclass(kw_only=True)
