@@ -1,12 +1,21 @@
-"""The gated delta rule, chunk after chunk, in plain PyTorch."""
+"""The gated delta rule, chunk after chunk, in plain PyTorch with its own backward pass.
+
+Shapes: N chunks of C tokens, M = B * H rows. Tensors keep the chunk first, so that one chunk of all
+rows is contiguous, and every product over all chunks is one batched product.
+"""
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hybrid_sleep.kernels.checks import compute_dtype, hide_pads
+from hybrid_sleep.kernels.chunks import from_chunks, split, to_chunks
+from hybrid_sleep.kernels.gated_delta_rule.inverse import unit_lower_inverse
 
 
 def gated_delta_rule(
@@ -21,54 +30,277 @@ def gated_delta_rule(
     chunk_size: int | None,
     output: bool,
 ) -> tuple[Tensor | None, Tensor]:
-    """Inside a chunk that starts from S, with c the running sum of g and D_ij = exp(c_i - c_j):
+    """Inside a chunk that starts from S, with c_i the sum of g up to token i and
+    D_ij = exp(c_i - c_j) for i >= j, else 0:
 
-    (I + tril(beta K K^T * D, -1)) U = beta (V - exp(c) K S)
-    O = scale (exp(c) Q S + tril(Q K^T * D) U)
-    S' = exp(c_last) S + (exp(c_last - c) K)^T U
+        X = tril(K K^T * D, -1)    T = diag(beta) (I + X diag(beta))^-1
+        W = V - exp(c) K S         U = T W  (what each token writes under its key)
+        P = scale Q K^T * D        O = scale exp(c) Q S + P U
+        S' = exp(c_C) S + (exp(c_C - c) K)^T U
+
+    (arXiv:2412.06464, Eqs. 13 to 15, with T applied to W instead of to K and V apart.)
+
+    Only W, U and S' run from chunk to chunk. The derivative is once differentiable; `reference`
+    has every higher one.
     """
-    dtype, out_dtype = compute_dtype(q_BTHK, k_BTHK, v_BTHV), v_BTHV.dtype
-    B, T, H, K = k_BTHK.shape
-    V = v_BTHV.shape[-1]
-    N = -(-T // (chunk_size or 64))
-    C = -(-T // N)
-    q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH = hide_pads(
-        mask, q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH
-    )
+    inputs = hide_pads(mask, q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH)
+    if chunk_size is None:
+        chunk_size = _chunk_size(max(k_BTHK.shape[-1], v_BTHV.shape[-1]))
+    leaves = inputs if initial_state is None else (*inputs, initial_state)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in leaves):
+        return _ChunkedGatedDelta.apply(*inputs, initial_state, scale, chunk_size, output)
+    o, S, _ = _forward(*inputs, initial_state, scale, chunk_size, output, keep=False)
+    return o, S
 
-    def chunks(x: Tensor) -> Tensor:
-        x = x.to(dtype).transpose(1, 2)
-        x = F.pad(x, (0, 0, 0, N * C - T))
-        return x.reshape(B * H, N, C, x.shape[-1])
 
-    k = chunks(k_BTHK)
-    v = chunks(v_BTHV)
-    c = chunks(g_BTH[..., None]).cumsum(2)
-    beta = chunks(beta_BTH[..., None])
-    upper = torch.ones(C, C, dtype=torch.bool, device=k.device).triu(1)
-    D = (c - c.mT).masked_fill(upper, float("-inf")).exp()
-    A = (k @ k.mT) * D * beta
-    rhs = torch.cat([v * beta, k * (beta * c.exp())], -1)
-    uw = torch.linalg.solve_triangular(A, rhs, upper=False, unitriangular=True)
-    u, w = uw[..., :V], uw[..., V:]
-    k_last = (k * (c[:, :, -1:] - c).exp()).mT
-    gamma = c[:, :, -1:].exp()
-    if output:
-        q = chunks(q_BTHK) * scale
-        P = (q @ k.mT) * D
-        q = q * c.exp()
-    if initial_state is None:
-        S = k.new_zeros(B * H, K, V)
+def _chunk_size(dim: int) -> int:
+    """Longer chunks cost C products per token, shorter ones more passes over the [K, V] state."""
+    return 24 if dim <= 32 else 32 if dim <= 64 else 64
+
+
+class _Saved(NamedTuple):
+    """What the backward pass reads. `into` and what crosses chunks is None where no state does."""
+
+    k: Tensor  # [N, M, C, K]
+    D: Tensor  # [N, M, C, C]
+    X: Tensor
+    T: Tensor
+    W: Tensor  # [N, M, C, V]
+    U: Tensor
+    left: Tensor  # exp(c_C - c) [N, M, C, 1]
+    k_left: Tensor  # left * k
+    into: Tensor | None  # exp(c) [N, M, C, 1]
+    k_into: Tensor | None  # into * k
+    S: Tensor | None  # the state each chunk starts from [N, M, K, V]
+    q: Tensor | None
+    P: Tensor | None
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    """Matrix products over the first two dimensions."""
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
+
+
+def _add_mm(out: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> Tensor:
+    """out += factor * a b over the first two dimensions; out is contiguous."""
+    out.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1), alpha=factor)
+    return out
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    scale: float,
+    chunk_size: int,
+    output: bool,
+    keep: bool,
+) -> tuple[Tensor | None, Tensor, _Saved | None]:
+    """o, S and, with `keep`, what the backward pass needs.
+
+    The path to S never looks at `output`, which keeps S the same to the last bit.
+    """
+    dtype, out_dtype = compute_dtype(q, k, v), v.dtype
+    B, T, H, K = k.shape
+    M, V = B * H, v.shape[-1]
+    N, C = split(T, chunk_size)
+    first = 1 if initial_state is None else 0  # the first chunk that a state enters
+    k = to_chunks(k, N, C, dtype)
+    W = to_chunks(v, N, C, dtype)
+    beta = to_chunks(beta, N, C, dtype).unsqueeze(-1)
+    D, into, left = _decays(g, N, C, dtype)
+    k_left = k * left
+    k_into = k * into if first < N else None
+
+    X = _mm(k, k.mT).mul_(D)
+    X.diagonal(dim1=2, dim2=3).zero_()
+    T_ = unit_lower_inverse((X * beta.mT.neg()).flatten(0, 1)).view_as(D).mul_(beta)
+
+    if N > 1:
+        S = k.new_empty(N if keep or output else 2, M, K, V)
+        if first == 0:
+            S[0].unflatten(0, (B, H)).copy_(initial_state)
     else:
-        S = initial_state.to(dtype).reshape(B * H, K, V)
-    outputs = []
+        S = None if first else initial_state.to(dtype).reshape(1, M, K, V)
+    final = k.new_empty(M, K, V)
+    U = torch.empty_like(W)
+    _run(T_, W, U, k_left, k_into, into[:, :, -1:], S, final, first)
+
+    o = P = None
+    if output:
+        q = to_chunks(q, N, C, dtype).mul_(scale)
+        P = _mm(q, k.mT).mul_(D)
+        read = _mm(P, U)
+        if first < N:
+            _add_mm(read[first:], q[first:] * into[first:], S[first:])
+        o = from_chunks(read, B, T, out_dtype)
+    saved = None
+    if keep:
+        q = q if output else None
+        saved = _Saved(k, D, X, T_, W, U, left, k_left, into, k_into, S, q, P)
+    return o, final.view(B, H, K, V), saved
+
+
+def _decays(g: Tensor, N: int, C: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """D [N, M, C, C], exp(c) and exp(c_C - c) [N, M, C, 1], all within [0, 1].
+
+    The running sum is kept in float64: after a reset (g = -1e4, say) float32 would no longer
+    resolve the small decays that follow it. exp2 is several times faster than exp on a CPU.
+    """
+    exact = torch.float32 if g.device.type == "mps" else torch.float64
+    c = to_chunks(g, N, C, exact).mul_(math.log2(math.e)).cumsum(-1).unsqueeze(-1)
+    D = torch.sub(c, c.mT, out=c.new_empty((*c.shape[:3], C), dtype=dtype))
+    D.clamp_max_(0).exp2_().mul_(D.new_ones(C, C).tril_())
+    return D, c.exp2().to(dtype), (c[:, :, -1:] - c).exp2_().to(dtype)
+
+
+def _run(
+    T_: Tensor,
+    W: Tensor,
+    U: Tensor,
+    k_left: Tensor,
+    k_into: Tensor | None,
+    gamma: Tensor,
+    S: Tensor | None,
+    final: Tensor,
+    first: int,
+) -> None:
+    """The serial part: fills U, S after the chunks but the last, and final; turns V into W."""
+    N = len(T_)
+    T_, W, U, k_left, gamma = (x.unbind(0) for x in (T_, W, U, k_left.mT, gamma))
+    k_into = () if k_into is None else k_into.unbind(0)
+    states = () if S is None else S.unbind(0)
     for n in range(N):
-        U = u[:, n] - w[:, n] @ S
-        if output:
-            outputs.append(q[:, n] @ S + P[:, n] @ U)
-        S = gamma[:, n] * S + k_last[:, n] @ U
-    S_BHKV = S.view(B, H, K, V)
-    if not output:
-        return None, S_BHKV
-    o = torch.cat(outputs, 1).view(B, H, N * C, V)[:, :, :T].transpose(1, 2)
-    return o.to(out_dtype).contiguous(), S_BHKV
+        after = states[(n + 1) % len(states)] if n + 1 < N else final
+        if n < first:
+            torch.bmm(T_[n], W[n], out=U[n])
+            torch.bmm(k_left[n], U[n], out=after)
+        else:
+            before = states[n % len(states)]
+            torch.bmm(T_[n], W[n].baddbmm_(k_into[n], before, alpha=-1), out=U[n])
+            torch.mul(before, gamma[n], out=after).baddbmm_(k_left[n], U[n])
+
+
+class _ChunkedGatedDelta(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, g, beta, initial_state, scale, chunk_size, output):
+        o, S, saved = _forward(
+            q, k, v, g, beta, initial_state, scale, chunk_size, output, keep=True
+        )
+        ctx.save_for_backward(*saved)
+        ctx.scale = scale
+        ctx.shape = k.shape
+        ctx.dtypes = [x.dtype for x in (q, k, v, g, beta)]
+        ctx.state_dtype = None if initial_state is None else initial_state.dtype
+        ctx.set_materialize_grads(False)
+        return o, S
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, dS):
+        B, T, H, _ = ctx.shape
+        saved = _Saved(*ctx.saved_tensors)
+        first = 1 if ctx.state_dtype is None else 0
+        *chunks, dS = _backward(saved, do, dS, first, ctx.needs_input_grad[5])
+        if do is not None:
+            chunks[0].mul_(ctx.scale)
+        grads = [
+            None if x is None else from_chunks(x, B, T, dtype)
+            for x, dtype in zip(chunks, ctx.dtypes, strict=True)
+        ]
+        if dS is not None:
+            dS = dS.unflatten(0, (B, H)).to(ctx.state_dtype)
+        return *grads, dS, None, None, None
+
+
+def _backward(
+    saved: _Saved, do: Tensor | None, dS: Tensor | None, first: int, to_state: bool
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q (before its scale), k, v, g, beta, as chunks, and of the initial state."""
+    k, D, X, T_, W, U, left, k_left, into, k_into, S, q, P = saved
+    N, M, C, K = k.shape
+    reach = 0 if to_state else 1  # the first chunk whose starting state needs a gradient
+    dS_N = k.new_empty(N + 1, M, K, U.shape[-1])
+    dS_N[N] = 0 if dS is None else dS.flatten(0, 1)
+    if do is None:
+        dU = torch.zeros_like(U)
+        dS_N[reach:N] = 0
+    else:
+        dO = to_chunks(do, N, C, k.dtype)
+        dU = _mm(P.mT, dO)
+        dO_into = dO * into if first < N else None
+        if reach < N:
+            torch.bmm(
+                q[reach:].mT.flatten(0, 1),
+                dO_into[reach:].flatten(0, 1),
+                out=dS_N[reach:N].flatten(0, 1),
+            )
+    dW = torch.empty_like(W)
+    _run_back(T_, dW, dU, k_left, k_into, into[:, :, -1:], dS_N, reach)
+
+    # U = beta * E with E = W - X U, and dE = dU - X^T dW: no division by a beta that may be 0.
+    E = torch.baddbmm(W.flatten(0, 1), X.flatten(0, 1), U.flatten(0, 1), alpha=-1).view_as(W)
+    dbeta = E.mul_(_add_mm(dU, X.mT, dW, -1)).sum(-1)
+
+    # c_i and c_j enter X and P only through D_ij, so their gradients are row and column sums.
+    minus_dX = _mm(dW, U.mT)
+    pairs = (minus_dX * X).neg_()
+    minus_dX.mul_(D).diagonal(dim1=2, dim2=3).zero_()
+    if do is not None:
+        dP = _mm(dO, U.mT)
+        pairs.addcmul_(dP, P)
+        dP.mul_(D)
+    dc = pairs.sum(-1) - pairs.sum(-2)
+    dk = _mm(torch.add(minus_dX, minus_dX.mT, out=pairs), k).neg_()
+    if do is not None:
+        _add_mm(dk, dP.mT, q)
+
+    dk_left = _mm(U, dS_N[1:].mT)
+    dk.addcmul_(dk_left, left)
+    written = dk_left.mul_(k_left).sum(-1)
+    dc -= written
+    dc_last = written.sum(-1)
+
+    dq = None if do is None else torch.empty_like(q)
+    if do is not None and first:
+        torch.bmm(dP[0], k[0], out=dq[0])
+    if first < N:
+        rest = slice(first, N)
+        minus_dk_into = _mm(dW[rest], S[rest].mT)
+        dk[rest].addcmul_(minus_dk_into, into[rest], value=-1)
+        read = minus_dk_into.mul_(k_into[rest]).neg_()
+        if do is not None:
+            dq_into = dq[rest]
+            torch.bmm(
+                dO_into[rest].flatten(0, 1), S[rest].mT.flatten(0, 1), out=dq_into.flatten(0, 1)
+            )
+            read.addcmul_(q[rest], dq_into)
+            _add_mm(dq_into, dP[rest], k[rest])
+        dc[rest] += read.sum(-1)
+        dc_last[rest] += (S[rest] * dS_N[1:][rest]).sum((-1, -2)) * into[rest, :, -1, 0]
+    dc[:, :, -1] += dc_last
+    dg = dc.flip(-1).cumsum(-1).flip(-1)
+    return dq, dk, dW, dg, dbeta, dS_N[0] if to_state else None
+
+
+def _run_back(
+    T_: Tensor,
+    dW: Tensor,
+    dU: Tensor,
+    k_left: Tensor,
+    k_into: Tensor | None,
+    gamma: Tensor,
+    dS: Tensor,
+    reach: int,
+) -> None:
+    """The serial part: completes dU and dS (which hold what O gave them) and fills dW."""
+    T_, dW, dU, k_left, gamma = (x.unbind(0) for x in (T_.mT, dW, dU, k_left, gamma))
+    k_into = () if k_into is None else k_into.mT.unbind(0)
+    dS = dS.unbind(0)
+    for n in reversed(range(len(T_))):
+        torch.bmm(T_[n], dU[n].baddbmm_(k_left[n], dS[n + 1]), out=dW[n])
+        if n >= reach:
+            dS[n].addcmul_(dS[n + 1], gamma[n]).baddbmm_(k_into[n], dW[n], alpha=-1)

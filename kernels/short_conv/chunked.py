@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybrid_sleep.kernels.checks import compute_dtype
+from hybrid_sleep.kernels.checks import compute_dtype, hide_pads
 
 
 def short_conv(
@@ -21,6 +21,7 @@ def short_conv(
     dtype, out_dtype = compute_dtype(x_BTC, weight_CW), x_BTC.dtype
     B, T, C = x_BTC.shape
     W = weight_CW.shape[1]
+    (x_BTC,) = hide_pads(mask, x_BTC)
     if mask is not None:
         # Real tokens first, in their order; the pads behind them reach none of them.
         order_BT = (~mask).to(torch.uint8).argsort(dim=1, stable=True)

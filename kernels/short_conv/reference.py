@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybrid_sleep.kernels.checks import compute_dtype
+from hybrid_sleep.kernels.checks import compute_dtype, hide_pads
 
 
 def short_conv(
@@ -22,6 +22,7 @@ def short_conv(
     B, T, C = x_BTC.shape
     W = weight_CW.shape[1]
     weight_WC = weight_CW.to(dtype).T
+    (x_BTC,) = hide_pads(mask, x_BTC)
     if initial_state is None:
         tail_BWC = x_BTC.new_zeros(B, W - 1, C)
     else:
