@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import os
 import platform
 import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ def provenance(device: Any = "cpu") -> dict[str, Any]:
         "hybrid_sleep": hybrid_sleep.__version__,
         "commit": _commit(Path(hybrid_sleep.__file__).resolve().parent.parent),
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in VERSIONS},
+        # Unlike the distribution's, a module's version also says how it was built (+cpu, +cu130).
+        **{name: importlib.import_module(name).__version__ for name in VERSIONS},
         "device": _device_name(torch.device(device)),
         "threads": torch.get_num_threads(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
