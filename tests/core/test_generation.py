@@ -183,15 +183,18 @@ def test_finished_rows_read_no_further(eviction):
 
     eos = max(range(11), key=lambda token: len(set(stops(token))))
     assert len(set(stops(eos))) > 1
-    out = generate(model, prompt, 20, 2, attention_mask=mask, eos_token_id=eos, pad_token_id=0)
+    # Were the pads themselves the end token, a row could not forget that it is finished.
+    pad = (eos + 1) % 11
+    out = generate(model, prompt, 20, 2, attention_mask=mask, eos_token_id=eos, pad_token_id=pad)
     for b, length in enumerate(LENGTHS):
-        alone = generate(
-            model, ids[b : b + 1, :length], 20, 2, eos_token_id=eos, pad_token_id=0
-        )
+        row = ids[b : b + 1, :length]
+        # Without a mask, a pad token in the prompt would count as a pad.
+        options = {"attention_mask": torch.ones_like(row), "eos_token_id": eos}
+        alone = generate(model, row, 20, 2, **options, pad_token_id=pad)
         said = alone.sequences[0, length:]
         assert len(said) == min(20, stops(eos)[b] + 1)
         assert torch.equal(out.sequences[b, 13 : 13 + len(said)], said)
-        assert not out.sequences[b, 13 + len(said) :].any()
+        assert (out.sequences[b, 13 + len(said) :] == pad).all()
         assert_row_equals(out.past_key_values, b, alone.past_key_values)
     # The next call starts afresh: nobody is finished any more.
     more = small_ids(4, 3, seed=4)
