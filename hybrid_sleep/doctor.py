@@ -145,7 +145,8 @@ def _requirements() -> dict[str, Requirement]:
         about = metadata.metadata(DISTRIBUTION)
     except metadata.PackageNotFoundError:
         return {}
-    lines = [f"python{about['Requires-Python']}", *(about.get_all("Requires-Dist") or [])]
+    python = f"python{about.get('Requires-Python') or ''}"
+    lines = [python, *(about.get_all("Requires-Dist") or [])]
     wanted = [Requirement(line) for line in lines]
     return {line.name: line for line in wanted if "extra" not in str(line.marker)}
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 
-# transformers and datasets read these when they are first imported.
+# Read when transformers and matplotlib are first imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
