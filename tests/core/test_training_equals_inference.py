@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from oracle import OracleRow
 from small import VOCAB, Row, expect, gap, oracle_of, small_config, small_ids, small_model
@@ -127,7 +127,6 @@ def readings(draw) -> list[Call]:
     return calls
 
 
-@settings(max_examples=150)
 @given(configs(), readings(), st.integers(0, 10**6))
 def test_any_reading_equals_the_specification(config, calls, seed):
     model = small_model(config, seed=seed)
