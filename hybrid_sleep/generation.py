@@ -150,6 +150,9 @@ class SleepGenerationMixin(GenerationMixin):
                 f"prefill_chunk_size={generation_config.prefill_chunk_size} is not needed: "
                 "a prompt is read window by window; leave it None"
             )
+        for name in ("output_hidden_states", "output_attentions"):
+            if getattr(generation_config, name, None):
+                raise ValueError(f"{name}=True is not supported: windows and passes have many")
         super()._validate_generation_mode(
             generation_mode, generation_config, generation_mode_kwargs
         )

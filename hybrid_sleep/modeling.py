@@ -271,8 +271,8 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
         unknown = [name for name, value in kwargs.items() if value and name not in _LOSS_ARGUMENTS]
         if unknown:
             raise ValueError(
-                f"forward() does not take {', '.join(unknown)}: positions and states are counted "
-                "and kept by past_key_values"
+                f"forward() does not take {', '.join(unknown)}: past_key_values counts positions "
+                "and keeps states, and hidden states and attentions differ by window and pass"
             )
         loss_arguments = {k: v for k, v in kwargs.items() if k in _LOSS_ARGUMENTS}
         supervised = None

@@ -116,8 +116,5 @@ def see(
     last = (past + new - 1).clamp(min=0)[:, None, None] if bidirectional else place
     seen = slot <= last
     if reach is not None:
-        near = slot > place - reach
-        if bidirectional:
-            near = near | (slot >= past[:, None, None])
-        seen = seen & near
+        seen = seen & (slot > place - reach)
     return Sight(gather, seen[:, None].to(device), causal=False)
