@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -13,9 +15,7 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: must be a Tensor {meaning}, got {type(tensor).__name__}")
     if tensor.shape != shape:
-        raise ValueError(
-            f"{name}: shape {tuple(tensor.shape)} must be {meaning} = {tuple(shape)}"
-        )
+        raise ValueError(f"{name}: shape {tuple(tensor.shape)} must be {meaning} = {tuple(shape)}")
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name}: dtype {tensor.dtype} must be one of {FLOATS}")
 
@@ -66,3 +66,11 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
         if tensor.dtype == torch.float64:
             return torch.float64
     return torch.float32
+
+
+def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
+    """Suspends autocast, which would run matrix products, and so the state, in half precision."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()

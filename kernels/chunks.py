@@ -1,6 +1,12 @@
-"""Sequences cut into chunks of equal length, the chunk first and the head before the token."""
+"""Sequences cut into chunks of equal length, the chunk first and the head before the token.
+
+Shapes: N chunks of C tokens, M rows (batch times heads). With the chunk first, one chunk of all
+rows is contiguous, and a product over all chunks is one batched product.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -46,3 +52,43 @@ def _pieces(x: Tensor, tokens_BNC: Tensor) -> list[tuple[Tensor, Tensor]]:
     if rest:
         pairs.append((x[:, full * C :], tokens_BNC[:, full, :rest]))
     return pairs
+
+
+def decays(g_NMC: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """What is left of a write when it is read, from the log decays of each chunk.
+
+    With c_i the sum of g up to token i: exp(c_i - c_j) for i >= j, else 0 [N, M, C, C]; exp(c_i)
+    and exp(c_C - c_i) [N, M, C, 1]. Only differences <= 0 are ever exponentiated.
+
+    `g_NMC` comes from `to_chunks` in `exact_dtype` and is overwritten: after a reset (g = -1e4,
+    say) a sum in float32 would no longer resolve the small decays that follow.
+    """
+    # exp2 is several times faster than exp on a CPU.
+    c = g_NMC.mul_(math.log2(math.e)).cumsum(-1).unsqueeze(-1)
+    between = torch.sub(c, c.mT, out=c.new_empty((*c.shape[:3], c.shape[2]), dtype=dtype))
+    between.clamp_max_(0).exp2_().mul_(between.new_ones(between.shape[2:]).tril_())
+    return between, c.exp2().to(dtype), (c[:, :, -1:] - c).exp2_().to(dtype)
+
+
+def exact_dtype(x: Tensor) -> torch.dtype:
+    """float64 where the device of `x` has it."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """Matrix products a b over the first two dimensions; `out` is contiguous."""
+    if out is None:
+        return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
+    torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=out.flatten(0, 1))
+    return out
+
+
+def add_mm(out: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> Tensor:
+    """out += factor * a b over the first two dimensions; `out` is contiguous."""
+    out.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1), alpha=factor)
+    return out
+
+
+def sum_of_later(dc_NMC: Tensor) -> Tensor:
+    """The gradient of g from that of its running sum c."""
+    return dc_NMC.flip(-1).cumsum(-1).flip(-1)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from hybrid_sleep.kernels import dispatch
-from hybrid_sleep.kernels.checks import check_chunk_size, check_mask, check_sequence, check_tensor
+from hybrid_sleep.kernels.checks import (
+    check_chunk_size,
+    check_mask,
+    check_sequence,
+    check_tensor,
+    full_precision,
+)
 from hybrid_sleep.kernels.gated_delta_rule import chunked, reference
 
 __all__ = ["gated_delta_rule"]
@@ -86,8 +91,5 @@ def gated_delta_rule(
     device = q.device.type
     run = dispatch.select("gated_delta_rule", impl, dispatch.Call(device, v.dtype, batch, tokens))
     scale = key_dim**-0.5 if scale is None else scale
-    if torch.is_autocast_enabled(device):
-        # Autocast would run the matrix products, and so the state, in half precision.
-        with torch.autocast(device, enabled=False):
-            return run(q, k, v, g, beta, initial_state, mask, scale, chunk_size, output)
-    return run(q, k, v, g, beta, initial_state, mask, scale, chunk_size, output)
+    with full_precision(q):
+        return run(q, k, v, g, beta, initial_state, mask, scale, chunk_size, output)

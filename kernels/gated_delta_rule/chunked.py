@@ -1,20 +1,27 @@
 """The gated delta rule, chunk after chunk, in plain PyTorch with its own backward pass.
 
-Shapes: N chunks of C tokens, M = B * H rows. Tensors keep the chunk first, so that one chunk of all
-rows is contiguous, and every product over all chunks is one batched product.
+Shapes as in `kernels.chunks`: N chunks of C tokens, M = B * H rows.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hybrid_sleep.kernels.checks import compute_dtype, hide_pads
-from hybrid_sleep.kernels.chunks import from_chunks, split, to_chunks
+from hybrid_sleep.kernels.checks import compute_dtype, full_precision, hide_pads
+from hybrid_sleep.kernels.chunks import (
+    add_mm,
+    decays,
+    exact_dtype,
+    from_chunks,
+    mm,
+    split,
+    sum_of_later,
+    to_chunks,
+)
 from hybrid_sleep.kernels.gated_delta_rule.inverse import unit_lower_inverse
 
 
@@ -76,17 +83,6 @@ class _Saved(NamedTuple):
     P: Tensor | None
 
 
-def _mm(a: Tensor, b: Tensor) -> Tensor:
-    """Matrix products over the first two dimensions."""
-    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
-
-
-def _add_mm(out: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> Tensor:
-    """out += factor * a b over the first two dimensions; out is contiguous."""
-    out.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1), alpha=factor)
-    return out
-
-
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -111,11 +107,11 @@ def _forward(
     k = to_chunks(k, N, C, dtype)
     W = to_chunks(v, N, C, dtype)
     beta = to_chunks(beta, N, C, dtype).unsqueeze(-1)
-    D, into, left = _decays(g, N, C, dtype)
+    D, into, left = decays(to_chunks(g, N, C, exact_dtype(g)), dtype)
     k_left = k * left
     k_into = k * into if first < N else None
 
-    X = _mm(k, k.mT).mul_(D)
+    X = mm(k, k.mT).mul_(D)
     X.diagonal(dim1=2, dim2=3).zero_()
     T_ = unit_lower_inverse((X * beta.mT.neg()).flatten(0, 1)).view_as(D).mul_(beta)
 
@@ -132,29 +128,16 @@ def _forward(
     o = P = None
     if output:
         q = to_chunks(q, N, C, dtype).mul_(scale)
-        P = _mm(q, k.mT).mul_(D)
-        read = _mm(P, U)
+        P = mm(q, k.mT).mul_(D)
+        read = mm(P, U)
         if first < N:
-            _add_mm(read[first:], q[first:] * into[first:], S[first:])
+            add_mm(read[first:], q[first:] * into[first:], S[first:])
         o = from_chunks(read, B, T, out_dtype)
     saved = None
     if keep:
         q = q if output else None
         saved = _Saved(k, D, X, T_, W, U, left, k_left, into, k_into, S, q, P)
     return o, final.view(B, H, K, V), saved
-
-
-def _decays(g: Tensor, N: int, C: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """D [N, M, C, C], exp(c) and exp(c_C - c) [N, M, C, 1], all within [0, 1].
-
-    The running sum is kept in float64: after a reset (g = -1e4, say) float32 would no longer
-    resolve the small decays that follow it. exp2 is several times faster than exp on a CPU.
-    """
-    exact = torch.float32 if g.device.type == "mps" else torch.float64
-    c = to_chunks(g, N, C, exact).mul_(math.log2(math.e)).cumsum(-1).unsqueeze(-1)
-    D = torch.sub(c, c.mT, out=c.new_empty((*c.shape[:3], C), dtype=dtype))
-    D.clamp_max_(0).exp2_().mul_(D.new_ones(C, C).tril_())
-    return D, c.exp2().to(dtype), (c[:, :, -1:] - c).exp2_().to(dtype)
 
 
 def _run(
@@ -204,7 +187,8 @@ class _ChunkedGatedDelta(torch.autograd.Function):
         B, T, H, _ = ctx.shape
         saved = _Saved(*ctx.saved_tensors)
         first = 1 if ctx.state_dtype is None else 0
-        *chunks, dS = _backward(saved, do, dS, first, ctx.needs_input_grad[5])
+        with full_precision(saved.k):
+            *chunks, dS = _backward(saved, do, dS, first, ctx.needs_input_grad[5])
         if do is not None:
             chunks[0].mul_(ctx.scale)
         grads = [
@@ -230,35 +214,31 @@ def _backward(
         dS_N[reach:N] = 0
     else:
         dO = to_chunks(do, N, C, k.dtype)
-        dU = _mm(P.mT, dO)
+        dU = mm(P.mT, dO)
         dO_into = dO * into if first < N else None
         if reach < N:
-            torch.bmm(
-                q[reach:].mT.flatten(0, 1),
-                dO_into[reach:].flatten(0, 1),
-                out=dS_N[reach:N].flatten(0, 1),
-            )
+            mm(q[reach:].mT, dO_into[reach:], out=dS_N[reach:N])
     dW = torch.empty_like(W)
     _run_back(T_, dW, dU, k_left, k_into, into[:, :, -1:], dS_N, reach)
 
     # U = beta * E with E = W - X U, and dE = dU - X^T dW: no division by a beta that may be 0.
     E = torch.baddbmm(W.flatten(0, 1), X.flatten(0, 1), U.flatten(0, 1), alpha=-1).view_as(W)
-    dbeta = E.mul_(_add_mm(dU, X.mT, dW, -1)).sum(-1)
+    dbeta = E.mul_(add_mm(dU, X.mT, dW, -1)).sum(-1)
 
     # c_i and c_j enter X and P only through D_ij, so their gradients are row and column sums.
-    minus_dX = _mm(dW, U.mT)
+    minus_dX = mm(dW, U.mT)
     pairs = (minus_dX * X).neg_()
     minus_dX.mul_(D).diagonal(dim1=2, dim2=3).zero_()
     if do is not None:
-        dP = _mm(dO, U.mT)
+        dP = mm(dO, U.mT)
         pairs.addcmul_(dP, P)
         dP.mul_(D)
     dc = pairs.sum(-1) - pairs.sum(-2)
-    dk = _mm(torch.add(minus_dX, minus_dX.mT, out=pairs), k).neg_()
+    dk = mm(torch.add(minus_dX, minus_dX.mT, out=pairs), k).neg_()
     if do is not None:
-        _add_mm(dk, dP.mT, q)
+        add_mm(dk, dP.mT, q)
 
-    dk_left = _mm(U, dS_N[1:].mT)
+    dk_left = mm(U, dS_N[1:].mT)
     dk.addcmul_(dk_left, left)
     written = dk_left.mul_(k_left).sum(-1)
     dc -= written
@@ -266,24 +246,20 @@ def _backward(
 
     dq = None if do is None else torch.empty_like(q)
     if do is not None and first:
-        torch.bmm(dP[0], k[0], out=dq[0])
+        mm(dP[:1], k[:1], out=dq[:1])
     if first < N:
         rest = slice(first, N)
-        minus_dk_into = _mm(dW[rest], S[rest].mT)
+        minus_dk_into = mm(dW[rest], S[rest].mT)
         dk[rest].addcmul_(minus_dk_into, into[rest], value=-1)
         read = minus_dk_into.mul_(k_into[rest]).neg_()
         if do is not None:
-            dq_into = dq[rest]
-            torch.bmm(
-                dO_into[rest].flatten(0, 1), S[rest].mT.flatten(0, 1), out=dq_into.flatten(0, 1)
-            )
+            dq_into = mm(dO_into[rest], S[rest].mT, out=dq[rest])
             read.addcmul_(q[rest], dq_into)
-            _add_mm(dq_into, dP[rest], k[rest])
+            add_mm(dq_into, dP[rest], k[rest])
         dc[rest] += read.sum(-1)
         dc_last[rest] += (S[rest] * dS_N[1:][rest]).sum((-1, -2)) * into[rest, :, -1, 0]
     dc[:, :, -1] += dc_last
-    dg = dc.flip(-1).cumsum(-1).flip(-1)
-    return dq, dk, dW, dg, dbeta, dS_N[0] if to_state else None
+    return dq, dk, dW, sum_of_later(dc), dbeta, dS_N[0] if to_state else None
 
 
 def _run_back(

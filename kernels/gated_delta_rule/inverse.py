@@ -12,9 +12,9 @@ _FEW = 32
 
 
 def unit_lower_inverse(A_MCC: Tensor) -> Tensor:
-    """(I - A)^-1 for strictly lower triangular A [M, C, C].
+    """(I - A)^-1 for strictly lower triangular A [M, C, C], zeros included.
 
-    Only the entries below A's diagonal are read. Forward substitution and block merges throughout:
+    Forward substitution and block merges throughout:
     no power of A is ever formed, so equal keys (entries that add up to binomials in a power series)
     cost no accuracy.
     """
@@ -41,7 +41,7 @@ def unit_lower_inverse(A_MCC: Tensor) -> Tensor:
 def _eliminate(A_MCC: Tensor) -> Tensor:
     """Row operations with the matrices side by side in memory, so each one is a long vector."""
     M, C, _ = A_MCC.shape
-    X_CCM = A_MCC.reshape(M, C * C).t().contiguous().view(C, C, M)
+    X_CCM = A_MCC.new_empty(C * C, M).copy_(A_MCC.reshape(M, C * C).t()).view(C, C, M)
     for i in range(1, C - 1):
         below = X_CCM[i + 1 :]
         # Column i still holds A here: earlier steps wrote only to the columns before it.

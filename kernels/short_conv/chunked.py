@@ -41,7 +41,8 @@ def short_conv(
         y = F.silu(y)
     y = y.to(out_dtype)
     if mask is None:
-        return y, past[:, T:]
+        # A copy: a kept tail must not keep the whole sequence in memory.
+        return y, past[:, T:].clone()
     count_B = mask.sum(1)
     tail_BW = count_B[:, None] + torch.arange(W - 1, device=mask.device)
     final_state = past.gather(1, tail_BW[:, :, None].expand(B, W - 1, C))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from hybrid_sleep.kernels import dispatch
-from hybrid_sleep.kernels.checks import check_chunk_size, check_mask, check_sequence, check_tensor
+from hybrid_sleep.kernels.checks import (
+    check_chunk_size,
+    check_mask,
+    check_sequence,
+    check_tensor,
+    full_precision,
+)
 from hybrid_sleep.kernels.ssd import chunked, reference
 
 __all__ = ["ssd"]
@@ -85,8 +90,5 @@ def ssd(
     check_chunk_size(chunk_size)
     device = q.device.type
     run = dispatch.select("ssd", impl, dispatch.Call(device, v.dtype, batch, tokens))
-    if torch.is_autocast_enabled(device):
-        # Autocast would run the matrix products, and so the state, in half precision.
-        with torch.autocast(device, enabled=False):
-            return run(q, k, v, g, initial_state, mask, scale, chunk_size, output)
-    return run(q, k, v, g, initial_state, mask, scale, chunk_size, output)
+    with full_precision(q):
+        return run(q, k, v, g, initial_state, mask, scale, chunk_size, output)

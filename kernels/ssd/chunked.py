@@ -1,12 +1,28 @@
-"""Mamba-2's rule, chunk after chunk, in plain PyTorch."""
+"""Mamba-2's rule, chunk after chunk, in plain PyTorch with its own backward pass.
+
+Shapes as in `kernels.chunks`: N chunks of C tokens, M = B * H rows. The R = H / G heads of a group
+share q and k, so what they read and write is one product per group: [C, K] with [K, R * V].
+"""
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import NamedTuple
 
-from hybrid_sleep.kernels.checks import compute_dtype, hide_pads
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hybrid_sleep.kernels.checks import compute_dtype, full_precision, hide_pads
+from hybrid_sleep.kernels.chunks import (
+    add_mm,
+    decays,
+    exact_dtype,
+    from_chunks,
+    mm,
+    split,
+    sum_of_later,
+    to_chunks,
+)
 
 
 def ssd(
@@ -20,44 +36,189 @@ def ssd(
     chunk_size: int | None,
     output: bool,
 ) -> tuple[Tensor | None, Tensor]:
-    """Inside a chunk that starts from S, with c the running sum of g and D_ij = exp(c_i - c_j):
+    """Inside a chunk that starts from S, with c_i the sum of g up to token i and
+    D_ij = exp(c_i - c_j) for i >= j, else 0:
 
-    O = scale (exp(c) Q S + tril(Q K^T * D) V)
-    S' = exp(c_last) S + K^T (exp(c_last - c) V)
+        P = scale Q K^T * D        O = scale exp(c) Q S + P V
+        S' = exp(c_C) S + K^T (exp(c_C - c) V)
+
+    (arXiv:2405.21060, section 6.) Only S' runs from chunk to chunk, one multiplication each. The
+    derivative is once differentiable; `reference` has every higher one.
     """
-    dtype, out_dtype = compute_dtype(q_BTGK, k_BTGK, v_BTHV), v_BTHV.dtype
-    B, T, G, K = k_BTGK.shape
-    H, V = v_BTHV.shape[2:]
+    inputs = hide_pads(mask, q_BTGK, k_BTGK, v_BTHV, g_BTH)
+    if chunk_size is None:
+        chunk_size = _chunk_size(max(k_BTGK.shape[-1], v_BTHV.shape[-1]))
+    leaves = inputs if initial_state is None else (*inputs, initial_state)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in leaves):
+        return _ChunkedSSD.apply(*inputs, initial_state, scale, chunk_size, output)
+    o, S, _ = _forward(*inputs, initial_state, scale, chunk_size, output)
+    return o, S
+
+
+def _chunk_size(dim: int) -> int:
+    """Longer chunks cost C products per token, shorter ones more passes over the [K, V] state."""
+    return 24 if dim <= 32 else 32 if dim <= 64 else 64
+
+
+class _Saved(NamedTuple):
+    """What the backward pass reads; the last four are None without output."""
+
+    k: Tensor  # [N, B * G, C, K]
+    v: Tensor  # [N, M, C, V]
+    S: Tensor  # the state before each chunk and after the last [N + 1, B * G, K, R * V]
+    into: Tensor  # exp(c) [N, M, C, 1]
+    left: Tensor  # exp(c_C - c) [N, M, C, 1]
+    q: Tensor | None  # [N, B * G, C, K], scaled
+    D: Tensor | None  # [N, M, C, C]
+    P: Tensor | None  # [N, M, C, C]
+    out: Tensor | None  # [N, M, C, V]
+
+
+def _by_group(x_NMCV: Tensor, R: int) -> Tensor:
+    """Heads side by side: a view [N, B * G, C, R, V]."""
+    return x_NMCV.unflatten(1, (-1, R)).transpose(2, 3)
+
+
+def _times(x_NMCV: Tensor, decay_NMC1: Tensor, R: int) -> Tensor:
+    """x * decay with heads side by side, contiguous [N, B * G, C, R * V]."""
+    x = _by_group(x_NMCV, R)
+    out = x.new_empty(x.shape)
+    return torch.mul(x, _by_group(decay_NMC1, R), out=out).flatten(3)
+
+
+def _state_by_group(S_BHKV: Tensor, G: int) -> Tensor:
+    """A view [B, G, K, R, V]."""
+    return S_BHKV.unflatten(1, (G, -1)).transpose(2, 3)
+
+
+def _state_by_head(S: Tensor, B: int, R: int, dtype: torch.dtype) -> Tensor:
+    """[B * G, K, R * V] as contiguous [B, H, K, V] in memory of its own."""
+    heads = S.unflatten(2, (R, -1)).unflatten(0, (B, -1)).transpose(2, 3)
+    return heads.new_empty(heads.shape, dtype=dtype).copy_(heads).flatten(1, 2)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    initial_state: Tensor | None,
+    scale: float,
+    chunk_size: int,
+    output: bool,
+) -> tuple[Tensor | None, Tensor, _Saved]:
+    """o, S and what the backward pass needs.
+
+    The path to S never looks at `output`, which keeps S the same to the last bit.
+    """
+    dtype, out_dtype = compute_dtype(q, k, v), v.dtype
+    B, T, G, K = k.shape
+    H, V = v.shape[2:]
     R = H // G
-    N = -(-T // (chunk_size or 64))
-    C = -(-T // N)
-    q_BTGK, k_BTGK, v_BTHV, g_BTH = hide_pads(mask, q_BTGK, k_BTGK, v_BTHV, g_BTH)
+    N, C = split(T, chunk_size)
+    first = 1 if initial_state is None else 0  # the first chunk that a state enters
+    k = to_chunks(k, N, C, dtype)
+    v = to_chunks(v, N, C, dtype)
+    D, into, left = decays(to_chunks(g, N, C, exact_dtype(g)), dtype)
 
-    def chunks(x: Tensor) -> Tensor:
-        x = x.to(dtype).transpose(1, 2)
-        x = F.pad(x, (0, 0, 0, N * C - T))
-        return x.reshape(B, x.shape[1], N, C, x.shape[-1])
+    S = k.new_empty(N + 1, B * G, K, R * V)
+    mm(k.mT, _times(v, left, R), out=S[1:])
+    if first == 0:
+        S[0].view(B, G, K, R, V).copy_(_state_by_group(initial_state, G))
+    gamma = into[:, :, -1, 0].unflatten(1, (-1, 1, R, 1))
+    states = S.unflatten(3, (R, V)).unbind(0)
+    for n in range(first, N):
+        states[n + 1].addcmul_(states[n], gamma[n])
+    final = _state_by_head(S[N], B, R, dtype)
 
-    k = chunks(k_BTGK)
-    v = chunks(v_BTHV)
-    c = chunks(g_BTH[..., None]).cumsum(3)
-    kh = k.repeat_interleave(R, 1)
-    writes = kh.mT @ (v * (c[:, :, :, -1:] - c).exp())
-    gamma = c[:, :, :, -1:].exp()
-    if initial_state is None:
-        S = k.new_zeros(B, H, K, V)
+    o = P = out = None
+    if output:
+        q = to_chunks(q, N, C, dtype).mul_(scale)
+        P = D * mm(q, k.mT).repeat_interleave(R, 1)
+        out = mm(P, v)
+        if first < N:
+            read = mm(q[first:], S[first:N]).unflatten(3, (R, V))
+            _by_group(out[first:], R).addcmul_(read, _by_group(into[first:], R))
+        o = from_chunks(out, B, T, out_dtype)
     else:
-        S = initial_state.to(dtype)
-    before = []
-    for n in range(N):
-        before.append(S)
-        S = gamma[:, :, n] * S + writes[:, :, n]
-    if not output:
-        return None, S
-    q = chunks(q_BTGK) * scale
-    upper = torch.ones(C, C, dtype=torch.bool, device=k.device).triu(1)
-    D = (c - c.mT).masked_fill(upper, float("-inf")).exp()
-    P = (q @ k.mT).repeat_interleave(R, 1) * D
-    o = (q.repeat_interleave(R, 1) * c.exp()) @ torch.stack(before, 2) + P @ v
-    o = o.reshape(B, H, N * C, V)[:, :, :T].transpose(1, 2)
-    return o.to(out_dtype).contiguous(), S
+        q = D = None
+    return o, final, _Saved(k, v, S, into, left, q, D, P, out)
+
+
+class _ChunkedSSD(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, g, initial_state, scale, chunk_size, output):
+        o, S, saved = _forward(q, k, v, g, initial_state, scale, chunk_size, output)
+        ctx.save_for_backward(*saved)
+        ctx.scale = scale
+        ctx.shape = k.shape
+        ctx.dtypes = [x.dtype for x in (q, k, v, g)]
+        ctx.state_dtype = None if initial_state is None else initial_state.dtype
+        ctx.set_materialize_grads(False)
+        return o, S
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, dS):
+        B, T, G, _ = ctx.shape
+        saved = _Saved(*ctx.saved_tensors)
+        first = 1 if ctx.state_dtype is None else 0
+        with full_precision(saved.k):
+            *chunks, dS = _backward(saved, do, dS, G, first, ctx.needs_input_grad[4])
+        if do is not None:
+            chunks[0].mul_(ctx.scale)
+        grads = [
+            None if x is None else from_chunks(x, B, T, dtype)
+            for x, dtype in zip(chunks, ctx.dtypes, strict=True)
+        ]
+        if dS is not None:
+            dS = _state_by_head(dS, B, saved.v.shape[1] // (B * G), ctx.state_dtype)
+        return *grads, dS, None, None, None
+
+
+def _backward(
+    saved: _Saved, do: Tensor | None, dS: Tensor | None, G: int, first: int, to_state: bool
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q (before its scale), k, v, g, as chunks, and of the initial state, by group."""
+    k, v, S, into, left, q, D, P, out = saved
+    N, BG, C, K = k.shape
+    M, V = v.shape[1], v.shape[-1]
+    R, B = M // BG, BG // G
+    dS_N = torch.empty_like(S)
+    if dS is None:
+        dS_N[N] = 0
+    else:
+        dS_N[N].view(B, G, K, R, V).copy_(_state_by_group(dS, G))
+    reach = 0 if to_state else 1  # the first chunk whose starting state needs a gradient
+    if do is None:
+        dS_N[reach:N] = 0
+    else:
+        dO = to_chunks(do, N, C, k.dtype)
+        dO_into = _times(dO, into, R) if first < N else None
+        if reach < N:
+            mm(q[reach:].mT, dO_into[reach:], out=dS_N[reach:N])
+    gamma = into[:, :, -1, 0].unflatten(1, (-1, 1, R, 1))
+    states = dS_N.unflatten(3, (R, V)).unbind(0)
+    for n in reversed(range(reach, N)):
+        states[n].addcmul_(states[n + 1], gamma[n])
+
+    # In terms of v_j exp(-c_j) and o_i exp(-c_i), c enters nowhere but in gamma: its gradient is
+    # o do - v dv, and what reaches the state after the chunk for the last.
+    dv_left = mm(k, dS_N[1:]).unflatten(3, (R, V))
+    dv = _by_group(left, R) * dv_left
+    dv = dv.transpose(2, 3).flatten(1, 2)
+    dk = mm(_times(v, left, R), dS_N[1:].mT)
+    dq = None
+    if do is not None:
+        dv = add_mm(dv.contiguous(), P.mT, dO)
+        dP = mm(dO, v.mT).mul_(D).unflatten(1, (-1, R)).sum(2)
+        dq = mm(dP, k)
+        add_mm(dk, dP.mT, q)
+        if first < N:
+            add_mm(dq[first:], dO_into[first:], S[first:N].mT)
+    dc = -(v * dv).sum(-1)
+    if do is not None:
+        dc += (out * dO).sum(-1)
+    last = (S[1:] * dS_N[1:]).unflatten(3, (R, V)).sum((2, 4)).flatten(1)
+    dc[:, :, -1] += last
+    return dq, dk, dv.contiguous(), sum_of_later(dc), dS_N[0] if to_state else None

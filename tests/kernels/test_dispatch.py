@@ -1,0 +1,119 @@
+"""Which implementation runs, and that it says so."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from hybrid_sleep.kernels import dispatch
+from hybrid_sleep.kernels.gated_delta_rule import gated_delta_rule
+from hybrid_sleep.kernels.short_conv import short_conv
+from hybrid_sleep.kernels.ssd import ssd
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """A registry this test may add to."""
+    entries = {op: copy.copy(entries) for op, entries in dispatch._registry.items()}
+    monkeypatch.setattr(dispatch, "_registry", entries)
+    monkeypatch.setattr(dispatch, "_last", {})
+
+
+def call(op, **options):
+    x = torch.randn(1, options.pop("T", 5), 2, 4)
+    if op is short_conv:
+        return op(x.flatten(2), torch.randn(8, 3), **options)
+    inputs = [x, x, x, -x[..., 0].abs()]
+    if op is gated_delta_rule:
+        inputs.append(x[..., 0].sigmoid())
+    return op(*inputs, **options)
+
+
+OPS = [gated_delta_rule, ssd, short_conv]
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
+def test_the_last_path_is_recorded_with_its_reason(registry, op):
+    name = op.__name__
+    assert dispatch.explain(name)["implementation"] is None
+    call(op)
+    taken = dispatch.explain(name)
+    assert (taken["implementation"], taken["requested"]) == ("chunked", "auto")
+    assert taken["call"] == {"device": "cpu", "dtype": "float32", "batch": 1, "tokens": 5}
+    call(op, impl="reference")
+    taken = dispatch.explain(name)
+    assert (taken["implementation"], taken["requested"]) == ("reference", "reference")
+    assert [path["op"] for path in dispatch.paths()] == list(dispatch.OPS)
+
+
+@pytest.mark.parametrize("op", [gated_delta_rule, ssd], ids=lambda op: op.__name__)
+def test_one_token_is_one_step(registry, op):
+    call(op, T=1)
+    taken = dispatch.explain(op.__name__)
+    assert taken["implementation"] == "reference"
+    assert "one token" in taken["reason"]
+    assert dispatch.explain(op.__name__, tokens=1)["implementation"] == "reference"
+    assert dispatch.explain(op.__name__, tokens=2)["implementation"] == "chunked"
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
+def test_what_is_not_there_cannot_be_forced(registry, op):
+    with pytest.raises(ValueError, match=f"impl='fast': not an implementation of {op.__name__}"):
+        call(op, impl="fast")
+    registered = {entry.name for entry in dispatch._registry[op.__name__]}
+    for name in set(dispatch.NAMES) - registered:
+        with pytest.raises(ValueError, match=f"{op.__name__} has no {name}.*allowed: auto, "):
+            call(op, impl=name)
+        assert dispatch.explain(op.__name__)["candidates"][name] == "not implemented"
+    assert dispatch.explain(op.__name__)["implementation"] is None
+
+
+def test_an_implementation_says_why_it_cannot_run(registry):
+    dispatch._registry["ssd"] = [
+        entry for entry in dispatch._registry["ssd"] if entry.name != "triton"
+    ]
+    ran = []
+
+    def run(*args):
+        ran.append(args)
+        return None, None
+
+    dispatch.register(
+        "ssd",
+        "triton",
+        run,
+        rank=1000,
+        wants=lambda call: "fastest here",
+        rejects=lambda call: "fewer than 16 tokens" if call.tokens < 16 else None,
+    )
+    with pytest.raises(ValueError, match="impl='triton' cannot run .*ssd: fewer than 16 tokens"):
+        call(ssd, impl="triton")
+    call(ssd)
+    taken = dispatch.explain("ssd")
+    assert taken["implementation"] == "chunked"
+    assert taken["candidates"]["triton"] == "fewer than 16 tokens"
+    assert not ran
+    call(ssd, T=16)
+    assert len(ran) == 1
+    assert dispatch.explain("ssd")["reason"] == "fastest here"
+    assert dispatch.explain("ssd")["candidates"]["chunked"] == "triton is preferred"
+
+
+def test_registering_refuses_what_nothing_could_name(registry):
+    options = {"run": print, "rank": 0, "wants": lambda call: None}
+    with pytest.raises(ValueError, match="op='attention': must be one of gated_delta_rule, ssd"):
+        dispatch.register("attention", "triton", **options)
+    with pytest.raises(ValueError, match="name='numba': must be one of reference, chunked"):
+        dispatch.register("ssd", "numba", **options)
+    with pytest.raises(ValueError, match="name='chunked': ssd already has"):
+        dispatch.register("ssd", "chunked", **options)
+    with pytest.raises(ValueError, match="op='attention': must be one of"):
+        dispatch.explain("attention")
+
+
+def test_nothing_that_takes_a_call_is_an_error(registry):
+    dispatch._registry["ssd"] = []
+    with pytest.raises(RuntimeError, match="no implementation of ssd takes"):
+        call(ssd)
