@@ -16,15 +16,15 @@ dispatch.register(
     "short_conv",
     "reference",
     reference.short_conv,
-    rank=-100,
-    wants=lambda call: "nothing else takes it",
+    rank=100,
+    wants=lambda call: "one token is one step" if call.tokens == 1 else None,
 )
 dispatch.register(
     "short_conv",
     "chunked",
     chunked.short_conv,
     rank=0,
-    wants=lambda call: "any length, any device",
+    wants=lambda call: "several tokens, any device",
 )
 
 

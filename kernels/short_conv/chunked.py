@@ -1,10 +1,13 @@
-"""The short convolution over a whole sequence at once, in plain PyTorch."""
+"""The short convolution over a whole sequence at once, in plain PyTorch with its own backward."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hybrid_sleep.kernels.checks import compute_dtype, hide_pads
 
@@ -17,7 +20,10 @@ def short_conv(
     mask: Tensor | None,
     activation: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """y = act(bias + sum_w weight[:, w] * (x shifted by W - 1 - w)), real tokens moved together."""
+    """y = act(bias + sum_w weight[:, w] * (x shifted by W - 1 - w)), real tokens moved together.
+
+    Once differentiable; `reference` has every higher derivative.
+    """
     dtype, out_dtype = compute_dtype(x_BTC, weight_CW), x_BTC.dtype
     B, T, C = x_BTC.shape
     W = weight_CW.shape[1]
@@ -27,25 +33,67 @@ def short_conv(
         order_BT = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
         x_BTC = x_BTC.gather(1, order_BT[:, :, None].expand(B, T, C))
     if initial_state is None:
-        past = F.pad(x_BTC, (0, 0, W - 1, 0))
+        state = x_BTC.new_zeros(B, W - 1, C)
     else:
-        past = torch.cat([initial_state.to(out_dtype), x_BTC], 1)
-    weight_WC = weight_CW.to(dtype).T
-    padded = past.to(dtype)
-    y = padded[:, W - 1 :] * weight_WC[W - 1]
-    for w in range(W - 1):
-        y = torch.addcmul(y, padded[:, w : w + T], weight_WC[w])
-    if bias_C is not None:
-        y = y + bias_C.to(dtype)
-    if activation == "silu":
-        y = F.silu(y)
-    y = y.to(out_dtype)
+        state = initial_state.to(out_dtype)
+    y = _ShortConv.apply(
+        x_BTC.to(dtype),
+        weight_CW.to(dtype),
+        None if bias_C is None else bias_C.to(dtype),
+        state.to(dtype),
+        activation,
+    ).to(out_dtype)
     if mask is None:
-        # A copy: a kept tail must not keep the whole sequence in memory.
-        return y, past[:, T:].clone()
-    count_B = mask.sum(1)
-    tail_BW = count_B[:, None] + torch.arange(W - 1, device=mask.device)
+        if T >= W - 1:
+            # A copy: a kept tail must not keep the whole sequence in memory.
+            return y, x_BTC[:, T - (W - 1) :].clone()
+        return y, torch.cat([state[:, T:], x_BTC], 1)
+    past = torch.cat([state, x_BTC], 1)
+    tail_BW = mask.sum(1)[:, None] + torch.arange(W - 1, device=mask.device)
     final_state = past.gather(1, tail_BW[:, :, None].expand(B, W - 1, C))
     place_BT = (mask.cumsum(1) - 1).clamp(min=0)
     y = y.gather(1, place_BT[:, :, None].expand(B, T, C))
     return y.where(mask[:, :, None], 0), final_state
+
+
+def _taps(T: int, W: int) -> Iterator[tuple[int, slice, slice, slice, slice]]:
+    """For each w but the last: the outputs whose token W - 1 - w steps back lies in x, the tokens
+    of x that they meet there, the outputs for which it lies in the state, and those it meets."""
+    for w in range(W - 1):
+        back = W - 1 - w
+        early = min(back, T)
+        yield w, slice(early, T), slice(0, T - early), slice(0, early), slice(w, w + early)
+
+
+class _ShortConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, state, activation):
+        T, W = x.shape[1], weight.shape[1]
+        weight = weight.T.contiguous()
+        sums = x * weight[W - 1] if bias is None else torch.addcmul(bias, x, weight[W - 1])
+        for w, late, met_in_x, early, met_in_state in _taps(T, W):
+            sums[:, late].addcmul_(x[:, met_in_x], weight[w])
+            sums[:, early].addcmul_(state[:, met_in_state], weight[w])
+        ctx.save_for_backward(x, weight, state, sums if activation else None)
+        ctx.has_bias = bias is not None
+        return F.silu(sums) if activation else sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, state, sums = ctx.saved_tensors
+        T, W = x.shape[1], len(weight)
+        d = dy if sums is None else torch.ops.aten.silu_backward(dy, sums)
+        dx = d * weight[W - 1]
+        dstate = torch.zeros_like(state)
+        dweight = torch.empty_like(weight)
+        product = d * x
+        dweight[W - 1] = product.sum((0, 1))
+        for w, late, met_in_x, early, met_in_state in _taps(T, W):
+            dx[:, met_in_x].addcmul_(d[:, late], weight[w])
+            dstate[:, met_in_state].addcmul_(d[:, early], weight[w])
+            torch.mul(d[:, late], x[:, met_in_x], out=product[:, late])
+            torch.mul(d[:, early], state[:, met_in_state], out=product[:, early])
+            dweight[w] = product.sum((0, 1))
+        dbias = d.sum((0, 1)) if ctx.has_bias else None
+        return dx, dweight.T, dbias, dstate, None

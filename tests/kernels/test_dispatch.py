@@ -48,7 +48,7 @@ def test_the_last_path_is_recorded_with_its_reason(registry, op):
     assert [path["op"] for path in dispatch.paths()] == list(dispatch.OPS)
 
 
-@pytest.mark.parametrize("op", [gated_delta_rule, ssd], ids=lambda op: op.__name__)
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
 def test_one_token_is_one_step(registry, op):
     call(op, T=1)
     taken = dispatch.explain(op.__name__)
