@@ -115,28 +115,29 @@ def _forward(
     X.diagonal(dim1=2, dim2=3).zero_()
     T_ = unit_lower_inverse((X * beta.mT.neg()).flatten(0, 1)).view_as(D).mul_(beta)
 
-    if N > 1:
-        S = k.new_empty(N if keep or output else 2, M, K, V)
-        if first == 0:
-            S[0].unflatten(0, (B, H)).copy_(initial_state)
-    else:
-        S = None if first else initial_state.to(dtype).reshape(1, M, K, V)
-    final = k.new_empty(M, K, V)
-    U = torch.empty_like(W)
-    _run(T_, W, U, k_left, k_into, into[:, :, -1:], S, final, first)
-
-    o = P = None
+    P = q_into = out = None
     if output:
         q = to_chunks(q, N, C, dtype).mul_(scale)
         P = mm(q, k.mT).mul_(D)
-        read = mm(P, U)
-        if first < N:
-            add_mm(read[first:], q[first:] * into[first:], S[first:])
-        o = from_chunks(read, B, T, out_dtype)
-    saved = None
+        q_into = q * into if first < N else None
+        out = torch.empty_like(W)
+    if N == 1:
+        S = None if first else initial_state.to(dtype).reshape(1, M, K, V)
+    else:
+        S = k.new_empty(N if keep else 2, M, K, V)
+        if first == 0:
+            S[0].unflatten(0, (B, H)).copy_(initial_state)
+    U = torch.empty_like(W)
+    final = k.new_empty(M, K, V)
+    _run(T_, W, U, k_left, k_into, q_into, into[:, :, -1:], S, final, out, first)
+
+    o = saved = None
+    if output:
+        mm(P[:first], U[:first], out=out[:first])
+        add_mm(out[first:], P[first:], U[first:])
+        o = from_chunks(out, B, T, out_dtype)
     if keep:
-        q = q if output else None
-        saved = _Saved(k, D, X, T_, W, U, left, k_left, into, k_into, S, q, P)
+        saved = _Saved(k, D, X, T_, W, U, left, k_left, into, k_into, S, q if output else None, P)
     return o, final.view(B, H, K, V), saved
 
 
@@ -146,25 +147,31 @@ def _run(
     U: Tensor,
     k_left: Tensor,
     k_into: Tensor | None,
+    q_into: Tensor | None,
     gamma: Tensor,
     S: Tensor | None,
     final: Tensor,
+    out: Tensor | None,
     first: int,
 ) -> None:
-    """The serial part: fills U, S after the chunks but the last, and final; turns V into W."""
+    """The serial part: turns V into W and fills U, final, and what the outputs read from states.
+
+    S has room for every state that a chunk starts from, or for two of them in turn.
+    """
     N = len(T_)
     T_, W, U, k_left, gamma = (x.unbind(0) for x in (T_, W, U, k_left.mT, gamma))
-    k_into = () if k_into is None else k_into.unbind(0)
-    states = () if S is None else S.unbind(0)
+    k_into, q_into, states = (() if x is None else x.unbind(0) for x in (k_into, q_into, S))
     for n in range(N):
         after = states[(n + 1) % len(states)] if n + 1 < N else final
         if n < first:
             torch.bmm(T_[n], W[n], out=U[n])
             torch.bmm(k_left[n], U[n], out=after)
-        else:
-            before = states[n % len(states)]
-            torch.bmm(T_[n], W[n].baddbmm_(k_into[n], before, alpha=-1), out=U[n])
-            torch.mul(before, gamma[n], out=after).baddbmm_(k_left[n], U[n])
+            continue
+        before = states[n % len(states)]
+        if q_into:
+            torch.bmm(q_into[n], before, out=out[n])
+        torch.bmm(T_[n], W[n].baddbmm_(k_into[n], before, alpha=-1), out=U[n])
+        torch.mul(before, gamma[n], out=after).baddbmm_(k_left[n], U[n])
 
 
 class _ChunkedGatedDelta(torch.autograd.Function):
@@ -206,20 +213,31 @@ def _backward(
     """Gradients of q (before its scale), k, v, g, beta, as chunks, and of the initial state."""
     k, D, X, T_, W, U, left, k_left, into, k_into, S, q, P = saved
     N, M, C, K = k.shape
-    reach = 0 if to_state else 1  # the first chunk whose starting state needs a gradient
-    dS_N = k.new_empty(N + 1, M, K, U.shape[-1])
-    dS_N[N] = 0 if dS is None else dS.flatten(0, 1)
-    if do is None:
-        dU = torch.zeros_like(U)
-        dS_N[reach:N] = 0
-    else:
+    shape = (M, K, U.shape[-1])
+    dS = k.new_zeros(shape) if dS is None else dS.to(k.dtype).reshape(shape)
+    # Of the state before the first chunk, which is returned and so has memory of its own, and of
+    # the states after each chunk.
+    dS_0 = k.new_empty(shape) if to_state else None
+    dS_N = dS[None]
+    if N > 1:
+        dS_N = k.new_empty(N, *shape)
+        dS_N[-1] = dS
+    dO = dO_into = None
+    if do is not None:
         dO = to_chunks(do, N, C, k.dtype)
         dU = mm(P.mT, dO)
-        dO_into = dO * into if first < N else None
-        if reach < N:
-            mm(q[reach:].mT, dO_into[reach:], out=dS_N[reach:N])
+        if first < N:
+            dO_into = dO * into
+            mm(q[1:].mT, dO_into[1:], out=dS_N[:-1])
+        if to_state:
+            torch.bmm(q[0].mT, dO_into[0], out=dS_0)
+    else:
+        dU = torch.zeros_like(U)
+        dS_N[:-1] = 0
+        if to_state:
+            dS_0.zero_()
     dW = torch.empty_like(W)
-    _run_back(T_, dW, dU, k_left, k_into, into[:, :, -1:], dS_N, reach)
+    _run_back(T_, dW, dU, k_left, k_into, into[:, :, -1:], (dS_0, *dS_N.unbind(0)))
 
     # U = beta * E with E = W - X U, and dE = dU - X^T dW: no division by a beta that may be 0.
     E = torch.baddbmm(W.flatten(0, 1), X.flatten(0, 1), U.flatten(0, 1), alpha=-1).view_as(W)
@@ -238,7 +256,7 @@ def _backward(
     if do is not None:
         add_mm(dk, dP.mT, q)
 
-    dk_left = mm(U, dS_N[1:].mT)
+    dk_left = mm(U, dS_N.mT)
     dk.addcmul_(dk_left, left)
     written = dk_left.mul_(k_left).sum(-1)
     dc -= written
@@ -257,9 +275,9 @@ def _backward(
             read.addcmul_(q[rest], dq_into)
             add_mm(dq_into, dP[rest], k[rest])
         dc[rest] += read.sum(-1)
-        dc_last[rest] += (S[rest] * dS_N[1:][rest]).sum((-1, -2)) * into[rest, :, -1, 0]
+        dc_last[rest] += (S[rest] * dS_N[rest]).sum((-1, -2)) * into[rest, :, -1, 0]
     dc[:, :, -1] += dc_last
-    return dq, dk, dW, sum_of_later(dc), dbeta, dS_N[0] if to_state else None
+    return dq, dk, dW, sum_of_later(dc), dbeta, dS_0
 
 
 def _run_back(
@@ -269,14 +287,15 @@ def _run_back(
     k_left: Tensor,
     k_into: Tensor | None,
     gamma: Tensor,
-    dS: Tensor,
-    reach: int,
+    dS: tuple[Tensor | None, ...],
 ) -> None:
-    """The serial part: completes dU and dS (which hold what O gave them) and fills dW."""
+    """The serial part: completes dU and dS (which hold what O gave them) and fills dW.
+
+    dS has one entry more than there are chunks, the first None where nobody asks for it.
+    """
     T_, dW, dU, k_left, gamma = (x.unbind(0) for x in (T_.mT, dW, dU, k_left, gamma))
     k_into = () if k_into is None else k_into.mT.unbind(0)
-    dS = dS.unbind(0)
     for n in reversed(range(len(T_))):
         torch.bmm(T_[n], dU[n].baddbmm_(k_left[n], dS[n + 1]), out=dW[n])
-        if n >= reach:
+        if dS[n] is not None:
             dS[n].addcmul_(dS[n + 1], gamma[n]).baddbmm_(k_into[n], dW[n], alpha=-1)

@@ -40,13 +40,13 @@ def gated_delta_rule(
     decay_BTH = g_BTH.exp()
     outputs = []
     for t in range(T):
-        k_BHK1 = k_BTHK[:, t, :, :, None]
+        k_BH1K = k_BTHK[:, t, :, None]
         S_BHKV = decay_BTH[:, t, :, None, None] * S_BHKV
-        held_BHV = (S_BHKV * k_BHK1).sum(-2)
-        write_BHV = beta_BTH[:, t, :, None] * (v_BTHV[:, t] - held_BHV)
-        S_BHKV = torch.addcmul(S_BHKV, k_BHK1, write_BHV[:, :, None])
+        wrong_BH1V = v_BTHV[:, t, :, None] - k_BH1K @ S_BHKV
+        write_BH1V = beta_BTH[:, t, :, None, None] * wrong_BH1V
+        S_BHKV = torch.addcmul(S_BHKV, k_BH1K.mT, write_BH1V)
         if output:
-            outputs.append((S_BHKV * q_BTHK[:, t, :, :, None]).sum(-2))
+            outputs.append((q_BTHK[:, t, :, None] @ S_BHKV)[:, :, 0])
     if not output:
         return None, S_BHKV
     return (torch.stack(outputs, 1) * scale).to(out_dtype), S_BHKV

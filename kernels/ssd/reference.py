@@ -36,7 +36,7 @@ def ssd(
         S_BHKV = decay_BTH[:, t, :, None, None] * S_BHKV
         S_BHKV = torch.addcmul(S_BHKV, k_BTHK[:, t, :, :, None], v_BTHV[:, t, :, None])
         if output:
-            outputs.append((S_BHKV * q_BTHK[:, t, :, :, None]).sum(-2))
+            outputs.append((q_BTHK[:, t, :, None] @ S_BHKV)[:, :, 0])
     if not output:
         return None, S_BHKV
     return (torch.stack(outputs, 1) * scale).to(out_dtype), S_BHKV
