@@ -54,25 +54,27 @@ def _pieces(x: Tensor, tokens_BNC: Tensor) -> list[tuple[Tensor, Tensor]]:
     return pairs
 
 
-def decays(g_NMC: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """What is left of a write when it is read, from the log decays of each chunk.
+def log2_decays(g_BTH: Tensor, N: int, C: int) -> Tensor:
+    """The running sum c of each chunk's log decays [N, M, C, 1], in units of log 2.
 
-    With c_i the sum of g up to token i: exp(c_i - c_j) for i >= j, else 0 [N, M, C, C]; exp(c_i)
-    and exp(c_C - c_i) [N, M, C, 1]. Only differences <= 0 are ever exponentiated.
-
-    `g_NMC` comes from `to_chunks` in `exact_dtype` and is overwritten: after a reset (g = -1e4,
-    say) a sum in float32 would no longer resolve the small decays that follow.
+    In float64 where the device has it: after a reset (g = -1e4, say) a sum in float32 would no
+    longer resolve the small decays that follow. Base 2, because exp2 is several times faster than
+    exp on a CPU.
     """
-    # exp2 is several times faster than exp on a CPU.
-    c = g_NMC.mul_(math.log2(math.e)).cumsum(-1).unsqueeze(-1)
-    between = torch.sub(c, c.mT, out=c.new_empty((*c.shape[:3], c.shape[2]), dtype=dtype))
-    between.clamp_max_(0).exp2_().mul_(between.new_ones(between.shape[2:]).tril_())
-    return between, c.exp2().to(dtype), (c[:, :, -1:] - c).exp2_().to(dtype)
+    dtype = torch.float32 if g_BTH.device.type == "mps" else torch.float64
+    return to_chunks(g_BTH, N, C, dtype).mul_(math.log2(math.e)).cumsum(-1).unsqueeze(-1)
 
 
-def exact_dtype(x: Tensor) -> torch.dtype:
-    """float64 where the device of `x` has it."""
-    return torch.float32 if x.device.type == "mps" else torch.float64
+def decays_at_ends(c: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What is left of the chunk's starting state at each token, and of each token at the end."""
+    return c.exp2().to(dtype), (c[:, :, -1:] - c).exp2_().to(dtype)
+
+
+def decays_between(c: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is left of token j at token i >= j, else 0 [N, M, C, C]: no positive power is taken."""
+    N, M, C, _ = c.shape
+    D = torch.sub(c, c.mT, out=c.new_empty((N, M, C, C), dtype=dtype))
+    return D.clamp_max_(0).exp2_().mul_(D.new_ones(C, C).tril_())
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:

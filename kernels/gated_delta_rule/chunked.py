@@ -14,9 +14,10 @@ from torch.autograd.function import once_differentiable
 from hybrid_sleep.kernels.checks import compute_dtype, full_precision, hide_pads
 from hybrid_sleep.kernels.chunks import (
     add_mm,
-    decays,
-    exact_dtype,
+    decays_at_ends,
+    decays_between,
     from_chunks,
+    log2_decays,
     mm,
     split,
     sum_of_later,
@@ -62,7 +63,7 @@ def gated_delta_rule(
 
 def _chunk_size(dim: int) -> int:
     """Longer chunks cost C products per token, shorter ones more passes over the [K, V] state."""
-    return 24 if dim <= 32 else 32 if dim <= 64 else 64
+    return 24 if dim <= 32 else 32
 
 
 class _Saved(NamedTuple):
@@ -107,7 +108,9 @@ def _forward(
     k = to_chunks(k, N, C, dtype)
     W = to_chunks(v, N, C, dtype)
     beta = to_chunks(beta, N, C, dtype).unsqueeze(-1)
-    D, into, left = decays(to_chunks(g, N, C, exact_dtype(g)), dtype)
+    c = log2_decays(g, N, C)
+    D = decays_between(c, dtype)
+    into, left = decays_at_ends(c, dtype)
     k_left = k * left
     k_into = k * into if first < N else None
 

@@ -15,9 +15,10 @@ from torch.autograd.function import once_differentiable
 from hybrid_sleep.kernels.checks import compute_dtype, full_precision, hide_pads
 from hybrid_sleep.kernels.chunks import (
     add_mm,
-    decays,
-    exact_dtype,
+    decays_at_ends,
+    decays_between,
     from_chunks,
+    log2_decays,
     mm,
     split,
     sum_of_later,
@@ -57,7 +58,7 @@ def ssd(
 
 def _chunk_size(dim: int) -> int:
     """Longer chunks cost C products per token, shorter ones more passes over the [K, V] state."""
-    return 24 if dim <= 32 else 32 if dim <= 64 else 64
+    return 32 if dim <= 64 else 64
 
 
 class _Saved(NamedTuple):
@@ -119,7 +120,8 @@ def _forward(
     first = 1 if initial_state is None else 0  # the first chunk that a state enters
     k = to_chunks(k, N, C, dtype)
     v = to_chunks(v, N, C, dtype)
-    D, into, left = decays(to_chunks(g, N, C, exact_dtype(g)), dtype)
+    c = log2_decays(g, N, C)
+    into, left = decays_at_ends(c, dtype)
 
     S = k.new_empty(N + 1, B * G, K, R * V)
     mm(k.mT, _times(v, left, R), out=S[1:])
@@ -131,18 +133,17 @@ def _forward(
         states[n + 1].addcmul_(states[n], gamma[n])
     final = _state_by_head(S[N], B, R, dtype)
 
-    o = P = out = None
+    o = D = P = out = None
     if output:
+        D = decays_between(c, dtype)
         q = to_chunks(q, N, C, dtype).mul_(scale)
-        P = D * mm(q, k.mT).repeat_interleave(R, 1)
+        P = (mm(q, k.mT).unsqueeze(2) * D.unflatten(1, (-1, R))).flatten(1, 2)
         out = mm(P, v)
         if first < N:
             read = mm(q[first:], S[first:N]).unflatten(3, (R, V))
             _by_group(out[first:], R).addcmul_(read, _by_group(into[first:], R))
         o = from_chunks(out, B, T, out_dtype)
-    else:
-        q = D = None
-    return o, final, _Saved(k, v, S, into, left, q, D, P, out)
+    return o, final, _Saved(k, v, S, into, left, q if output else None, D, P, out)
 
 
 class _ChunkedSSD(torch.autograd.Function):
@@ -205,13 +206,15 @@ def _backward(
     # In terms of v_j exp(-c_j) and o_i exp(-c_i), c enters nowhere but in gamma: its gradient is
     # o do - v dv, and what reaches the state after the chunk for the last.
     dv_left = mm(k, dS_N[1:]).unflatten(3, (R, V))
-    dv = _by_group(left, R) * dv_left
-    dv = dv.transpose(2, 3).flatten(1, 2)
+    dv = torch.empty_like(v)
+    torch.mul(_by_group(left, R), dv_left, out=_by_group(dv, R))
     dk = mm(_times(v, left, R), dS_N[1:].mT)
     dq = None
     if do is not None:
-        dv = add_mm(dv.contiguous(), P.mT, dO)
-        dP = mm(dO, v.mT).mul_(D).unflatten(1, (-1, R)).sum(2)
+        add_mm(dv, P.mT, dO)
+        dP = mm(dO, v.mT).mul_(D)
+        if R > 1:
+            dP = dP.unflatten(1, (-1, R)).sum(2)
         dq = mm(dP, k)
         add_mm(dk, dP.mT, q)
         if first < N:
@@ -221,4 +224,4 @@ def _backward(
         dc += (out * dO).sum(-1)
     last = (S[1:] * dS_N[1:]).unflatten(3, (R, V)).sum((2, 4)).flatten(1)
     dc[:, :, -1] += last
-    return dq, dk, dv.contiguous(), sum_of_later(dc), dS_N[0] if to_state else None
+    return dq, dk, dv, sum_of_later(dc), dS_N[0] if to_state else None
