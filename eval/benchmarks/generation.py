@@ -4,15 +4,17 @@ Every forward of one long `generate` is timed through its streamer. A token that
 full makes the model sleep first; that time (from the SleepReport) is charged to the window that
 slept, so that the first window is not cheaper than the others for want of a sleep before it.
 
-A machine is not equally fast from one minute to the next. So each window is compared with a first
-window of its own: as soon as it is over, a fresh sequence is started beside the long one, and one
-window of it generated and timed. The long run waits, off the clock.
+A machine is not equally fast from one moment to the next. So each window is compared with a first
+window of its own: beside the long run a fresh sequence is generated in step with it, one token of
+the one and then one token of the other, and the ratio is taken token by token.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,15 +32,13 @@ class Clock(BaseStreamer):
     """A streamer that times every forward, and reads the memory held when a window is full.
 
     `forwards[j]` are the seconds from one token's arrival to the next: the forward that reads
-    token j of the sequence, with the sleep before it where there is one. `window_over` is called,
-    off the clock, after the forward in which a window slept.
+    token j of the sequence, with the sleep before it where there is one. `pause` is called after
+    every forward, off the clock.
     """
 
-    def __init__(
-        self, cache: Any, window: int, device: Any, window_over: Callable[[], None] | None = None
-    ):
+    def __init__(self, cache: Any, window: int, device: Any, pause: Callable[[], None]):
         self.cache, self.window, self.device = cache, window, device
-        self.window_over = window_over
+        self.pause = pause
         self.forwards: list[float] = []
         self.cache_bytes: list[int] = []
         self.process_bytes: list[int] = []
@@ -49,16 +49,46 @@ class Clock(BaseStreamer):
         synchronise(self.device)
         if self.resumed is not None:
             self.forwards.append(time.perf_counter() - self.resumed)
-            read = len(self.forwards)
-            if read % self.window == 0:
+            if len(self.forwards) % self.window == 0:
                 self.cache_bytes.append(self.cache.nbytes())
                 self.process_bytes.append(process_bytes(self.device))
-            if self.window_over is not None and read > 1 and read % self.window == 1:
-                self.window_over()
+            self.pause()
         self.resumed = time.perf_counter()
 
     def end(self) -> None:
         """Nothing is buffered."""
+
+
+class InSteps:
+    """Runs `work(pause)` in a thread that goes on only when told to, up to its next `pause()`."""
+
+    def __init__(self, work: Callable[[Callable[[], None]], Any]):
+        self.work = work
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
+        # A daemon: a benchmark that is interrupted must not wait for it.
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def step(self) -> None:
+        """Let it run to its next pause or to its end; raises what it raised."""
+        self._go.release()
+        self._stopped.acquire()
+        if self.error is not None:
+            raise self.error
+
+    def _run(self) -> None:
+        self._go.acquire()
+        try:
+            self.result = self.work(self._pause)
+        except BaseException as error:
+            self.error = error
+        self._stopped.release()
+
+    def _pause(self) -> None:
+        self._stopped.release()
+        self._go.acquire()
 
 
 def synchronise(device: Any) -> None:
@@ -101,7 +131,7 @@ def run(
     command: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Generate `windows` windows `repeats` times, and a fresh first window beside each of them.
+    """Generate `windows` windows `repeats` times, in step with a fresh first window each.
 
     `per_window` holds medians over the repeats. `token`: median seconds of a forward awake;
     `sleep`: seconds of the window's sleep; `total`: seconds per token with the sleep's share;
@@ -122,9 +152,9 @@ def run(
     first_token = torch.randint(VOCABULARY, (1, 1), generator=torch.Generator().manual_seed(0))
     first_token = first_token.to(device)
 
-    def generate(count: int, beside: Callable[[], None] | None = None) -> dict[str, list[float]]:
+    def generate(count: int, pause: Callable[[], None]) -> Costs:
         cache = SleepCache(model.config)
-        clock = Clock(cache, window, model.device, beside)
+        clock = Clock(cache, window, model.device, pause)
         # One token more than fills the last window, so that the last window sleeps as well.
         tokens = count * window + 1
         model.generate(
@@ -136,21 +166,34 @@ def run(
             sleep_passes=passes,
             streamer=clock,
         )
-        return by_window(clock, [report.seconds for report in cache.reports])
+        return Costs.of(clock, [report.seconds for report in cache.reports])
 
-    generate(2)
+    def beside_fresh_ones() -> dict[str, list[float]]:
+        fresh = [InSteps(lambda pause: generate(1, pause)) for _ in range(windows)]
+        read = 0
+
+        def keep_step() -> None:
+            nonlocal read
+            read += 1
+            index, token = divmod(read - 1, window)
+            if token == 0 and index:
+                # The forward in which a window sleeps belongs to two windows.
+                fresh[index - 1].step()
+                fresh[index - 1].step()
+                if progress is not None:
+                    progress(len(samples) * windows + index, repeats * windows)
+            if index < windows:
+                fresh[index].step()
+
+        long = generate(windows, keep_step)
+        return compare(long, [run.result for run in fresh])
+
+    generate(2, lambda: None)
     samples: list[dict[str, list[float]]] = []
     complete = True
     try:
         for _ in range(repeats):
-            fresh: list[dict[str, list[float]]] = []
-
-            def beside(fresh: list[dict[str, list[float]]] = fresh) -> None:
-                fresh.append(generate(1))
-                if progress is not None:
-                    progress(len(samples) * windows + len(fresh), repeats * windows)
-
-            samples.append(paired(generate(windows, beside), fresh))
+            samples.append(beside_fresh_ones())
     except KeyboardInterrupt:
         if not samples:
             raise
@@ -184,34 +227,44 @@ def run(
     }
 
 
-def paired(
-    sample: dict[str, list[float]], fresh: list[dict[str, list[float]]]
-) -> dict[str, list[float]]:
-    """A run's costs with those of the first windows beside it, and the ratio of the two."""
-    for name in ("token", "sleep", "total"):
-        beside_it = [cost[name][0] for cost in fresh]
-        pairs = zip(sample[name], beside_it, strict=True)
-        sample |= {
-            f"fresh_{name}": beside_it,
-            f"ratio_{name}": [long / short for long, short in pairs],
-        }
-    return sample
+@dataclass
+class Costs:
+    """What the windows of one run cost: each awake forward, each sleep, bytes when full."""
+
+    awake: list[list[float]]
+    sleeps: list[float]
+    cache: list[int]
+    process: list[int]
+
+    @classmethod
+    def of(cls, clock: Clock, sleeps: list[float]) -> Costs:
+        """From a clock and the seconds of the sleeps it saw, one a window."""
+        window, forwards = clock.window, list(clock.forwards)
+        for index, seconds in enumerate(sleeps, 1):
+            forwards[index * window] -= seconds
+        awake = [forwards[i * window : (i + 1) * window] for i in range(len(sleeps))]
+        return cls(awake, list(sleeps), clock.cache_bytes, clock.process_bytes)
 
 
-def by_window(clock: Clock, sleeps: list[float]) -> dict[str, list[float]]:
-    """What each window that slept cost; `sleeps` are the seconds of their sleeps, in order."""
-    window, awake = clock.window, list(clock.forwards)
-    tokens = []
-    for index, seconds in enumerate(sleeps):
-        awake[(index + 1) * window] -= seconds
-    for index in range(len(sleeps)):
-        tokens.append(median(awake[index * window : (index + 1) * window]))
-    return {
-        "token": tokens,
-        "sleep": list(sleeps),
-        "total": [token + sleep / window for token, sleep in zip(tokens, sleeps, strict=True)],
-        "cache": [float(size) for size in clock.cache_bytes],
-        "process": [float(size) for size in clock.process_bytes],
+def compare(long: Costs, fresh: Sequence[Costs]) -> dict[str, list[float]]:
+    """Each window of `long` against the first window of the run beside it; lists by window."""
+    costs: dict[str, list[float]] = {"ratio_token": []}
+    for prefix, runs in (
+        ("", [(awake, sleep) for awake, sleep in zip(long.awake, long.sleeps, strict=True)]),
+        ("fresh_", [(run.awake[0], run.sleeps[0]) for run in fresh]),
+    ):
+        costs[f"{prefix}token"] = [median(awake) for awake, _ in runs]
+        costs[f"{prefix}sleep"] = [sleep for _, sleep in runs]
+        costs[f"{prefix}total"] = [median(awake) + sleep / len(awake) for awake, sleep in runs]
+    for awake, beside in zip(long.awake, fresh, strict=True):
+        pairs = zip(awake, beside.awake[0], strict=True)
+        costs["ratio_token"].append(median(a / b for a, b in pairs))
+    for name in ("sleep", "total"):
+        pairs = zip(costs[name], costs[f"fresh_{name}"], strict=True)
+        costs[f"ratio_{name}"] = [a / b for a, b in pairs]
+    return costs | {
+        "cache": list(map(float, long.cache)),
+        "process": list(map(float, long.process)),
     }
 
 
@@ -254,9 +307,9 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"Allowed: {result['allowed']:.2f}. {last} windows of {result['window']} tokens, "
         f"{result['passes']} passes a sleep, medians of {result['repeats']} runs. For times, the "
-        "first window is that of a fresh sequence generated right beside the window it is compared "
-        f"with. Batch 1, {config['num_hidden_layers']} layers of {config['hidden_size']}, "
-        f"{result['state_space']}, random weights.",
+        "first window is that of a fresh sequence, generated token by token in turn with the "
+        f"window it is compared with. Batch 1, {config['num_hidden_layers']} layers of "
+        f"{config['hidden_size']}, {result['state_space']}, random weights.",
         "",
         describe(result["provenance"]),
     ]
