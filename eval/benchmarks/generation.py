@@ -169,24 +169,21 @@ def run(
         return Costs.of(clock, [report.seconds for report in cache.reports])
 
     def beside_fresh_ones() -> dict[str, list[float]]:
-        fresh = [InSteps(lambda pause: generate(1, pause)) for _ in range(windows)]
-        read = 0
-
-        def keep_step() -> None:
-            nonlocal read
-            read += 1
-            index, token = divmod(read - 1, window)
-            if token == 0 and index:
-                # The forward in which a window sleeps belongs to two windows.
-                fresh[index - 1].step()
-                fresh[index - 1].step()
+        long = InSteps(lambda pause: generate(windows, pause))
+        fresh = InSteps(lambda pause: [generate(1, pause) for _ in range(windows)])
+        last = windows * window
+        for read in range(last + 1):
+            # Neither is always the one whose data the other has just pushed out of the caches.
+            for run in (long, fresh) if read % 2 == 0 else (fresh, long):
+                run.step()
+            if read % window == 0 and 0 < read < last:
+                # That forward let a window sleep, and read the first token of the next one.
+                fresh.step()
                 if progress is not None:
-                    progress(len(samples) * windows + index, repeats * windows)
-            if index < windows:
-                fresh[index].step()
-
-        long = generate(windows, keep_step)
-        return compare(long, [run.result for run in fresh])
+                    progress(len(samples) * windows + read // window, repeats * windows)
+        long.step()
+        fresh.step()
+        return compare(long.result, fresh.result)
 
     generate(2, lambda: None)
     samples: list[dict[str, list[float]]] = []
@@ -194,6 +191,8 @@ def run(
     try:
         for _ in range(repeats):
             samples.append(beside_fresh_ones())
+            if progress is not None:
+                progress(len(samples) * windows, repeats * windows)
     except KeyboardInterrupt:
         if not samples:
             raise

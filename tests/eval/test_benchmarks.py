@@ -108,8 +108,8 @@ def test_the_fresh_windows_keep_step_with_the_long_run(monkeypatch):
     named = [(clocks.index(clock), forward) for clock, forward in order]
     assert [step for step in named if step[0] == warm] == [(warm, j) for j in range(7)]
     assert [step for step in named if step[0] != warm] == [
-        (long, 0), (first, 0), (long, 1), (first, 1), (long, 2), (first, 2),
-        (long, 3), (first, 3), (second, 0), (long, 4), (second, 1), (long, 5), (second, 2),
+        (long, 0), (first, 0), (first, 1), (long, 1), (long, 2), (first, 2),
+        (first, 3), (long, 3), (second, 0), (long, 4), (second, 1), (second, 2), (long, 5),
         (long, 6), (second, 3),
     ]  # fmt: skip
 
@@ -167,7 +167,7 @@ def test_interrupted_they_keep_what_is_finished(tmp_path):
     assert "Interrupted" in report.save(result, tmp_path)[1].read_text()
 
     options = {"windows": 2, "window": 3, "passes": 1, "hidden": 16, "layers": 2}
-    limit = 3
+    limit = 3  # of the second repeat
     result = generation.run(**options, repeats=2, progress=stop)
     assert not result["complete"] and result["repeats"] == 1
     limit = 1
