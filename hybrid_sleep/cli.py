@@ -77,7 +77,7 @@ def _report(result: dict[str, Any], out: Path) -> None:
     paths = report.save(result, out)
     typer.echo(paths[1].read_text(encoding="utf-8"))
     typer.echo("wrote " + ", ".join(str(path) for path in paths), err=True)
-    if not result["complete"]:
+    if not result.get("complete", True):
         raise KeyboardInterrupt("these files hold what was finished")
 
 
@@ -216,6 +216,28 @@ def bench_sleep(
         result = sleep.run(
             repeats=repeats, device=device, command=_command_line(), progress=progress
         )
+    _report(result, out)
+
+
+@bench.command("kernels")
+@_command
+def bench_kernels(
+    repeats: Annotated[int, typer.Option(help="Paired runs of each shape and direction.")] = 7,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/bench-kernels"),
+) -> None:
+    """The gated delta rule on a CPU against the PyTorch fallback inside transformers."""
+    from hybrid_sleep.eval.progress import progress_bar
+    from hybrid_sleep.kernels.benchmarks import fallback
+
+    total, done = len(fallback.SHAPES) * len(fallback.TARGETS), 0
+    with progress_bar("kernels") as progress:
+
+        def count(row: dict[str, Any]) -> None:
+            nonlocal done
+            done += 1
+            progress(done, total)
+
+        result = fallback.run(repeats=repeats, command=_command_line(), progress=count)
     _report(result, out)
 
 

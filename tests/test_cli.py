@@ -67,7 +67,7 @@ def test_help_imports_no_torch():
         ([], ["demo", "train", "bench", "doctor"]),
         (["demo"], ["--seed", "--out", "five minutes"]),
         (["train"], ["CONFIG", "KEY=VALUE", "--resume", "--overwrite"]),
-        (["bench"], ["depth", "generation", "sleep", "render"]),
+        (["bench"], ["depth", "generation", "sleep", "kernels", "render"]),
         (["bench", "depth"], ["CHECKPOINT", "--depths", "--count", "--baseline", "--out", "floor"]),
         (["bench", "generation"], ["--windows", "--repeats"]),
         (["bench", "sleep"], ["--repeats", "--out"]),
@@ -161,6 +161,7 @@ def test_an_interrupted_benchmark_keeps_the_checkpoints_it_finished(config, tmp_
         (["bench", "generation", "--state-space", "s4"], "state_space must be one of"),
         (["bench", "sleep", "--device", "abacus"], "device='abacus'; allowed here: cpu"),
         (["bench", "sleep", "--repeats", "0"], "repeats=0; allowed: an integer of at least 2"),
+        (["bench", "kernels", "--repeats", "1"], "repeats=1"),
         (["bench", "render", "nowhere.json"], "nowhere.json"),
         (["demo", "--seed", "-1"], "seed=-1; allowed: an integer of at least 0"),
         (["train", "nowhere.yaml"], "config 'nowhere.yaml' is no file"),
@@ -196,6 +197,24 @@ def test_interrupt_is_130_and_says_what_is_kept(monkeypatch, config):
     monkeypatch.setattr(training, "train", stop, raising=False)
     assert "interrupted: step 7 is saved" in call("train", config, code=130).stderr
     assert "--resume goes on" in call("demo", code=130).stderr
+
+
+def test_kernels_are_measured_and_rendered(tmp_path, monkeypatch):
+    from hybrid_sleep.kernels.benchmarks import fallback
+
+    monkeypatch.setattr(fallback, "SHAPES", [fallback.Shape(T=4, B=1, H=1, d=8)])
+    measure = fallback.run
+    monkeypatch.setattr(
+        fallback,
+        "run",
+        lambda **options: measure(fallback.SHAPES, least_seconds=0, **options),
+    )
+    call("bench", "kernels", "--repeats", "2", "--out", tmp_path)
+    table = (tmp_path / "results.md").read_text()
+    assert "forward + backward" in table
+    (tmp_path / "results.md").unlink()
+    call("bench", "render", tmp_path / "results.json")
+    assert (tmp_path / "results.md").read_text() == table
 
 
 def test_doctor_names_the_ops():
