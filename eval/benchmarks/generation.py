@@ -318,14 +318,16 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def figure(result: dict[str, Any]) -> Any:
-    """Cost of each window relative to a first window, with the allowed band."""
+    """Cost of each window relative to a first window, and what is allowed."""
     from hybrid_sleep.eval.plots import BLUE, GREEN, GREY, ORANGE, new_figure
 
     picture, axes = new_figure(f"Generating {result['windows']} windows: cost of each")
     numbers = range(1, result["windows"] + 1)
     per_window = result["per_window"]
     cache = [size / per_window["cache"][0] for size in per_window["cache"]]
-    axes.axhspan(0, 100 * result["allowed"], color=GREY, alpha=0.12, linewidth=0)
+    limit = 100 * result["allowed"]
+    axes.axhline(limit, color=GREY, linestyle=(0, (4, 3)), linewidth=1.6)
+    lowest, highest = 80.0, 120.0
     for values, label, colour, marker in (
         (per_window["ratio_token"], "seconds per token, awake", BLUE, "o"),
         (per_window["ratio_total"], "seconds per token with its sleep", ORANGE, "^"),
@@ -335,9 +337,10 @@ def figure(result: dict[str, Any]) -> Any:
             numbers, [100 * value for value in values], color=colour, marker=marker,
             markersize=4, linewidth=1.4, label=label,
         )  # fmt: skip
-    axes.set_ylim(0, None)
+        lowest, highest = min(lowest, 98 * min(values)), max(highest, 102 * max(values))
+    axes.set_ylim(lowest, highest)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f} %")
-    axes.set_xlabel(f"window (shaded: at most {100 * result['allowed']:.0f} %)", fontsize=13)
+    axes.set_xlabel(f"window (dashed: the {limit:.0f} % allowed)", fontsize=13)
     axes.set_ylabel("of a first window", fontsize=13)
     picture.legend(fontsize=11, frameon=False, loc="outside lower center", ncols=2)
     return picture
