@@ -44,7 +44,9 @@ class TrainConfig:
     (None: only when interrupted), of which the last `keep_checkpoints` are kept.
 
     Machine: `dtype` float32, or bfloat16 (autocast over fp32 weights); `device` auto or cpu;
-    `activation_checkpointing` block, pass or None (see `model.set_activation_checkpointing`).
+    `activation_checkpointing` block, pass or None (see `model.set_activation_checkpointing`);
+    `threads` of the processor for one operation (None: torch's choice, one a core). A small model
+    that shares its cores with anything else trains several times faster with one.
     """
 
     steps: int
@@ -67,6 +69,7 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu"] = "auto"
     activation_checkpointing: Literal["block", "pass"] | None = None
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         def demand(holds: bool, name: str, allowed: str) -> None:
@@ -89,7 +92,7 @@ class TrainConfig:
         demand(0 <= self.cooldown <= 1, "cooldown", "a share of the steps, 0..1")
         clip = self.grad_clip
         demand(clip is None or 0 < clip < math.inf, "grad_clip", "null or a finite number > 0")
-        for name in ("eval_every", "save_every"):
+        for name in ("eval_every", "save_every", "threads"):
             every = getattr(self, name)
             demand(every is None or every >= 1, name, "null or an integer >= 1")
         depths = self.eval_depths

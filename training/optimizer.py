@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-# Quintic Newton-Schulz coefficients of Keller Jordan's Muon; the same in torch.optim.Muon.
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 ADJUSTMENTS = ("original", "match_rms_adamw")
 ALGORITHMS = ("muon", "adamw")
-STACK_ELEMENTS = 1 << 26
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon on matrices and AdamW on the rest, with one set of `param_groups` and one state.
+    """torch.optim.Muon on matrices and torch.optim.AdamW on the rest, as one optimizer.
 
-    Muon (torch.optim.Muon, the same update and hyperparameters):
-        B <- momentum B + (1 - momentum) G;  U = (1 - momentum) G + momentum B
-        W <- (1 - lr weight_decay) W - lr s NS(U),
-    with NS the Newton-Schulz orthogonalisation and s = sqrt(max(1, rows / columns)) (`original`)
-    or 0.2 sqrt(max(rows, columns)) (`match_rms_adamw`). Two things differ from torch.optim.Muon:
-    matrices of one shape are orthogonalised together, and NS runs in fp32 on a CPU, where bf16
-    matrix products are slow (16 matrices of width 64: 5 ms a step in torch.optim.Muon with the
-    processor's bf16 instructions, 33 ms without them, 1.4 ms here). AdamW is torch's own.
+    One set of `param_groups` and one state, as Trainer, accelerate and learning-rate schedules
+    expect; every step is torch's own.
 
     Args:
         params: parameters or parameter groups. A group says which algorithm it is for
@@ -36,7 +26,8 @@ class MuonAdamW(torch.optim.Optimizer):
         weight_decay: decoupled weight decay, >= 0.
         momentum: of Muon, in [0, 1).
         ns_steps: Newton-Schulz steps, 1 to 99.
-        adjust_lr: s above, `original` or `match_rms_adamw`.
+        adjust_lr: how Muon scales its rate with a matrix's shape, `original` (Keller Jordan) or
+            `match_rms_adamw` (Moonshot); see torch.optim.Muon.
         betas, eps: of AdamW.
 
     Raises ValueError, before anything is added, for an unknown algorithm, a value out of range, or
@@ -55,9 +46,11 @@ class MuonAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
     ):
-        # AdamW is made with a parameter of its own; it gets the real ones at every step.
+        # Both are made with a parameter of their own; they get the real ones at every step.
+        self._muon = torch.optim.Muon([nn.Parameter(torch.zeros(1, 1))])
         self._adamw = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], fused=True)
         defaults = {
+            **self._muon.defaults,
             **self._adamw.defaults,
             "algorithm": "adamw",
             "lr": lr,
@@ -65,6 +58,7 @@ class MuonAdamW(torch.optim.Optimizer):
             "momentum": momentum,
             "ns_steps": ns_steps,
             "adjust_lr": adjust_lr,
+            "muon_eps": self._muon.defaults["eps"],
             "betas": tuple(betas),
             "eps": eps,
         }
@@ -97,64 +91,19 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        adamw = []
-        for group in self.param_groups:
-            if group["algorithm"] == "muon":
-                self._muon(group)
-            else:
-                adamw.append(group)
-        # Groups and state are replaced when a state is loaded, hence linked anew every time.
-        self._adamw.param_groups, self._adamw.state = adamw, self.state
-        self._adamw.step()
+        for algorithm, optimizer in (("muon", self._muon), ("adamw", self._adamw)):
+            groups = [group for group in self.param_groups if group["algorithm"] == algorithm]
+            if algorithm == "muon":
+                # The two optimizers give these names other meanings, or other names.
+                groups = [
+                    {**group, "adjust_lr_fn": group["adjust_lr"], "eps": group["muon_eps"]}
+                    for group in groups
+                ]
+            # Groups and state are replaced when a state is loaded, hence linked anew every time.
+            optimizer.param_groups, optimizer.state = groups, self.state
+            if groups:
+                optimizer.step()
         return loss
-
-    def _muon(self, group: dict[str, Any]) -> None:
-        lr, momentum = float(group["lr"]), group["momentum"]
-        alike: dict[Any, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for weight in group["params"]:
-            if weight.grad is None:
-                continue
-            if weight.grad.is_sparse:
-                raise ValueError("params: Muon takes dense gradients only, got a sparse one")
-            state = self.state[weight]
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(weight)
-            buffer = state["momentum_buffer"]
-            buffer.lerp_(weight.grad, 1 - momentum)
-            update = weight.grad.lerp(buffer, momentum)
-            # Newton-Schulz multiplies by the smaller Gram matrix, that of the wide orientation.
-            update = update.mT if update.shape[0] > update.shape[1] else update
-            alike[update.shape, update.device].append((weight, update))
-        for (shape, _), pairs in alike.items():
-            at_once = max(1, STACK_ELEMENTS // shape.numel())
-            for start in range(0, len(pairs), at_once):
-                some = pairs[start : start + at_once]
-                updates = orthogonalise(torch.stack([update for _, update in some]), group)
-                for (weight, _), update in zip(some, updates, strict=True):
-                    rows, columns = weight.shape
-                    weight.mul_(1 - lr * group["weight_decay"])
-                    weight.add_(
-                        update.mT if rows > columns else update,
-                        alpha=-lr * _adjustment(group["adjust_lr"], rows, columns),
-                    )
-
-
-def orthogonalise(matrices: Tensor, options: dict[str, Any] | None = None) -> Tensor:
-    """Replace the singular values of `matrices: [n, rows, columns]` by values near 1.
-
-    `ns_steps` (default 5) quintic Newton-Schulz steps, X <- a X + b (X X^T) X + c (X X^T)^2 X from
-    X / |X|_F: singular values end between about 0.7 and 1.2. In bf16 on a GPU, which has fast
-    bf16 products, and in at least fp32 elsewhere; the result has the dtype of `matrices`.
-    """
-    a, b, c = NEWTON_SCHULZ
-    on_gpu = matrices.device.type == "cuda"
-    dtype = torch.bfloat16 if on_gpu else torch.promote_types(matrices.dtype, torch.float32)
-    x = matrices.to(dtype)
-    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)
-    for _ in range((options or {}).get("ns_steps", 5)):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.to(matrices.dtype)
 
 
 def parameter_groups(
@@ -196,12 +145,6 @@ def parameter_groups(
     if not groups:
         raise ValueError("model has no parameter with requires_grad=True; allowed: at least one")
     return groups
-
-
-def _adjustment(rule: str, rows: int, columns: int) -> float:
-    if rule == "original":
-        return math.sqrt(max(1.0, rows / columns))
-    return 0.2 * math.sqrt(max(rows, columns))
 
 
 def _check_group(group: dict[str, Any]) -> None:

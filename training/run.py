@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.utils import logging
@@ -85,6 +86,7 @@ def train(
         if progress and main:
             display = stack.enter_context(Display(run.train.steps))
         stack.enter_context(stop.listening())
+        stack.enter_context(threads(run.train.threads))
         stack.enter_context(_no_other_bars())
         if main:
             trainer.add_callback(RunLog(trainer, out / METRICS_FILE, run.train.log_every, display))
@@ -190,6 +192,17 @@ def save_model(model: Any, run: RunConfig, out: Path) -> None:
     for path in sorted(staging.iterdir(), key=lambda path: path.name.endswith(WEIGHTS)):
         publish(path, out / path.name)
     staging.rmdir()
+
+
+@contextlib.contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Let torch use `count` threads for one operation on the processor; None: as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

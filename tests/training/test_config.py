@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from hybrid_sleep.training.config import load_run_config
@@ -172,3 +173,14 @@ def test_the_command_ends_in_one_line_and_code_2(small, tmp_path):
     assert done.stderr.startswith("error: config") and done.stderr.count("\n") == 1
     assert "train.steps=0; allowed: an integer >= 1" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_gives_the_threads_back():
+    from hybrid_sleep.training.run import threads
+
+    before = torch.get_num_threads()
+    with threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+    with threads(None):
+        assert torch.get_num_threads() == before
