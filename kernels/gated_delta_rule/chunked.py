@@ -61,6 +61,10 @@ def gated_delta_rule(
     return o, S
 
 
+# Entries of all the states that are kept at once without need, to read them in one product.
+_MANY = 2**21
+
+
 def _chunk_size(dim: int) -> int:
     """Longer chunks cost C products per token, shorter ones more passes over the [K, V] state."""
     return 24 if dim <= 32 else 32
@@ -118,26 +122,33 @@ def _forward(
     X.diagonal(dim1=2, dim2=3).zero_()
     T_ = unit_lower_inverse((X * beta.mT.neg()).flatten(0, 1)).view_as(D).mul_(beta)
 
-    P = q_into = out = None
+    P = q_into = read = None
     if output:
         q = to_chunks(q, N, C, dtype).mul_(scale)
         P = mm(q, k.mT).mul_(D)
         q_into = q * into if first < N else None
-        out = torch.empty_like(W)
+    all_states = keep or N * M * K * V <= _MANY
     if N == 1:
         S = None if first else initial_state.to(dtype).reshape(1, M, K, V)
     else:
-        S = k.new_empty(N if keep else 2, M, K, V)
+        S = k.new_empty(N if all_states else 2, M, K, V)
         if first == 0:
             S[0].unflatten(0, (B, H)).copy_(initial_state)
+        if output and not all_states:
+            read = torch.empty_like(W)
     U = torch.empty_like(W)
     final = k.new_empty(M, K, V)
-    _run(T_, W, U, k_left, k_into, q_into, into[:, :, -1:], S, final, out, first)
+    _run(T_, W, U, k_left, k_into, q_into, into[:, :, -1:], S, final, read, first)
 
     o = saved = None
     if output:
-        mm(P[:first], U[:first], out=out[:first])
-        add_mm(out[first:], P[first:], U[first:])
+        if read is not None:
+            read[:first] = 0
+            out = add_mm(read, P, U)
+        else:
+            out = mm(P, U)
+            if first < N:
+                add_mm(out[first:], q_into[first:], S[first:])
         o = from_chunks(out, B, T, out_dtype)
     if keep:
         saved = _Saved(k, D, X, T_, W, U, left, k_left, into, k_into, S, q if output else None, P)
@@ -154,10 +165,10 @@ def _run(
     gamma: Tensor,
     S: Tensor | None,
     final: Tensor,
-    out: Tensor | None,
+    read: Tensor | None,
     first: int,
 ) -> None:
-    """The serial part: turns V into W and fills U, final, and what the outputs read from states.
+    """The serial part: turns V into W and fills U, S, final and, if given, what is read from S.
 
     S has room for every state that a chunk starts from, or for two of them in turn.
     """
@@ -171,8 +182,8 @@ def _run(
             torch.bmm(k_left[n], U[n], out=after)
             continue
         before = states[n % len(states)]
-        if q_into:
-            torch.bmm(q_into[n], before, out=out[n])
+        if read is not None:
+            torch.bmm(q_into[n], before, out=read[n])
         torch.bmm(T_[n], W[n].baddbmm_(k_into[n], before, alpha=-1), out=U[n])
         torch.mul(before, gamma[n], out=after).baddbmm_(k_left[n], U[n])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hybrid_sleep.kernels.gated_delta_rule import gated_delta_rule
+from hybrid_sleep.kernels.gated_delta_rule import chunked, gated_delta_rule
 from hybrid_sleep.kernels.gated_delta_rule.inverse import unit_lower_inverse
 
 
@@ -95,3 +95,15 @@ def test_equal_keys_cost_the_inverse_no_accuracy(C, strength):
     A = torch.full((40, C, C), -strength).tril(-1)
     wanted = torch.linalg.inv(torch.eye(C, dtype=torch.float64) - A[0].double())
     torch.testing.assert_close(unit_lower_inverse(A)[7].double(), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("state", [True, False])
+def test_reading_states_one_by_one_is_reading_them_at_once(make, monkeypatch, state):
+    inputs = make(gated_delta_rule, B=3, T=20)
+    if not state:
+        del inputs["initial_state"]
+    at_once = gated_delta_rule(**inputs, chunk_size=6)
+    monkeypatch.setattr(chunked, "_MANY", 0)
+    one_by_one = gated_delta_rule(**inputs, chunk_size=6)
+    torch.testing.assert_close(one_by_one[0], at_once[0], rtol=0, atol=1e-12)
+    assert torch.equal(one_by_one[1], at_once[1])

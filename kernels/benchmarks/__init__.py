@@ -1,0 +1,1 @@
+"""What the ops cost against their peers, both sides timed in one process."""

@@ -1,0 +1,348 @@
+"""The gated delta rule on a CPU against the PyTorch fallback inside transformers.
+
+    python -m hybrid_sleep.kernels.benchmarks.fallback [--out DIR] [--threads 2] [--repeats 7]
+
+Both get the same normalised q and k and the same initial state, and both return the final state.
+They run in turn and in alternating order in one process, so what else the machine does meets both;
+every ratio is that of a pair. Writes results.json (with every time), results.md and fallback.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import inspect
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from hybrid_sleep.io import atomic_path, write_json_atomic, write_text_atomic
+from hybrid_sleep.kernels.gated_delta_rule import gated_delta_rule
+
+LEAST_SECONDS = 1.5
+# Speedups to reach, as geometric means over the shapes, slower on none of them.
+TARGETS = {"forward": 2.0, "forward + backward": 1.5}
+
+
+class Shape(NamedTuple):
+    """Windows of T tokens in batches of B, H heads, K = V = d."""
+
+    T: int
+    B: int
+    H: int
+    d: int
+
+
+SHAPES = tuple(
+    Shape(T, B, H, d)
+    for T, B in ((24, 128), (75, 32), (256, 8), (2048, 1))
+    for H in (4, 8)
+    for d in (32, 64, 128)
+)
+
+
+def run(
+    shapes: Sequence[Shape] = SHAPES,
+    *,
+    repeats: int = 7,
+    least_seconds: float = LEAST_SECONDS,
+    command: str | None = None,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Time both sides on every shape, forward and forward + backward.
+
+    At least `repeats` pairs of each, more where that takes less than `least_seconds`. A row's
+    `ratio` is the median over its pairs of the fallback's time over ours (above 1: ours is faster),
+    `error` the largest difference of any result or gradient, relative to its largest value.
+
+    Raises ValueError when `repeats` is below 2.
+    """
+    if repeats < 2:
+        raise ValueError(f"repeats={repeats}: must be at least 2")
+    rows = []
+    for shape in shapes:
+        sides = _sides(shape)
+        error = max(map(_error, *(both() for both in sides["forward + backward"])))
+        for direction, (ours, fallback) in sides.items():
+            pairs = _time_pairs(ours, fallback, repeats, least_seconds)
+            low, middle, high = quantiles((b / a for a, b in pairs), n=4, method="inclusive")
+            rows.append(
+                {
+                    **shape._asdict(),
+                    "direction": direction,
+                    "ratio": middle,
+                    "quartiles": [low, high],
+                    "error": error,
+                    "ours_seconds": [a for a, _ in pairs],
+                    "fallback_seconds": [b for _, b in pairs],
+                }
+            )
+            if progress is not None:
+                progress(rows[-1])
+    return {
+        "benchmark": "fallback",
+        "rows": rows,
+        "summary": {direction: _summary(rows, direction) for direction in TARGETS},
+        "command": command,
+        "provenance": _provenance(),
+    }
+
+
+def _summary(rows: list[dict[str, Any]], direction: str) -> dict[str, float | bool]:
+    ratios = [row["ratio"] for row in rows if row["direction"] == direction]
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    target = TARGETS[direction]
+    reached = mean >= target and min(ratios) >= 1
+    return {"geometric_mean": mean, "least": min(ratios), "target": target, "reached": reached}
+
+
+def _sides(shape: Shape) -> dict[str, tuple[Callable, Callable]]:
+    """For each direction, ours and the fallback, as functions that return what they computed."""
+    from transformers.models.qwen3_next import modeling_qwen3_next
+
+    # Under the decorator that would prefer an optional package, if one is installed.
+    peer = inspect.unwrap(modeling_qwen3_next.torch_chunk_gated_delta_rule)
+    T, B, H, d = shape
+    drawn = torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=drawn)
+
+    inputs = [
+        normalize(draw(B, T, H, d), dim=-1),
+        normalize(draw(B, T, H, d), dim=-1),
+        draw(B, T, H, d),
+        -draw(B, T, H).abs() / 2,
+        draw(B, T, H).sigmoid(),
+        draw(B, H, d, d),
+    ]
+    slopes = [draw(B, T, H, d), draw(B, H, d, d)]
+    inputs = [x.requires_grad_() for x in inputs]
+
+    def ours(q, k, v, g, beta, state):
+        return gated_delta_rule(q, k, v, g, beta, initial_state=state)
+
+    def fallback(q, k, v, g, beta, state):
+        return peer(q, k, v, g, beta, initial_state=state, output_final_state=True)
+
+    def forward(side: Callable) -> Callable:
+        def work():
+            with torch.no_grad():
+                return side(*inputs)
+
+        return work
+
+    def both_ways(side: Callable) -> Callable:
+        def work():
+            results = side(*inputs)
+            return [*results, *torch.autograd.grad(results, inputs, slopes)]
+
+        return work
+
+    return {
+        "forward": (forward(ours), forward(fallback)),
+        "forward + backward": (both_ways(ours), both_ways(fallback)),
+    }
+
+
+def _error(found: Tensor, wanted: Tensor) -> float:
+    found, wanted = found.detach(), wanted.detach()
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def _time_pairs(
+    ours: Callable, fallback: Callable, repeats: int, least_seconds: float
+) -> list[tuple[float, float]]:
+    """Seconds of (ours, fallback), after one run of each that does not count."""
+
+    def timed(work: Callable) -> float:
+        began = time.perf_counter()
+        work()
+        return time.perf_counter() - began
+
+    ours()
+    fallback()
+    pairs = []
+    end = time.perf_counter() + least_seconds
+    while len(pairs) < repeats or time.perf_counter() < end:
+        if len(pairs) % 2:
+            theirs = timed(fallback)
+            pairs.append((timed(ours), theirs))
+        else:
+            pairs.append((timed(ours), timed(fallback)))
+    return pairs
+
+
+def _provenance() -> dict[str, Any]:
+    import transformers
+
+    import hybrid_sleep
+
+    root = Path(hybrid_sleep.__file__).resolve().parent.parent
+    return {
+        "hybrid_sleep": hybrid_sleep.__version__,
+        "commit": _commit(root) if (root / ".git").exists() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _commit(root: Path) -> str | None:
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(root), *args]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
+
+    try:
+        commit = git("rev-parse", "--short=12", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{commit}-dirty" if changed else commit
+
+
+def _cpu_name() -> str:
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        models = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
+        if models:
+            name = models[0].split(":", 1)[1].strip()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The summary of each direction, then one row a shape."""
+    lines = ["| | geometric mean | least | target | reached |", "|---|---:|---:|---:|---|"]
+    for direction, summary in result["summary"].items():
+        cells = [
+            direction,
+            f"**{summary['geometric_mean']:.2f}x**",
+            f"{summary['least']:.2f}x",
+            f"{summary['target']:.1f}x, none below 1x",
+            "yes" if summary["reached"] else "**no**",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    directions = list(result["summary"])
+    head = ["T", "B", "H", "d"]
+    for direction in directions:
+        head += [f"{direction}, ms", "fallback, ms", "speedup", "quartiles"]
+    lines += ["", f"| {' | '.join(head)} |", "|" + "---:|" * len(head)]
+    by_shape: dict[tuple, dict[str, dict]] = {}
+    for row in result["rows"]:
+        by_shape.setdefault(tuple(row[name] for name in "TBHd"), {})[row["direction"]] = row
+    for shape, rows in by_shape.items():
+        cells = [str(number) for number in shape]
+        for row in (rows[direction] for direction in directions):
+            cells += [
+                f"{1000 * median(row['ours_seconds']):.2f}",
+                f"{1000 * median(row['fallback_seconds']):.2f}",
+                f"**{row['ratio']:.2f}x**",
+                " to ".join(f"{ratio:.2f}" for ratio in row["quartiles"]),
+            ]
+        lines.append(f"| {' | '.join(cells)} |")
+    fewest, most = (pick(len(row["ours_seconds"]) for row in result["rows"]) for pick in (min, max))
+    record = result["provenance"]
+    versions = [
+        f"{name} {record[name]}" for name in ("hybrid_sleep", "python", "torch", "transformers")
+    ]
+    lines += [
+        "",
+        f"Medians of {fewest} to {most} pairs in one process, in alternating order, float32, with "
+        "an initial state and a final one. The results of the two sides, gradients included, "
+        f"differ by at most {max(row['error'] for row in result['rows']):.0e}, relatively.",
+        "",
+        f"{'; '.join(versions)}; commit {record['commit']}; {record['device']}, "
+        f"{record['threads']} threads; {record['date']}",
+    ]
+    if result["command"]:
+        lines += ["", f"`{result['command']}`"]
+    return "\n".join(lines) + "\n"
+
+
+def figure(result: dict[str, Any]) -> Any:
+    """The speedup on every shape, both directions, over the line of equal speed."""
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(6.4, 4.2), dpi=200, layout="constrained")
+    axes = picture.add_subplot()
+    axes.set_title("Gated delta rule on a CPU against transformers", fontsize=14, loc="left")
+    windows = list(dict.fromkeys((row["T"], row["B"]) for row in result["rows"]))
+    dims = sorted({row["d"] for row in result["rows"]})
+    styles = {"forward": ("#0072B2", "o", -0.16), "forward + backward": ("#E69F00", "^", 0.16)}
+    for direction, (colour, marker, shift) in styles.items():
+        rows = [row for row in result["rows"] if row["direction"] == direction]
+        places = [
+            windows.index((row["T"], row["B"])) + shift + 0.09 * (dims.index(row["d"]) - 1)
+            for row in rows
+        ]
+        mean = result["summary"][direction]["geometric_mean"]
+        axes.plot(
+            places, [row["ratio"] for row in rows], color=colour, marker=marker, markersize=7,
+            linestyle="none", alpha=0.8, label=f"{direction} (geometric mean {mean:.1f}x)",
+        )  # fmt: skip
+    axes.axhline(1, color="#222222", linewidth=2)
+    axes.set_yscale("log")
+    ticks = [1, 2, 4, 8, 16]
+    axes.set_yticks(ticks, [f"{tick}x" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_ylim(0.8, max(10, 1.3 * max(row["ratio"] for row in result["rows"])))
+    axes.set_xticks(range(len(windows)), [f"T = {T}\nB = {B}" for T, B in windows])
+    axes.set_ylabel("speedup (per shape: d rises from left)", fontsize=11)
+    axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    picture.legend(fontsize=11, frameon=False, loc="outside lower center", ncols=1)
+    return picture
+
+
+def save(result: dict[str, Any], out: Path) -> list[Path]:
+    """Write results.json, results.md and fallback.png into `out`, each atomically; their paths."""
+    paths = [out / "results.json", out / "results.md", out / "fallback.png"]
+    write_json_atomic(paths[0], result)
+    write_text_atomic(paths[1], markdown(result))
+    with atomic_path(paths[2]) as partial:
+        figure(result).savefig(partial, format="png", metadata={"Software": None})
+    return paths
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("out/bench-fallback"))
+    parser.add_argument("--threads", type=int, default=2, help="of torch [default: 2]")
+    parser.add_argument("--repeats", type=int, default=7, help="pairs at least [default: 7]")
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    options = parser.parse_args(given)
+    for name in ("threads", "repeats"):
+        if getattr(options, name) < (least := {"threads": 1, "repeats": 2}[name]):
+            parser.error(f"--{name}: must be at least {least}")
+    torch.set_num_threads(options.threads)
+
+    def show(row: dict[str, Any]) -> None:
+        shape = " ".join(f"{name}={row[name]}" for name in "TBHd")
+        print(f"{shape} {row['direction']}: {row['ratio']:.2f}x", file=sys.stderr, flush=True)
+
+    command = " ".join(["python -m hybrid_sleep.kernels.benchmarks.fallback", *given])
+    result = run(repeats=options.repeats, command=command, progress=show)
+    paths = save(result, options.out)
+    print(paths[1].read_text(encoding="utf-8"))
+    print("wrote", ", ".join(map(str, paths)), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
