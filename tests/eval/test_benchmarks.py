@@ -136,7 +136,7 @@ def test_generation_runs_and_the_cache_does_not_grow(tmp_path):
 
 
 def test_sleep_is_timed_at_the_depth_asked_for(tmp_path):
-    result = sleep.run(shapes=[TINY], passes=(2, 3), repeats=2)
+    result = sleep.run(shapes=[TINY], passes=(2, 3), repeats=2, least_seconds=0)
     assert [(row["passes"], row["bound"]) for row in result["rows"]] == [(2, 0.5), (3, 2 / 3)]
     for row in result["rows"]:
         assert row["pairs"] >= 2
@@ -153,7 +153,7 @@ def test_a_sleep_that_stops_early_is_not_timed(monkeypatch):
     asleep = model.sleep
     monkeypatch.setattr(model, "sleep", lambda cache, passes: asleep(cache, passes=passes - 1))
     with pytest.raises(RuntimeError, match="2 passes where 3"):
-        sleep.time_pairs(model, 1, 3, 2)
+        sleep.time_pairs(model, 1, 3, 2, 0)
 
 
 def test_interrupted_they_keep_what_is_finished(tmp_path):
@@ -162,7 +162,7 @@ def test_interrupted_they_keep_what_is_finished(tmp_path):
             raise KeyboardInterrupt
 
     limit = 1
-    result = sleep.run(shapes=[TINY], passes=(2, 3), repeats=2, progress=stop)
+    result = sleep.run(shapes=[TINY], passes=(2, 3), repeats=2, least_seconds=0, progress=stop)
     assert not result["complete"] and [row["passes"] for row in result["rows"]] == [2]
     assert "Interrupted" in report.save(result, tmp_path)[1].read_text()
 
