@@ -66,9 +66,9 @@ def run(
 ) -> dict[str, Any]:
     """Time both sides on every shape and depth; `ratio` is the median over paired runs.
 
-    At least `repeats` pairs of each, more where that takes less than `least_seconds`. `quartiles` are
-    those of the paired ratios, `bound` is (N-1)/N. Interrupted after the first row, it returns the
-    rows it has, with `complete` False.
+    At least `repeats` pairs of each, more where that takes less than `least_seconds`. `quartiles`
+    are those of the paired ratios, `bound` is (N-1)/N. Interrupted after the first row, it returns
+    the rows it has, with `complete` False.
     """
     check_device(device)
     check_int("repeats", repeats, 2)
