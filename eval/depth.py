@@ -144,7 +144,7 @@ def bench_checkpoints(
         raise ValueError("checkpoints is empty; allowed: one or more folders of trained models")
     runs = [read_run(checkpoint) for checkpoint in checkpoints]
     check_seeds_of_one_recipe(checkpoints, runs)
-    base = None if baseline is None else read_baseline(baseline, runs[0].to_dict())
+    base = None if baseline is None else read_baseline(baseline, runs[0])
     task = runs[0].load_task()
     results, complete = [], True
     try:
@@ -191,12 +191,11 @@ def check_seeds_of_one_recipe(
         seeds[run.train.seed] = name
 
 
-def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(content: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key, value in content.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flat
 
 

@@ -87,6 +87,7 @@ def run_record(checkpoint: str | os.PathLike, run: RunConfig) -> dict[str, Any]:
         "checkpoint": folder.name if folder.is_absolute() else folder.as_posix(),
         "seed": run.train.seed,
         "trained_depths": sorted(run.sleep_passes.probabilities()),
+        "mean_depth": run.sleep_passes.mean,
         "config": run.to_dict(),
     }
 
@@ -109,8 +110,8 @@ def _keyed(by_depth: dict[int, Any]) -> dict[str, Any]:
     return {str(depth): value for depth, value in by_depth.items()}
 
 
-def read_baseline(path: str | os.PathLike | Any, config: dict[str, Any]) -> dict[str, Any]:
-    """A model trained at one depth, to compare with models trained by `config` at several.
+def read_baseline(path: str | os.PathLike | Any, run: RunConfig) -> dict[str, Any]:
+    """A model trained at one depth, to compare with models trained by `run` at several.
 
     `path` is the results.json of that model's own depth benchmark. The baseline is asked at the
     depth it was trained at. `examples_ratio` and `passes_ratio` say how much more it was trained:
@@ -131,35 +132,35 @@ def read_baseline(path: str | os.PathLike | Any, config: dict[str, Any]) -> dict
             "trained at one depth"
         )
     ((only,),) = trained
-    depth, theirs = str(only), result["runs"][0]["config"]
+    depth, theirs = str(only), result["runs"][0]
+    # As it would come back from a file, where a tuple is a list.
+    ours = json.loads(json.dumps(run_record("", run)))
     for key in ("task", "model"):
-        if theirs[key] != config[key]:
+        if theirs["config"][key] != ours["config"][key]:
             raise ValueError(
-                f"baseline={str(path)!r} has {key}={theirs[key]}; allowed: {config[key]}"
+                f"baseline={str(path)!r} has {key}={theirs['config'][key]}; allowed: "
+                f"{ours['config'][key]}"
             )
     if depth not in result["accuracy"]:
         raise ValueError(
             f"baseline={str(path)!r} was not measured at depth {depth}, which it was trained at"
         )
-    cost, base_cost = training_cost(config), training_cost(theirs)
+    examples = _examples(theirs) / _examples(ours)
     return {
         "depth": only,
         "accuracy": {depth: result["accuracy"][depth]},
         "spread": {depth: result["spread"][depth]},
         "seeds": [run["seed"] for run in result["runs"]],
-        "examples_ratio": base_cost["examples"] / cost["examples"],
-        "passes_ratio": base_cost["passes"] / cost["passes"],
+        "examples_ratio": examples,
+        "passes_ratio": examples * theirs["mean_depth"] / ours["mean_depth"],
         "command": result["command"],
         "provenance": result["provenance"],
     }
 
 
-def training_cost(config: dict[str, Any]) -> dict[str, float]:
-    """Examples that a run trains on, and passes over a context window, summed over examples."""
-    from hybrid_sleep.training import parse_depth
-
-    examples = config["train"]["steps"] * config["train"]["batch_size"]
-    return {"examples": examples, "passes": examples * parse_depth(config["sleep_passes"]).mean}
+def _examples(record: dict[str, Any]) -> int:
+    """Examples that the run behind a `run_record` trained on."""
+    return record["config"]["train"]["steps"] * record["config"]["train"]["batch_size"]
 
 
 def baseline_words(result: dict[str, Any]) -> str:

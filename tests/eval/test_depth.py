@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hybrid_sleep import HybridSleepConfig, HybridSleepForCausalLM
+from hybrid_sleep import HybridSleepConfig, HybridSleepForCausalLM, training
 from hybrid_sleep.eval import depth, depth_report, report, tasks
+from hybrid_sleep.training.config import TaskConfig, TrainConfig
 
 TASK = tasks.load("rule110", width=6, states=2, steps=3)
 
@@ -208,18 +209,20 @@ def test_a_worse_baseline_is_said_to_be_worse():
     assert "worth 0.220 of exact accuracy" in depth_report.baseline_words(result)
 
 
-def config(steps, passes, task="rule110", hidden=16):
-    return {
-        "train": {"steps": steps, "batch_size": 10},
-        "sleep_passes": passes,
-        "task": {"name": task},
-        "model": {"hidden_size": hidden},
-    }
+def trained(steps, passes, width=6, hidden=16):
+    model = {"hidden_size": hidden, "num_attention_heads": 2}
+    return training.RunConfig(
+        model=model,
+        task=TaskConfig(name="rule110", params={"width": width, "states": 2}),
+        train=TrainConfig(steps=steps, batch_size=10, warmup=0),
+        sleep_passes=passes,
+        output_dir="out",
+    )
 
 
 def saved_baseline(tmp_path, passes=2, depths=(1, 2), **changes):
     runs = [
-        record(seed) | {"trained_depths": [passes], "config": config(60, passes, **changes)}
+        depth_report.run_record("out", trained(60, passes, **changes)) | {"seed": seed}
         for seed in (4, 5)
     ]
     exact = {2: {1: 0.5, 2: 0.7}, 3: {1: 0.5, 2: 0.9}}
@@ -235,7 +238,9 @@ def saved_baseline(tmp_path, passes=2, depths=(1, 2), **changes):
 
 
 def test_a_baseline_is_asked_at_its_own_depth(tmp_path):
-    base = depth_report.read_baseline(saved_baseline(tmp_path), config(20, {"uniform": [1, 4]}))
+    base = depth_report.read_baseline(
+        saved_baseline(tmp_path), trained(20, {"choice": {1: 1, 4: 1}})
+    )
     assert base["depth"] == 2
     assert base["accuracy"]["2"] == pytest.approx(0.8)
     assert base["spread"] == {"2": [0.7, 0.9]}
@@ -248,20 +253,20 @@ def test_a_baseline_is_asked_at_its_own_depth(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"task": "other"}, r"task=.*other.*allowed.*rule110"),
+        ({"width": 7}, r"task=.*7.*allowed.*6"),
         ({"hidden": 32}, r"model=.*32.*allowed.*16"),
         ({"depths": (1,)}, r"not measured at depth 2"),
     ],
 )
 def test_a_baseline_that_compares_nothing_is_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        depth_report.read_baseline(saved_baseline(tmp_path, **changes), config(20, 1))
+        depth_report.read_baseline(saved_baseline(tmp_path, **changes), trained(20, 1))
 
 
 def test_a_baseline_of_several_depths_is_refused(tmp_path):
     path = report.save(depth_report.summarise(TASK, [made_up()], [record(0)]), tmp_path)[0]
     with pytest.raises(ValueError, match="trained at one depth"):
-        depth_report.read_baseline(path, config(20, 1))
+        depth_report.read_baseline(path, trained(20, 1))
 
 
 @pytest.mark.parametrize("share, count", [(0.0, 50), (0.43, 200), (0.99, 2000), (1.0, 10)])
