@@ -27,11 +27,11 @@ def short_conv(
     dtype, out_dtype = compute_dtype(x_BTC, weight_CW), x_BTC.dtype
     B, T, C = x_BTC.shape
     W = weight_CW.shape[1]
-    (x_BTC,) = hide_pads(mask, x_BTC)
     if mask is not None:
         # Real tokens first, in their order; the pads behind them reach none of them.
-        order_BT = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
-        x_BTC = x_BTC.gather(1, order_BT[:, :, None].expand(B, T, C))
+        (x_BTC,) = hide_pads(mask, x_BTC)
+        order, place = _compaction(mask)
+        x_BTC = _Reorder.apply(x_BTC, order, place)
     if initial_state is None:
         state = x_BTC.new_zeros(B, W - 1, C)
     else:
@@ -43,17 +43,54 @@ def short_conv(
         state.to(dtype),
         activation,
     ).to(out_dtype)
-    if mask is None:
-        if T >= W - 1:
-            # A copy: a kept tail must not keep the whole sequence in memory.
-            return y, x_BTC[:, T - (W - 1) :].clone()
+    if mask is not None:
+        (y,) = hide_pads(mask, _Reorder.apply(y, place, order))
+        return y, _tail(state, x_BTC, mask)
+    if T < W - 1:
         return y, torch.cat([state[:, T:], x_BTC], 1)
-    past = torch.cat([state, x_BTC], 1)
-    tail_BW = mask.sum(1)[:, None] + torch.arange(W - 1, device=mask.device)
-    final_state = past.gather(1, tail_BW[:, :, None].expand(B, W - 1, C))
-    place_BT = (mask.cumsum(1) - 1).clamp(min=0)
-    y = y.gather(1, place_BT[:, :, None].expand(B, T, C))
-    return y.where(mask[:, :, None], 0), final_state
+    # A copy: a kept tail must not keep the whole sequence in memory.
+    return y, x_BTC[:, T - (W - 1) :].clone()
+
+
+def _compaction(mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Permutations of all B * T tokens, within rows: where each place's token stands (real ones
+    first, in their order), and the inverse."""
+    B, T = mask_BT.shape
+    real = mask_BT.cumsum(1)
+    pads = (~mask_BT).cumsum(1)
+    place_BT = torch.where(mask_BT, real, real[:, -1:] + pads) - 1
+    token_T = torch.arange(T, device=mask_BT.device)
+    order_BT = torch.empty_like(place_BT).scatter_(1, place_BT, token_T.expand(B, T))
+    row_B1 = T * torch.arange(B, device=mask_BT.device)[:, None]
+    return (order_BT + row_B1).flatten(), (place_BT + row_B1).flatten()
+
+
+def _tail(state_BWC: Tensor, x_BTC: Tensor, mask_BT: Tensor) -> Tensor:
+    """The last W - 1 tokens of the state followed by a row's real tokens, which x starts with."""
+    B, T, C = x_BTC.shape
+    kept = state_BWC.shape[1]
+    from_state_BW = mask_BT.sum(1)[:, None] + torch.arange(kept, device=mask_BT.device)
+    from_x_BW = from_state_BW - kept
+    row_B1 = T * torch.arange(B, device=mask_BT.device)[:, None]
+    in_x = x_BTC.flatten(0, 1)[from_x_BW.clamp(min=0) + row_B1]
+    in_state = state_BWC.gather(
+        1, from_state_BW.clamp(max=max(kept - 1, 0))[:, :, None].expand(B, kept, C)
+    )
+    return in_x.where(from_x_BW[:, :, None] >= 0, in_state)
+
+
+class _Reorder(torch.autograd.Function):
+    """Tokens in another order. Its derivative is the inverse order, not a sum over an index."""
+
+    @staticmethod
+    def forward(ctx, x, order, inverse):
+        ctx.save_for_backward(order, inverse)
+        return x.flatten(0, 1).index_select(0, order).view(x.shape)
+
+    @staticmethod
+    def backward(ctx, dx):
+        order, inverse = ctx.saved_tensors
+        return _Reorder.apply(dx, inverse, order), None, None
 
 
 def _taps(T: int, W: int) -> Iterator[tuple[int, slice, slice, slice, slice]]:
