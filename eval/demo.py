@@ -39,14 +39,21 @@ def run_demo(*, seed: int = 0, out: str | os.PathLike, command: str | None = Non
     already on disk. Raises ValueError for a seed that is not an integer of at least 0.
     """
     began = time.perf_counter()
+    from hybrid_sleep.training.run import threads
+
+    check_int("seed", seed, 0)
+    run = recipe(seed, Path(out) / "training")
+    with threads(run.train.threads):
+        return _train_and_measure(run, Path(out), began, command)
+
+
+def _train_and_measure(run: RunConfig, out: Path, began: float, command: str | None) -> Path:
     from rich.console import Console
 
     from hybrid_sleep.training import train
     from hybrid_sleep.training.run import RUN_FILE
 
-    check_int("seed", seed, 0)
-    out, console = Path(out), Console()
-    run = recipe(seed, out / "training")
+    console = Console()
     task, base = run.load_task(), baseline(run)
     try:
         model_dir = train(run, overwrite=True).model_dir
