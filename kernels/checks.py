@@ -72,14 +72,17 @@ def _hide(x: Tensor, real_BT: Tensor) -> Tensor:
     return (x.view(bits) & all_or_none[(...,) + (None,) * (x.dim() - 2)]).view(x.dtype)
 
 
-def hide_pads(mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+def hide_pads(mask: Tensor | None, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Each [B, T, ...] tensor with zeros where `mask` is False, whatever stood there (even NaN)."""
     if mask is None:
         return tensors
-    tracked = torch.is_grad_enabled()
-    return tuple(
-        _Hide.apply(x, mask) if tracked and x.requires_grad else _hide(x, mask) for x in tensors
-    )
+    return tuple(None if x is None else _without_pads(x, mask) for x in tensors)
+
+
+def _without_pads(x: Tensor, real_BT: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Hide.apply(x, real_BT)
+    return _hide(x, real_BT)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

@@ -62,8 +62,8 @@ def gated_delta_rule(
         mask: bool [B, T], True = real token, or None. Where it is False, anywhere in a row, nothing
             is written, nothing decays, the output is 0 and no gradient flows.
         scale: factor of the output; None means K ** -0.5.
-        chunk_size: most tokens handled in parallel; None lets the implementation choose. The
-            result does not depend on it beyond rounding.
+        chunk_size: most tokens handled in parallel; None lets the implementation choose what is
+            fast for these dimensions. The result does not depend on it beyond rounding.
         output: False computes the state only, bit for bit the same, and returns None for o.
         impl: "auto", "reference", "chunked" or "triton".
 

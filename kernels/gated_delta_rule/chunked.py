@@ -51,13 +51,14 @@ def gated_delta_rule(
     Only W, U and S' run from chunk to chunk. The derivative is once differentiable; `reference`
     has every higher one.
     """
-    inputs = hide_pads(mask, q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH)
+    dtype = compute_dtype(q_BTHK, k_BTHK, v_BTHV)
+    inputs = hide_pads(mask, q_BTHK if output else None, k_BTHK, v_BTHV, g_BTH, beta_BTH)
     if chunk_size is None:
         chunk_size = _chunk_size(max(k_BTHK.shape[-1], v_BTHV.shape[-1]))
-    leaves = inputs if initial_state is None else (*inputs, initial_state)
+    leaves = [x for x in (*inputs, initial_state) if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in leaves):
-        return _ChunkedGatedDelta.apply(*inputs, initial_state, scale, chunk_size, output)
-    o, S, _ = _forward(*inputs, initial_state, scale, chunk_size, output, keep=False)
+        return _ChunkedGatedDelta.apply(*inputs, initial_state, scale, chunk_size, dtype)
+    o, S, _ = _forward(*inputs, initial_state, scale, chunk_size, dtype, keep=False)
     return o, S
 
 
@@ -71,7 +72,10 @@ def _chunk_size(dim: int) -> int:
 
 
 class _Saved(NamedTuple):
-    """What the backward pass reads. `into` and what crosses chunks is None where no state does."""
+    """What the backward pass reads.
+
+    k_into and S are None where no chunk starts from a state, q and P where no output was asked for.
+    """
 
     k: Tensor  # [N, M, C, K]
     D: Tensor  # [N, M, C, C]
@@ -81,15 +85,15 @@ class _Saved(NamedTuple):
     U: Tensor
     left: Tensor  # exp(c_C - c) [N, M, C, 1]
     k_left: Tensor  # left * k
-    into: Tensor | None  # exp(c) [N, M, C, 1]
+    into: Tensor  # exp(c) [N, M, C, 1]
     k_into: Tensor | None  # into * k
     S: Tensor | None  # the state each chunk starts from [N, M, K, V]
-    q: Tensor | None
+    q: Tensor | None  # scaled
     P: Tensor | None
 
 
 def _forward(
-    q: Tensor,
+    q: Tensor | None,
     k: Tensor,
     v: Tensor,
     g: Tensor,
@@ -97,14 +101,14 @@ def _forward(
     initial_state: Tensor | None,
     scale: float,
     chunk_size: int,
-    output: bool,
+    dtype: torch.dtype,
     keep: bool,
 ) -> tuple[Tensor | None, Tensor, _Saved | None]:
     """o, S and, with `keep`, what the backward pass needs.
 
-    The path to S never looks at `output`, which keeps S the same to the last bit.
+    Without q there is no o. The path to S never looks at q, which keeps S the same to the last bit.
     """
-    dtype, out_dtype = compute_dtype(q, k, v), v.dtype
+    out_dtype = v.dtype
     B, T, H, K = k.shape
     M, V = B * H, v.shape[-1]
     N, C = split(T, chunk_size)
@@ -123,7 +127,7 @@ def _forward(
     T_ = unit_lower_inverse((X * beta.mT.neg()).flatten(0, 1)).view_as(D).mul_(beta)
 
     P = q_into = read = None
-    if output:
+    if q is not None:
         q = to_chunks(q, N, C, dtype).mul_(scale)
         P = mm(q, k.mT).mul_(D)
         q_into = q * into if first < N else None
@@ -134,14 +138,14 @@ def _forward(
         S = k.new_empty(N if all_states else 2, M, K, V)
         if first == 0:
             S[0].unflatten(0, (B, H)).copy_(initial_state)
-        if output and not all_states:
+        if q is not None and not all_states:
             read = torch.empty_like(W)
     U = torch.empty_like(W)
     final = k.new_empty(M, K, V)
     _run(T_, W, U, k_left, k_into, q_into, into[:, :, -1:], S, final, read, first)
 
     o = saved = None
-    if output:
+    if q is not None:
         if read is not None:
             read[:first] = 0
             out = add_mm(read, P, U)
@@ -151,7 +155,7 @@ def _forward(
                 add_mm(out[first:], q_into[first:], S[first:])
         o = from_chunks(out, B, T, out_dtype)
     if keep:
-        saved = _Saved(k, D, X, T_, W, U, left, k_left, into, k_into, S, q if output else None, P)
+        saved = _Saved(k, D, X, T_, W, U, left, k_left, into, k_into, S, q, P)
     return o, final.view(B, H, K, V), saved
 
 
@@ -190,14 +194,12 @@ def _run(
 
 class _ChunkedGatedDelta(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, g, beta, initial_state, scale, chunk_size, output):
-        o, S, saved = _forward(
-            q, k, v, g, beta, initial_state, scale, chunk_size, output, keep=True
-        )
+    def forward(ctx, q, k, v, g, beta, initial_state, scale, chunk_size, dtype):
+        o, S, saved = _forward(q, k, v, g, beta, initial_state, scale, chunk_size, dtype, keep=True)
         ctx.save_for_backward(*saved)
         ctx.scale = scale
         ctx.shape = k.shape
-        ctx.dtypes = [x.dtype for x in (q, k, v, g, beta)]
+        ctx.dtypes = [None if x is None else x.dtype for x in (q, k, v, g, beta)]
         ctx.state_dtype = None if initial_state is None else initial_state.dtype
         ctx.set_materialize_grads(False)
         return o, S

@@ -124,13 +124,16 @@ class _ShortConv(torch.autograd.Function):
         dx = d * weight[W - 1]
         dstate = torch.zeros_like(state)
         dweight = torch.empty_like(weight)
-        product = d * x
-        dweight[W - 1] = product.sum((0, 1))
+        room = torch.empty_like(d, memory_format=torch.contiguous_format)
+        dweight[W - 1] = torch.mul(d, x, out=room).sum((0, 1))
+        room = room.flatten()
         for w, late, met_in_x, early, met_in_state in _taps(T, W):
             dx[:, met_in_x].addcmul_(d[:, late], weight[w])
             dstate[:, met_in_state].addcmul_(d[:, early], weight[w])
-            torch.mul(d[:, late], x[:, met_in_x], out=product[:, late])
-            torch.mul(d[:, early], state[:, met_in_state], out=product[:, early])
+            d_late = d[:, late]
+            product = room[: d_late.numel()].view(d_late.shape)
+            torch.mul(d_late, x[:, met_in_x], out=product)
             dweight[w] = product.sum((0, 1))
+            dweight[w] += (d[:, early] * state[:, met_in_state]).sum((0, 1))
         dbias = d.sum((0, 1)) if ctx.has_bias else None
         return dx, dweight.T, dbias, dstate, None

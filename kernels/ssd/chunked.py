@@ -46,13 +46,14 @@ def ssd(
     (arXiv:2405.21060, section 6.) Only S' runs from chunk to chunk, one multiplication each. The
     derivative is once differentiable; `reference` has every higher one.
     """
-    inputs = hide_pads(mask, q_BTGK, k_BTGK, v_BTHV, g_BTH)
+    dtype = compute_dtype(q_BTGK, k_BTGK, v_BTHV)
+    inputs = hide_pads(mask, q_BTGK if output else None, k_BTGK, v_BTHV, g_BTH)
     if chunk_size is None:
         chunk_size = _chunk_size(max(k_BTGK.shape[-1], v_BTHV.shape[-1]))
-    leaves = inputs if initial_state is None else (*inputs, initial_state)
+    leaves = [x for x in (*inputs, initial_state) if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in leaves):
-        return _ChunkedSSD.apply(*inputs, initial_state, scale, chunk_size, output)
-    o, S, _ = _forward(*inputs, initial_state, scale, chunk_size, output)
+        return _ChunkedSSD.apply(*inputs, initial_state, scale, chunk_size, dtype)
+    o, S, _ = _forward(*inputs, initial_state, scale, chunk_size, dtype)
     return o, S
 
 
@@ -99,20 +100,20 @@ def _state_by_head(S: Tensor, B: int, R: int, dtype: torch.dtype) -> Tensor:
 
 
 def _forward(
-    q: Tensor,
+    q: Tensor | None,
     k: Tensor,
     v: Tensor,
     g: Tensor,
     initial_state: Tensor | None,
     scale: float,
     chunk_size: int,
-    output: bool,
+    dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor, _Saved]:
     """o, S and what the backward pass needs.
 
-    The path to S never looks at `output`, which keeps S the same to the last bit.
+    Without q there is no o. The path to S never looks at q, which keeps S the same to the last bit.
     """
-    dtype, out_dtype = compute_dtype(q, k, v), v.dtype
+    out_dtype = v.dtype
     B, T, G, K = k.shape
     H, V = v.shape[2:]
     R = H // G
@@ -134,7 +135,7 @@ def _forward(
     final = _state_by_head(S[N], B, R, dtype)
 
     o = D = P = out = None
-    if output:
+    if q is not None:
         D = decays_between(c, dtype)
         q = to_chunks(q, N, C, dtype).mul_(scale)
         P = (mm(q, k.mT).unsqueeze(2) * D.unflatten(1, (-1, R))).flatten(1, 2)
@@ -143,17 +144,17 @@ def _forward(
             read = mm(q[first:], S[first:N]).unflatten(3, (R, V))
             _by_group(out[first:], R).addcmul_(read, _by_group(into[first:], R))
         o = from_chunks(out, B, T, out_dtype)
-    return o, final, _Saved(k, v, S, into, left, q if output else None, D, P, out)
+    return o, final, _Saved(k, v, S, into, left, q, D, P, out)
 
 
 class _ChunkedSSD(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, g, initial_state, scale, chunk_size, output):
-        o, S, saved = _forward(q, k, v, g, initial_state, scale, chunk_size, output)
+    def forward(ctx, q, k, v, g, initial_state, scale, chunk_size, dtype):
+        o, S, saved = _forward(q, k, v, g, initial_state, scale, chunk_size, dtype)
         ctx.save_for_backward(*saved)
         ctx.scale = scale
         ctx.shape = k.shape
-        ctx.dtypes = [x.dtype for x in (q, k, v, g)]
+        ctx.dtypes = [None if x is None else x.dtype for x in (q, k, v, g)]
         ctx.state_dtype = None if initial_state is None else initial_state.dtype
         ctx.set_materialize_grads(False)
         return o, S
@@ -205,9 +206,9 @@ def _backward(
 
     # In terms of v_j exp(-c_j) and o_i exp(-c_i), c enters nowhere but in gamma: its gradient is
     # o do - v dv, and what reaches the state after the chunk for the last.
-    dv_left = mm(k, dS_N[1:]).unflatten(3, (R, V))
+    dv_left = mm(k, dS_N[1:]).unflatten(3, (R, V)).transpose(2, 3)
     dv = torch.empty_like(v)
-    torch.mul(_by_group(left, R), dv_left, out=_by_group(dv, R))
+    torch.mul(dv_left, left.unflatten(1, (-1, R)), out=dv.unflatten(1, (-1, R)))
     dk = mm(_times(v, left, R), dS_N[1:].mT)
     dq = None
     if do is not None:

@@ -117,3 +117,28 @@ def test_nothing_that_takes_a_call_is_an_error(registry):
     dispatch._registry["ssd"] = []
     with pytest.raises(RuntimeError, match="no implementation of ssd takes"):
         call(ssd)
+
+
+@pytest.mark.parametrize("pads", [False, True])
+@pytest.mark.parametrize("T", [1, 40])
+def test_every_op_compiles_into_one_graph(registry, T, pads):
+    """With its gradient; the graph runs eagerly, so that no compiler is needed."""
+    mask = torch.rand(2, T) > 0.3 if pads else None
+
+    def ops(x, weight):
+        y, tail = short_conv(x, weight, mask=mask)
+        q, k, v = y.unflatten(2, (3, 2, 4)).unbind(2)
+        g, beta = -q[..., 0].abs(), q[..., 1].sigmoid()
+        o, S = gated_delta_rule(q, k, v, g, beta, mask=mask)
+        o, S = ssd(o, q, v, g, mask=mask, initial_state=S)
+        _, S = gated_delta_rule(k, k, v, g, beta, mask=mask, initial_state=S, output=False)
+        return o.sum() + S.sum() + tail.sum()
+
+    leaves = [torch.randn(2, T, 24, requires_grad=True), torch.randn(24, 4, requires_grad=True)]
+    torch._dynamo.reset()
+    compiled = torch.compile(ops, backend="eager", fullgraph=True)
+    found, wanted = compiled(*leaves), ops(*leaves)
+    torch.testing.assert_close(found, wanted)
+    slopes = [torch.autograd.grad(result, leaves) for result in (found, wanted)]
+    for a, b in zip(*slopes, strict=True):
+        torch.testing.assert_close(a, b)
