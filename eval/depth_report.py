@@ -181,6 +181,11 @@ def baseline_words(result: dict[str, Any]) -> str:
             "is data, the same accuracy from fewer examples, and a dial: one checkpoint that can "
             "be asked cheaply or thoroughly."
         )
+    if high > best - EQUAL_WITHIN:
+        return text + (
+            "Its seeds differ: for about the same compute the best one gets as far without "
+            f"sleeping deeper, on average they fall {best - accuracy:.3f} of exact accuracy short."
+        )
     return text + (
         f"So for about the same compute, sleeping deeper is worth {best - accuracy:.3f} of exact "
         "accuracy here."

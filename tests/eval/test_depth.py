@@ -209,6 +209,14 @@ def test_a_worse_baseline_is_said_to_be_worse():
     assert "worth 0.220 of exact accuracy" in depth_report.baseline_words(result)
 
 
+def test_a_baseline_with_one_good_seed_is_given_its_due():
+    base = {**BASE, "spread": {"1": [0.4, 0.985]}}
+    result = {"accuracy": {"1": 0.4, "4": 0.99}, "best_depth": 4, "baseline": base}
+    text = depth_report.baseline_words(result)
+    assert "the best one gets as far without sleeping" in text
+    assert "on average they fall 0.220 of exact accuracy short" in text
+
+
 def trained(steps, passes, width=6, hidden=16):
     model = {"hidden_size": hidden, "num_attention_heads": 2}
     return training.RunConfig(
