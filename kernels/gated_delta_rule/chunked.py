@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from hybrid_sleep.kernels.checks import compute_dtype, full_precision, hide_pads
 from hybrid_sleep.kernels.chunks import (
     add_mm,
+    batch_blocks,
     decays_at_ends,
     decays_between,
     from_chunks,
@@ -62,6 +63,14 @@ def gated_delta_rule(
     return o, S
 
 
+def _blocks(
+    B: int, T: int, H: int, K: int, V: int, chunk_size: int, device: torch.device
+) -> list[slice]:
+    """Depends on nothing but the sizes: with or without output, S takes the same path."""
+    N, C = split(T, chunk_size)
+    return batch_blocks(B, H * (T * (6 * (K + V) + 4 * C) + (N + 2) * K * V), device)
+
+
 # Entries of all the states that are kept at once without need, to read them in one product.
 _MANY = 2**21
 
@@ -103,12 +112,37 @@ def _forward(
     chunk_size: int,
     dtype: torch.dtype,
     keep: bool,
-) -> tuple[Tensor | None, Tensor, _Saved | None]:
-    """o, S and, with `keep`, what the backward pass needs.
+) -> tuple[Tensor | None, Tensor, list[_Saved]]:
+    """o, S and, with `keep`, what the backward pass needs of each block of rows; no o without q."""
+    B, T, H, K = k.shape
+    V = v.shape[-1]
+    o = None if q is None else v.new_empty(v.shape)
+    S = v.new_empty((B, H, K, V), dtype=dtype)
+    saved = []
+    for rows in _blocks(B, T, H, K, V, chunk_size, k.device):
+        block = (None if x is None else x[rows] for x in (q, k, v, g, beta, initial_state, o, S))
+        saved.append(_forward_block(*block, scale, chunk_size, dtype, keep))
+    return o, S, saved
 
-    Without q there is no o. The path to S never looks at q, which keeps S the same to the last bit.
+
+def _forward_block(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    o: Tensor | None,
+    final: Tensor,
+    scale: float,
+    chunk_size: int,
+    dtype: torch.dtype,
+    keep: bool,
+) -> _Saved | None:
+    """Fills o and the final state.
+
+    The path to the state never looks at q, which keeps it the same to the last bit.
     """
-    out_dtype = v.dtype
     B, T, H, K = k.shape
     M, V = B * H, v.shape[-1]
     N, C = split(T, chunk_size)
@@ -141,10 +175,7 @@ def _forward(
         if q is not None and not all_states:
             read = torch.empty_like(W)
     U = torch.empty_like(W)
-    final = k.new_empty(M, K, V)
-    _run(T_, W, U, k_left, k_into, q_into, into[:, :, -1:], S, final, read, first)
-
-    o = saved = None
+    _run(T_, W, U, k_left, k_into, q_into, into[:, :, -1:], S, final.flatten(0, 1), read, first)
     if q is not None:
         if read is not None:
             read[:first] = 0
@@ -153,10 +184,8 @@ def _forward(
             out = mm(P, U)
             if first < N:
                 add_mm(out[first:], q_into[first:], S[first:])
-        o = from_chunks(out, B, T, out_dtype)
-    if keep:
-        saved = _Saved(k, D, X, T_, W, U, left, k_left, into, k_into, S, q, P)
-    return o, final.view(B, H, K, V), saved
+        from_chunks(out, o)
+    return _Saved(k, D, X, T_, W, U, left, k_left, into, k_into, S, q, P) if keep else None
 
 
 def _run(
@@ -196,45 +225,58 @@ class _ChunkedGatedDelta(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, g, beta, initial_state, scale, chunk_size, dtype):
         o, S, saved = _forward(q, k, v, g, beta, initial_state, scale, chunk_size, dtype, keep=True)
-        ctx.save_for_backward(*saved)
-        ctx.scale = scale
-        ctx.shape = k.shape
-        ctx.dtypes = [None if x is None else x.dtype for x in (q, k, v, g, beta)]
-        ctx.state_dtype = None if initial_state is None else initial_state.dtype
+        ctx.save_for_backward(*(tensor for block in saved for tensor in block))
+        ctx.given = k.shape, v.shape, scale, chunk_size, dtype
+        ctx.dtypes = [None if x is None else x.dtype for x in (q, k, v, g, beta, initial_state)]
         ctx.set_materialize_grads(False)
         return o, S
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, dS):
-        B, T, H, _ = ctx.shape
-        saved = _Saved(*ctx.saved_tensors)
-        first = 1 if ctx.state_dtype is None else 0
-        with full_precision(saved.k):
-            *chunks, dS = _backward(saved, do, dS, first, ctx.needs_input_grad[5])
-        if do is not None:
-            chunks[0].mul_(ctx.scale)
+        (B, T, H, K), v_shape, scale, chunk_size, dtype = ctx.given
+        *dtypes, state_dtype = ctx.dtypes
+        if do is None:
+            dtypes[0] = None
+        tensors = ctx.saved_tensors
+        like = tensors[0]
+        shapes = ((B, T, H, K), (B, T, H, K), v_shape, (B, T, H), (B, T, H))
         grads = [
-            None if x is None else from_chunks(x, B, T, dtype)
-            for x, dtype in zip(chunks, ctx.dtypes, strict=True)
+            None if kind is None else like.new_empty(shape, dtype=kind)
+            for shape, kind in zip(shapes, dtypes, strict=True)
         ]
-        if dS is not None:
-            dS = dS.unflatten(0, (B, H)).to(ctx.state_dtype)
-        return *grads, dS, None, None, None
+        dS_0 = None
+        if ctx.needs_input_grad[5]:
+            dS_0 = like.new_empty((B, H, K, v_shape[-1]), dtype=dtype)
+        fields = len(_Saved._fields)
+        first = 1 if state_dtype is None else 0
+        blocks = _blocks(B, T, H, K, v_shape[-1], chunk_size, like.device)
+        with full_precision(like):
+            for n, rows in enumerate(blocks):
+                saved = _Saved(*tensors[n * fields : (n + 1) * fields])
+                block = (None if x is None else x[rows] for x in (do, dS, dS_0))
+                chunks = _backward(saved, *block, scale, first)
+                for grad, x in zip(grads, chunks, strict=True):
+                    if grad is not None:
+                        from_chunks(x, grad[rows])
+        return *grads, None if dS_0 is None else dS_0.to(state_dtype), None, None, None
 
 
 def _backward(
-    saved: _Saved, do: Tensor | None, dS: Tensor | None, first: int, to_state: bool
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q (before its scale), k, v, g, beta, as chunks, and of the initial state."""
+    saved: _Saved,
+    do: Tensor | None,
+    dS: Tensor | None,
+    dS_0: Tensor | None,
+    scale: float,
+    first: int,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, g, beta of one block, as chunks; fills dS_0, if it is asked for."""
     k, D, X, T_, W, U, left, k_left, into, k_into, S, q, P = saved
     N, M, C, K = k.shape
     shape = (M, K, U.shape[-1])
     dS = k.new_zeros(shape) if dS is None else dS.to(k.dtype).reshape(shape)
-    # Of the state before the first chunk, which is returned and so has memory of its own, and of
-    # the states after each chunk.
-    dS_0 = k.new_empty(shape) if to_state else None
-    dS_N = dS[None]
+    dS_0 = None if dS_0 is None else dS_0.flatten(0, 1)
+    dS_N = dS[None]  # of the state after each chunk
     if N > 1:
         dS_N = k.new_empty(N, *shape)
         dS_N[-1] = dS
@@ -245,12 +287,12 @@ def _backward(
         if first < N:
             dO_into = dO * into
             mm(q[1:].mT, dO_into[1:], out=dS_N[:-1])
-        if to_state:
+        if dS_0 is not None:
             torch.bmm(q[0].mT, dO_into[0], out=dS_0)
     else:
         dU = torch.zeros_like(U)
         dS_N[:-1] = 0
-        if to_state:
+        if dS_0 is not None:
             dS_0.zero_()
     dW = torch.empty_like(W)
     _run_back(T_, dW, dU, k_left, k_into, into[:, :, -1:], (dS_0, *dS_N.unbind(0)))
@@ -293,7 +335,9 @@ def _backward(
         dc[rest] += read.sum(-1)
         dc_last[rest] += (S[rest] * dS_N[rest]).sum((-1, -2)) * into[rest, :, -1, 0]
     dc[:, :, -1] += dc_last
-    return dq, dk, dW, sum_of_later(dc), dbeta, dS_0
+    if dq is not None:
+        dq.mul_(scale)
+    return dq, dk, dW, sum_of_later(dc), dbeta
 
 
 def _run_back(

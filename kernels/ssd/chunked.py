@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from hybrid_sleep.kernels.checks import compute_dtype, full_precision, hide_pads
 from hybrid_sleep.kernels.chunks import (
     add_mm,
+    batch_blocks,
     decays_at_ends,
     decays_between,
     from_chunks,
@@ -53,7 +54,7 @@ def ssd(
     leaves = [x for x in (*inputs, initial_state) if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in leaves):
         return _ChunkedSSD.apply(*inputs, initial_state, scale, chunk_size, dtype)
-    o, S, _ = _forward(*inputs, initial_state, scale, chunk_size, dtype)
+    o, S, _ = _forward(*inputs, initial_state, scale, chunk_size, dtype, keep=False)
     return o, S
 
 
@@ -93,10 +94,12 @@ def _state_by_group(S_BHKV: Tensor, G: int) -> Tensor:
     return S_BHKV.unflatten(1, (G, -1)).transpose(2, 3)
 
 
-def _state_by_head(S: Tensor, B: int, R: int, dtype: torch.dtype) -> Tensor:
-    """[B * G, K, R * V] as contiguous [B, H, K, V] in memory of its own."""
-    heads = S.unflatten(2, (R, -1)).unflatten(0, (B, -1)).transpose(2, 3)
-    return heads.new_empty(heads.shape, dtype=dtype).copy_(heads).flatten(1, 2)
+def _blocks(
+    B: int, T: int, H: int, K: int, V: int, chunk_size: int, device: torch.device
+) -> list[slice]:
+    """Depends on nothing but the sizes: with or without output, S takes the same path."""
+    N, C = split(T, chunk_size)
+    return batch_blocks(B, H * (T * (2 * K + 6 * V + 4 * C) + (N + 2) * K * V), device)
 
 
 def _forward(
@@ -108,12 +111,38 @@ def _forward(
     scale: float,
     chunk_size: int,
     dtype: torch.dtype,
-) -> tuple[Tensor | None, Tensor, _Saved]:
-    """o, S and what the backward pass needs.
+    keep: bool,
+) -> tuple[Tensor | None, Tensor, list[_Saved]]:
+    """o, S and, with `keep`, what the backward pass needs of each block of rows; no o without q."""
+    B, T, H, V = v.shape
+    K = k.shape[-1]
+    o = None if q is None else v.new_empty(v.shape)
+    S = v.new_empty((B, H, K, V), dtype=dtype)
+    saved = []
+    for rows in _blocks(B, T, H, K, V, chunk_size, k.device):
+        block = (None if x is None else x[rows] for x in (q, k, v, g, initial_state, o, S))
+        one = _forward_block(*block, scale, chunk_size, dtype)
+        if keep:
+            saved.append(one)
+    return o, S, saved
 
-    Without q there is no o. The path to S never looks at q, which keeps S the same to the last bit.
+
+def _forward_block(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    initial_state: Tensor | None,
+    o: Tensor | None,
+    final: Tensor,
+    scale: float,
+    chunk_size: int,
+    dtype: torch.dtype,
+) -> _Saved:
+    """Fills o and the final state.
+
+    The path to the state never looks at q, which keeps it the same to the last bit.
     """
-    out_dtype = v.dtype
     B, T, G, K = k.shape
     H, V = v.shape[2:]
     R = H // G
@@ -132,9 +161,9 @@ def _forward(
     states = S.unflatten(3, (R, V)).unbind(0)
     for n in range(first, N):
         states[n + 1].addcmul_(states[n], gamma[n])
-    final = _state_by_head(S[N], B, R, dtype)
+    _state_by_group(final, G).copy_(S[N].view(B, G, K, R, V))
 
-    o = D = P = out = None
+    D = P = out = None
     if q is not None:
         D = decays_between(c, dtype)
         q = to_chunks(q, N, C, dtype).mul_(scale)
@@ -143,45 +172,61 @@ def _forward(
         if first < N:
             read = mm(q[first:], S[first:N]).unflatten(3, (R, V))
             _by_group(out[first:], R).addcmul_(read, _by_group(into[first:], R))
-        o = from_chunks(out, B, T, out_dtype)
-    return o, final, _Saved(k, v, S, into, left, q, D, P, out)
+        from_chunks(out, o)
+    return _Saved(k, v, S, into, left, q, D, P, out)
 
 
 class _ChunkedSSD(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, g, initial_state, scale, chunk_size, dtype):
-        o, S, saved = _forward(q, k, v, g, initial_state, scale, chunk_size, dtype)
-        ctx.save_for_backward(*saved)
-        ctx.scale = scale
-        ctx.shape = k.shape
-        ctx.dtypes = [None if x is None else x.dtype for x in (q, k, v, g)]
-        ctx.state_dtype = None if initial_state is None else initial_state.dtype
+        o, S, saved = _forward(q, k, v, g, initial_state, scale, chunk_size, dtype, keep=True)
+        ctx.save_for_backward(*(tensor for block in saved for tensor in block))
+        ctx.given = k.shape, v.shape, scale, chunk_size, dtype
+        ctx.dtypes = [None if x is None else x.dtype for x in (q, k, v, g, initial_state)]
         ctx.set_materialize_grads(False)
         return o, S
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, dS):
-        B, T, G, _ = ctx.shape
-        saved = _Saved(*ctx.saved_tensors)
-        first = 1 if ctx.state_dtype is None else 0
-        with full_precision(saved.k):
-            *chunks, dS = _backward(saved, do, dS, G, first, ctx.needs_input_grad[4])
-        if do is not None:
-            chunks[0].mul_(ctx.scale)
+        (B, T, G, K), (*_, H, V), scale, chunk_size, dtype = ctx.given
+        *dtypes, state_dtype = ctx.dtypes
+        if do is None:
+            dtypes[0] = None
+        tensors = ctx.saved_tensors
+        like = tensors[0]
+        shapes = ((B, T, G, K), (B, T, G, K), (B, T, H, V), (B, T, H))
         grads = [
-            None if x is None else from_chunks(x, B, T, dtype)
-            for x, dtype in zip(chunks, ctx.dtypes, strict=True)
+            None if kind is None else like.new_empty(shape, dtype=kind)
+            for shape, kind in zip(shapes, dtypes, strict=True)
         ]
-        if dS is not None:
-            dS = _state_by_head(dS, B, saved.v.shape[1] // (B * G), ctx.state_dtype)
-        return *grads, dS, None, None, None
+        dS_0 = None
+        if ctx.needs_input_grad[4]:
+            dS_0 = like.new_empty((B, H, K, V), dtype=dtype)
+        fields = len(_Saved._fields)
+        first = 1 if state_dtype is None else 0
+        blocks = _blocks(B, T, H, K, V, chunk_size, like.device)
+        with full_precision(like):
+            for n, rows in enumerate(blocks):
+                saved = _Saved(*tensors[n * fields : (n + 1) * fields])
+                block = (None if x is None else x[rows] for x in (do, dS, dS_0))
+                chunks = _backward(saved, *block, G, scale, first)
+                for grad, x in zip(grads, chunks, strict=True):
+                    if grad is not None:
+                        from_chunks(x, grad[rows])
+        return *grads, None if dS_0 is None else dS_0.to(state_dtype), None, None, None
 
 
 def _backward(
-    saved: _Saved, do: Tensor | None, dS: Tensor | None, G: int, first: int, to_state: bool
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q (before its scale), k, v, g, as chunks, and of the initial state, by group."""
+    saved: _Saved,
+    do: Tensor | None,
+    dS: Tensor | None,
+    dS_0: Tensor | None,
+    G: int,
+    scale: float,
+    first: int,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, g of one block, as chunks; fills dS_0, if it is asked for."""
     k, v, S, into, left, q, D, P, out = saved
     N, BG, C, K = k.shape
     M, V = v.shape[1], v.shape[-1]
@@ -191,7 +236,7 @@ def _backward(
         dS_N[N] = 0
     else:
         dS_N[N].view(B, G, K, R, V).copy_(_state_by_group(dS, G))
-    reach = 0 if to_state else 1  # the first chunk whose starting state needs a gradient
+    reach = 1 if dS_0 is None else 0  # the first chunk whose starting state needs a gradient
     if do is None:
         dS_N[reach:N] = 0
     else:
@@ -203,6 +248,8 @@ def _backward(
     states = dS_N.unflatten(3, (R, V)).unbind(0)
     for n in reversed(range(reach, N)):
         states[n].addcmul_(states[n + 1], gamma[n])
+    if dS_0 is not None:
+        _state_by_group(dS_0, G).copy_(dS_N[0].view(B, G, K, R, V))
 
     # In terms of v_j exp(-c_j) and o_i exp(-c_i), c enters nowhere but in gamma: its gradient is
     # o do - v dv, and what reaches the state after the chunk for the last.
@@ -220,9 +267,10 @@ def _backward(
         add_mm(dk, dP.mT, q)
         if first < N:
             add_mm(dq[first:], dO_into[first:], S[first:N].mT)
+        dq.mul_(scale)
     dc = -(v * dv).sum(-1)
     if do is not None:
         dc += (out * dO).sum(-1)
     last = (S[1:] * dS_N[1:]).unflatten(3, (R, V)).sum((2, 4)).flatten(1)
     dc[:, :, -1] += last
-    return dq, dk, dv, sum_of_later(dc), dS_N[0] if to_state else None
+    return dq, dk, dv, sum_of_later(dc)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
+from hybrid_sleep.kernels import chunks
 from hybrid_sleep.kernels.gated_delta_rule import gated_delta_rule
 
 SEQUENCES = ("q", "k", "v", "g", "beta")
@@ -77,6 +78,25 @@ def test_chunked_is_the_reference_over_many_and_long_chunks(op, make, chunk_size
     found, slopes = differentiate(op, inputs, impl="chunked", chunk_size=chunk_size)
     assert max(map(error, found, wanted)) < 1e-10
     assert max(error(slopes[name], slopes_wanted[name]) for name in inputs) < 1e-10
+
+
+@pytest.mark.parametrize("state", [True, False])
+@pytest.mark.parametrize("elements", [1, 2000, 5000])
+def test_blocks_of_rows_make_the_batch(op, make, monkeypatch, elements, state):
+    inputs = make(op, B=7, T=10, H=4, G=2)
+    if not state:
+        del inputs["initial_state"]
+    options = {"mask": torch.rand(7, 10) > 0.2, "chunk_size": 4}
+    wanted, slopes_wanted = differentiate(op, inputs, **options)
+    monkeypatch.setattr(chunks, "_WORKING_SET", elements)
+    blocks = chunks.batch_blocks(7, 1000, torch.device("cpu"))
+    assert len(blocks) == {1: 7, 2000: 4, 5000: 2}[elements]
+    assert chunks.batch_blocks(7, 1000, torch.device("cuda")) == [slice(0, 7)]
+    found, slopes = differentiate(op, inputs, **options)
+    assert max(map(error, found, wanted)) < 1e-12
+    assert max(error(slopes[name], slopes_wanted[name]) for name in inputs) < 1e-12
+    _, alone = op(**inputs, output=False, **options)
+    assert torch.equal(alone, found[1])
 
 
 @pytest.mark.parametrize("dim", [16, 48, 80])
