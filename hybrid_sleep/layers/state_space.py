@@ -7,6 +7,7 @@ B (k) and x (v). A subclass supplies the gates and the update rule.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ DECAY_RATE = (1.0, 16.0)
 TIME_STEP = (1e-3, 1e-1)
 
 
-class StateSpaceMixer(nn.Module):
+class StateSpaceMixer(nn.Module, ABC):
     """Base of the state-space layers.
 
     forward(h: [B, T, D], memory, context, write_only) returns `(out: [B, T, D] or None, memory)`.
@@ -108,6 +109,7 @@ class StateSpaceMixer(nn.Module):
         out = self.o_norm(o) * nn.functional.silu(gate)
         return self.o_proj(out.reshape(batch, tokens, -1)), memory
 
+    @abstractmethod
     def update(
         self,
         h: torch.Tensor,
@@ -121,4 +123,3 @@ class StateSpaceMixer(nn.Module):
 
         q, k: `[B, T, H_k, K]`, v: `[B, T, H, V]`, S: `[B, H, K, V]` or None for zeros.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define update()")
