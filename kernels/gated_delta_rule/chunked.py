@@ -235,9 +235,8 @@ class _ChunkedGatedDelta(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, do, dS):
         (B, T, H, K), v_shape, scale, chunk_size, dtype = ctx.given
-        *dtypes, state_dtype = ctx.dtypes
-        if do is None:
-            dtypes[0] = None
+        q_dtype, *dtypes, state_dtype = ctx.dtypes
+        dtypes = (None if do is None else q_dtype, *dtypes)
         tensors = ctx.saved_tensors
         like = tensors[0]
         shapes = ((B, T, H, K), (B, T, H, K), v_shape, (B, T, H), (B, T, H))

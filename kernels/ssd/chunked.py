@@ -190,9 +190,8 @@ class _ChunkedSSD(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, do, dS):
         (B, T, G, K), (*_, H, V), scale, chunk_size, dtype = ctx.given
-        *dtypes, state_dtype = ctx.dtypes
-        if do is None:
-            dtypes[0] = None
+        q_dtype, *dtypes, state_dtype = ctx.dtypes
+        dtypes = (None if do is None else q_dtype, *dtypes)
         tensors = ctx.saved_tensors
         like = tensors[0]
         shapes = ((B, T, G, K), (B, T, G, K), (B, T, H, V), (B, T, H))
