@@ -303,7 +303,12 @@ def figure(result: dict[str, Any]) -> Any:
     axes.minorticks_off()
     axes.set_ylim(0.8, max(10, 1.3 * max(row["ratio"] for row in result["rows"])))
     axes.set_xticks(range(len(windows)), [f"T = {T}\nB = {B}" for T, B in windows])
-    axes.set_ylabel("speedup (per shape: d rises from left)", fontsize=11)
+    axes.set_ylabel("speedup", fontsize=13)
+    heads = sorted({row["H"] for row in result["rows"]})
+    axes.set_xlabel(
+        f"d = {', '.join(map(str, dims))} from the left, H = {' and '.join(map(str, heads))}",
+        fontsize=11,
+    )
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     picture.legend(fontsize=11, frameon=False, loc="outside lower center", ncols=1)
@@ -326,8 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/bench-fallback"))
     parser.add_argument("--threads", type=int, default=2, help="of torch [default: 2]")
     parser.add_argument("--repeats", type=int, default=7, help="pairs at least [default: 7]")
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    options = parser.parse_args(given)
+    options = parser.parse_args(arguments)
     for name in ("threads", "repeats"):
         if getattr(options, name) < (least := {"threads": 1, "repeats": 2}[name]):
             parser.error(f"--{name}: must be at least {least}")
@@ -337,7 +341,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shape = " ".join(f"{name}={row[name]}" for name in "TBHd")
         print(f"{shape} {row['direction']}: {row['ratio']:.2f}x", file=sys.stderr, flush=True)
 
-    command = " ".join(["python -m hybrid_sleep.kernels.benchmarks.fallback", *given])
+    # The folder's name alone where it is absolute: where it lies says nothing about the numbers.
+    out = options.out.name if options.out.is_absolute() else options.out
+    command = (
+        "python -m hybrid_sleep.kernels.benchmarks.fallback "
+        f"--threads {options.threads} --repeats {options.repeats} --out {out}"
+    )
     result = run(repeats=options.repeats, command=command, progress=show)
     paths = save(result, options.out)
     print(paths[1].read_text(encoding="utf-8"))
