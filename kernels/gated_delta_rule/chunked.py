@@ -47,7 +47,7 @@ def gated_delta_rule(
         P = scale Q K^T * D        O = scale exp(c) Q S + P U
         S' = exp(c_C) S + (exp(c_C - c) K)^T U
 
-    (arXiv:2412.06464, Eqs. 13 to 15, with T applied to W instead of to K and V apart.)
+    (The chunkwise form of arXiv:2412.06464, with T applied to W instead of to K and V apart.)
 
     Only W, U and S' run from chunk to chunk. The derivative is once differentiable; `reference`
     has every higher one.
