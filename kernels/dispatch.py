@@ -86,6 +86,18 @@ def register(
     _registry[op].sort(key=lambda entry: -entry.rank)
 
 
+def register_pytorch(op: str, reference: Callable, chunked: Callable) -> None:
+    """Add the two implementations that every op has: sequential for one token, chunked for more."""
+    register(
+        op,
+        "reference",
+        reference,
+        rank=100,
+        wants=lambda call: "one token is one step" if call.tokens == 1 else None,
+    )
+    register(op, "chunked", chunked, rank=0, wants=lambda call: "several tokens, any device")
+
+
 def select(op: str, impl: str, call: Call) -> Callable:
     """The function that runs `call`, recorded for `explain`.
 

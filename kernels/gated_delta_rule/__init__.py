@@ -16,20 +16,7 @@ from hybrid_sleep.kernels.gated_delta_rule import chunked, reference
 
 __all__ = ["gated_delta_rule"]
 
-dispatch.register(
-    "gated_delta_rule",
-    "reference",
-    reference.gated_delta_rule,
-    rank=100,
-    wants=lambda call: "one token is one step" if call.tokens == 1 else None,
-)
-dispatch.register(
-    "gated_delta_rule",
-    "chunked",
-    chunked.gated_delta_rule,
-    rank=0,
-    wants=lambda call: "several tokens, any device",
-)
+dispatch.register_pytorch("gated_delta_rule", reference.gated_delta_rule, chunked.gated_delta_rule)
 
 
 def gated_delta_rule(

@@ -12,20 +12,7 @@ __all__ = ["short_conv"]
 
 ACTIVATIONS = ("silu", None)
 
-dispatch.register(
-    "short_conv",
-    "reference",
-    reference.short_conv,
-    rank=100,
-    wants=lambda call: "one token is one step" if call.tokens == 1 else None,
-)
-dispatch.register(
-    "short_conv",
-    "chunked",
-    chunked.short_conv,
-    rank=0,
-    wants=lambda call: "several tokens, any device",
-)
+dispatch.register_pytorch("short_conv", reference.short_conv, chunked.short_conv)
 
 
 def short_conv(

@@ -16,20 +16,7 @@ from hybrid_sleep.kernels.ssd import chunked, reference
 
 __all__ = ["ssd"]
 
-dispatch.register(
-    "ssd",
-    "reference",
-    reference.ssd,
-    rank=100,
-    wants=lambda call: "one token is one step" if call.tokens == 1 else None,
-)
-dispatch.register(
-    "ssd",
-    "chunked",
-    chunked.ssd,
-    rank=0,
-    wants=lambda call: "several tokens, any device",
-)
+dispatch.register_pytorch("ssd", reference.ssd, chunked.ssd)
 
 
 def ssd(
