@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid_sleep.eval.depth_report import read_baseline, run_record, summarise
-from hybrid_sleep.eval.provenance import check_device
 from hybrid_sleep.eval.tasks import Task
 from hybrid_sleep.eval.tasks.base import check_int
+from hybrid_sleep.provenance import check_device
 
 if TYPE_CHECKING:
     import torch

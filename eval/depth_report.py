@@ -13,8 +13,8 @@ from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybrid_sleep.eval.provenance import describe, provenance
 from hybrid_sleep.eval.tasks import Task
+from hybrid_sleep.provenance import describe, provenance
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -44,7 +44,7 @@ def _command(work: Callable[..., Any]) -> Callable[..., Any]:
             work(*args, **kwargs)
         except KeyboardInterrupt as interrupt:
             # Work that can say what it saved raises with that text.
-            typer.echo(f"interrupted: {interrupt or 'nothing more was written'}", err=True)
+            typer.echo(f"interrupted: {str(interrupt) or 'nothing more was written'}", err=True)
             raise typer.Exit(130) from None
         except (ValueError, OSError) as error:
             if _options["traceback"]:
@@ -77,7 +77,9 @@ def _report(result: dict[str, Any], out: Path) -> None:
     paths = report.save(result, out)
     typer.echo(paths[1].read_text(encoding="utf-8"))
     typer.echo("wrote " + ", ".join(str(path) for path in paths), err=True)
-    if not result.get("complete", True):
+    if result.get("ended") == "time is up":
+        typer.echo("the time is up; the same call goes on", err=True)
+    elif not result.get("complete", True):
         raise KeyboardInterrupt("these files hold what was finished")
 
 
@@ -206,15 +208,31 @@ def bench_generation(
 def bench_sleep(
     repeats: Annotated[int, typer.Option(help="Paired runs of each shape and depth.")] = 9,
     device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/bench-sleep"),
+    minutes: Annotated[
+        float | None, typer.Option(help="Stop before these are over; the same call goes on.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the results [default: out/bench-sleep[-cuda]].")
+    ] = None,
 ) -> None:
-    """One sleep of depth N against N calls of the model, over window shapes."""
+    """One sleep of depth N against N calls of the model, over window shapes.
+
+    On a CUDA device: sleeps from CUDA graphs, eager ones and calls, and single tokens before and
+    after 64 windows. What an earlier call finished in the folder, with the same code, versions and
+    device, is kept.
+    """
     from hybrid_sleep.eval.benchmarks import sleep
     from hybrid_sleep.eval.progress import progress_bar
 
+    out = out or Path("out") / ("bench-sleep-cuda" if device.startswith("cuda") else "bench-sleep")
     with progress_bar("sleep") as progress:
         result = sleep.run(
-            repeats=repeats, device=device, command=_command_line(), progress=progress
+            repeats=repeats,
+            device=device,
+            minutes=minutes,
+            out=out,
+            command=_command_line(),
+            progress=progress,
         )
     _report(result, out)
 
@@ -222,23 +240,76 @@ def bench_sleep(
 @bench.command("kernels")
 @_command
 def bench_kernels(
-    repeats: Annotated[int, typer.Option(help="Paired runs of each shape and direction.")] = 7,
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/bench-kernels"),
+    ops: Annotated[
+        str | None,
+        typer.Option(metavar="OP,OP", help="Default: gated_delta_rule on a CPU, all on a GPU."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="REV", help="Compare with this commit instead of with peers."),
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Rounds of each shape and direction at least.")] = 7,
+    minutes: Annotated[
+        float | None, typer.Option(help="Stop before these are over; the same call goes on.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the results [default: out/bench-kernels[-cuda][-base]]."),
+    ] = None,
 ) -> None:
-    """The gated delta rule on a CPU against the PyTorch fallback inside transformers."""
-    from hybrid_sleep.eval.progress import progress_bar
-    from hybrid_sleep.kernels.benchmarks import fallback
+    """Kernels against their peers, in one run.
 
-    total, done = len(fallback.SHAPES) * len(fallback.TARGETS), 0
+    On a CPU the gated delta rule against the fallback inside transformers; on a GPU every op
+    against every peer there is, and the share of the roofline. What an earlier call finished in the
+    folder, with the same code, versions and device, is kept.
+    """
+    import torch
+
+    from hybrid_sleep.eval.progress import progress_bar
+    from hybrid_sleep.kernels.benchmarks import base as comparison
+    from hybrid_sleep.kernels.benchmarks import contenders, fallback, report, suite
+    from hybrid_sleep.provenance import check_device
+
+    kind = torch.device(check_device(device)).type
+    chosen = contenders.chosen(ops or ("gated_delta_rule" if kind == "cpu" else None))
+    if kind == "cpu" and base is None and ops not in (None, "gated_delta_rule"):
+        raise ValueError(f"ops={ops!r}: on a CPU, without base, it must be gated_delta_rule")
+    suffixes = ["" if kind == "cpu" else f"-{kind}", "-base" if base else ""]
+    out = out or Path("out") / "".join(["bench-kernels", *suffixes])
+    options = {"repeats": repeats, "minutes": minutes, "out": out, "command": _command_line()}
+    measured = 0
     with progress_bar("kernels") as progress:
 
-        def count(row: dict[str, Any]) -> None:
-            nonlocal done
-            done += 1
+        def step(done: int, total: int) -> None:
+            nonlocal measured
+            measured += 1
             progress(done, total)
 
-        result = fallback.run(repeats=repeats, command=_command_line(), progress=count)
-    _report(result, out)
+        def row_done(row: dict[str, Any]) -> None:
+            step(measured + 1, len(fallback.SHAPES) * len(fallback.TARGETS))
+
+        try:
+            if base is not None:
+                shapes = fallback.SHAPES if kind == "cpu" else None
+                result = comparison.run(
+                    base, chosen, device=device, shapes=shapes, progress=step, **options
+                )
+            elif kind == "cpu":
+                result = fallback.run(progress=row_done, **options)
+            else:
+                result = suite.run(chosen, device=device, progress=step, **options)
+        except KeyboardInterrupt:
+            kept = f"{out / 'results.json'} holds what was finished, and the same call goes on"
+            raise KeyboardInterrupt(kept if measured else "nothing was finished") from None
+    save = fallback.save if result["benchmark"] == "fallback" else report.save
+    paths = save(result, out)
+    typer.echo(paths[1].read_text(encoding="utf-8"))
+    typer.echo("wrote " + ", ".join(str(path) for path in paths), err=True)
+    if not result["complete"]:
+        typer.echo("the time is up; the same call goes on", err=True)
+    elif not measured:
+        typer.echo(f"everything was there already; remove {paths[0]} to measure again", err=True)
 
 
 @bench.command("render")

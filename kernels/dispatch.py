@@ -11,24 +11,56 @@ Adding an implementation means registering it, from its op's `__init__.py`:
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-OPS = ("gated_delta_rule", "ssd", "short_conv")
-NAMES = ("reference", "chunked", "triton")
+OPS = ("gated_delta_net", "mamba2", "gated_delta_rule", "ssd", "short_conv", "gated_norm")
+OWN = ("reference", "chunked", "triton")
+PEERS = ("fla", "mamba_ssm", "causal_conv1d")
+NAMES = (*OWN, *PEERS)
 
 
 class Call(NamedTuple):
-    """What a choice may depend on: metadata of the inputs, never their values."""
+    """What a choice may depend on: metadata of the inputs, never their values.
+
+    dims: the op's inner dimensions that limit a kernel (K and V; the width of a filter).
+    grad: whether a gradient may be asked for.
+    """
 
     device: str
     dtype: torch.dtype
     batch: int
     tokens: int
+    heads: int = 1
+    dims: tuple[int, ...] = ()
+    mask: bool = False
+    grad: bool = False
+
+
+def call_of(
+    x: Tensor,
+    others: Iterable[Tensor | None],
+    batch: int,
+    tokens: int,
+    heads: int,
+    dims: tuple[int, ...],
+    mask: Tensor | None,
+) -> Call:
+    """The Call of an op whose main input is `x` and whose other inputs are `others`.
+
+    Its dtype is float64 if any of them is: that decides what can compute it.
+    """
+    tensors = [x, *(y for y in others if y is not None)]
+    grad = torch.is_grad_enabled() and any(y.requires_grad for y in tensors)
+    wide = any(y.dtype == torch.float64 for y in tensors)
+    dtype = torch.float64 if wide else x.dtype
+    return Call(x.device.type, dtype, batch, tokens, heads, dims, mask is not None, grad)
 
 
 @dataclass(frozen=True)
@@ -129,6 +161,25 @@ def _choose(op: str, impl: str, call: Call) -> tuple[Path, Callable]:
     raise ValueError(f"impl={impl!r}: not an implementation of {op}; allowed: {allowed}")
 
 
+@contextlib.contextmanager
+def forced(op: str, name: str) -> Iterator[None]:
+    """Within the block every call of `op` goes to implementation `name`, whatever it rejects.
+
+    For looking at what an implementation does where it cannot run. Raises ValueError when `op` or
+    `name` is not registered.
+    """
+    importlib.import_module(f"hybrid_sleep.kernels.{op}")
+    entry = next((entry for entry in _registry.get(op, ()) if entry.name == name), None)
+    if entry is None:
+        raise ValueError(f"name={name!r}: {op} has no such implementation")
+    before = _registry[op]
+    _registry[op] = [replace(entry, wants=lambda call: "forced", rejects=_never)]
+    try:
+        yield
+    finally:
+        _registry[op] = before
+
+
 def explain(
     op: str,
     *,
@@ -157,7 +208,9 @@ def explain(
     for name in NAMES:
         entry = next((entry for entry in _registry[op] if entry.name == name), None)
         if entry is None:
-            candidates[name] = "not implemented"
+            # A peer that another op has is no candidate that this one lacks.
+            if name in OWN:
+                candidates[name] = "not implemented"
         elif path is None or path.name == name:
             candidates[name] = ""
         else:

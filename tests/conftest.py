@@ -17,6 +17,10 @@ settings.register_profile("gate", deadline=None, derandomize=True, print_blob=Tr
 settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
 settings.load_profile("gate")
 
+# Read when a kernel is decorated: without a GPU Triton's interpreter runs them all.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(autouse=True)
 def _fixed_seed():

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from hybrid_sleep.configuration import HybridSleepConfig
-from hybrid_sleep.kernels.gated_delta_rule import gated_delta_rule
+from hybrid_sleep.kernels.gated_delta_net import gated_delta_net
 from hybrid_sleep.layers.state_space import StateSpaceMixer
-
-
-def l2_normalize(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """`x / sqrt(sum(x^2) + eps)` over the last dim, computed in fp32 or wider."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 class GatedDeltaNet(StateSpaceMixer):
@@ -26,19 +19,16 @@ class GatedDeltaNet(StateSpaceMixer):
         super().__init__(config, layer_idx)
         self.b_proj = nn.Linear(config.hidden_size, self.value_heads, bias=False)
 
-    def update(self, h, q, k, v, S, mask):
-        repeats = self.value_heads // self.key_heads
-        k = l2_normalize(k).repeat_interleave(repeats, dim=2)
-        step = self.time_step(h)
-        # The rule wants queries even where it reads nothing; the keys stand in, unread.
-        q = k if q is None else l2_normalize(q).repeat_interleave(repeats, dim=2)
-        return gated_delta_rule(
+    def mix(self, h, q, kv, **memory):
+        return gated_delta_net(
             q,
-            k,
-            v,
-            self.decay_rate(step.dtype) * step,
-            self.b_proj(h).to(step.dtype).sigmoid(),
-            initial_state=S,
-            mask=mask,
-            output=q is not k,
+            kv,
+            self.a_proj(h),
+            self.b_proj(h),
+            self.q_conv,
+            self.kv_conv,
+            self.A_log,
+            self.dt_bias,
+            key_heads=self.key_heads,
+            **memory,
         )

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from hybrid_sleep.configuration import HybridSleepConfig
-from hybrid_sleep.kernels.ssd import ssd
+from hybrid_sleep.kernels.mamba2 import mamba2
 from hybrid_sleep.layers.state_space import StateSpaceMixer
 
 
@@ -27,17 +27,16 @@ class Mamba2(StateSpaceMixer):
         super().reset_gates()
         self.skip.fill_(1.0)
 
-    def update(self, h, q, k, v, S, mask):
-        step = self.time_step(h)
-        o, S = ssd(
-            k if q is None else q,
-            k,
-            v * step[..., None],
-            self.decay_rate(step.dtype) * step,
-            initial_state=S,
-            mask=mask,
-            output=q is not None,
+    def mix(self, h, q, kv, **memory):
+        return mamba2(
+            q,
+            kv,
+            self.a_proj(h),
+            self.q_conv,
+            self.kv_conv,
+            self.A_log,
+            self.dt_bias,
+            self.skip,
+            key_heads=self.key_heads,
+            **memory,
         )
-        if o is not None:
-            o = (o + self.skip[:, None] * v).to(v.dtype)
-        return o, S

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import nn
 
 from hybrid_sleep.configuration import HybridSleepConfig
-from hybrid_sleep.kernels.short_conv import short_conv
+from hybrid_sleep.kernels.gated_norm import gated_norm
+from hybrid_sleep.kernels.mixers import Mixed
 from hybrid_sleep.layers.context import Context, FastWeights
 
 DECAY_RATE = (1.0, 16.0)
@@ -67,16 +69,6 @@ class StateSpaceMixer(nn.Module, ABC):
         self.q_conv.uniform_(-bound, bound)
         self.kv_conv.uniform_(-bound, bound)
 
-    def time_step(self, h: torch.Tensor) -> torch.Tensor:
-        """`softplus(a_proj(h) + dt_bias)`: `[B, T, H]`, fp32 or wider."""
-        raw = self.a_proj(h)
-        wide = torch.promote_types(raw.dtype, torch.float32)
-        return nn.functional.softplus(raw.to(wide) + self.dt_bias.to(wide))
-
-    def decay_rate(self, dtype: torch.dtype) -> torch.Tensor:
-        """`-exp(A_log): [H]` in `dtype`."""
-        return -self.A_log.to(dtype).exp()
-
     def forward(
         self,
         h: torch.Tensor,
@@ -85,41 +77,30 @@ class StateSpaceMixer(nn.Module, ABC):
         write_only: bool = False,
     ) -> tuple[torch.Tensor | None, FastWeights]:
         S, q_tail, kv_tail = memory if memory is not None else FastWeights(None)
-        batch, tokens = h.shape[:2]
-        kv, kv_tail = short_conv(
+        o, *after = self.mix(
+            h,
+            self.q_proj(h) if not write_only or context.keep_tails else None,
             torch.cat((self.k_proj(h), self.v_proj(h)), dim=-1),
-            self.kv_conv,
-            initial_state=kv_tail,
+            initial_state=S,
+            q_tail=q_tail,
+            kv_tail=kv_tail,
             mask=context.mask,
+            output=not write_only,
+            tails=context.keep_tails,
         )
-        k, v = kv.split((self.k_proj.out_features, self.v_proj.out_features), dim=-1)
-        k = k.reshape(batch, tokens, self.key_heads, self.key_dim)
-        v = v.reshape(batch, tokens, self.value_heads, self.value_dim)
-        q = None
-        if not write_only or context.keep_tails:
-            q, q_tail = short_conv(
-                self.q_proj(h), self.q_conv, initial_state=q_tail, mask=context.mask
-            )
-            q = q.reshape(batch, tokens, self.key_heads, self.key_dim)
-        o, S = self.update(h, None if write_only else q, k, v, S, context.mask)
-        memory = FastWeights(S, q_tail, kv_tail)
+        memory = FastWeights(*after)
         if write_only:
             return None, memory
-        gate = self.g_proj(h).view(batch, tokens, self.value_heads, self.value_dim)
-        out = self.o_norm(o) * nn.functional.silu(gate)
-        return self.o_proj(out.reshape(batch, tokens, -1)), memory
+        gate = self.g_proj(h).view(*h.shape[:2], self.value_heads, self.value_dim)
+        out = gated_norm(o, gate, self.o_norm.weight, self.o_norm.eps)
+        return self.o_proj(out.flatten(2)), memory
 
     @abstractmethod
-    def update(
-        self,
-        h: torch.Tensor,
-        q: torch.Tensor | None,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        S: torch.Tensor | None,
-        mask: torch.Tensor | None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Read with `q` (None: do not) and write `k`, `v`; returns `(o: [B, T, H, V] or None, S)`.
+    def mix(
+        self, h: torch.Tensor, q: torch.Tensor | None, kv: torch.Tensor, **memory: Any
+    ) -> Mixed:
+        """Everything between the projections: convolutions, gates, reading and writing.
 
-        q, k: `[B, T, H_k, K]`, v: `[B, T, H, V]`, S: `[B, H, K, V]` or None for zeros.
+        q: `[B, T, G * K]` or None, kv: `[B, T, G * K + H * V]`, both as projected; memory: the
+        keywords of the mixers in `kernels` from `initial_state` to `tails`.
         """

@@ -10,39 +10,27 @@ every ratio is that of a pair. Writes results.json (with every time), results.md
 from __future__ import annotations
 
 import argparse
-import datetime
 import inspect
 import math
-import os
-import platform
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median, quantiles
-from typing import Any, NamedTuple
+from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from hybrid_sleep.io import atomic_path, write_json_atomic, write_text_atomic
+from hybrid_sleep.kernels.benchmarks.cases import Shape
+from hybrid_sleep.kernels.benchmarks.resume import Budget, record, rows_of
+from hybrid_sleep.kernels.benchmarks.timing import in_turn, spread
 from hybrid_sleep.kernels.gated_delta_rule import gated_delta_rule
 
 LEAST_SECONDS = 1.5
 # Speedups to reach, as geometric means over the shapes, slower on none of them.
 TARGETS = {"forward": 2.0, "forward + backward": 1.5}
-
-
-class Shape(NamedTuple):
-    """Windows of T tokens in batches of B, H heads, K = V = d."""
-
-    T: int
-    B: int
-    H: int
-    d: int
-
 
 SHAPES = tuple(
     Shape(T, B, H, d)
@@ -57,6 +45,8 @@ def run(
     *,
     repeats: int = 7,
     least_seconds: float = LEAST_SECONDS,
+    minutes: float | None = None,
+    out: Path | None = None,
     command: str | None = None,
     progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
@@ -66,37 +56,70 @@ def run(
     `ratio` is the median over its pairs of the fallback's time over ours (above 1: ours is faster),
     `error` the largest difference of any result or gradient, relative to its largest value.
 
-    Raises ValueError when `repeats` is below 2.
+    With `out`, results.json is written there after each shape, and shapes that it has from the same
+    commit, code, versions and machine are kept. With `minutes` the work stops before they are over,
+    and `complete` is False.
+
+    Raises ValueError when `repeats` is below 2 or `minutes` not above 0.
     """
     if repeats < 2:
         raise ValueError(f"repeats={repeats}: must be at least 2")
-    rows = []
+    budget = Budget(minutes)
+    now = record("cpu")
+    found: dict[Shape, list[dict[str, Any]]] = {}
+    for row in rows_of(out, "fallback", now):
+        found.setdefault(Shape(**{name: row[name] for name in Shape._fields}), []).append(row)
+
+    def result() -> dict[str, Any]:
+        rows = [row for shape in shapes for row in found.get(shape, [])]
+        return {
+            "benchmark": "fallback",
+            "complete": all(shape in found for shape in shapes),
+            "rows": rows,
+            "summary": {direction: _summary(rows, direction) for direction in TARGETS},
+            "command": command,
+            "provenance": now,
+        }
+
+    measured = False
     for shape in shapes:
-        sides = _sides(shape)
-        error = max(map(_error, *(both() for both in sides["forward + backward"])))
-        for direction, (ours, fallback) in sides.items():
-            pairs = _time_pairs(ours, fallback, repeats, least_seconds)
-            low, middle, high = quantiles((b / a for a, b in pairs), n=4, method="inclusive")
-            rows.append(
-                {
-                    **shape._asdict(),
-                    "direction": direction,
-                    "ratio": middle,
-                    "quartiles": [low, high],
-                    "error": error,
-                    "ours_seconds": [a for a, _ in pairs],
-                    "fallback_seconds": [b for _, b in pairs],
-                }
-            )
-            if progress is not None:
-                progress(rows[-1])
-    return {
-        "benchmark": "fallback",
-        "rows": rows,
-        "summary": {direction: _summary(rows, direction) for direction in TARGETS},
-        "command": command,
-        "provenance": _provenance(),
-    }
+        if shape in found:
+            continue
+        if measured and budget.over():
+            break
+        measured = True
+        found[shape] = _measure(shape, repeats, least_seconds)
+        if out is not None:
+            write_json_atomic(out / "results.json", result())
+        if progress is not None:
+            for row in found[shape]:
+                progress(row)
+    return result()
+
+
+def _measure(shape: Shape, repeats: int, least_seconds: float) -> list[dict[str, Any]]:
+    rows = []
+    sides = _sides(shape)
+    error = max(map(_error, *(both() for both in sides["forward + backward"])))
+    for direction, (ours, fallback) in sides.items():
+        # One run of each does not count.
+        ours()
+        fallback()
+        seconds = in_turn({"ours": ours, "fallback": fallback}, repeats, least_seconds)
+        pairs = zip(seconds["ours"], seconds["fallback"], strict=True)
+        ratio, quartiles = spread([b / a for a, b in pairs])
+        rows.append(
+            {
+                **shape._asdict(),
+                "direction": direction,
+                "ratio": ratio,
+                "quartiles": quartiles,
+                "error": error,
+                "ours_seconds": seconds["ours"],
+                "fallback_seconds": seconds["fallback"],
+            }
+        )
+    return rows
 
 
 def _summary(rows: list[dict[str, Any]], direction: str) -> dict[str, float | bool]:
@@ -161,71 +184,6 @@ def _error(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).abs().max() / wanted.abs().max())
 
 
-def _time_pairs(
-    ours: Callable, fallback: Callable, repeats: int, least_seconds: float
-) -> list[tuple[float, float]]:
-    """Seconds of (ours, fallback), after one run of each that does not count."""
-
-    def timed(work: Callable) -> float:
-        began = time.perf_counter()
-        work()
-        return time.perf_counter() - began
-
-    ours()
-    fallback()
-    pairs = []
-    end = time.perf_counter() + least_seconds
-    while len(pairs) < repeats or time.perf_counter() < end:
-        if len(pairs) % 2:
-            theirs = timed(fallback)
-            pairs.append((timed(ours), theirs))
-        else:
-            pairs.append((timed(ours), timed(fallback)))
-    return pairs
-
-
-def _provenance() -> dict[str, Any]:
-    import transformers
-
-    import hybrid_sleep
-
-    root = Path(hybrid_sleep.__file__).resolve().parent.parent
-    return {
-        "hybrid_sleep": hybrid_sleep.__version__,
-        "commit": _commit(root) if (root / ".git").exists() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _commit(root: Path) -> str | None:
-    def git(*args: str) -> str:
-        command = ["git", "-C", str(root), *args]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-        return done.stdout.strip()
-
-    try:
-        commit = git("rev-parse", "--short=12", "HEAD")
-        changed = git("status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return f"{commit}-dirty" if changed else commit
-
-
-def _cpu_name() -> str:
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        models = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
-        if models:
-            name = models[0].split(":", 1)[1].strip()
-    return f"{name}, {os.cpu_count()} cores"
-
-
 def markdown(result: dict[str, Any]) -> str:
     """The summary of each direction, then one row a shape."""
     lines = ["| | geometric mean | least | target | reached |", "|---|---:|---:|---:|---|"]
@@ -270,6 +228,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"{'; '.join(versions)}; commit {record['commit']}; {record['device']}, "
         f"{record['threads']} threads; {record['date']}",
     ]
+    if not result.get("complete", True):
+        lines += ["", "**Incomplete**: the same command goes on where this stopped."]
     if result["command"]:
         lines += ["", f"`{result['command']}`"]
     return "\n".join(lines) + "\n"
@@ -347,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "python -m hybrid_sleep.kernels.benchmarks.fallback "
         f"--threads {options.threads} --repeats {options.repeats} --out {out}"
     )
-    result = run(repeats=options.repeats, command=command, progress=show)
+    result = run(repeats=options.repeats, out=options.out, command=command, progress=show)
     paths = save(result, options.out)
     print(paths[1].read_text(encoding="utf-8"))
     print("wrote", ", ".join(map(str, paths)), file=sys.stderr)

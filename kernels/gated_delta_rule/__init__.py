@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hybrid_sleep.kernels import dispatch
+from hybrid_sleep.kernels import dispatch, peers, triton_paths
 from hybrid_sleep.kernels.checks import (
     check_chunk_size,
     check_mask,
@@ -17,6 +17,8 @@ from hybrid_sleep.kernels.gated_delta_rule import chunked, reference
 __all__ = ["gated_delta_rule"]
 
 dispatch.register_pytorch("gated_delta_rule", reference.gated_delta_rule, chunked.gated_delta_rule)
+triton_paths.register("gated_delta_rule", "hybrid_sleep.kernels.gated_delta_rule.triton")
+peers.register("gated_delta_rule")
 
 
 def gated_delta_rule(
@@ -75,8 +77,10 @@ def gated_delta_rule(
         check_tensor("initial_state", initial_state, state_shape, "[B, H, K, V]")
     check_mask(mask, batch, tokens)
     check_chunk_size(chunk_size)
-    device = q.device.type
-    run = dispatch.select("gated_delta_rule", impl, dispatch.Call(device, v.dtype, batch, tokens))
+    call = dispatch.call_of(
+        v, (q, k, g, beta, initial_state), batch, tokens, heads, (key_dim, value_dim), mask
+    )
+    run = dispatch.select("gated_delta_rule", impl, call)
     scale = key_dim**-0.5 if scale is None else scale
     with full_precision(q):
         return run(q, k, v, g, beta, initial_state, mask, scale, chunk_size, output)

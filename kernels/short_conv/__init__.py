@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hybrid_sleep.kernels import dispatch
+from hybrid_sleep.kernels import dispatch, peers, triton_paths
 from hybrid_sleep.kernels.checks import check_mask, check_sequence, check_tensor
 from hybrid_sleep.kernels.short_conv import chunked, reference
 
@@ -13,6 +13,8 @@ __all__ = ["short_conv"]
 ACTIVATIONS = ("silu", None)
 
 dispatch.register_pytorch("short_conv", reference.short_conv, chunked.short_conv)
+triton_paths.register("short_conv", "hybrid_sleep.kernels.short_conv.triton")
+peers.register("short_conv")
 
 
 def short_conv(
@@ -59,6 +61,8 @@ def short_conv(
     check_mask(mask, batch, tokens)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r}: must be 'silu' or None")
-    call = dispatch.Call(x.device.type, x.dtype, batch, tokens)
+    call = dispatch.call_of(
+        x, (weight, bias, initial_state), batch, tokens, channels, (width,), mask
+    )
     run = dispatch.select("short_conv", impl, call)
     return run(x, weight, bias, initial_state, mask, activation)

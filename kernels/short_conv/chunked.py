@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hybrid_sleep.kernels.checks import compute_dtype, hide_pads
+from hybrid_sleep.kernels.short_conv.tail import tail_after
 
 
 def short_conv(
@@ -27,6 +28,7 @@ def short_conv(
     dtype, out_dtype = compute_dtype(x_BTC, weight_CW), x_BTC.dtype
     B, T, C = x_BTC.shape
     W = weight_CW.shape[1]
+    tail = tail_after(x_BTC, initial_state, mask, W)
     if mask is not None:
         # Real tokens first, in their order; the pads behind them reach none of them.
         (x_BTC,) = hide_pads(mask, x_BTC)
@@ -45,11 +47,7 @@ def short_conv(
     ).to(out_dtype)
     if mask is not None:
         (y,) = hide_pads(mask, _Reorder.apply(y, place, order))
-        return y, _tail(state, x_BTC, mask)
-    if T < W - 1:
-        return y, torch.cat([state[:, T:], x_BTC], 1)
-    # A copy: a kept tail must not keep the whole sequence in memory.
-    return y, x_BTC[:, T - (W - 1) :].clone()
+    return y, tail
 
 
 def _compaction(mask_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,20 +61,6 @@ def _compaction(mask_BT: Tensor) -> tuple[Tensor, Tensor]:
     order_BT = torch.empty_like(place_BT).scatter_(1, place_BT, token_T.expand(B, T))
     row_B1 = T * torch.arange(B, device=mask_BT.device)[:, None]
     return (order_BT + row_B1).flatten(), (place_BT + row_B1).flatten()
-
-
-def _tail(state_BWC: Tensor, x_BTC: Tensor, mask_BT: Tensor) -> Tensor:
-    """The last W - 1 tokens of the state followed by a row's real tokens, which x starts with."""
-    B, T, C = x_BTC.shape
-    kept = state_BWC.shape[1]
-    from_state_BW = mask_BT.sum(1)[:, None] + torch.arange(kept, device=mask_BT.device)
-    from_x_BW = from_state_BW - kept
-    row_B1 = T * torch.arange(B, device=mask_BT.device)[:, None]
-    in_x = x_BTC.flatten(0, 1)[from_x_BW.clamp(min=0) + row_B1]
-    in_state = state_BWC.gather(
-        1, from_state_BW.clamp(max=max(kept - 1, 0))[:, :, None].expand(B, kept, C)
-    )
-    return in_x.where(from_x_BW[:, :, None] >= 0, in_state)
 
 
 class _Reorder(torch.autograd.Function):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hybrid_sleep.kernels import dispatch
+from hybrid_sleep.kernels import dispatch, peers, triton_paths
 from hybrid_sleep.kernels.checks import (
     check_chunk_size,
     check_mask,
@@ -17,6 +17,8 @@ from hybrid_sleep.kernels.ssd import chunked, reference
 __all__ = ["ssd"]
 
 dispatch.register_pytorch("ssd", reference.ssd, chunked.ssd)
+triton_paths.register("ssd", "hybrid_sleep.kernels.ssd.triton")
+peers.register("ssd")
 
 
 def ssd(
@@ -75,7 +77,9 @@ def ssd(
         check_tensor("initial_state", initial_state, state_shape, "[B, H, K, V]")
     check_mask(mask, batch, tokens)
     check_chunk_size(chunk_size)
-    device = q.device.type
-    run = dispatch.select("ssd", impl, dispatch.Call(device, v.dtype, batch, tokens))
+    call = dispatch.call_of(
+        v, (q, k, g, initial_state), batch, tokens, heads, (key_dim, value_dim), mask
+    )
+    run = dispatch.select("ssd", impl, call)
     with full_precision(q):
         return run(q, k, v, g, initial_state, mask, scale, chunk_size, output)

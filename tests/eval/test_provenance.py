@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import hybrid_sleep
-from hybrid_sleep.eval import provenance
+from hybrid_sleep import provenance
 
 
 def test_it_names_versions_device_and_threads():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -16,6 +18,57 @@ from hybrid_sleep.kernels.ssd import ssd
 @pytest.fixture(params=[gated_delta_rule, ssd], ids=lambda op: op.__name__, scope="session")
 def op(request) -> Callable:
     return request.param
+
+
+class Guards:
+    """Tensors that lie between margins of NaN, and what a kernel allocates, full of NaN.
+
+    Called with a tensor, returns a copy of it between margins, in its strides' order. `check`
+    raises AssertionError where a margin was written to or a new tensor has an unwritten element.
+    """
+
+    MARGIN = 4096
+
+    def __init__(self):
+        self._margins: list[torch.Tensor] = []
+        self._allocated: list[torch.Tensor] = []
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.bool:
+            around = torch.ones(x.numel() + 2 * self.MARGIN, dtype=torch.bool)
+        else:
+            around = torch.full((x.numel() + 2 * self.MARGIN,), float("nan"), dtype=x.dtype)
+            self._margins += [around[: self.MARGIN], around[-self.MARGIN :]]
+        inner = around[self.MARGIN : -self.MARGIN].view(x.shape)
+        return inner.copy_(x.detach()).requires_grad_(x.requires_grad)
+
+    def allocate(self, like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype):
+        """Stands in for `triton_launch.empty`."""
+        made = self(torch.full(shape, float("nan"), dtype=dtype))
+        self._allocated.append(made)
+        return made
+
+    def check(self) -> None:
+        """Raise AssertionError if anything was written outside, or left unwritten inside."""
+        assert all(bool(margin.isnan().all()) for margin in self._margins), "a margin was written"
+        unwritten = [tuple(x.shape) for x in self._allocated if bool(x.detach().isnan().any())]
+        assert not unwritten, f"elements of tensors of these shapes were not written: {unwritten}"
+        assert self._allocated, "no kernel allocated anything"
+
+
+@pytest.fixture
+def guarded(monkeypatch) -> Guards:
+    """Guards in the place of every allocation that Triton paths make."""
+    pytest.importorskip("triton")
+
+
+    guards = Guards()
+    launch = importlib.import_module("hybrid_sleep.kernels.triton_launch")
+    original = launch.empty
+    for module in list(sys.modules.values()):
+        if getattr(module, "empty", None) is original:
+            monkeypatch.setattr(module, "empty", guards.allocate)
+    return guards
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,31 @@
-"""The benchmark against transformers' fallback: what it compares, and what it writes."""
+"""The kernel benchmarks: what they compare, what they refuse to say, and what they write."""
 
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
+import torch
+from typer.testing import CliRunner
 
-from hybrid_sleep.kernels.benchmarks import fallback
+from hybrid_sleep.cli import app
+from hybrid_sleep.kernels.benchmarks import (
+    cases,
+    check,
+    contenders,
+    fallback,
+    report,
+    resume,
+    suite,
+)
+from hybrid_sleep.kernels.benchmarks.cases import BOTH, FORWARD, STATE, Shape
+from hybrid_sleep.kernels.gated_delta_rule import gated_delta_rule
+from hybrid_sleep.kernels.short_conv import short_conv
+from hybrid_sleep.kernels.ssd import ssd
 
 SHAPES = (fallback.Shape(5, 2, 2, 4), fallback.Shape(70, 1, 2, 4))
 
@@ -45,3 +64,315 @@ def test_bad_numbers_are_refused(flag, capsys):
     with pytest.raises(SystemExit):
         fallback.main([flag, "0"])
     assert f"{flag}: must be at least" in capsys.readouterr().err
+
+
+def test_a_shape_is_measured_once_and_the_next_call_goes_on(tmp_path):
+    measure = partial(fallback.run, SHAPES, repeats=2, least_seconds=0, out=tmp_path)
+    first = measure(minutes=1e-9)
+    assert not first["complete"] and [row["T"] for row in first["rows"]] == [5, 5]
+    assert json.loads((tmp_path / "results.json").read_text()) == first
+    assert "**Incomplete**" in fallback.markdown(first)
+    second = measure()
+    assert second["complete"] and second["rows"][:2] == first["rows"]
+    assert "**Incomplete**" not in fallback.markdown(second)
+    assert measure()["rows"] == second["rows"]
+
+
+# Not the two heads of a check, which the same contender goes through first.
+SMALL = Shape(T=9, B=2, H=3, d=4)
+WITH_PEERS = [op for op in contenders.OPS if op.peers]
+FP32 = {"device": "cpu", "dtype": torch.float32}
+
+
+def small(op=1, **changes):
+    """An entry of OPS (by default ssd) at a small shape, forward alone."""
+    return replace(contenders.OPS[op], **{"shapes": (SMALL,), "directions": (FORWARD,), **changes})
+
+
+def run(*ops, **options):
+    return suite.run(ops, **{**FP32, "repeats": 2, "least_seconds": 0, **options})
+
+
+class TestContenders:
+    @pytest.mark.parametrize("op", WITH_PEERS, ids=lambda op: op.name)
+    def test_the_fallbacks_inside_transformers_compute_our_ops(self, op):
+        for direction in (FORWARD, BOTH):
+            asked = check.question(op, SMALL, direction, torch.float32, "cpu")
+            fallback_ = next(peer for peer in op.peers if peer.name == "transformers")
+            own = fallback_.prepare and fallback_.prepare(asked.given)
+            # Far below what a peer is allowed.
+            found = check.wrong_peer(asked, fallback_.load(), own)
+            assert found is None
+            asked.wanted[0].mul_(1.1)
+            assert "output is off by 9" in check.wrong_peer(asked, fallback_.load(), own)
+
+    def test_packages_are_asked_what_our_ops_compute(self, monkeypatch):
+        """Each by a stand-in with the package's names and layout."""
+
+        def delta_rule(q, k, v, g, beta, initial_state=None, output_final_state=False):
+            assert output_final_state
+            return gated_delta_rule(q, k, v, g, beta, initial_state=initial_state)
+
+        def convolution(
+            x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False,
+            activation=None,
+        ):  # fmt: skip
+            assert x.stride(1) == initial_states.stride(1) == 1 and return_final_states
+            given = (x.mT, weight, bias)
+            y, S = short_conv(*given, initial_state=initial_states.mT, activation=activation)
+            return y.mT, S.mT
+
+        def scan(
+            x, dt, A, B, C, chunk_size, initial_states=None, return_final_states=False
+        ):  # fmt: skip
+            assert return_final_states and A.shape == x.shape[2:3]
+            state = initial_states.mT
+            o, S = ssd(C, B, x * dt[..., None], dt * A, initial_state=state)
+            return o, S.mT
+
+        modules = {
+            "fla.ops.gated_delta_rule": {"chunk_gated_delta_rule": delta_rule},
+            "mamba_ssm.ops.triton.ssd_combined": {"mamba_chunk_scan_combined": scan},
+            "causal_conv1d": {"causal_conv1d_fn": convolution},
+        }
+        for name, functions in modules.items():
+            monkeypatch.setitem(sys.modules, name, SimpleNamespace(**functions))
+        for op in WITH_PEERS:
+            asked = check.question(op, SMALL, FORWARD, torch.float32, "cpu")
+            peer = op.peers[0]
+            own = peer.prepare and peer.prepare(asked.given)
+            assert check.wrong_peer(asked, peer.load(), own) is None
+
+    def test_what_is_not_installed_or_does_not_import_is_missing(self, monkeypatch, tmp_path):
+        (tmp_path / "broken_package.py").write_text("raise RuntimeError('0 active drivers')\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        with pytest.raises(contenders.Missing, match="not installed: No module named 'no_such"):
+            contenders._load("no_such_package", "name")
+        with pytest.raises(contenders.Missing, match="RuntimeError: 0 active drivers"):
+            contenders._load("broken_package", "name")
+        with pytest.raises(contenders.Missing, match="has no attribute 'name'"):
+            contenders._load("json", "name")
+
+    @pytest.mark.parametrize("direction", [FORWARD, STATE, BOTH])
+    @pytest.mark.parametrize("op", contenders.OPS, ids=lambda op: op.name)
+    def test_every_op_can_be_asked_in_each_of_its_directions(self, op, direction):
+        if direction not in op.directions:
+            pytest.skip("not a direction of this op")
+        asked = check.question(op, SMALL, direction, torch.float32, "cpu")
+        assert len(asked.names) == len(asked.wanted) == len(asked.tolerances)
+        assert asked.names[0] == ("state" if direction == STATE else "output")
+        assert check.wrong(asked, cases.ours(op.op, "chunked")) is None
+
+    def test_ops_are_chosen_by_name(self):
+        assert contenders.chosen(None) == contenders.OPS
+        assert [op.name for op in contenders.chosen("short_conv, ssd")] == ["ssd", "short_conv"]
+        with pytest.raises(ValueError, match="ops='conv': must be among gated_delta_rule, ssd"):
+            contenders.chosen("ssd,conv")
+
+
+class TestSuite:
+    def test_rows_hold_every_contender_and_refuse_to_speak_of_a_gpu(self, tmp_path):
+        ops = [small(index, directions=contenders.OPS[index].directions) for index in range(3)]
+        result = run(*ops, out=tmp_path)
+        assert json.loads((tmp_path / "results.json").read_text()) == result
+        assert result["complete"] and len(result["rows"]) == 3 + 3 + 2
+        for row in result["rows"]:
+            assert row["limits"] is row["floor_seconds"] is None
+            assert "interpreter" in row["contenders"]["triton"]["reason"]
+            ours = row["contenders"]["chunked"]
+            assert len(ours["seconds"]) == 2 and ours["share"] is None
+            assert ours["quartiles"][0] <= ours["median"] <= ours["quartiles"][1]
+            assert ours["tokens_per_second"] == 18 / ours["median"]
+            theirs = row["contenders"]["transformers"]
+            if row["direction"] == STATE:
+                assert "computes the output whether" in theirs["reason"]
+                assert not row["speedups"]
+            else:
+                assert row["speedups"]["transformers"]["of"] == "chunked"
+                assert list(row["contenders"].values())[2]["reason"] == "runs on a GPU alone"
+        assert all("measured on a CPU" in target["reason"] for target in result["targets"])
+        assert all(target["reached"] is None for target in result["targets"])
+        paths = report.save(result, tmp_path)
+        assert [path.name for path in paths] == ["results.json", "results.md", "kernels.png"]
+        assert "nothing here says how fast a GPU is" in paths[1].read_text()
+
+    def test_a_kernel_that_computes_something_else_gets_a_warning_and_no_figure(self, monkeypatch):
+        def slightly_off(op, impl):
+            right = cases.ours(op, impl)
+
+            def side(given, output):
+                *rest, S = right(given, output)
+                return [*rest, S * 1.001]
+
+            return side
+
+        monkeypatch.setattr(suite, "ours", slightly_off)
+        (row,) = run(small())["rows"]
+        entry = row["contenders"]["chunked"]
+        assert entry["warning"].startswith("state is off by 1.0e-03, where")
+        assert "median" not in entry and not row["speedups"]
+        assert "**wrong here**: state is off" in report.markdown(run(small()))
+
+    @pytest.mark.parametrize("factor", [float("nan"), 1.01])
+    def test_a_wrong_gradient_is_found(self, factor):
+        asked = check.question(contenders.OPS[0], SMALL, BOTH, torch.float32, "cpu")
+        right = cases.ours("gated_delta_rule", "chunked")
+        assert check.wrong(asked, right) is None
+
+        def side(given, output):
+            # The same value; its slope is another.
+            v = given["v"]
+            return right({**given, "v": v * factor - (v * factor - v).detach()}, output)
+
+        if factor == factor:
+            assert check.wrong(asked, side).startswith("gradient of v is off by 1.0e-02")
+        else:
+            assert check.wrong(asked, side).startswith("output is off by inf")
+
+    def test_whoever_fails_is_a_row_and_the_others_are_measured(self):
+        calls = []
+
+        def late(given, output):
+            calls.append(1)
+            if len(calls) > 2 + suite.WARM_UPS:
+                raise RuntimeError("out of luck\nand more")
+            return cases.ours("ssd", "chunked")(given, output)
+
+        def missing():
+            raise contenders.Missing("not here")
+
+        def broken():
+            raise OSError("no driver")
+
+        def full():
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+        peers = {"late": lambda: late, "missing": missing, "broken": broken, "full": full}
+        entries = tuple(contenders.Peer(name, load, gpu=False) for name, load in peers.items())
+        (row,) = run(small(peers=entries))["rows"]
+        reasons = {name: entry["reason"] for name, entry in row["contenders"].items()}
+        assert reasons["late"] == "RuntimeError: out of luck"
+        assert reasons["missing"] == "not here"
+        assert reasons["broken"] == "OSError: no driver"
+        assert reasons["full"] == "needs more memory than the device has left"
+        assert reasons["chunked"] is None and len(row["contenders"]["chunked"]["seconds"]) == 2
+
+    def test_a_row_without_any_figure_is_tried_again(self, tmp_path, monkeypatch):
+        def broken(*arguments):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(check, "question", broken)
+            (row,) = run(small(), out=tmp_path)["rows"]
+        reasons = {entry["reason"] for entry in row["contenders"].values()}
+        assert len(reasons) == 1 and "illegal memory access" in reasons.pop()
+        (row,) = run(small(), out=tmp_path)["rows"]
+        assert "median" in row["contenders"]["chunked"]
+
+    def test_single_tokens_are_one_more_entry(self):
+        shape, ours = Shape(T=1, B=2, H=3, d=4), ("triton", "reference")
+        entry = small(0, name="a token", shapes=(shape,), ours=ours)
+        (row,) = run(entry)["rows"]
+        assert row["op"] == "a token" and row["speedups"]["transformers"]["of"] == "reference"
+
+    def test_whoever_is_too_slow_is_not_waited_for(self, monkeypatch):
+        monkeypatch.setattr(suite, "SLOWEST_SECONDS", 0.0)
+        (row,) = run(small())["rows"]
+        assert row["contenders"]["chunked"]["reason"].startswith("one call takes 0.0 s")
+
+    def test_work_is_sliced_and_nothing_is_measured_twice(self, tmp_path, monkeypatch):
+        ops = (small(0), small(1))
+        first = run(*ops, out=tmp_path, minutes=1e-9)
+        assert not first["complete"] and len(first["rows"]) == 1
+        assert "**Incomplete**" in report.markdown(first)
+        second = run(*ops, out=tmp_path)
+        assert second["complete"] and second["rows"][0] == first["rows"][0]
+        # Another op joins what is there.
+        third = run(small(2), out=tmp_path)
+        assert [row["op"] for row in third["rows"]] == ["short_conv", "gated_delta_rule", "ssd"]
+        monkeypatch.setattr(suite, "_row", None)
+        assert run(*ops, out=tmp_path)["complete"]
+
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            ({"device": "abacus"}, "device='abacus'"),
+            ({"repeats": 1}, "repeats=1: must be at least 2"),
+            ({"minutes": 0}, "minutes=0: must be above 0"),
+        ],
+    )
+    def test_bad_options_are_refused(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            run(small(), **options)
+
+    def test_targets_are_read_off_a_gpus_rows_alone(self):
+        def row(direction, **contenders_):
+            found = {
+                name: {"seconds": seconds, "reason": None, "warning": None}
+                if isinstance(seconds, list)
+                else {"reason": seconds, "warning": None}
+                for name, seconds in contenders_.items()
+            }
+            shape = contenders.SHAPES[0]._asdict()
+            speedups = suite.speedups(found)
+            return {
+                "op": "gated_delta_rule", **shape, "direction": direction, "contenders": found,
+                "speedups": speedups,
+            }  # fmt: skip
+
+        rows = [
+            row(FORWARD, triton=[1.0, 2.0, 1.0], fla=[3.0, 6.0, 2.0]),
+            row(BOTH, triton=[1.0, 1.0], fla="not installed"),
+        ]
+        forward, both = suite.targets(rows, "cuda")
+        assert (forward["ratio"], forward["reached"], forward["reason"]) == (3.0, True, None)
+        assert (both["ratio"], both["reached"]) == (None, None)
+        assert both["reason"] == "fla has no figure: not installed"
+        assert {x["reached"] for x in suite.targets(rows, "cpu")} == {None}
+        assert {x["reason"] for x in suite.targets([], "cuda")} == {"not measured yet"}
+
+
+class TestResume:
+    def test_rows_are_kept_only_where_nothing_has_changed(self, tmp_path):
+        now = resume.record("cpu")
+        assert now["source"] == resume.record("cpu")["source"]
+        before = {**now, "date": "yesterday"}
+        result = {"benchmark": "kernels", "rows": [{"op": "ssd"}], "provenance": before}
+        file = tmp_path / "results.json"
+        file.write_text(json.dumps(result))
+        assert resume.rows_of(tmp_path, "kernels", now) == result["rows"]
+        assert resume.rows_of(tmp_path, "fallback", now) == []
+        assert resume.rows_of(None, "kernels", now) == []
+        assert resume.rows_of(tmp_path / "other", "kernels", now) == []
+        for changed in ("commit", "torch", "device", "threads", "source"):
+            assert resume.rows_of(tmp_path, "kernels", {**now, changed: "another"}) == []
+        for text in ("{", "[]", '{"benchmark": "kernels"}'):
+            file.write_text(text)
+            assert resume.rows_of(tmp_path, "kernels", now) == []
+
+    def test_a_budget_ends_before_the_next_piece_would_not_fit(self, monkeypatch):
+        clock = [0.0]
+        monkeypatch.setattr(resume.time, "monotonic", lambda: clock[0])
+        budget, endless = resume.Budget(1), resume.Budget(None)
+        clock[0] = 25
+        assert not budget.over()
+        clock[0] = 36
+        assert budget.over() and not endless.over()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--ops", "ssd"], "ops='ssd': on a CPU, without base, it must be gated_delta_rule"),
+        (["--ops", "gdn"], "ops='gdn': must be among gated_delta_rule, ssd, short_conv"),
+        (["--device", "abacus"], "device='abacus'"),
+        (["--minutes", "0"], "minutes=0.0: must be above 0"),
+        (["--base", "no-such-branch"], "base"),
+    ],
+)
+def test_the_command_refuses_what_it_cannot_do(options, message, tmp_path):
+    command = ["bench", "kernels", "--out", str(tmp_path), *options]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -66,7 +66,9 @@ def test_what_is_not_there_cannot_be_forced(registry, op):
     for name in set(dispatch.NAMES) - registered:
         with pytest.raises(ValueError, match=f"{op.__name__} has no {name}.*allowed: auto, "):
             call(op, impl=name)
-        assert dispatch.explain(op.__name__)["candidates"][name] == "not implemented"
+        # What another package has for other ops is not even named.
+        missing = "not implemented" if name in dispatch.OWN else None
+        assert dispatch.explain(op.__name__)["candidates"].get(name) == missing
     assert dispatch.explain(op.__name__)["implementation"] is None
 
 
@@ -103,7 +105,7 @@ def test_an_implementation_says_why_it_cannot_run(registry):
 
 def test_registering_refuses_what_nothing_could_name(registry):
     options = {"run": print, "rank": 0, "wants": lambda call: None}
-    with pytest.raises(ValueError, match="op='attention': must be one of gated_delta_rule, ssd"):
+    with pytest.raises(ValueError, match="op='attention': must be one of .*gated_delta_rule, ssd"):
         dispatch.register("attention", "triton", **options)
     with pytest.raises(ValueError, match="name='numba': must be one of reference, chunked"):
         dispatch.register("ssd", "numba", **options)

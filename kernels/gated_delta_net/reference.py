@@ -1,0 +1,58 @@
+"""The Gated DeltaNet mixer as a composition of the short convolution and the gated delta rule."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hybrid_sleep.kernels.gated_delta_rule import gated_delta_rule
+from hybrid_sleep.kernels.mixers import Dims, Mixed, convolve, decay_rate, time_step
+
+
+def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """`x / sqrt(sum(x^2) + eps)` over the last dim, computed in fp32 or wider."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def compose(
+    impl: str,
+    q: Tensor | None,
+    kv: Tensor,
+    a: Tensor,
+    b: Tensor,
+    q_weight: Tensor,
+    kv_weight: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    initial_state: Tensor | None,
+    q_tail: Tensor | None,
+    kv_tail: Tensor | None,
+    mask: Tensor | None,
+    dims: Dims,
+    output: bool,
+    tails: bool,
+) -> Mixed:
+    """q, k, v <- silu(conv(raw));  g = -exp(A_log) softplus(a + dt_bias);  beta = sigmoid(b);
+    gated delta rule with q and k of length 1. `impl` is that of the parts.
+    """
+    q, k, v, q_tail, kv_tail = convolve(
+        q, kv, q_weight, kv_weight, q_tail, kv_tail, mask, dims, output, tails, impl
+    )
+    repeats = dims.H // dims.G
+    k = l2_normalize(k).repeat_interleave(repeats, dim=2)
+    step = time_step(a, dt_bias)
+    # The rule wants queries even where it reads nothing; the keys stand in, unread.
+    q = l2_normalize(q).repeat_interleave(repeats, dim=2) if output else k
+    o, S = gated_delta_rule(
+        q,
+        k,
+        v,
+        decay_rate(A_log, step.dtype) * step,
+        b.to(step.dtype).sigmoid(),
+        initial_state=initial_state,
+        mask=mask,
+        output=output,
+        impl=impl,
+    )
+    return Mixed(o, S, q_tail, kv_tail)

@@ -1,0 +1,241 @@
+"""The Gated DeltaNet mixer through fused kernels: one for the chunks, then along them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hybrid_sleep.kernels.checks import compute_dtype, hide_pads
+from hybrid_sleep.kernels.gated_delta_net import triton_kernels
+from hybrid_sleep.kernels.gated_delta_rule import triton as rule
+from hybrid_sleep.kernels.mixers import Dims, Mixed, decay_rate, time_step
+from hybrid_sleep.kernels.short_conv import triton as conv
+from hybrid_sleep.kernels.short_conv.tail import tail_after
+from hybrid_sleep.kernels.short_conv.triton_taps import previous_tokens
+from hybrid_sleep.kernels.triton_launch import Precision, empty, next_power, precision
+
+
+class Raw(NamedTuple):
+    """What a call reads, as the public op names it; q is None where nothing is read with it."""
+
+    q: Tensor | None
+    kv: Tensor
+    a: Tensor
+    b: Tensor
+    q_weight: Tensor
+    kv_weight: Tensor
+    A_log: Tensor
+    dt_bias: Tensor
+    initial_state: Tensor | None
+    q_tail: Tensor | None
+    kv_tail: Tensor | None
+
+
+class Heads(NamedTuple):
+    """q (None without output), k [B, T, G, K] and v [B, T, H, V] as the rule takes them.
+
+    q_length, k_length [B, T, G]: what q and k were multiplied by, where a gradient needs it.
+    """
+
+    q: Tensor | None
+    k: Tensor
+    v: Tensor
+    q_length: Tensor | None
+    k_length: Tensor | None
+
+
+def gated_delta_net(
+    q: Tensor | None,
+    kv: Tensor,
+    a: Tensor,
+    b: Tensor,
+    q_weight: Tensor,
+    kv_weight: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    initial_state: Tensor | None,
+    q_tail: Tensor | None,
+    kv_tail: Tensor | None,
+    mask: Tensor | None,
+    dims: Dims,
+    output: bool,
+    tails: bool,
+) -> Mixed:
+    """As `reference.compose`."""
+    raw = Raw(
+        q, kv, a, b, q_weight, kv_weight, A_log, dt_bias, initial_state, q_tail, kv_tail
+    )
+    how = precision(kv.dtype, compute_dtype(*(x for x in raw if x is not None)))
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in raw):
+        read = raw if output else raw._replace(q=None)
+        o, S = _GatedDeltaNet.apply(*read, mask, dims, how)
+    elif dims.T == 1:
+        return _step(raw, mask, dims, how, output, tails)
+    else:
+        read = _dense(raw if output else raw._replace(q=None))
+        sizes = _sizes(dims, how)
+        heads, chunks = _prologue(read, mask, sizes, dims, how, keep=False)
+        o, S = rule.scan(
+            heads.q, heads.k, heads.v, initial_state, None, chunks, dims.K**-0.5, sizes, how
+        )
+    if not tails:
+        return Mixed(o, S, None, None)
+    after = q_tail if q is None else tail_after(q, q_tail, mask, dims.W)
+    return Mixed(o, S, after, tail_after(kv, kv_tail, mask, dims.W))
+
+
+def _sizes(dims: Dims, how: Precision) -> rule.Sizes:
+    C = rule.chunk_length(dims.T, None, how)
+    sizes = rule.Sizes(dims.B, dims.T, dims.H, dims.H // dims.G, dims.K, dims.V, C, 1)
+    return sizes._replace(segments=rule.segment_count(sizes))
+
+
+def _dense(raw: Raw) -> Raw:
+    """Everything in one piece but q and kv, whose channels alone must be."""
+    whole = {
+        name: x.contiguous()
+        for name, x in raw._asdict().items()
+        if x is not None and (name not in ("q", "kv") or x.stride(-1) != 1)
+    }
+    return raw._replace(**whole)
+
+
+def _prologue(
+    raw: Raw, mask: Tensor | None, sizes: rule.Sizes, dims: Dims, how: Precision, keep: bool
+) -> tuple[Heads, rule.Chunks]:
+    """q, k, v and the chunks of a call in one launch."""
+    B, T, G, K, H, V, W = dims
+    out = raw.q is not None
+    kv, pairs = raw.kv, (B, H, sizes.chunks, sizes.C)
+
+    def room(shape: tuple[int, ...], dtype: torch.dtype, needed: bool = True) -> Tensor | None:
+        return empty(kv, shape, dtype) if needed else None
+
+    heads = Heads(
+        room((B, T, G, K), kv.dtype, out), room((B, T, G, K), kv.dtype),
+        room((B, T, H, V), kv.dtype),
+        room((B, T, G), how.state, keep and out), room((B, T, G), how.state, keep),
+    )  # fmt: skip
+    chunks = rule.Chunks(
+        room((*pairs, sizes.C), how.between), room((*pairs, sizes.C), how.between, out),
+        room(pairs, how.state), room(pairs, how.state),
+    )  # fmt: skip
+    strides = raw.kv if raw.q is None else raw.q
+    triton_kernels.prologue.launch(
+        (sizes.chunks, B * H),
+        q=raw.q, kv=kv, a=raw.a, b_raw=raw.b, q_weight=raw.q_weight, kv_weight=raw.kv_weight,
+        A_log=raw.A_log, dt_bias=raw.dt_bias, q_tail=raw.q_tail, kv_tail=raw.kv_tail,
+        mask=mask, previous=None if mask is None else previous_tokens(mask),
+        q_out=heads.q, k_out=heads.k, v_out=heads.v,
+        q_length=heads.q_length, k_length=heads.k_length, **chunks._asdict(),
+        q_b=strides.stride(0), q_t=strides.stride(1), kv_b=kv.stride(0), kv_t=kv.stride(1),
+        **sizes.shared(), R=H // G, V=V, W=W, HAS_Q_TAIL=raw.q_tail is not None,
+        HAS_KV_TAIL=raw.kv_tail is not None, HAS_MASK=mask is not None, OUT=out, KEEP=keep,
+        **how._asdict(),
+    )  # fmt: skip
+    return heads, chunks
+
+
+def _step(
+    raw: Raw, mask: Tensor | None, dims: Dims, how: Precision, output: bool, tails: bool
+) -> Mixed:
+    """One token a row: one launch."""
+    raw = _dense(raw)
+    B, _, G, K, H, V, W = dims
+    q, kv = raw.q, raw.kv
+    o = empty(kv, (B, 1, H, V), kv.dtype) if output else None
+    S = empty(kv, (B, H, K, V), how.state)
+    has_q_tail = tails and q is not None
+    q_tail = empty(kv, (B, W - 1, G * K), kv.dtype) if has_q_tail else None
+    kv_tail = empty(kv, (B, W - 1, kv.shape[2]), kv.dtype) if tails else None
+    triton_kernels.step.launch(
+        lambda meta: (triton.cdiv(V, meta["BV"]), B * H),
+        q=q, kv=kv, a=raw.a, b_raw=raw.b, q_weight=raw.q_weight, kv_weight=raw.kv_weight,
+        A_log=raw.A_log, dt_bias=raw.dt_bias, q_tail=raw.q_tail, kv_tail=raw.kv_tail, mask=mask,
+        initial=raw.initial_state, out=o, final=S, new_q_tail=q_tail, new_kv_tail=kv_tail,
+        q_b=(kv if q is None else q).stride(0), kv_b=kv.stride(0), scale=K**-0.5,
+        busy=min(1024, triton.next_power_of_2(B * H)),
+        H=H, R=H // G, K=K, V=V, W=W, BK=next_power(K), HAS_Q_TAIL=raw.q_tail is not None,
+        HAS_KV_TAIL=raw.kv_tail is not None, HAS_MASK=mask is not None,
+        HAS_INITIAL=raw.initial_state is not None, OUT=output,
+        Q_TAIL=q is not None and (output or tails), TAILS=tails, ACC=how.ACC,
+    )  # fmt: skip
+    return Mixed(o, S, q_tail, kv_tail)
+
+
+def _length_back(
+    d_unit: Tensor, unit: Tensor, length: Tensor, dims: Dims, how: Precision
+) -> Tensor:
+    """Gradient of what `unit` [B, T, G, K] was before its length was taken away, as channels."""
+    B, T, G, K, H, _, _ = dims
+    found = empty(unit, (B, T, G * K), unit.dtype)
+    triton_kernels.length_back.launch(
+        lambda meta: (triton.cdiv(B * T * G, meta["ROWS"]),),
+        d_unit=d_unit, unit=unit, length=length, d_value=found, tokens=B * T,
+        G=G, R=H // G, K=K, BK=next_power(K), ACC=how.ACC, H=H,
+    )  # fmt: skip
+    return found
+
+
+class _GatedDeltaNet(torch.autograd.Function):
+    """Keeps its inputs and nothing else; the backward pass finds the rest again."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        *tensors, mask, dims, how = arguments
+        raw, sizes = _dense(Raw(*tensors)), _sizes(dims, how)
+        heads, chunks = _prologue(raw, mask, sizes, dims, how, keep=False)
+        o, S = rule.scan(
+            heads.q, heads.k, heads.v, raw.initial_state, None, chunks, dims.K**-0.5, sizes, how
+        )
+        ctx.save_for_backward(*tensors, mask)
+        ctx.given = dims, how
+        ctx.set_materialize_grads(False)
+        return o, S
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, dS):
+        *tensors, mask = ctx.saved_tensors
+        dims, how = ctx.given
+        given = Raw(*tensors)
+        raw, sizes = _dense(given if do is not None else given._replace(q=None)), _sizes(dims, how)
+        heads, chunks = _prologue(raw, mask, sizes, dims, how, keep=True)
+        dq, dk, dv, dg, dbeta, d_initial = rule.backward(
+            do, dS, heads.q, heads.k, heads.v, raw.initial_state, mask, chunks, dims.K**-0.5,
+            sizes, how,
+        )  # fmt: skip
+        d_kv = torch.cat(
+            (_length_back(dk, heads.k, heads.k_length, dims, how), dv.flatten(2)), dim=-1
+        )
+        previous = None if mask is None else previous_tokens(mask)
+        kv, kv_weight, _, kv_tail = conv.backward(
+            d_kv, None, raw.kv, raw.kv_weight, None, raw.kv_tail, mask, previous, "silu"
+        )
+        q = q_weight = q_tail = None
+        if do is not None:
+            dq = _length_back(dq, heads.q, heads.q_length, dims, how)
+            q, q_weight, _, q_tail = conv.backward(
+                dq, None, raw.q, raw.q_weight, None, raw.q_tail, mask, previous, "silu"
+            )
+        with torch.enable_grad():
+            a, b = hide_pads(mask, raw.a, raw.b)
+            leaves = [x.detach().requires_grad_() for x in (a, b, raw.A_log, raw.dt_bias)]
+            a, b, A_log, dt_bias = leaves
+            step = time_step(a, dt_bias)
+            gates = (decay_rate(A_log, step.dtype) * step, b.to(step.dtype).sigmoid())
+        a, b, A_log, dt_bias = torch.autograd.grad(gates, leaves, (dg, dbeta))
+        if raw.initial_state is None:
+            d_initial = None
+        found = Raw(
+            q, kv, a, b, q_weight, kv_weight, A_log, dt_bias, d_initial, q_tail, kv_tail
+        )
+        grads = [
+            None if x is None or dx is None else dx.to(x.dtype)
+            for x, dx in zip(given, found, strict=True)
+        ]
+        return *grads, None, None, None

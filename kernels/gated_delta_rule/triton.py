@@ -1,0 +1,309 @@
+"""The gated delta rule through the kernels of `triton_forward` and `triton_backward`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hybrid_sleep.kernels.checks import compute_dtype
+from hybrid_sleep.kernels.gated_delta_rule import triton_backward, triton_forward
+from hybrid_sleep.kernels.triton_launch import (
+    Precision,
+    empty,
+    next_power,
+    precision,
+)
+
+LONGEST_CHUNK = 64
+# Programs that fill a GPU: below this many, the chunks are cut into segments.
+PROGRAMS = 128
+# Columns of the state that a program holds where few rows sleep.
+NARROW = 16
+# A segment pays for its transition (K more columns) with at least this many chunks.
+LEAST_CHUNKS = 4
+
+
+class Sizes(NamedTuple):
+    """What the kernels of one call agree on; R heads of values share one of keys."""
+
+    B: int
+    T: int
+    H: int
+    R: int
+    K: int
+    V: int
+    C: int
+    segments: int
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks a row has."""
+        return -(-self.T // self.C)
+
+    def shared(self) -> dict[str, int]:
+        """Arguments that every kernel takes."""
+        return {"T": self.T, "NT": self.chunks, "H": self.H, "K": self.K, "C": self.C} | {
+            "BK": next_power(self.K)
+        }
+
+    @property
+    def busy(self) -> int:
+        """How many heads there are in all, roughly: what a configuration is chosen for."""
+        return min(1024, triton.next_power_of_2(self.B * self.H * self.segments))
+
+
+class Chunks(NamedTuple):
+    """What `prepare` finds of each chunk: N and P (None without queries) [B, H, NT, C, C], c and
+    beta [B, H, NT, C].
+    """
+
+    inverse: Tensor
+    weights: Tensor | None
+    decay: Tensor
+    strength: Tensor
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    chunk_size: int | None,
+    output: bool,
+    segments: int | None = None,
+) -> tuple[Tensor | None, Tensor]:
+    """As `reference`; `segments` is how many pieces of each row are scanned at once (None: by how
+    many heads there are). The result depends on it no further than by rounding.
+    """
+    B, T, H, V = v.shape
+    K = k.shape[-1]
+    how = precision(v.dtype, compute_dtype(q, k, v))
+    C = chunk_length(T, chunk_size, how)
+    sizes = Sizes(B, T, H, H // k.shape[2], K, V, C, 1)
+    sizes = sizes._replace(segments=segment_count(sizes) if segments is None else segments)
+    leaves = (q if output else None, k, v, g, beta, initial_state)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves):
+        return _GatedDelta.apply(*leaves, mask, scale, sizes, how)
+    o, S, _ = forward(*leaves, mask, scale, sizes, how)
+    return o, S
+
+
+def chunk_length(T: int, chunk_size: int | None, how: Precision) -> int:
+    """16, 32 or 64: `chunk_size` or `how.chunk`, rounded down, and no longer than needed."""
+    wanted = how.chunk if chunk_size is None else chunk_size
+    return min(next_power(T), max(16, min(LONGEST_CHUNK, 1 << (wanted.bit_length() - 1))))
+
+
+def segment_count(sizes: Sizes) -> int:
+    """As many segments as fill a GPU, of at least LEAST_CHUNKS chunks; 1 where the heads do.
+
+    It depends on nothing but the sizes: with or without output, S takes the same path. A transition
+    of K above 128 does not fit into shared memory.
+    """
+    if sizes.K > 128:
+        return 1
+    programs = sizes.B * sizes.H * -(-sizes.V // NARROW)
+    return max(1, min(PROGRAMS // programs, sizes.chunks // LEAST_CHUNKS))
+
+
+def _rows(name: str, x: Tensor) -> dict[str, int]:
+    return {f"{name}_{dim}": stride for dim, stride in zip("bth", x.stride(), strict=False)}
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    """The tensor with a last dimension that lies in one piece."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def prepare(
+    q: Tensor | None,
+    k: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    mask: Tensor | None,
+    sizes: Sizes,
+    how: Precision,
+) -> Chunks:
+    """What of each chunk does not depend on the state."""
+    B, H, C, NT = sizes.B, sizes.H, sizes.C, sizes.chunks
+    found = Chunks(
+        empty(k, (B, H, NT, C, C), how.between),
+        None if q is None else empty(k, (B, H, NT, C, C), how.between),
+        empty(k, (B, H, NT, C), how.state),
+        empty(k, (B, H, NT, C), how.state),
+    )
+    triton_forward.prepare.launch(
+        (NT, B * H),
+        q=q, k=k, g=g.contiguous(), beta=beta.contiguous(), mask=mask, **found._asdict(),
+        **_rows("q", k if q is None else q), **_rows("k", k), **sizes.shared(), R=sizes.R,
+        HAS_MASK=mask is not None, OUT=q is not None, **how._asdict(),
+    )  # fmt: skip
+    return found
+
+
+def scan(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    initial_state: Tensor | None,
+    mask: Tensor | None,
+    chunks: Chunks,
+    scale: float,
+    sizes: Sizes,
+    how: Precision,
+    *,
+    states: Tensor | None = None,
+    written: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor]:
+    """Along the chunks: o (None without q) and the final state, both new.
+
+    states, written: filled where they are given, and then in one segment.
+    """
+    B, T, H, R, K, V, C, segments = sizes
+    o = None if q is None else empty(v, (B, T, H, V), v.dtype)
+    S = empty(v, (B, H, K, V), how.state)
+    initial = None if initial_state is None else initial_state.contiguous()
+    given = dict(
+        q=q, k=k, v=v, mask=mask, **chunks._asdict(),
+        **_rows("q", k if q is None else q), **_rows("k", k), **_rows("v", v),
+        scale=scale, busy=sizes.busy, V=V, R=R, HAS_MASK=mask is not None, **sizes.shared(),
+        DOT=how.DOT, ACC=how.ACC, MODE=how.MODE,
+    )  # fmt: skip
+    if segments == 1 or states is not None:
+        triton_forward.scan.launch(
+            lambda meta: (triton.cdiv(V, meta["BV"]), 1, B * H),
+            **given, initial=initial, out=o, written=written, states=states, final=S,
+            transition=None, per_segment=sizes.chunks, segments=1,
+            HAS_INITIAL=initial is not None, OUT=q is not None, KEEP=states is not None,
+            AFFINE=False, FINAL=True,
+        )  # fmt: skip
+        return o, S
+    # Segments of equal length; the last one may be shorter, and none is empty.
+    per_segment = -(-sizes.chunks // segments)
+    segments = -(-sizes.chunks // per_segment)
+    added = empty(v, (B, H, segments, K, V), how.state)
+    transition = empty(v, (B, H, segments, K, K), how.state)
+    given |= dict(written=None, states=None, per_segment=per_segment, segments=segments, KEEP=False)
+    triton_forward.scan.launch(
+        lambda meta: (triton.cdiv(V, meta["BV"]) + triton.cdiv(K, meta["BV"]), segments, B * H),
+        **given, initial=None, out=None, final=added, transition=transition,
+        HAS_INITIAL=False, OUT=False, AFFINE=True, FINAL=True,
+    )  # fmt: skip
+    starts = None if q is None else empty(v, (B, H, segments, K, V), how.state)
+    triton_forward.combine.launch(
+        lambda meta: (triton.cdiv(V, meta["BV"]), B * H),
+        initial=initial, added=added, transition=transition, starts=starts, final=S,
+        segments=segments, busy=sizes.busy, K=K, V=V, BK=next_power(K),
+        HAS_INITIAL=initial is not None, STARTS=starts is not None, ACC=how.ACC, FINE=how.FINE,
+    )  # fmt: skip
+    if q is not None:
+        triton_forward.scan.launch(
+            lambda meta: (triton.cdiv(V, meta["BV"]), segments, B * H),
+            **given, initial=starts, out=o, final=None, transition=None,
+            HAS_INITIAL=True, OUT=True, AFFINE=False, FINAL=False,
+        )  # fmt: skip
+    return o, S
+
+
+def forward(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    sizes: Sizes,
+    how: Precision,
+) -> tuple[Tensor | None, Tensor, Chunks]:
+    """o (None without q), S and what was found of each chunk."""
+    q, k, v = _dense(q), _dense(k), _dense(v)
+    chunks = prepare(q, k, g, beta, mask, sizes, how)
+    return *scan(q, k, v, initial_state, mask, chunks, scale, sizes, how), chunks
+
+
+def backward(
+    do: Tensor | None,
+    dS: Tensor | None,
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    initial_state: Tensor | None,
+    mask: Tensor | None,
+    chunks: Chunks,
+    scale: float,
+    sizes: Sizes,
+    how: Precision,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, g, beta and of the initial state; those of shared q and k per head of
+    values, [B, T, H, K].
+    """
+    B, T, H, R, K, V, C, _ = sizes
+    NT = sizes.chunks
+    q, k, v = _dense(q), _dense(k), _dense(v)
+    states, d_states = (empty(v, (B, H, NT, K, V), how.between) for _ in range(2))
+    written, passed = (empty(v, (B, T, H, V), how.between) for _ in range(2))
+    scan(
+        None, k, v, initial_state, mask, chunks, scale, sizes, how, states=states, written=written
+    )
+    has_out = do is not None
+    queries = q if has_out else None
+    common = dict(
+        q=queries, k=k, mask=mask, d_out=do.contiguous() if has_out else None,
+        **_rows("q", q if has_out else k), **_rows("k", k), scale=scale, V=V, R=R,
+        HAS_MASK=mask is not None, HAS_OUT=has_out, **sizes.shared(),
+        DOT=how.DOT, ACC=how.ACC, MODE=how.MODE,
+    )  # fmt: skip
+    d_initial = empty(v, (B, H, K, V), how.state)
+    triton_backward.scan_back.launch(
+        lambda meta: (triton.cdiv(V, meta["BV"]), B * H),
+        **common, **chunks._asdict(), d_final=None if dS is None else dS.contiguous(),
+        passed=passed, d_states=d_states, d_initial=d_initial, HAS_FINAL=dS is not None,
+        busy=sizes._replace(segments=1).busy,
+    )  # fmt: skip
+    dq = empty(v, (B, T, H, K), q.dtype) if has_out else None
+    dk, dv = empty(v, (B, T, H, K), k.dtype), empty(v, (B, T, H, V), v.dtype)
+    dg, dbeta = (empty(v, (B, T, H), how.state) for _ in range(2))
+    triton_backward.gradients.launch(
+        (NT, B * H),
+        **common, v=v, **_rows("v", v), decay=chunks.decay, strength=chunks.strength,
+        states=states, d_states=d_states, written=written, passed=passed,
+        dq=dq, dk=dk, dv=dv, dg=dg, dbeta=dbeta,
+    )  # fmt: skip
+    return dq, dk, dv, dg, dbeta, d_initial
+
+
+class _GatedDelta(torch.autograd.Function):
+    """Keeps its inputs and nothing else; the backward pass finds the chunks again."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, g, beta, initial_state, mask, scale, sizes, how):
+        o, S, _ = forward(q, k, v, g, beta, initial_state, mask, scale, sizes, how)
+        ctx.save_for_backward(q, k, v, g, beta, initial_state, mask)
+        ctx.given = scale, sizes, how
+        ctx.set_materialize_grads(False)
+        return o, S
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, dS):
+        q, k, v, g, beta, initial_state, mask = ctx.saved_tensors
+        scale, sizes, how = ctx.given
+        queries = None if do is None else _dense(q)
+        chunks = prepare(queries, _dense(k), g, beta, mask, sizes, how)
+        *grads, d_initial = backward(
+            do, dS, q, k, v, initial_state, mask, chunks, scale, sizes, how
+        )
+        inputs = (q, k, v, g, beta)
+        grads = [None if d is None else d.to(x.dtype) for d, x in zip(grads, inputs, strict=True)]
+        d_initial = None if initial_state is None else d_initial.to(initial_state.dtype)
+        return *grads, d_initial, None, None, None, None

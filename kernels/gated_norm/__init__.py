@@ -1,0 +1,56 @@
+"""The norm of a state-space layer's output and its gate, in one."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hybrid_sleep.kernels import dispatch, triton_paths
+from hybrid_sleep.kernels.checks import check_sequence, check_tensor
+from hybrid_sleep.kernels.gated_norm import reference
+
+__all__ = ["gated_norm"]
+
+dispatch.register(
+    "gated_norm",
+    "reference",
+    reference.gated_norm,
+    rank=0,
+    wants=lambda call: "PyTorch's own norm, any device",
+)
+triton_paths.register("gated_norm", "hybrid_sleep.kernels.gated_norm.triton")
+
+
+def gated_norm(
+    o: Tensor, gate: Tensor, weight: Tensor, eps: float, *, impl: str = "auto"
+) -> Tensor:
+    """Normalise the last dimension to a root mean square of 1, scale it, and gate it.
+
+        y = o / sqrt(mean(o^2) + eps) * weight * silu(gate)
+
+    Args:
+        o: [..., V].
+        gate: [..., V], of o's shape; it may be a slice of something wider.
+        weight: [V].
+        eps: what keeps the root from 0, > 0.
+        impl: "auto", "reference" or "triton".
+
+    Returns:
+        y [..., V] in o's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype or shape, eps <= 0, or an `impl`
+            that cannot run here.
+    """
+    check_sequence("weight", weight, "[V]")
+    width = len(weight)
+    if not isinstance(o, Tensor):
+        raise TypeError(f"o: must be a Tensor [..., V], got {type(o).__name__}")
+    check_tensor("o", o, (*o.shape[:-1], width), "[..., V]")
+    if 0 in o.shape:
+        raise ValueError(f"o: shape {tuple(o.shape)} must be [..., V] with no dimension of 0")
+    check_tensor("gate", gate, o.shape, "[..., V]")
+    if not eps > 0:
+        raise ValueError(f"eps={eps!r}: must be above 0")
+    rows = o.numel() // width
+    call = dispatch.call_of(o, (gate, weight), 1, rows, 1, (width,), None)
+    return dispatch.select("gated_norm", impl, call)(o, gate, weight, eps)

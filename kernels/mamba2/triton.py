@@ -1,0 +1,184 @@
+"""The Mamba-2 mixer: two convolutions, then the kernels of `ssd` on raw time steps.
+
+Their `prepare` finds time steps and decays, and their scan weights what is written and adds the
+skip, so that nothing but convolved q and kv passes through memory between projections and output.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hybrid_sleep.kernels.checks import compute_dtype
+from hybrid_sleep.kernels.mamba2 import triton_kernels
+from hybrid_sleep.kernels.mixers import Dims, Mixed
+from hybrid_sleep.kernels.short_conv import triton as conv
+from hybrid_sleep.kernels.short_conv.tail import tail_after
+from hybrid_sleep.kernels.short_conv.triton_taps import previous_tokens
+from hybrid_sleep.kernels.ssd import triton as rule
+from hybrid_sleep.kernels.triton_launch import Precision, empty, next_power, precision
+
+SCALE = 1.0
+
+
+class Raw(NamedTuple):
+    """What a call reads, as the public op names it; q is None where nothing is read with it."""
+
+    q: Tensor | None
+    kv: Tensor
+    a: Tensor
+    q_weight: Tensor
+    kv_weight: Tensor
+    A_log: Tensor
+    dt_bias: Tensor
+    skip: Tensor
+    initial_state: Tensor | None
+    q_tail: Tensor | None
+    kv_tail: Tensor | None
+
+
+class Tails(NamedTuple):
+    """What the convolutions of q (None without) and kv leave behind."""
+
+    q: Tensor | None
+    kv: Tensor
+
+
+def mamba2(
+    q: Tensor | None,
+    kv: Tensor,
+    a: Tensor,
+    q_weight: Tensor,
+    kv_weight: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    skip: Tensor,
+    initial_state: Tensor | None,
+    q_tail: Tensor | None,
+    kv_tail: Tensor | None,
+    mask: Tensor | None,
+    dims: Dims,
+    output: bool,
+    tails: bool,
+) -> Mixed:
+    """As `reference.compose`."""
+    raw = Raw(
+        q, kv, a, q_weight, kv_weight, A_log, dt_bias, skip, initial_state, q_tail, kv_tail
+    )
+    how = precision(kv.dtype, compute_dtype(*(x for x in raw if x is not None)))
+    read = raw if output else raw._replace(q=None)
+    mask = None if mask is None else mask.contiguous()
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in raw):
+        o, S = _Mamba2.apply(*read, mask, dims, how)
+        after = None
+    elif dims.T == 1:
+        return _step(raw, mask, dims, how, output, tails)
+    else:
+        given, after = _convolve(read, mask, dims)
+        o, S = rule.forward(given, SCALE, rule.sizes_of(given.k, given.v, how), how)
+    if not tails:
+        return Mixed(o, S, None, None)
+    new_q = after.q if after else None
+    if new_q is None:
+        new_q = q_tail if q is None else tail_after(q, q_tail, mask, dims.W)
+    return Mixed(o, S, new_q, after.kv if after else tail_after(kv, kv_tail, mask, dims.W))
+
+
+def _convolve(raw: Raw, mask: Tensor | None, dims: Dims) -> tuple[rule.Inputs, Tails]:
+    """What the rule reads; k and v are views of one tensor."""
+    previous = None if mask is None else previous_tokens(mask)
+    pads = mask, previous, "silu"
+    kv, kv_tail = conv.forward(raw.kv, raw.kv_weight, None, raw.kv_tail, *pads)
+    k, v = _heads(kv, dims)
+    q = q_tail = None
+    if raw.q is not None:
+        q, q_tail = conv.forward(raw.q, raw.q_weight, None, raw.q_tail, *pads)
+        q = q.unflatten(-1, (dims.G, dims.K))
+    gates = (x.contiguous() for x in (raw.a, raw.A_log, raw.dt_bias, raw.skip))
+    return rule.Inputs(q, k, v, *gates, raw.initial_state, mask), Tails(q_tail, kv_tail)
+
+
+def _heads(kv: Tensor, dims: Dims) -> tuple[Tensor, Tensor]:
+    """Views [B, T, G, K] and [B, T, H, V] of kv [B, T, channels]."""
+    k, v = kv.tensor_split((dims.key_width,), dim=-1)
+    return k.unflatten(-1, (dims.G, dims.K)), v.unflatten(-1, (dims.H, dims.V))
+
+
+def _step(
+    raw: Raw, mask: Tensor | None, dims: Dims, how: Precision, output: bool, tails: bool
+) -> Mixed:
+    """One token a row: one launch."""
+    B, _, G, K, H, V, W = dims
+    raw = Raw(*(None if x is None else x.contiguous() for x in raw))
+    q, kv = raw.q, raw.kv
+    o = empty(kv, (B, 1, H, V), kv.dtype) if output else None
+    S = empty(kv, (B, H, K, V), how.state)
+    new_kv = empty(kv, (B, W - 1, kv.shape[2]), kv.dtype) if tails else None
+    new_q = empty(q, (B, W - 1, G * K), q.dtype) if tails and q is not None else None
+    triton_kernels.step.launch(
+        lambda meta: (triton.cdiv(V, meta["BV"]), B * H),
+        q=q, kv=kv, a=raw.a, q_weight=raw.q_weight, kv_weight=raw.kv_weight, A_log=raw.A_log,
+        dt_bias=raw.dt_bias, skip=raw.skip, q_tail=raw.q_tail, kv_tail=raw.kv_tail,
+        mask=mask, initial=raw.initial_state, out=o, final=S, new_q_tail=new_q, new_kv_tail=new_kv,
+        q_b=G * K, kv_b=kv.shape[2], busy=min(1024, triton.next_power_of_2(B * H)),
+        H=H, R=H // G, K=K, V=V, W=W, BK=next_power(K), HAS_Q_TAIL=raw.q_tail is not None,
+        HAS_KV_TAIL=raw.kv_tail is not None, HAS_MASK=mask is not None,
+        HAS_INITIAL=raw.initial_state is not None, READS=q is not None and (output or tails),
+        OUT=output, TAILS=tails, ACC=how.ACC,
+    )  # fmt: skip
+    if tails and q is None:
+        new_q = raw.q_tail
+    return Mixed(o, S, new_q, new_kv)
+
+
+class _Mamba2(torch.autograd.Function):
+    """Keeps its inputs and nothing else: the backward pass convolves again."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        *tensors, mask, dims, how = arguments
+        given, _ = _convolve(Raw(*tensors), mask, dims)
+        ctx.save_for_backward(*tensors, mask)
+        ctx.given = dims, how
+        ctx.set_materialize_grads(False)
+        return rule.forward(given, SCALE, rule.sizes_of(given.k, given.v, how), how)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, dS):
+        *tensors, mask = ctx.saved_tensors
+        dims, how = ctx.given
+        raw = Raw(*tensors)
+        given, _ = _convolve(raw if do is not None else raw._replace(q=None), mask, dims)
+        sizes = rule.sizes_of(given.k, given.v, how)
+        d_kv = empty(raw.kv, raw.kv.shape, raw.kv.dtype)
+        keys, dv = _heads(d_kv, dims)
+        dk = keys if sizes.R == 1 else rule.per_head(given.k, sizes, how)
+        d = rule.backward(do, dS, given, SCALE, sizes, how, dk, dv)
+        if sizes.R > 1:
+            keys.copy_(rule.of_groups(dk, sizes))
+        pads = mask, None if mask is None else previous_tokens(mask), "silu"
+        kv, kv_weight, _, kv_tail = conv.backward(
+            d_kv, None, raw.kv, raw.kv_weight, None, raw.kv_tail, *pads
+        )
+        q = q_weight = q_tail = None
+        if do is not None:
+            dq = rule.of_groups(d.q, sizes).flatten(2).to(raw.q.dtype)
+            q, q_weight, _, q_tail = conv.backward(
+                dq, None, raw.q, raw.q_weight, None, raw.q_tail, *pads
+            )
+        A_log, dt_bias, skip = d.shared.unbind(1)
+        d_initial = None if raw.initial_state is None else d.initial_state
+        found = Raw(
+            q, kv, d.g, q_weight, kv_weight, A_log, dt_bias, skip if do is not None else None,
+            d_initial, q_tail, kv_tail,
+        )  # fmt: skip
+        grads = [
+            None if x is None or dx is None else dx.to(x.dtype)
+            for x, dx in zip(raw, found, strict=True)
+        ]
+        return *grads, None, None, None

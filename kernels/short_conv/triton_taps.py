@@ -1,0 +1,163 @@
+"""The taps of the short convolution as a device function, for kernels that convolve what they read.
+
+A kernel over x [B, T, channels] cut into chunks of C tokens calls, for BD of the channels,
+
+    real = real_tokens(mask, b, start, i, T, HAS_PADS)
+    sums = conv_tile(
+        x, weight, bias, tail, previous, b, start, i, first, d, T, channels, x_b, x_t, real,
+        W, D, BD, HAS_BIAS, HAS_TAIL, HAS_PADS, ACC,
+    )
+    y = silu(sums)
+
+and its host passes `previous=previous_tokens(mask)` with a mask, found once for all layers and
+convolutions that share it, and anything (None) without. With a mask a tap is found by following
+`previous` from token to token, so that pads cost [C] loads a tap and no reordering of x.
+
+Predicted for W = 4: the reads of a row meet in L1, so that DRAM sees one of them, and an element
+takes some 12 instructions. For q, k and v of B=8 T=8192 H=16 D=128 on an H200 (30 T a second) that
+is 0.16 ms, beside memory traffic, where a convolution of its own takes 0.38 ms and its result is
+read again.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hybrid_sleep.kernels.triton_tiles import tile_mask
+
+
+def previous_tokens(mask: Tensor) -> Tensor:
+    """int32 [B, T]: for each token of mask bool [B, T] the nearest real one before it, or -1."""
+    found = torch.full_like(mask, -1, dtype=torch.int32)
+    if mask.shape[1] > 1:
+        tokens = torch.arange(mask.shape[1] - 1, dtype=torch.int32, device=mask.device)
+        found[:, 1:] = tokens.where(mask[:, :-1], -1).cummax(1).values
+    return found
+
+
+def following_tokens(mask: Tensor) -> Tensor:
+    """int32 [B, T + 1]: the first real token of each row, and for each token the nearest real one
+    after it, or T."""
+    B, T = mask.shape
+    found = torch.full((B, T + 1), T, dtype=torch.int32, device=mask.device)
+    tokens = torch.arange(T, dtype=torch.int32, device=mask.device)
+    found[:, :T] = tokens.where(mask, T).flip(1).cummin(1).values.flip(1)
+    return found
+
+
+@triton.jit
+def token_before(at, previous, b, T, wanted, HAS_PADS: tl.constexpr):
+    """The real tokens [C] before those at `at` in row b; from -1 on down they lie in the tail.
+
+    Index -1 - j is j + 1 tokens before x. `previous` is read where `wanted`.
+    """
+    before = at - 1
+    if HAS_PADS:
+        row = previous + b.to(tl.int64) * T
+        found = tl.load(row + at, mask=wanted & (at >= 0), other=0)
+        before = tl.where(at >= 0, found, before)
+    return before
+
+
+@triton.jit
+def token_after(at, following, b, T, wanted, HAS_PADS: tl.constexpr):
+    """The real tokens [C] after those at `at` in row b, negative while they lie in the tail, T or
+    more behind the last. `following` of `following_tokens` is read where `wanted`."""
+    after = at + 1
+    if HAS_PADS:
+        row = following + b.to(tl.int64) * (T + 1)
+        within = (at >= -1) & (at < T)
+        found = tl.load(row + after, mask=wanted & within, other=0)
+        after = tl.where(within, found, after)
+    return after
+
+
+@triton.jit
+def load_inputs(
+    x, b, start, at, first, d, x_b, x_t, here,
+    D: tl.constexpr, BD: tl.constexpr, HAS_PADS: tl.constexpr,
+):  # fmt: skip
+    """Tile [C, BD] of x [B, T, channels], tokens `at` [C] and channels first + d: 0 where not
+    `here` and behind D. Without pads `at` lies near `start`, and offsets are 32 bits.
+    """
+    row = x + b.to(tl.int64) * x_b + first
+    if HAS_PADS:
+        rows = row + at.to(tl.int64) * x_t
+        return tl.load(rows[:, None] + d[None, :], mask=tile_mask(here, d, D, BD), other=0.0)
+    base = row + start.to(tl.int64) * x_t
+    offsets = (at - start)[:, None] * x_t + d[None, :]
+    return tl.load(base + offsets, mask=tile_mask(here, d, D, BD), other=0.0)
+
+
+@triton.jit
+def load_tail(
+    tail, b, at, first, d, channels, here, W: tl.constexpr, D: tl.constexpr, BD: tl.constexpr
+):
+    """Tile [C, BD] of tail [B, W - 1, channels], contiguous, for negative `at`: 0 where not
+    `here` and behind D."""
+    base = tail + b.to(tl.int64) * ((W - 1) * channels) + first
+    offsets = (W - 1 + at)[:, None] * channels + d[None, :]
+    return tl.load(base + offsets, mask=tile_mask(here, d, D, BD), other=0.0)
+
+
+@triton.jit
+def load_tap(weight, first, d, m, W: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr):
+    """[BD] of weight [channels, W], contiguous: what multiplies the token m steps back."""
+    return tl.load(weight + (first + d) * W + (W - 1 - m), mask=d < D, other=0.0).to(ACC)
+
+
+@triton.jit
+def conv_at(
+    x, weight, bias, tail, previous, b, start, at, first, d, T, channels, x_b, x_t, real,
+    W: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_TAIL: tl.constexpr, HAS_PADS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """As `conv_tile`, of the tokens `at` [C] of row b where `real`; without pads near `start`."""
+    sums = load_inputs(x, b, start, at, first, d, x_b, x_t, real, D, BD, HAS_PADS).to(ACC)
+    sums = sums * load_tap(weight, first, d, 0, W, D, ACC)[None, :]
+    past = at
+    for m in tl.static_range(1, W):
+        past = token_before(past, previous, b, T, real, HAS_PADS)
+        tap = load_tap(weight, first, d, m, W, D, ACC)[None, :]
+        in_x = real & (past >= 0)
+        met = load_inputs(x, b, start, past, first, d, x_b, x_t, in_x, D, BD, HAS_PADS)
+        sums += met.to(ACC) * tap
+    if HAS_TAIL:
+        # Only a row's first tokens reach it; a branch of its own keeps its tiles out of registers.
+        if tl.min(tl.where(real, past, 0), axis=0) < 0:
+            past = at
+            for back in tl.range(1, W, num_stages=1):
+                past = token_before(past, previous, b, T, real, HAS_PADS)
+                factor = load_tap(weight, first, d, back, W, D, ACC)[None, :]
+                known = load_tail(tail, b, past, first, d, channels, real & (past < 0), W, D, BD)
+                sums += known.to(x.dtype.element_ty).to(ACC) * factor
+    if HAS_BIAS:
+        shift = tl.load(bias + first + d, mask=d < D, other=0.0).to(ACC)
+        sums += tl.where(real[:, None], shift[None, :], 0.0)
+    return sums
+
+
+@triton.jit
+def conv_tile(
+    x, weight, bias, tail, previous, b, start, i, first, d, T, channels, x_b, x_t, real,
+    W: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_TAIL: tl.constexpr, HAS_PADS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """bias + sum_m weight[:, W - 1 - m] * (the real token m before), [C, BD] in ACC, before any
+    activation: tokens start + i of row b, channels first + d. 0 where not `real` and behind D.
+
+    x [B, T, channels] by its strides x_b and x_t, channels next to each other: a view whose channel
+        0 is that of `weight`, however wide the projection that it is cut from.
+    weight [channels, W], bias [channels] or None, tail [B, W - 1, channels] or None for zeros (the
+        inputs just before x, oldest first; rounded to x's dtype), all contiguous.
+    previous int32 [B, T] of `previous_tokens`, or None without pads.
+    b, start scalars; i = tl.arange(0, C); first the first channel (of a head, say); d = the BD
+        channels counted from there, of which those below D count; real bool [C] of `real_tokens`.
+    """
+    return conv_at(
+        x, weight, bias, tail, previous, b, start, start + i, first, d, T, channels, x_b, x_t, real,
+        W, D, BD, HAS_BIAS, HAS_TAIL, HAS_PADS, ACC,
+    )  # fmt: skip
