@@ -22,6 +22,7 @@ from rich.text import Text
 from transformers.utils import is_flash_attn_2_available
 
 import hybrid_sleep
+from hybrid_sleep.capture import outlook
 from hybrid_sleep.kernels import dispatch
 
 DISTRIBUTION = "hybrid-sleep"
@@ -51,6 +52,7 @@ TITLES = {
     "optional": "Optional packages (looked up, not imported)",
     "attention": "Attention implementations",
     "ops": "Ops: the path each call takes, and why",
+    "sleep": "Sleep: how model.sleep runs its passes, and why",
 }
 # What a container may use, where there is one.
 CONTAINER = Path("/sys/fs/cgroup")
@@ -66,7 +68,7 @@ def report() -> list[Row]:
     also have `device`, `dtype`, `tokens` and `candidates`: implementation -> why it is not taken,
     "" for the one that is.
     """
-    return [*_machine(), *_software(), *_optional(), *_attention(), *_ops()]
+    return [*_machine(), *_software(), *_optional(), *_attention(), *_ops(), *_sleep()]
 
 
 def render(console: Console | None = None, rows: list[Row] | None = None) -> None:
@@ -190,11 +192,20 @@ def _attention() -> Iterator[Row]:
         yield _row("attention", "flash_attention_2", "not available", why)
 
 
+def _devices() -> list[tuple[str, torch.dtype]]:
+    """Where models can lie here, and the dtype they usually have there."""
+    on_gpu = [("cuda", torch.bfloat16)] if torch.cuda.is_available() else []
+    return [("cpu", torch.float32), *on_gpu]
+
+
+def _sleep() -> Iterator[Row]:
+    for device, _ in _devices():
+        path, why = outlook(device)
+        yield _row("sleep", f"a sleep on {device}", path, why, device=device)
+
+
 def _ops() -> Iterator[Row]:
-    devices = [("cpu", torch.float32)]
-    if torch.cuda.is_available():
-        devices.append(("cuda", torch.bfloat16))
-    for device, dtype in devices:
+    for device, dtype in _devices():
         for op in dispatch.OPS:
             for label, tokens in CALLS:
                 path = dispatch.explain(op, tokens=tokens, device=device, dtype=dtype)

@@ -12,6 +12,7 @@ from transformers.utils.generic import can_return_tuple
 
 from hybrid_sleep.cache import SleepCache
 from hybrid_sleep.configuration import HybridSleepConfig, check_choice, check_count
+from hybrid_sleep.engine import SleepEngine
 from hybrid_sleep.generation import SleepGenerationMixin
 from hybrid_sleep.identity import Owner
 from hybrid_sleep.layers.block import Block
@@ -29,6 +30,8 @@ _LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index")
 class HybridSleepModel(HybridSleepPreTrainedModel):
     """The backbone: embeddings, blocks, final norm, and the loop of windows and sleeps.
 
+    `engine` runs the passes of sleeps from CUDA graphs where it can; None turns it off, to measure.
+
     Raises ValueError, naming the argument, for token ids out of range, masks of another shape, a
     depth that is none, and a cache of another model, config or weights version.
     """
@@ -40,7 +43,14 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary = Rotary(config)
         self.granularity: Granularity | None = None
+        self.engine: SleepEngine | None = SleepEngine()
         self.post_init()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> HybridSleepModel:
+        # Graphs hold memory on the device that the parameters may be about to leave.
+        if self.engine is not None:
+            self.engine.forget()
+        return super()._apply(*args, **kwargs)
 
     def check_tokens(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
@@ -340,7 +350,8 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
             than `tol` (relative, > 0), at the latest after `max_passes`.
 
         Computes no logits and writes no keys and values that are dropped anyway; with a fixed depth
-        the last pass skips what no fast weight depends on. Empty windows change nothing.
+        the last pass skips what no fast weight depends on. Empty windows change nothing. The
+        report's `path` says whether the passes came from CUDA graphs, or why not.
 
         Raises ValueError for a depth that is none, a cache of another model, config or weights
         version, and fast weights that are not finite; the cache is then as it was.

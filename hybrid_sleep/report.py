@@ -26,6 +26,8 @@ class SleepReport:
     change: per looped state-space layer, `||S_j - S_{j-1}|| / ||S_{j-1}||` of passes j = 2, 3, ...
     bytes_freed: keys, values, hidden states and tails that the boundary dropped.
     seconds: wall-clock time.
+    path: how the passes were run: "cuda graph: captured", "cuda graph: replayed", or "eager: " and
+        why no graph was used.
     """
 
     rows: list[int]
@@ -36,6 +38,7 @@ class SleepReport:
     change: dict[int, list[float]] = field(default_factory=dict)
     bytes_freed: int = 0
     seconds: float = 0.0
+    path: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -51,22 +54,26 @@ class SleepReport:
         return (
             f"{self.tokens} tokens in {len(self.rows)} row(s), {self.passes} pass(es), "
             f"{self.bytes_freed / 1024:.1f} KiB freed, {self.seconds * 1e3:.1f} ms"
+            + (f"; {self.path}" if self.path else "")
             + (f"; change of S by pass: {change}" if change else "")
         )
 
 
-def change_of(before: Mapping[int, Memory], after: Mapping[int, Memory]) -> Change:
-    """Per state-space layer `[2, R]`: squared norms of the step and of what it started from."""
-    return {
-        i: torch.stack(
-            (
-                (m.S - before[i].S).detach().square().flatten(1).sum(1),
-                before[i].S.detach().square().flatten(1).sum(1),
+def change_of(
+    before: Mapping[int, torch.Tensor], after: Mapping[int, torch.Tensor]
+) -> torch.Tensor:
+    """Squared norms `[layers, 2, R]` of the step in each layer's S and of what it started from."""
+    return torch.stack(
+        [
+            torch.stack(
+                (
+                    (S - before[i]).detach().square().flatten(1).sum(1),
+                    before[i].detach().square().flatten(1).sum(1),
+                )
             )
-        )
-        for i, m in after.items()
-        if isinstance(m, FastWeights)
-    }
+            for i, S in after.items()
+        ]
+    )
 
 
 def relative_by_row(change: Change) -> torch.Tensor:

@@ -7,19 +7,22 @@ The ordinary forward over the window was pass 1, so a sleep of depth N runs pass
     repeat for pass 2..N:   h, S <- LoopedBlocks(h, S)
     S of the coda <- S at the window's start;  S <- Coda(h, S)
     drop keys, values, hidden states, convolution tails
+
+A pass and the coda are functions of a `Night`; `engine.py` runs them, on a GPU from CUDA graphs.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import nn
 
+from hybrid_sleep import engine
 from hybrid_sleep.cache import SleepCache, Window
 from hybrid_sleep.configuration import HybridSleepConfig
+from hybrid_sleep.engine import Night, Step, begin, map_tensors
 from hybrid_sleep.layers.context import Context, FastWeights, Memory
 from hybrid_sleep.layers.stack import Granularity, run_blocks
 from hybrid_sleep.report import (
@@ -36,11 +39,9 @@ TOLERANCE = 1e-2
 MAX_PASSES = 16
 
 
-class Backbone(Protocol):
+class Backbone(engine.Backbone, Protocol):
     """What a sleep needs of a model."""
 
-    config: HybridSleepConfig
-    layers: nn.ModuleList
     granularity: Granularity | None
 
     def context(
@@ -109,9 +110,9 @@ def consolidate(
     if not len(rows):
         return SleepReport([], 0, [], 0, []) if report else None
     window = cache.window(rows)
-    after, depths, changes = _repeat_passes(backbone, window, passes, tol, max_passes, report)
-    if backbone.config.eviction == "hard":
-        after = {i: m for i, m in after.items() if isinstance(m, FastWeights)}
+    after, depths, changes, path = _repeat_passes(
+        backbone, window, passes, tol, max_passes, report
+    )
     by_layer = relative_by_layer(cache, after, changes, name) if report else {}
     freed = bytes_to_free(cache, window)
     cache.cross(rows, after)
@@ -126,6 +127,7 @@ def consolidate(
         change=by_layer,
         bytes_freed=freed,
         seconds=time.perf_counter() - began,
+        path=path,
     )
     cache.reports.append(done)
     return done
@@ -138,14 +140,57 @@ def _repeat_passes(
     tol: float,
     max_passes: int,
     measure: bool,
-) -> tuple[dict[int, Memory], torch.Tensor, list[Change]]:
-    """Passes 2..N and the coda: the memory they leave, each row's depth, each pass's change."""
-    config, layers, granularity = backbone.config, backbone.layers, backbone.granularity
-    (start, end), writer = config.loop_range, last_writer(config)
+) -> tuple[dict[int, Memory], torch.Tensor, list[Change], str]:
+    """Passes 2..N and the coda: the memory they leave, each row's depth, each pass's change, and
+    how they were run."""
+    config, writer = backbone.config, last_writer(backbone.config)
+    start, end = config.loop_range
     depth = max_passes if passes == "auto" else passes
     depths, changes = torch.ones_like(window.lengths), []
     if depth == 1 or writer is None:
-        return {}, depths, changes
+        why = "only one pass" if depth == 1 else "no layer leaves anything behind"
+        return {}, depths, changes, f"eager: {why}"
+    pruned = passes != "auto" and writer < end
+    last = "last pass" if pruned else "pass"
+    # Without gradients steps may be recorded, for sleeps that measure and others alike.
+    measure = measure or passes == "auto" or not torch.is_grad_enabled()
+    steps: dict[str, Step] = {}
+    if depth > 2 or not pruned:
+        steps["pass"] = partial(_pass, backbone, None, measure)
+    if pruned:
+        steps[last] = partial(_pass, backbone, writer, measure)
+    if writer >= end:
+        steps["coda"] = partial(_coda, backbone, writer)
+    with begin(backbone, _fall_asleep(backbone, window), steps) as night:
+        awake = torch.ones_like(window.lengths, dtype=torch.bool)
+        for j in range(2, depth + 1):
+            night.take(last if j == depth else "pass")
+            depths = depths + awake
+            change = night.change()
+            if change is not None:
+                changes.append(dict(zip(night.layers, change, strict=True)))
+            if passes == "auto":
+                awake = awake & (relative_by_row(changes[-1]) >= tol)
+                if not bool(awake.any()):
+                    break
+                if not bool(awake.all()):
+                    night.only(awake)
+        if "coda" in steps:
+            night.take("coda")
+        S, left = night.end()
+    looped = {i: FastWeights(x, *left.get(i, FastWeights(None))[1:]) for i, x in S.items()}
+    return left | looped, depths, changes, night.path
+
+
+def _fall_asleep(backbone: Backbone, window: Window) -> Night:
+    """Where pass 2 starts: hidden states and fast weights of pass 1, short-term memory as it was
+    when the window opened, and for the coda its fast weights of that time as well."""
+    start, end = backbone.config.loop_range
+    S = {
+        i: m.S for i, m in window.memory.items() if start <= i < end and isinstance(m, FastWeights)
+    }
+    tails = {i: m._replace(S=None) if i < end else m for i, m in window.opening.items()}
+    entering: dict[int, Memory] = {i: m for i, m in (tails | window.older).items() if i >= start}
     context = backbone.context(
         window.kept,
         window.lengths,
@@ -154,60 +199,48 @@ def _repeat_passes(
         window.hidden,
         sleeping=True,
     )
-    last = writer if passes != "auto" and writer < end else None
-    awake = torch.ones_like(window.lengths, dtype=torch.bool)
-    h, after = window.hidden, {i: m for i, m in window.memory.items() if start <= i < end}
-    for j in range(2, depth + 1):
-        before = after
-        h_j, after = run_blocks(
-            layers,
-            range(start, end),
-            h,
-            _entering(window, before),
-            context,
-            last_writer=last if j == depth else None,
-            granularity=granularity,
-        )
-        if not bool(awake.all()):
-            h_j, after = _only(awake, h_j, h, after, before)
-        h, depths = h_j, depths + awake
-        if measure or passes == "auto":
-            changes.append(change_of(before, after))
-        if passes == "auto":
-            awake = awake & (relative_by_row(changes[-1]) >= tol)
-            if not bool(awake.any()):
-                break
-    if writer >= end:
-        opening = {i: m for i, m in (*window.opening.items(), *window.older.items()) if i >= end}
-        coda = range(end, config.num_hidden_layers)
-        _, read_again = run_blocks(
-            layers, coda, h, opening, context, last_writer=writer, granularity=granularity
-        )
-        after = after | read_again
-    return after, depths, changes
+    return Night(window.hidden, S, entering, context)
 
 
-def _entering(window: Window, after: Mapping[int, Memory]) -> dict[int, Memory]:
-    """What a pass starts from: the fast weights of the last pass, short-term memory as it was."""
-    entering: dict[int, Memory] = dict(window.older)
-    for i, m in after.items():
-        if isinstance(m, FastWeights):
-            entering[i] = FastWeights(m.S, *window.opening.get(i, FastWeights(None))[1:])
-    return entering
+def _pass(
+    backbone: Backbone, last: int | None, measure: bool, night: Night
+) -> dict[str, Any]:
+    """`h, S <- LoopedBlocks(h, S)`; with `last`, what only later passes would read is left out."""
+    entering = dict(night.entering)
+    for i, S in night.S.items():
+        entering[i] = entering.get(i, FastWeights(None))._replace(S=S)
+    h, after = run_blocks(
+        backbone.layers,
+        range(*backbone.config.loop_range),
+        night.h,
+        entering,
+        night.context,
+        last_writer=last,
+        granularity=backbone.granularity,
+    )
+    new = {"h": h, "S": {i: after[i].S for i in night.S}, "left": {}}
+    if backbone.config.eviction == "sliding":
+        new["left"] = {
+            i: m._replace(S=None) if isinstance(m, FastWeights) else m for i, m in after.items()
+        }
+    if night.awake is not None:
+        new = {name: map_tensors(night.pick, x, getattr(night, name)) for name, x in new.items()}
+    if measure and night.S:
+        new["change"] = change_of(night.S, new["S"])
+    return new
 
 
-def _only(
-    awake: torch.Tensor,
-    h: torch.Tensor,
-    h_before: torch.Tensor,
-    after: Mapping[int, Memory],
-    before: Mapping[int, Memory],
-) -> tuple[torch.Tensor, dict[int, Memory]]:
-    """Take the new values in rows that are still `awake`, the ones before in the others."""
-    awake = awake.to(h.device)
-
-    def pick(new: torch.Tensor | None, old: torch.Tensor | None) -> torch.Tensor | None:
-        return None if new is None else torch.where(awake.view(-1, *[1] * (new.ndim - 1)), new, old)
-
-    kept = {i: type(m)(*map(pick, m, before[i])) for i, m in after.items()}
-    return pick(h, h_before), kept
+def _coda(backbone: Backbone, writer: int, night: Night) -> dict[str, Any]:
+    """`S <- Coda(h, S)` from the window's start, the last block only as far as it writes."""
+    _, left = run_blocks(
+        backbone.layers,
+        range(backbone.config.loop_range[1], backbone.config.num_hidden_layers),
+        night.h,
+        night.entering,
+        night.context,
+        last_writer=writer,
+        granularity=backbone.granularity,
+    )
+    if backbone.config.eviction == "hard":
+        left = {i: FastWeights(m.S) for i, m in left.items() if isinstance(m, FastWeights)}
+    return {"left": left}

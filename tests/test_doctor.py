@@ -10,10 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
+from small import small_ids, small_model
 
 from hybrid_sleep import doctor
 from hybrid_sleep.kernels import dispatch
 from hybrid_sleep.kernels.gated_delta_rule import gated_delta_rule
+from hybrid_sleep.kernels.gated_norm import gated_norm
 from hybrid_sleep.kernels.short_conv import short_conv
 from hybrid_sleep.kernels.ssd import ssd
 
@@ -38,8 +40,16 @@ def run_op(op: str, tokens: int) -> None:
         gated_delta_rule(q, k, v, g, g)
     elif op == "ssd":
         ssd(q, k, v, g)
-    else:
+    elif op == "short_conv":
         short_conv(torch.randn(1, tokens, 2), torch.randn(2, 3))
+    elif op == "gated_norm":
+        gated_norm(v, v, torch.ones(2), 1e-6)
+    else:
+        # What layers call as one op is called by a layer.
+        kind = "mamba2" if op == "mamba2" else "gated_deltanet"
+        model = small_model(state_space=kind, window=tokens, dtype=torch.float32)
+        with torch.no_grad():
+            model(small_ids(1, tokens))
 
 
 def test_report_is_plain_data_in_the_order_of_its_sections():
@@ -120,6 +130,16 @@ def test_a_machine_with_a_gpu_gets_rows_for_it(monkeypatch):
     calls = [("cpu", "float32"), ("cuda", "bfloat16")]
     wanted = [(*call, tokens) for call in calls for _ in dispatch.OPS for tokens in (1, 1024)]
     assert [(r["device"], r["dtype"], r["tokens"]) for r in ops] == wanted
+    assert row("sleep", "a sleep on cuda")["value"] == "cuda graph"
+    assert row("sleep", "a sleep on cpu")["why"] == "cpu is no CUDA device"
+
+
+@torch.no_grad()
+def test_a_sleep_takes_the_path_that_is_reported():
+    model = small_model()
+    report = model.sleep(model(small_ids(1, 4)).past_key_values, passes=2)
+    told = row("sleep", "a sleep on cpu")
+    assert report.path == f"{told['value']}: {told['why']}"
 
 
 def test_a_container_can_only_lower_the_limits(tmp_path, monkeypatch):

@@ -1,7 +1,8 @@
-"""Small untrained models to time: cost does not depend on what the weights have learned."""
+"""Untrained models to time: cost does not depend on what the weights have learned."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 VOCABULARY = 256
@@ -16,18 +17,26 @@ def untrained(
     eviction: str = "hard",
     loop: tuple[int, int] | None = None,
     device: Any = "cpu",
+    dtype: str = "float32",
+    head_dim: int = 32,
+    vocabulary: int = VOCABULARY,
+    layer_types: Sequence[str] | None = None,
 ) -> Any:
-    """A HybridSleepForCausalLM with alternating attention and `state_space` layers, heads of 32."""
+    """A HybridSleepForCausalLM with alternating attention and `state_space` layers, heads of 32.
+
+    layer_types: another order of layers; dtype: a torch dtype's name.
+    """
     import torch
 
     from hybrid_sleep import HybridSleepConfig, HybridSleepForCausalLM
 
-    heads = max(2, hidden // 32)
+    heads = max(2, hidden // head_dim)
     config = HybridSleepConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=3 * hidden,
         num_hidden_layers=layers,
+        layer_types=None if layer_types is None else list(layer_types),
         num_attention_heads=heads,
         state_space=state_space,
         linear_num_key_heads=heads,
@@ -39,4 +48,4 @@ def untrained(
         loop=loop,
     )
     torch.manual_seed(0)
-    return HybridSleepForCausalLM(config).to(device).eval()
+    return HybridSleepForCausalLM(config).to(device, getattr(torch, dtype)).eval()

@@ -1,7 +1,8 @@
 """What a sleep of depth N costs, against N plain calls of the model on the same window.
 
 A sleep reuses pass 1 and computes no logits, so it should take at most (N-1)/N of the N calls.
-Both are timed in one process, in turn and in alternating order, and compared pair by pair.
+Both are timed in one process, in turn and in alternating order, and compared pair by pair. On a
+CUDA device `sleep_on_gpu` measures instead; its claims are made there alone.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+from hybrid_sleep.eval.benchmarks import sleep_on_gpu
 from hybrid_sleep.eval.benchmarks.generation import synchronise
 from hybrid_sleep.eval.benchmarks.models import VOCABULARY, untrained
-from hybrid_sleep.eval.provenance import check_device, describe, provenance
+from hybrid_sleep.eval.benchmarks.slices import Row, collect, record_of
 from hybrid_sleep.eval.tasks.base import check_int
+from hybrid_sleep.provenance import check_device, describe
 
 LEAST_SECONDS = 3.0
 
@@ -61,53 +65,60 @@ def run(
     repeats: int = 9,
     least_seconds: float = LEAST_SECONDS,
     device: str = "cpu",
+    minutes: float | None = None,
+    out: Path | None = None,
     command: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Time both sides on every shape and depth; `ratio` is the median over paired runs.
 
     At least `repeats` pairs of each, more where that takes less than `least_seconds`. `quartiles`
-    are those of the paired ratios, `bound` is (N-1)/N. Interrupted after the first row, it returns
-    the rows it has, with `complete` False.
+    are those of the paired ratios, `bound` is (N-1)/N. Interrupted after the first row, or out of
+    `minutes`, it returns the rows it has, with `complete` False; rows that `out` has from the same
+    code on the same machine are kept. On a CUDA device: see `sleep_on_gpu.run`, which has shapes
+    and depths of its own.
     """
+    import torch
+
     check_device(device)
     check_int("repeats", repeats, 2)
     for depth in passes:
         check_int("passes", depth, 2)
-    rows, complete = [], True
-    try:
-        for shape in shapes:
-            options = asdict(shape)
-            batch = options.pop("batch")
-            model = untrained(device=device, **options)
-            for depth in passes:
-                pairs = time_pairs(model, batch, depth, repeats, least_seconds)
-                rows.append(
-                    {
-                        **asdict(shape),
-                        "passes": depth,
-                        "pairs": len(pairs),
-                        "sleep_seconds": median(slept for slept, _ in pairs),
-                        "calls_seconds": median(called for _, called in pairs),
-                        **compare(pairs),
-                        "bound": (depth - 1) / depth,
-                    }
-                )
-                if progress is not None:
-                    progress(len(rows), len(shapes) * len(passes))
-    except KeyboardInterrupt:
-        if not rows:
-            raise
-        complete = False
-    return {
+    slice_of = {"minutes": minutes, "out": out, "progress": progress}
+    if torch.device(device).type == "cuda":
+        return sleep_on_gpu.run(repeats=repeats, device=device, command=command, **slice_of)
+    result = {
         "benchmark": "sleep",
+        "measured_on": "cpu",
         "repeats": repeats,
-        "rows": rows,
-        "within_bound": all(row["ratio"] <= row["bound"] for row in rows),
-        "complete": complete,
+        "rows": [],
         "command": command,
-        "provenance": provenance(device),
+        "provenance": record_of(device),
     }
+    models: dict[Shape, Any] = {}
+
+    def measure(names: Row) -> Row:
+        options = {name: value for name, value in names.items() if name != "passes"}
+        options["loop"] = None if options["loop"] is None else tuple(options["loop"])
+        shape, depth = Shape(**options), names["passes"]
+        if shape not in models:
+            models.clear()
+            del options["batch"]
+            models[shape] = untrained(device=device, **options)
+        pairs = time_pairs(models[shape], shape.batch, depth, repeats, least_seconds)
+        return {
+            "pairs": len(pairs),
+            "sleep_seconds": median(slept for slept, _ in pairs),
+            "calls_seconds": median(called for _, called in pairs),
+            **compare(pairs),
+            "bound": (depth - 1) / depth,
+        }
+
+    def finish(result: dict[str, Any]) -> None:
+        result["within_bound"] = all(row["ratio"] <= row["bound"] for row in result["rows"])
+
+    wanted = [{**asdict(shape), "passes": depth} for shape in shapes for depth in passes]
+    return collect(result, wanted, measure, finish=finish, **slice_of)
 
 
 def compare(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
@@ -161,6 +172,8 @@ def time_pairs(
 
 def markdown(result: dict[str, Any]) -> str:
     """One row a shape and depth."""
+    if result.get("measured_on") == "cuda":
+        return sleep_on_gpu.markdown(result)
     head = ["state space", "eviction", "loop", "B", "L", "D", "layers", "N", "sleep, ms",
             "N calls, ms", "ratio", "quartiles", "(N-1)/N", "within"]  # fmt: skip
     lines = [f"| {' | '.join(head)} |", "|---|---|---|" + "---:|" * (len(head) - 3)]
@@ -180,11 +193,13 @@ def markdown(result: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     fewest, most = (pick(row["pairs"] for row in result["rows"]) for pick in (min, max))
     if not result["complete"]:
-        lines += ["", "Interrupted; the shapes after these were not measured."]
+        ended = result.get("ended", "interrupted").capitalize()
+        lines += ["", f"{ended}; the shapes after these were not measured."]
     lines += [
         "",
         f"Medians of {fewest} to {most} paired runs in one process, in alternating order. A call "
-        "returns logits for the whole window and a cache, as `model(input_ids)` does by default.",
+        "returns logits for the whole window and a cache, as `model(input_ids)` does by default."
+        + (" Measured on a CPU; says nothing about a GPU." if "measured_on" in result else ""),
         "",
         describe(result["provenance"]),
     ]
@@ -195,6 +210,8 @@ def markdown(result: dict[str, Any]) -> str:
 
 def figure(result: dict[str, Any]) -> Any:
     """The ratio of every shape, grouped by depth, under its bound."""
+    if result.get("measured_on") == "cuda":
+        return sleep_on_gpu.figure(result)
     from hybrid_sleep.eval.plots import BLUE, INK, ORANGE, new_figure
 
     picture, axes = new_figure("A sleep of depth N against N calls of the model")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from hybrid_sleep.eval import report
-from hybrid_sleep.eval.benchmarks import generation, sleep
+from hybrid_sleep.eval.benchmarks import generation, sleep, sleep_on_gpu, slices
 from hybrid_sleep.eval.benchmarks.models import untrained
+from hybrid_sleep.kernels.benchmarks import resume
 
 TINY = sleep.Shape(state_space="mamba2", batch=2, window=5, hidden=16, layers=2)
 
@@ -175,6 +178,130 @@ def test_interrupted_they_keep_what_is_finished(tmp_path):
         generation.run(**options, repeats=2, progress=stop)
 
 
+def counting(monkeypatch) -> list:
+    """The depths that are timed from now on; times are made up."""
+    timed = []
+
+    def time_pairs(model, batch, depth, *_):
+        timed.append(depth)
+        return [(1.0, 2.0), (1.0, 2.5)]
+
+    monkeypatch.setattr(sleep, "time_pairs", time_pairs)
+    return timed
+
+
+def test_rows_that_are_there_are_not_measured_again(tmp_path, monkeypatch):
+    timed = counting(monkeypatch)
+    first = sleep.run(shapes=[TINY], passes=(2, 3), repeats=2, out=tmp_path)
+    assert timed == [2, 3] and first["complete"] and first["ended"] == "done"
+    again = sleep.run(shapes=[TINY], passes=(4, 3, 2), repeats=2, out=tmp_path)
+    assert timed == [2, 3, 4]
+    assert [row["passes"] for row in again["rows"]] == [4, 3, 2]
+    # Other code, versions or another device: nothing of it counts.
+    real = slices.record
+    monkeypatch.setattr(slices, "record", lambda device: {**real(device), "torch": "1.0"})
+    sleep.run(shapes=[TINY], passes=(2,), repeats=2, out=tmp_path)
+    assert timed == [2, 3, 4, 2]
+
+
+def test_every_row_is_on_the_disk_before_the_next_one(tmp_path, monkeypatch):
+    timed = counting(monkeypatch)
+
+    def stop(done, total):
+        written = json.loads((tmp_path / "results.json").read_text())
+        assert [row["passes"] for row in written["rows"]] == timed and not written["complete"]
+        if done == 2:
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        sleep.run(shapes=[TINY], passes=(2, 3, 4), repeats=2, out=tmp_path, progress=stop)
+    assert sleep.run(shapes=[TINY], passes=(2, 3, 4), repeats=2, out=tmp_path)["complete"]
+    assert timed == [2, 3, 4]
+
+
+def test_it_stops_before_its_time_is_up_and_goes_on(tmp_path, monkeypatch):
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(resume.time, "monotonic", lambda: now.seconds)
+    timed = []
+
+    def time_pairs(model, batch, depth, *_):
+        timed.append(depth)
+        now.seconds += 100
+        return [(1.0, 2.0)] * 2
+
+    monkeypatch.setattr(sleep, "time_pairs", time_pairs)
+    how = {"shapes": [TINY], "passes": (2, 3, 4, 5, 6), "repeats": 2, "out": tmp_path}
+    part = sleep.run(**how, minutes=4)
+    assert timed == [2, 3] and now.seconds <= 240
+    assert (part["ended"], part["complete"]) == ("time is up", False)
+    assert "Time is up" in report.save(part, tmp_path)[1].read_text()
+    assert sleep.run(**how, minutes=60)["ended"] == "done" and timed == [2, 3, 4, 5, 6]
+
+
+def test_a_cpu_has_nothing_to_say_about_a_gpu(tmp_path, monkeypatch):
+    counting(monkeypatch)
+    result = sleep.run(shapes=[TINY], passes=(2,), repeats=2)
+    assert result["measured_on"] == "cpu" and "target" not in result
+    text = report.save(result, tmp_path)[1].read_text()
+    assert "Measured on a CPU; says nothing about a GPU" in text
+    assert "cuda" not in json.dumps(result["rows"])
+
+
+def test_results_from_before_graphs_are_still_rendered(tmp_path):
+    committed = Path(sleep.__file__).parents[1] / "results" / "sleep"
+    (tmp_path / "results.json").write_bytes((committed / "results.json").read_bytes())
+    table, _ = report.render(tmp_path / "results.json")
+    assert table.read_text() == (committed / "results.md").read_text()
+
+
+SMALL = {"hidden": 16, "layers": 4, "window": 6, "head_dim": 8, "vocabulary": 32,
+         "dtype": "float32"}  # fmt: skip
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """A result as a GPU would give it, measured on this CPU without graphs."""
+    monkeypatch.setattr(sleep_on_gpu, "SIZE", SMALL)
+    monkeypatch.setattr(sleep_on_gpu, "WINDOWS", 3)
+    bench = sleep_on_gpu.Bench("cpu", 2)
+    rounds = bench._rounds
+    bench._rounds = lambda works, **how: rounds(works, **{**how, "least_seconds": 0.0})
+    result = {"benchmark": "sleep", "measured_on": "cuda", "command": None,
+              "provenance": slices.record_of("cpu")}  # fmt: skip
+    wanted = [row for row in sleep_on_gpu.wanted_rows() if row["state_space"] == "gated_deltanet"]
+    return slices.collect(result, wanted, bench.measure, finish=sleep_on_gpu.judge)
+
+
+def test_gpu_rows_are_measured_and_shown(on_gpu, tmp_path):
+    sleeps = [row for row in on_gpu["rows"] if row["kind"] == "sleep"]
+    assert [(row["batch"], row["passes"]) for row in sleeps] == [
+        (batch, passes) for batch in (1, 16) for passes in (4, 2, 8, 1)
+    ]
+    for row in sleeps:
+        assert row["rounds"] == 2 and row["path"].startswith("eager: ")
+    for row in on_gpu["rows"]:
+        if row["kind"] == "wake":
+            assert row["cache_bytes"]["before"] == row["cache_bytes"]["after"]
+    text = report.save(on_gpu, tmp_path)[1].read_text()
+    assert text.count("| gated_deltanet |") == 10 and "after 64 windows" in text
+
+
+def test_the_target_is_met_from_graphs_alone_and_silent_without_its_row(on_gpu):
+    row = next(r for r in on_gpu["rows"] if (r["batch"], r["passes"]) == (1, 4))
+    row["speedup"]["graph"]["median"] = 9.0
+    sleep_on_gpu.judge(on_gpu)
+    assert on_gpu["target"]["met"] is False
+    row["path"] = "cuda graph: replayed"
+    sleep_on_gpu.judge(on_gpu)
+    assert on_gpu["target"]["met"] is True and ": met." in sleep_on_gpu.markdown(on_gpu)
+    row["speedup"]["graph"]["median"] = 2.9
+    sleep_on_gpu.judge(on_gpu)
+    assert on_gpu["target"]["met"] is False and "**missed**" in sleep_on_gpu.markdown(on_gpu)
+    on_gpu["rows"].remove(row)
+    sleep_on_gpu.judge(on_gpu)
+    assert "target" not in on_gpu and "Target" not in sleep_on_gpu.markdown(on_gpu)
+
+
 def test_shapes_cover_both_state_spaces_evictions_and_a_loop_range():
     assert {shape.state_space for shape in sleep.SHAPES} == {"gated_deltanet", "mamba2"}
     assert {shape.eviction for shape in sleep.SHAPES} == {"hard", "sliding"}
@@ -188,6 +315,8 @@ def test_shapes_cover_both_state_spaces_evictions_and_a_loop_range():
         (lambda: generation.run(repeats=0), r"repeats=0.*at least 1"),
         (lambda: sleep.run(repeats=1), r"repeats=1.*at least 2"),
         (lambda: sleep.run(passes=(1,)), r"passes=1.*at least 2"),
+        (lambda: sleep.run(minutes=0), r"minutes=0.*above 0"),
+        (lambda: sleep_on_gpu.run(device="cpu"), r"device='cpu'.*GPU.*allowed: cuda"),
     ],
 )
 def test_bad_arguments_are_named(call, message):
