@@ -312,6 +312,29 @@ def bench_kernels(
         typer.echo(f"everything was there already; remove {paths[0]} to measure again", err=True)
 
 
+@bench.command("compiled")
+@_command
+def bench_compiled(
+    ops: Annotated[
+        list[str] | None, typer.Argument(metavar="OP", help="Default: all of them.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/bench-compiled"),
+) -> None:
+    """What the Triton kernels compile to for compute capability 9.0, without a GPU."""
+    from hybrid_sleep.kernels.benchmarks import compiled
+
+    result = compiled.run(
+        ops or tuple(compiled.INPUTS),
+        command=_command_line(),
+        progress=lambda row: typer.echo(row, err=True),
+    )
+    paths = compiled.save(result, out)
+    typer.echo(paths[1].read_text(encoding="utf-8"))
+    typer.echo("wrote " + ", ".join(map(str, paths)), err=True)
+    if broken := [row for row in result["rows"] if row["wrong"]]:
+        raise ValueError(f"{len(broken)} of {len(result['rows'])} break a limit: see {paths[1]}")
+
+
 @bench.command("render")
 @_command
 def bench_render(

@@ -36,13 +36,13 @@ REQUIRED = (
 )
 # Distribution, import name, and what it is good for here.
 OPTIONAL = (
-    ("triton", "triton", "GPU kernels, where the ops below list one"),
+    ("triton", "triton", "the GPU kernels of every op below"),
     ("deepspeed", "deepspeed", "training on several devices"),
     ("lm-eval", "lm_eval", "standard benchmarks"),
     ("flash-attn", "flash_attn", "attn_implementation='flash_attention_2'"),
-    ("flash-linear-attention", "fla", "a peer to measure against; no op calls it"),
-    ("causal-conv1d", "causal_conv1d", "a peer to measure against; no op calls it"),
-    ("mamba-ssm", "mamba_ssm", "a peer to measure against; no op calls it"),
+    ("flash-linear-attention", "fla", "gated_delta_rule on a GPU where the Triton kernels decline"),
+    ("causal-conv1d", "causal_conv1d", "short_conv, likewise"),
+    ("mamba-ssm", "mamba_ssm", "ssd without gradients, likewise"),
 )
 # One token is generation; a window of them is reading, training and sleep.
 CALLS = (("one token", 1), ("a window", 1024))

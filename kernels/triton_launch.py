@@ -48,7 +48,7 @@ class Precision(NamedTuple):
     @property
     def chunk(self) -> int:
         """Tokens of a chunk: fewer where operands are wide, so that a tile stays in registers."""
-        return 64 if self.DOT == tl.bfloat16 else 32 if self.MODE == "tf32" else 16
+        return 64 if self.DOT == tl.bfloat16 else 16
 
     @property
     def between(self) -> torch.dtype:
@@ -62,16 +62,11 @@ class Precision(NamedTuple):
 
 
 def precision(dtype: torch.dtype, state_dtype: torch.dtype) -> Precision:
-    """bf16 products for bf16 inputs, TF32 for fp16, three TF32 products for one of fp32.
-
-    fp16 is multiplied as TF32, which has its mantissa and the range that a state may need.
-    """
+    """bf16 products for bf16 inputs, three TF32 products for one of any other dtype."""
     if state_dtype == torch.float64:
         return Precision(tl.float64, tl.float64, "ieee", "ieee")
     if dtype == torch.bfloat16:
         return Precision(tl.bfloat16, tl.float32, "tf32", "tf32")
-    if dtype == torch.float16:
-        return Precision(tl.float32, tl.float32, "tf32", "tf32")
     return Precision(tl.float32, tl.float32, "tf32x3", "tf32x3")
 
 

@@ -12,7 +12,7 @@ import torch
 from hybrid_sleep.kernels import dispatch
 
 LARGEST_DIM = 256
-# Products of float32 and float16 take more registers than those of bfloat16.
+# Products of float32 take more registers than those of bfloat16.
 LARGEST_WIDE_KEY = 128
 CAPABILITY = (8, 0)
 
@@ -41,6 +41,8 @@ def rejects(call: dispatch.Call) -> str | None:
     too_wide = [dim for dim in call.dims if dim > LARGEST_DIM]
     if too_wide:
         return f"a dimension of {too_wide[0]} is above {LARGEST_DIM}, the largest a kernel holds"
+    if len(call.dims) > 1 and call.dtype == torch.float16:
+        return "float16 has too little range for a state; bfloat16 and float32 have enough"
     if len(call.dims) > 1 and call.dims[0] > LARGEST_WIDE_KEY and call.dtype != torch.bfloat16:
         return f"K = {call.dims[0]} is above {LARGEST_WIDE_KEY}, the largest in {call.dtype}"
     if call.device == "cuda":

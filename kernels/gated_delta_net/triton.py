@@ -17,6 +17,7 @@ from hybrid_sleep.kernels.short_conv import triton as conv
 from hybrid_sleep.kernels.short_conv.tail import tail_after
 from hybrid_sleep.kernels.short_conv.triton_taps import previous_tokens
 from hybrid_sleep.kernels.triton_launch import Precision, empty, next_power, precision
+from hybrid_sleep.kernels.triton_sizes import Sizes, chunk_length, whole
 
 
 class Raw(NamedTuple):
@@ -69,6 +70,7 @@ def gated_delta_net(
     raw = Raw(
         q, kv, a, b, q_weight, kv_weight, A_log, dt_bias, initial_state, q_tail, kv_tail
     )
+    mask = whole(mask)
     how = precision(kv.dtype, compute_dtype(*(x for x in raw if x is not None)))
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in raw):
         read = raw if output else raw._replace(q=None)
@@ -88,9 +90,9 @@ def gated_delta_net(
     return Mixed(o, S, after, tail_after(kv, kv_tail, mask, dims.W))
 
 
-def _sizes(dims: Dims, how: Precision) -> rule.Sizes:
-    C = rule.chunk_length(dims.T, None, how)
-    sizes = rule.Sizes(dims.B, dims.T, dims.H, dims.H // dims.G, dims.K, dims.V, C, 1)
+def _sizes(dims: Dims, how: Precision) -> Sizes:
+    C = chunk_length(dims.T, None, how)
+    sizes = Sizes(dims.B, dims.T, dims.H, dims.H // dims.G, dims.K, dims.V, C, 1)
     return sizes._replace(segments=rule.segment_count(sizes))
 
 
@@ -105,7 +107,7 @@ def _dense(raw: Raw) -> Raw:
 
 
 def _prologue(
-    raw: Raw, mask: Tensor | None, sizes: rule.Sizes, dims: Dims, how: Precision, keep: bool
+    raw: Raw, mask: Tensor | None, sizes: Sizes, dims: Dims, how: Precision, keep: bool
 ) -> tuple[Heads, rule.Chunks]:
     """q, k, v and the chunks of a call in one launch."""
     B, T, G, K, H, V, W = dims
@@ -126,14 +128,14 @@ def _prologue(
     )  # fmt: skip
     strides = raw.kv if raw.q is None else raw.q
     triton_kernels.prologue.launch(
-        (sizes.chunks, B * H),
+        (B * H, sizes.chunks),
         q=raw.q, kv=kv, a=raw.a, b_raw=raw.b, q_weight=raw.q_weight, kv_weight=raw.kv_weight,
         A_log=raw.A_log, dt_bias=raw.dt_bias, q_tail=raw.q_tail, kv_tail=raw.kv_tail,
         mask=mask, previous=None if mask is None else previous_tokens(mask),
         q_out=heads.q, k_out=heads.k, v_out=heads.v,
         q_length=heads.q_length, k_length=heads.k_length, **chunks._asdict(),
         q_b=strides.stride(0), q_t=strides.stride(1), kv_b=kv.stride(0), kv_t=kv.stride(1),
-        **sizes.shared(), R=H // G, V=V, W=W, HAS_Q_TAIL=raw.q_tail is not None,
+        **sizes.shared(), V=V, W=W, HAS_Q_TAIL=raw.q_tail is not None,
         HAS_KV_TAIL=raw.kv_tail is not None, HAS_MASK=mask is not None, OUT=out, KEEP=keep,
         **how._asdict(),
     )  # fmt: skip
@@ -153,7 +155,7 @@ def _step(
     q_tail = empty(kv, (B, W - 1, G * K), kv.dtype) if has_q_tail else None
     kv_tail = empty(kv, (B, W - 1, kv.shape[2]), kv.dtype) if tails else None
     triton_kernels.step.launch(
-        lambda meta: (triton.cdiv(V, meta["BV"]), B * H),
+        lambda meta: (B * H, triton.cdiv(V, meta["BV"])),
         q=q, kv=kv, a=raw.a, b_raw=raw.b, q_weight=raw.q_weight, kv_weight=raw.kv_weight,
         A_log=raw.A_log, dt_bias=raw.dt_bias, q_tail=raw.q_tail, kv_tail=raw.kv_tail, mask=mask,
         initial=raw.initial_state, out=o, final=S, new_q_tail=q_tail, new_kv_tail=kv_tail,

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from hybrid_sleep.kernels.gated_delta_rule.triton_forward import store_chunk
-from hybrid_sleep.kernels.short_conv.triton_taps import conv_tile
+from hybrid_sleep.kernels.short_conv.triton_taps import conv_one, conv_tile
 from hybrid_sleep.kernels.triton_launch import config, kernel
 from hybrid_sleep.kernels.triton_tiles import (
     real_tokens,
@@ -54,7 +54,7 @@ def prologue(
     Writes q_out, k_out [B, T, G, K] and v_out [B, T, H, V], zeros at pads, with KEEP the inverse
     lengths q_length, k_length [B, T, G], and what `prepare` writes.
     """
-    chunk, bh = tl.program_id(0), tl.program_id(1)
+    bh, chunk = tl.program_id(0), tl.program_id(1)
     b, h = bh // H, bh % H
     G: tl.constexpr = H // R
     g = h // R
@@ -133,37 +133,6 @@ def length_back(
     )
 
 
-@triton.jit
-def conv_one(
-    x, weight, tail, new_tail, b, first, d, real, writes, channels, x_b,
-    W: tl.constexpr, D: tl.constexpr, HAS_TAIL: tl.constexpr, TAILS: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
-    """silu(conv) [BD] of the only token of x [B, 1, channels], and with TAILS the new tail.
-
-    real and writes are 1 or 0: a pad leaves the tail as it was, and one program writes it.
-    """
-    there, here = d < D, d < D * real
-    moves, stays = d < D * real * writes, d < D * (1 - real) * writes
-    c = first + d
-    now = tl.load(x + b.to(tl.int64) * x_b + c, mask=here, other=0.0)
-    sums = now.to(ACC) * tl.load(weight + c * W + W - 1, mask=there, other=0.0).to(ACC)
-    base = b.to(tl.int64) * (W - 1) * channels
-    for w in tl.static_range(0, W - 1):
-        slot = base + w * channels + c
-        old = tl.zeros_like(now)
-        if HAS_TAIL:
-            old = tl.load(tail + slot, mask=there, other=0.0).to(now.dtype)
-        sums += old.to(ACC) * tl.load(weight + c * W + w, mask=there, other=0.0).to(ACC)
-        if TAILS:
-            if w > 0:
-                tl.store(new_tail + slot - channels, old, mask=moves)
-            tl.store(new_tail + slot, old, mask=stays)
-    if TAILS and W > 1:
-        tl.store(new_tail + base + (W - 2) * channels + c, now, mask=moves)
-    return silu(sums)
-
-
 @kernel([config(2, BV=16), config(4, BV=32)], key=("K", "V", "busy"), blocks={"BV": "V"})
 @triton.jit
 def step(
@@ -180,7 +149,7 @@ def step(
     q [B, 1, G * K], kv [B, 1, G * K + H * V], a, b_raw [B, 1, H]; initial, final [B, H, K, V];
     out [B, 1, H, V]; tails [B, W - 1, channels]. Q_TAIL: q is there for its tail at least.
     """
-    block, bh = tl.program_id(0), tl.program_id(1)
+    bh, block = tl.program_id(0), tl.program_id(1)
     b, h = bh // H, bh % H
     G: tl.constexpr = H // R
     g = h // R

@@ -11,49 +11,15 @@ from torch.autograd.function import once_differentiable
 
 from hybrid_sleep.kernels.checks import compute_dtype
 from hybrid_sleep.kernels.gated_delta_rule import triton_backward, triton_forward
-from hybrid_sleep.kernels.triton_launch import (
-    Precision,
-    empty,
-    next_power,
-    precision,
-)
+from hybrid_sleep.kernels.triton_launch import Precision, empty, next_power, precision
+from hybrid_sleep.kernels.triton_sizes import Sizes, chunk_length, dense, strides, whole
 
-LONGEST_CHUNK = 64
 # Programs that fill a GPU: below this many, the chunks are cut into segments.
 PROGRAMS = 128
 # Columns of the state that a program holds where few rows sleep.
 NARROW = 16
 # A segment pays for its transition (K more columns) with at least this many chunks.
 LEAST_CHUNKS = 4
-
-
-class Sizes(NamedTuple):
-    """What the kernels of one call agree on; R heads of values share one of keys."""
-
-    B: int
-    T: int
-    H: int
-    R: int
-    K: int
-    V: int
-    C: int
-    segments: int
-
-    @property
-    def chunks(self) -> int:
-        """How many chunks a row has."""
-        return -(-self.T // self.C)
-
-    def shared(self) -> dict[str, int]:
-        """Arguments that every kernel takes."""
-        return {"T": self.T, "NT": self.chunks, "H": self.H, "K": self.K, "C": self.C} | {
-            "BK": next_power(self.K)
-        }
-
-    @property
-    def busy(self) -> int:
-        """How many heads there are in all, roughly: what a configuration is chosen for."""
-        return min(1024, triton.next_power_of_2(self.B * self.H * self.segments))
 
 
 class Chunks(NamedTuple):
@@ -89,17 +55,12 @@ def gated_delta_rule(
     C = chunk_length(T, chunk_size, how)
     sizes = Sizes(B, T, H, H // k.shape[2], K, V, C, 1)
     sizes = sizes._replace(segments=segment_count(sizes) if segments is None else segments)
+    mask = whole(mask)
     leaves = (q if output else None, k, v, g, beta, initial_state)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves):
         return _GatedDelta.apply(*leaves, mask, scale, sizes, how)
     o, S, _ = forward(*leaves, mask, scale, sizes, how)
     return o, S
-
-
-def chunk_length(T: int, chunk_size: int | None, how: Precision) -> int:
-    """16, 32 or 64: `chunk_size` or `how.chunk`, rounded down, and no longer than needed."""
-    wanted = how.chunk if chunk_size is None else chunk_size
-    return min(next_power(T), max(16, min(LONGEST_CHUNK, 1 << (wanted.bit_length() - 1))))
 
 
 def segment_count(sizes: Sizes) -> int:
@@ -112,15 +73,6 @@ def segment_count(sizes: Sizes) -> int:
         return 1
     programs = sizes.B * sizes.H * -(-sizes.V // NARROW)
     return max(1, min(PROGRAMS // programs, sizes.chunks // LEAST_CHUNKS))
-
-
-def _rows(name: str, x: Tensor) -> dict[str, int]:
-    return {f"{name}_{dim}": stride for dim, stride in zip("bth", x.stride(), strict=False)}
-
-
-def _dense(x: Tensor | None) -> Tensor | None:
-    """The tensor with a last dimension that lies in one piece."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
 def prepare(
@@ -141,9 +93,9 @@ def prepare(
         empty(k, (B, H, NT, C), how.state),
     )
     triton_forward.prepare.launch(
-        (NT, B * H),
+        (B * H, NT),
         q=q, k=k, g=g.contiguous(), beta=beta.contiguous(), mask=mask, **found._asdict(),
-        **_rows("q", k if q is None else q), **_rows("k", k), **sizes.shared(), R=sizes.R,
+        **strides("q", k if q is None else q), **strides("k", k), **sizes.shared(),
         HAS_MASK=mask is not None, OUT=q is not None, **how._asdict(),
     )  # fmt: skip
     return found
@@ -170,16 +122,16 @@ def scan(
     B, T, H, R, K, V, C, segments = sizes
     o = None if q is None else empty(v, (B, T, H, V), v.dtype)
     S = empty(v, (B, H, K, V), how.state)
-    initial = None if initial_state is None else initial_state.contiguous()
+    initial = whole(initial_state)
     given = dict(
         q=q, k=k, v=v, mask=mask, **chunks._asdict(),
-        **_rows("q", k if q is None else q), **_rows("k", k), **_rows("v", v),
-        scale=scale, busy=sizes.busy, V=V, R=R, HAS_MASK=mask is not None, **sizes.shared(),
+        **strides("q", k if q is None else q), **strides("k", k), **strides("v", v),
+        scale=scale, busy=sizes.busy, V=V, HAS_MASK=mask is not None, **sizes.shared(),
         DOT=how.DOT, ACC=how.ACC, MODE=how.MODE,
     )  # fmt: skip
     if segments == 1 or states is not None:
         triton_forward.scan.launch(
-            lambda meta: (triton.cdiv(V, meta["BV"]), 1, B * H),
+            lambda meta: (triton.cdiv(V, meta["BV"]) * B * H, 1),
             **given, initial=initial, out=o, written=written, states=states, final=S,
             transition=None, per_segment=sizes.chunks, segments=1,
             HAS_INITIAL=initial is not None, OUT=q is not None, KEEP=states is not None,
@@ -193,20 +145,23 @@ def scan(
     transition = empty(v, (B, H, segments, K, K), how.state)
     given |= dict(written=None, states=None, per_segment=per_segment, segments=segments, KEEP=False)
     triton_forward.scan.launch(
-        lambda meta: (triton.cdiv(V, meta["BV"]) + triton.cdiv(K, meta["BV"]), segments, B * H),
+        lambda meta: (
+            (triton.cdiv(V, meta["BV"]) + triton.cdiv(K, meta["BV"])) * B * H,
+            segments,
+        ),
         **given, initial=None, out=None, final=added, transition=transition,
         HAS_INITIAL=False, OUT=False, AFFINE=True, FINAL=True,
     )  # fmt: skip
     starts = None if q is None else empty(v, (B, H, segments, K, V), how.state)
     triton_forward.combine.launch(
-        lambda meta: (triton.cdiv(V, meta["BV"]), B * H),
+        lambda meta: (B * H, triton.cdiv(V, meta["BV"])),
         initial=initial, added=added, transition=transition, starts=starts, final=S,
         segments=segments, busy=sizes.busy, K=K, V=V, BK=next_power(K),
         HAS_INITIAL=initial is not None, STARTS=starts is not None, ACC=how.ACC, FINE=how.FINE,
     )  # fmt: skip
     if q is not None:
         triton_forward.scan.launch(
-            lambda meta: (triton.cdiv(V, meta["BV"]), segments, B * H),
+            lambda meta: (triton.cdiv(V, meta["BV"]) * B * H, segments),
             **given, initial=starts, out=o, final=None, transition=None,
             HAS_INITIAL=True, OUT=True, AFFINE=False, FINAL=False,
         )  # fmt: skip
@@ -226,7 +181,7 @@ def forward(
     how: Precision,
 ) -> tuple[Tensor | None, Tensor, Chunks]:
     """o (None without q), S and what was found of each chunk."""
-    q, k, v = _dense(q), _dense(k), _dense(v)
+    q, k, v = dense(q), dense(k), dense(v)
     chunks = prepare(q, k, g, beta, mask, sizes, how)
     return *scan(q, k, v, initial_state, mask, chunks, scale, sizes, how), chunks
 
@@ -249,7 +204,7 @@ def backward(
     """
     B, T, H, R, K, V, C, _ = sizes
     NT = sizes.chunks
-    q, k, v = _dense(q), _dense(k), _dense(v)
+    q, k, v = dense(q), dense(k), dense(v)
     states, d_states = (empty(v, (B, H, NT, K, V), how.between) for _ in range(2))
     written, passed = (empty(v, (B, T, H, V), how.between) for _ in range(2))
     scan(
@@ -258,27 +213,32 @@ def backward(
     has_out = do is not None
     queries = q if has_out else None
     common = dict(
-        q=queries, k=k, mask=mask, d_out=do.contiguous() if has_out else None,
-        **_rows("q", q if has_out else k), **_rows("k", k), scale=scale, V=V, R=R,
+        q=queries, k=k, mask=mask, d_out=whole(do),
+        **strides("q", q if has_out else k), **strides("k", k), scale=scale, V=V,
         HAS_MASK=mask is not None, HAS_OUT=has_out, **sizes.shared(),
         DOT=how.DOT, ACC=how.ACC, MODE=how.MODE,
     )  # fmt: skip
     d_initial = empty(v, (B, H, K, V), how.state)
     triton_backward.scan_back.launch(
-        lambda meta: (triton.cdiv(V, meta["BV"]), B * H),
-        **common, **chunks._asdict(), d_final=None if dS is None else dS.contiguous(),
+        lambda meta: (triton.cdiv(V, meta["BV"]) * B * H,),
+        **common, **chunks._asdict(), d_final=whole(dS),
         passed=passed, d_states=d_states, d_initial=d_initial, HAS_FINAL=dS is not None,
         busy=sizes._replace(segments=1).busy,
     )  # fmt: skip
     dq = empty(v, (B, T, H, K), q.dtype) if has_out else None
     dk, dv = empty(v, (B, T, H, K), k.dtype), empty(v, (B, T, H, V), v.dtype)
     dg, dbeta = (empty(v, (B, T, H), how.state) for _ in range(2))
-    triton_backward.gradients.launch(
-        (NT, B * H),
-        **common, v=v, **_rows("v", v), decay=chunks.decay, strength=chunks.strength,
-        states=states, d_states=d_states, written=written, passed=passed,
-        dq=dq, dk=dk, dv=dv, dg=dg, dbeta=dbeta,
+    d_mixed = empty(v, (B, H, NT, C, C), how.between)
+    given = common | dict(
+        decay=chunks.decay, strength=chunks.strength, written=written, passed=passed,
+        d_mixed=d_mixed, d_weights=empty(v, d_mixed.shape, how.between) if has_out else None,
+        d_decay=empty(v, chunks.decay.shape, how.state),
+        d_strength=empty(v, chunks.decay.shape, how.state),
     )  # fmt: skip
+    triton_backward.pairs.launch((B * H, NT), **given, v=v, **strides("v", v), dv=dv)
+    triton_backward.gradients.launch(
+        (B * H, NT), **given, states=states, d_states=d_states, dq=dq, dk=dk, dg=dg, dbeta=dbeta
+    )
     return dq, dk, dv, dg, dbeta, d_initial
 
 
@@ -298,8 +258,8 @@ class _GatedDelta(torch.autograd.Function):
     def backward(ctx, do, dS):
         q, k, v, g, beta, initial_state, mask = ctx.saved_tensors
         scale, sizes, how = ctx.given
-        queries = None if do is None else _dense(q)
-        chunks = prepare(queries, _dense(k), g, beta, mask, sizes, how)
+        queries = None if do is None else dense(q)
+        chunks = prepare(queries, dense(k), g, beta, mask, sizes, how)
         *grads, d_initial = backward(
             do, dS, q, k, v, initial_state, mask, chunks, scale, sizes, how
         )

@@ -7,12 +7,12 @@ state after a chunk:
     dU = P^T dO + exp(c_C - c) K dS               G = N^T dU
     dS <- exp(c_C) dS + Q^T (scale exp(c) dO) - K^T (exp(c) beta G)
 
-`scan_back` runs that; `gradients` finds the rest of each chunk from products over V of G, dO and U
-with each other and with the states before and after it. No gradient divides by beta.
+`scan_back` runs that; `pairs` and `gradients` find the rest of each chunk from products over V of
+G, dO and U with each other, and with the states before and after it. No gradient divides by beta.
 
-Predicted for K = V = 128, C = 64, bf16, per token and head: 1.7 times the flops of the least
-possible (with the forward run again), 4.9 kB of memory traffic, of which the states kept in between
-are 2 kB. At B=8 T=8192 H=16 on an H200: 1.2 ms of traffic, 0.6 ms of products.
+Predicted for K = V = 128, C = 64, bf16, per token and head, the forward run again included: 480
+kflop and 10 kB of memory traffic, of which 2 kB are the states kept in between and 0.5 kB the
+pairs. At B=8 T=8192 H=16 on an H200: 2.5 ms of traffic, 0.65 ms of products.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def scan_back(
     d_out [B, T, H, V] or None, d_final [B, H, K, V] or None. Writes G as `passed` [B, T, H, V],
     the gradient of the state after each chunk as d_states [B, H, NT, K, V], and d_initial.
     """
-    block, bh = tl.program_id(0), tl.program_id(1)
+    of_head = tl.cdiv(V, BV)
+    block, bh = tl.program_id(0) % of_head, tl.program_id(0) // of_head
     b, h = bh // H, bh % H
     i, kk, vv = tl.arange(0, C), tl.arange(0, BK), block * BV + tl.arange(0, BV)
     inside = square_mask(kk, vv, K, V, BK, BV)
@@ -88,41 +89,36 @@ def scan_back(
 
 
 @kernel(
-    [config(4, BV=16, BN=16), config(4, 2, BV=32, BN=32), config(8, 2, BV=64, BN=64)],
-    wide=[config(8, BV=32, BN=32), config(8, 2, BV=64, BN=64)],
+    [config(4, BV=16), config(4, 2, BV=32), config(8, 2, BV=64)],
     key=("K", "V", "C", "DOT", "HAS_OUT"),
-    blocks={"BV": "V", "BN": "K"},
+    blocks={"BV": "V"},
 )
 @triton.jit
-def gradients(
-    q, k, v, d_out, mask, decay, strength, states, d_states, written, passed,
-    dq, dk, dv, dg, dbeta,
+def pairs(
+    q, k, v, d_out, mask, decay, strength, written, passed, dv, d_mixed, d_weights,
+    d_decay, d_strength,
     T, NT, scale,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     C: tl.constexpr, HAS_MASK: tl.constexpr, HAS_OUT: tl.constexpr,
-    DOT: tl.constexpr, ACC: tl.constexpr, MODE: tl.constexpr,
-    BV: tl.constexpr, BN: tl.constexpr,
+    DOT: tl.constexpr, ACC: tl.constexpr, MODE: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one chunk of one head.
+    """What the tokens of one chunk of one head give each other, and dv [B, T, H, V].
 
-    dq, dk [B, T, H, K] (one each for a value head, so that sharing heads are summed later),
-    dv [B, T, H, V], dg, dbeta [B, T, H].
+    d_mixed and d_weights [B, H, NT, C, C]: the gradients of K K^T (below the diagonal, where A is)
+    and of Q K^T. d_decay, d_strength [B, H, NT, C]: these pairs' shares of those of c and beta.
+    They go through memory because `gradients` needs them transposed: doing that in registers for a
+    product on warp groups is miscompiled by Triton 3.4 to 3.7 for compute capability 9.0.
     """
-    chunk, bh = tl.program_id(0), tl.program_id(1)
+    bh, chunk = tl.program_id(0), tl.program_id(1)
     b, h = bh // H, bh % H
     i, kk = tl.arange(0, C), tl.arange(0, BK)
     start = chunk * C
     real = real_tokens(mask, b, start, i, T, HAS_MASK)
+    there = i < T - start
     place = bh.to(tl.int64) * NT + chunk
     c = tl.load(decay + place * C + i)
     beta = tl.load(strength + place * C + i)
-    c_last = tl.load(decay + place * C + C - 1)
-    there = i < T - start
-    into, left = tl.exp2(c), tl.exp2(c_last - c)
-    before, after = states + place * K * V, d_states + place * K * V
-
-    # Products over V that are [C, C].
     GU = tl.zeros((C, C), ACC)
     OU = tl.zeros((C, C), ACC)
     d_beta = tl.zeros((C,), ACC)
@@ -139,23 +135,61 @@ def gradients(
             dO = load_own(d_out, b, start, i, h, vv, T, H, real, V, BV).to(DOT)
             OU += tl.dot(dO, tl.trans(U), input_precision=MODE)
 
+    square = place * C * C + i[:, None] * C + i[None, :]
     k_tile = load_rows(k, b, start, i, h // R, kk, k_b, k_t, k_h, real, K, BK).to(DOT)
     D = decay_between(c, i[:, None] > i[None, :])
     X = tl.dot(k_tile, tl.trans(k_tile), input_precision=MODE).to(ACC) * D
     d_beta -= tl.sum(GU * X, axis=1)
-    minus_dX = beta[:, None] * GU
-    pairs = -minus_dX * X
-    dX = -minus_dX * D
-    dP = tl.zeros((C, C), ACC)
+    dX = -beta[:, None] * GU
+    tl.store(d_mixed + square, (dX * D).to(DOT))
+    shares = dX * X
     if HAS_OUT:
         q_tile = load_rows(q, b, start, i, h // R, kk, q_b, q_t, q_h, real, K, BK).to(DOT)
         P = tl.dot(q_tile, tl.trans(k_tile), input_precision=MODE).to(ACC)
         dP = OU * scale * decay_between(c, i[:, None] >= i[None, :])
-        pairs += dP * P
-    dc = tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0)
-    symmetric = (dX + tl.trans(dX)).to(DOT)
-    dP = dP.to(DOT)
+        tl.store(d_weights + square, dP.to(DOT))
+        shares += dP * P
+    tl.store(d_decay + place * C + i, tl.sum(shares, axis=1) - tl.sum(shares, axis=0))
+    tl.store(d_strength + place * C + i, d_beta)
 
+
+@kernel(
+    [config(4, BV=16, BN=16), config(4, 2, BV=32, BN=32), config(8, 2, BV=64, BN=64)],
+    wide=[config(8, BV=32, BN=32), config(8, 2, BV=64, BN=64)],
+    key=("K", "V", "C", "DOT", "HAS_OUT"),
+    blocks={"BV": "V", "BN": "K"},
+)
+@triton.jit
+def gradients(
+    q, k, d_out, mask, decay, strength, states, d_states, written, passed,
+    d_mixed, d_weights, d_decay, d_strength, dq, dk, dg, dbeta,
+    T, NT, scale,
+    q_b, q_t, q_h, k_b, k_t, k_h,
+    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    C: tl.constexpr, HAS_MASK: tl.constexpr, HAS_OUT: tl.constexpr,
+    DOT: tl.constexpr, ACC: tl.constexpr, MODE: tl.constexpr,
+    BV: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The rest of the gradients of one chunk of one head, BN columns of q and k at a time.
+
+    dq, dk [B, T, H, K] (one each for a value head, so that sharing heads are summed later), dg,
+    dbeta [B, T, H].
+    """
+    bh, chunk = tl.program_id(0), tl.program_id(1)
+    b, h = bh // H, bh % H
+    i = tl.arange(0, C)
+    start = chunk * C
+    real = real_tokens(mask, b, start, i, T, HAS_MASK)
+    there = i < T - start
+    place = bh.to(tl.int64) * NT + chunk
+    c = tl.load(decay + place * C + i)
+    beta = tl.load(strength + place * C + i)
+    c_last = tl.load(decay + place * C + C - 1)
+    into, left = tl.exp2(c), tl.exp2(c_last - c)
+    before, after = states + place * K * V, d_states + place * K * V
+    square = place * C * C + i[:, None] * C + i[None, :]
+    dc = tl.load(d_decay + place * C + i)
+    d_beta = tl.load(d_strength + place * C + i)
     d_last = tl.zeros((C,), ACC)
     d_gamma = tl.zeros((1,), ACC)
     for begin in range(0, K, BN):
@@ -188,9 +222,13 @@ def gradients(
         dc += tl.sum(d_into * wide, axis=1) - remains
         d_last += remains
         d_gamma += tl.sum(through, axis=0)
-        d_keys = d_into + d_left + tl.dot(symmetric, keys, input_precision=MODE)
+        dX = tl.load(d_mixed + square)
+        d_keys = d_into + d_left
+        d_keys += tl.dot(dX, keys, input_precision=MODE)
+        d_keys += tl.dot(tl.trans(dX), keys, input_precision=MODE)
         if HAS_OUT:
             queries = load_rows(q, b, start, i, h // R, kn, q_b, q_t, q_h, real, K, BN).to(DOT)
+            dP = tl.load(d_weights + square)
             d_queries = scale * into[:, None] * OS
             dc += tl.sum(d_queries * queries.to(ACC), axis=1)
             d_queries += tl.dot(dP, keys, input_precision=MODE)

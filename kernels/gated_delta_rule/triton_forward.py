@@ -108,7 +108,7 @@ def prepare(
 
     q, k [B, T, H // R, K] by their strides, g and beta [B, T, H], mask [B, T] or None.
     """
-    chunk, bh = tl.program_id(0), tl.program_id(1)
+    bh, chunk = tl.program_id(0), tl.program_id(1)
     b, h = bh // H, bh % H
     start, i, kk = chunk * C, tl.arange(0, C), tl.arange(0, BK)
     real = real_tokens(mask, b, start, i, T, HAS_MASK)
@@ -150,10 +150,13 @@ def scan(
     [B, H, NT, K, V] and U as `written` [B, T, H, V]. AFFINE starts from nothing, and its last
     blocks of columns find transition [B, H, segments, K, K] instead, from the identity.
     """
-    block, segment, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # Heads go along the only axis of a grid that may exceed 65535, the blocks of one side by side.
+    of_values = tl.cdiv(V, BV)
+    of_head = of_values + tl.cdiv(K, BV) if AFFINE else of_values
+    block, bh = tl.program_id(0) % of_head, tl.program_id(0) // of_head
+    segment = tl.program_id(1)
     b, h = bh // H, bh % H
     i, kk = tl.arange(0, C), tl.arange(0, BK)
-    of_values = tl.cdiv(V, BV)
     is_transition = block >= of_values
     vv = (block - tl.where(is_transition, of_values, 0)) * BV + tl.arange(0, BV)
     values_end = tl.where(is_transition, 0, T)
@@ -222,7 +225,7 @@ def combine(
     initial, final [B, H, K, V]; added (Z) and starts [B, H, segments, K, V], transition (M)
     [B, H, segments, K, K]; starts, the state before each segment, only with STARTS.
     """
-    block, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    bh, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     kk, vv = tl.arange(0, BK), block * BV + tl.arange(0, BV)
     inside = square_mask(kk, vv, K, V, BK, BV)
     tile = kk[:, None] * V + vv[None, :]

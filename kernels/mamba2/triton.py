@@ -2,6 +2,10 @@
 
 Their `prepare` finds time steps and decays, and their scan weights what is written and adds the
 skip, so that nothing but convolved q and kv passes through memory between projections and output.
+
+Predicted for K = V = 128, bf16, per token and head: 1 kB of v and o, and per group 1.5 kB of q and
+k. At B=8 T=8192 H=16 on an H200 (4.3 TB/s): 0.27 ms of traffic with one group and 0.63 ms with a
+group a head, in 4 launches (6 where segments are cut).
 """
 
 from __future__ import annotations
@@ -66,9 +70,7 @@ def mamba2(
     tails: bool,
 ) -> Mixed:
     """As `reference.compose`."""
-    raw = Raw(
-        q, kv, a, q_weight, kv_weight, A_log, dt_bias, skip, initial_state, q_tail, kv_tail
-    )
+    raw = Raw(q, kv, a, q_weight, kv_weight, A_log, dt_bias, skip, initial_state, q_tail, kv_tail)
     how = precision(kv.dtype, compute_dtype(*(x for x in raw if x is not None)))
     read = raw if output else raw._replace(q=None)
     mask = None if mask is None else mask.contiguous()
@@ -120,7 +122,7 @@ def _step(
     new_kv = empty(kv, (B, W - 1, kv.shape[2]), kv.dtype) if tails else None
     new_q = empty(q, (B, W - 1, G * K), q.dtype) if tails and q is not None else None
     triton_kernels.step.launch(
-        lambda meta: (triton.cdiv(V, meta["BV"]), B * H),
+        lambda meta: (B * H, triton.cdiv(V, meta["BV"])),
         q=q, kv=kv, a=raw.a, q_weight=raw.q_weight, kv_weight=raw.kv_weight, A_log=raw.A_log,
         dt_bias=raw.dt_bias, skip=raw.skip, q_tail=raw.q_tail, kv_tail=raw.kv_tail,
         mask=mask, initial=raw.initial_state, out=o, final=S, new_q_tail=new_q, new_kv_tail=new_kv,

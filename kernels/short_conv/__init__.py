@@ -39,7 +39,7 @@ def short_conv(
         mask: bool [B, T], True = real token, or None. Every row gives what it would give with its
             pads removed, wherever they are; y is 0 at pads.
         activation: "silu" or None.
-        impl: "auto", "reference", "chunked" or "triton".
+        impl: "auto", "reference", "chunked", "triton", or a peer that is installed (see `peers`).
 
     Returns:
         y [B, T, C] and final_state [B, W - 1, C], the last W - 1 real inputs (of initial_state

@@ -11,6 +11,7 @@ from hybrid_sleep.kernels.checks import compute_dtype
 from hybrid_sleep.kernels.short_conv import triton_kernels
 from hybrid_sleep.kernels.short_conv.triton_taps import following_tokens, previous_tokens
 from hybrid_sleep.kernels.triton_launch import Precision, empty, next_power, precision
+from hybrid_sleep.kernels.triton_sizes import dense
 
 # Tokens that a program of the backward pass walks over: a multiple of every block of them.
 SPAN, SHORT_SPAN = 256, 64
@@ -32,11 +33,6 @@ def short_conv(
     if torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in leaves):
         return _ShortConv.apply(*leaves, mask, previous, activation)
     return forward(*leaves, mask, previous, activation)
-
-
-def _dense(x: Tensor) -> Tensor:
-    """The tensor with channels that lie in one piece."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _shared(
@@ -73,7 +69,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """y and the final state, both new, in one launch; `previous` of `previous_tokens`."""
     B, T, C = x.shape
-    x = _dense(x)
+    x = dense(x)
     how = precision(x.dtype, compute_dtype(x, weight))
     y = empty(x, (B, T, C), x.dtype)
     final = empty(x, (B, weight.shape[1] - 1, C), x.dtype)
@@ -99,12 +95,12 @@ def backward(
     """Gradients of x, weight, bias and the initial state; of weight and bias from dy only."""
     B, T, C = x.shape
     W = weight.shape[1]
-    x = _dense(x)
+    x = dense(x)
     how = precision(x.dtype, compute_dtype(x, weight))
     span = span_length(B, T, C)
     pieces = -(-T // span)
     has_out, has_tail = dy is not None, initial_state is not None
-    dy = x if dy is None else _dense(dy)
+    dy = x if dy is None else dense(dy)
     dx = empty(x, (B, T, C), x.dtype)
     d_tail = empty(x, initial_state.shape, initial_state.dtype) if has_tail else None
     sums = empty(x, (B, pieces, W + 1, C), how.state) if has_out else None

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybrid_sleep.kernels.triton_tiles import tile_mask
+from hybrid_sleep.kernels.triton_tiles import silu, tile_mask
 
 
 def previous_tokens(mask: Tensor) -> Tensor:
@@ -161,3 +161,34 @@ def conv_tile(
         x, weight, bias, tail, previous, b, start, start + i, first, d, T, channels, x_b, x_t, real,
         W, D, BD, HAS_BIAS, HAS_TAIL, HAS_PADS, ACC,
     )  # fmt: skip
+
+
+@triton.jit
+def conv_one(
+    x, weight, tail, new_tail, b, first, d, real, writes, channels, x_b,
+    W: tl.constexpr, D: tl.constexpr, HAS_TAIL: tl.constexpr, TAILS: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """silu(conv) [BD] of the only token of x [B, 1, channels], and with TAILS the new tail.
+
+    real and writes are 1 or 0: a pad leaves the tail as it was, and one program writes it.
+    """
+    there, here = d < D, d < D * real
+    moves, stays = d < D * real * writes, d < D * (1 - real) * writes
+    c = first + d
+    now = tl.load(x + b.to(tl.int64) * x_b + c, mask=here, other=0.0)
+    sums = now.to(ACC) * tl.load(weight + c * W + W - 1, mask=there, other=0.0).to(ACC)
+    base = b.to(tl.int64) * (W - 1) * channels
+    for w in tl.static_range(0, W - 1):
+        slot = base + w * channels + c
+        old = tl.zeros_like(now)
+        if HAS_TAIL:
+            old = tl.load(tail + slot, mask=there, other=0.0).to(now.dtype)
+        sums += old.to(ACC) * tl.load(weight + c * W + w, mask=there, other=0.0).to(ACC)
+        if TAILS:
+            if w > 0:
+                tl.store(new_tail + slot - channels, old, mask=moves)
+            tl.store(new_tail + slot, old, mask=stays)
+    if TAILS and W > 1:
+        tl.store(new_tail + base + (W - 2) * channels + c, now, mask=moves)
+    return silu(sums)

@@ -53,7 +53,7 @@ def ssd(
         chunk_size: most tokens handled in parallel; None lets the implementation choose what is
             fast for these dimensions. The result does not depend on it beyond rounding.
         output: False computes the state only, bit for bit the same, and returns None for o.
-        impl: "auto", "reference", "chunked" or "triton".
+        impl: "auto", "reference", "chunked", "triton", or a peer that is installed (see `peers`).
 
     Returns:
         o [B, T, H, V] in v's dtype (or None), and S [B, H, K, V] in float32 (float64 if any of

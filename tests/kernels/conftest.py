@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from hybrid_sleep.kernels import dispatch
 from hybrid_sleep.kernels.gated_delta_rule import gated_delta_rule
 from hybrid_sleep.kernels.ssd import ssd
 
@@ -62,6 +63,9 @@ def guarded(monkeypatch) -> Guards:
     pytest.importorskip("triton")
 
 
+    # What is imported only within a test would keep the guards of that test for ever.
+    for op in dispatch.OPS:
+        importlib.import_module(f"hybrid_sleep.kernels.{op}.triton")
     guards = Guards()
     launch = importlib.import_module("hybrid_sleep.kernels.triton_launch")
     original = launch.empty

@@ -13,6 +13,7 @@ from hybrid_sleep.kernels.gated_delta_rule import gated_delta_rule
 pytest.importorskip("triton")
 
 from hybrid_sleep.kernels.gated_delta_rule import triton as path
+from hybrid_sleep.kernels.triton_sizes import Sizes
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
@@ -158,6 +159,11 @@ def test_views_with_any_strides_are_read_as_they_are(make):
     last_first = {n: x.mT.contiguous().mT for n, x in inputs.items()}
     for views in (wide, last_first):
         assert max(map(error, gated_delta_rule(**views, impl="triton"), wanted)) < 1e-12
+    mask = torch.rand(20, 2).T > 0.3
+    assert not mask.is_contiguous()
+    wanted = gated_delta_rule(**inputs, mask=mask, impl="reference")
+    found = gated_delta_rule(**inputs, mask=mask, impl="triton")
+    assert max(map(error, found, wanted)) < 1e-12
 
 
 def test_a_reset_keeps_the_small_decays_that_follow_it(make):
@@ -181,7 +187,7 @@ def test_keys_that_are_all_alike_do_not_amplify_rounding(make, beta):
 
 def test_segments_fill_a_gpu_only_where_heads_do_not():
     def segments(B, T, H, V=128):
-        return path.segment_count(path.Sizes(B, T, H, 1, 128, V, 64, 1))
+        return path.segment_count(Sizes(B, T, H, 1, 128, V, 64, 1))
 
     assert segments(8, 8192, 16) == 1
     assert segments(1, 2048, 8) == 2

@@ -1,0 +1,76 @@
+"""What the Triton kernels compile to for compute capability 9.0, without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+from hybrid_sleep.kernels.benchmarks import compiled
+
+
+def compile_op(op, folder, *options):
+    """The rows of one op; in a process of its own, since this one may be Triton's interpreter."""
+    command = [sys.executable, "-m", "hybrid_sleep.kernels.benchmarks.compiled", "--ops", op]
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [*command, "--out", str(folder), *options], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads((folder / "results.json").read_text())["rows"]
+
+
+def check(rows):
+    assert [row for row in rows if row["wrong"]] == []
+    assert {row["dtype"] for row in rows} == {"bfloat16", "float32"}
+    for row in rows:
+        assert 0 <= row["shared"] <= compiled.SHARED
+        assert row["spilled"] <= compiled.SPILLS[row["dtype"]]
+    # The limits mean something only where registers were counted and tiles are as long as thought.
+    assert min(row["registers"] for row in rows) > 0
+    if rows[0]["op"] not in ("short_conv", "gated_norm"):
+        assert sum(row["wgmma"] > 0 for row in rows if row["dtype"] == "bfloat16") > 3
+
+
+@pytest.mark.parametrize("op", compiled.INPUTS)
+def test_every_configuration_compiles_within_its_limits(op, tmp_path):
+    check(compile_op(op, tmp_path, "--dims", "128,128"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", compiled.INPUTS)
+def test_every_configuration_of_other_heads_too(op, tmp_path):
+    check(compile_op(op, tmp_path))
+
+
+def test_every_kernel_of_every_op_is_launched_by_some_call():
+    """A kernel that no recorded call launches would be compiled nowhere."""
+    from hybrid_sleep.kernels import triton_launch
+
+    launched = {
+        launch.kernel.name
+        for op in compiled.INPUTS
+        for call in compiled.calls(op, [(16, 16)])
+        for launch in compiled.launches(call._replace(tokens=min(call.tokens, 600)))
+    }
+    kernels = {
+        x.name
+        for module in list(sys.modules.values())
+        if getattr(module, "__name__", "").startswith("hybrid_sleep.kernels.")
+        for x in vars(module).values()
+        if isinstance(x, triton_launch.Kernel)
+    }
+    assert kernels == launched
+
+
+def test_a_broken_limit_is_said():
+    row = {"shared": 10, "spilled": 0, "dtype": "bfloat16", "wants_wgmma": True, "wgmma": 3}
+    assert compiled.wrong(row) == []
+    assert "shared memory" in compiled.wrong(row | {"shared": compiled.SHARED + 1})[0]
+    assert "spilled" in compiled.wrong(row | {"spilled": 1000})[0]
+    assert compiled.wrong(row | {"wgmma": 0}) == ["no wgmma"]
