@@ -122,8 +122,10 @@ class Kernel:
         return fitting or [min(configs, key=lambda config: sum(config.kwargs.values()))]
 
     def wants_wgmma(self, arguments: dict[str, Any]) -> bool:
-        """Whether compute capability 9.0 should run its products on whole warp groups."""
-        return arguments.get("DOT") == tl.bfloat16 and arguments.get("C") == 64
+        """Whether compute capability 9.0 should run its products on whole warp groups: with 64
+        rows, which are tokens in some products and channels of the keys in others."""
+        wide_enough = arguments.get("C") == 64 and arguments.get("BK", 0) >= 64
+        return arguments.get("DOT") == tl.bfloat16 and wide_enough
 
     def _prune(self, configs: list, named: dict[str, Any], **more: Any) -> list:
         if INTERPRET:

@@ -43,12 +43,10 @@ class Sizes(NamedTuple):
         return given | {"NT": self.chunks, "BK": next_power(self.K)}
 
 
-def chunk_length(
-    T: int, chunk_size: int | None, how: Precision, most: int = LONGEST_CHUNK
-) -> int:
-    """16, 32 or 64: `chunk_size` or what `how` asks for, at most `most`, no longer than needed."""
+def chunk_length(T: int, chunk_size: int | None, how: Precision) -> int:
+    """16, 32 or 64: `chunk_size` or what `how` asks for, rounded down, no longer than needed."""
     wanted = how.chunk if chunk_size is None else chunk_size
-    return min(next_power(T), max(16, min(most, 1 << (wanted.bit_length() - 1))))
+    return min(next_power(T), max(16, min(LONGEST_CHUNK, 1 << (wanted.bit_length() - 1))))
 
 
 def strides(name: str, x: Tensor | None) -> dict[str, int]:

@@ -31,8 +31,10 @@ CAPABILITY = 90
 # Bytes of shared memory that one program may have on compute capability 9.0.
 SHARED = 227 * 1024
 # Bytes of registers that may spill to memory, by dtype: float32 products take three of TF32, each
-# with operands of their own in registers, and are not what a fast run uses.
-SPILLS = {"bfloat16": 96, "float32": 512}
+# with operands of their own in registers, and are not what a fast run uses. Nor are keys so wide
+# that Mamba-2's gradients of them cannot all stay in registers.
+SPILLS = {"bfloat16": 128, "float32": 512}
+WIDE_KEY, SPILLS_OF_WIDE = 128, 1024
 # K and V: the benchmarks', the default config's, small ones, and the largest.
 DIMS = ((128, 128), (64, 128), (64, 64), (32, 32), (256, 256))
 
@@ -208,8 +210,9 @@ def wrong(row: dict[str, Any]) -> list[str]:
     found = []
     if row["shared"] > SHARED:
         found.append(f"{row['shared']} bytes of shared memory, {SHARED} are there")
-    if row["spilled"] > SPILLS[row["dtype"]]:
-        found.append(f"{row['spilled']} bytes spilled, at most {SPILLS[row['dtype']]} may")
+    most = SPILLS_OF_WIDE if row["form"].get("BK", 0) > WIDE_KEY else SPILLS[row["dtype"]]
+    if row["spilled"] > most:
+        found.append(f"{row['spilled']} bytes spilled, at most {most} may")
     if row["wants_wgmma"] and not row["wgmma"]:
         found.append("no wgmma")
     return found
@@ -265,7 +268,7 @@ def run(
     return {
         "benchmark": "compiled",
         "capability": CAPABILITY,
-        "limits": {"shared": SHARED, "spilled": SPILLS},
+        "limits": {"shared": SHARED, "spilled": SPILLS, "spilled_of_wide": SPILLS_OF_WIDE},
         "rows": rows,
         "command": command,
         "provenance": provenance(),
@@ -301,6 +304,7 @@ def markdown(result: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     limits = result["limits"]
     spills = ", ".join(f"{size} bytes in {dtype}" for dtype, size in limits["spilled"].items())
+    spills += f", {limits['spilled_of_wide']} where K is above {WIDE_KEY}"
     lines += [
         "",
         f"Compiled for compute capability {result['capability'] / 10} without a GPU, every "

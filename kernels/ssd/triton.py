@@ -16,14 +16,7 @@ from torch.autograd.function import once_differentiable
 from hybrid_sleep.kernels.checks import compute_dtype
 from hybrid_sleep.kernels.ssd import triton_backward, triton_forward
 from hybrid_sleep.kernels.triton_launch import Precision, empty, precision
-from hybrid_sleep.kernels.triton_sizes import (
-    LONGEST_CHUNK,
-    Sizes,
-    chunk_length,
-    dense,
-    strides,
-    whole,
-)
+from hybrid_sleep.kernels.triton_sizes import Sizes, chunk_length, dense, strides, whole
 
 # Programs that fill a GPU: below this many, the chunks are cut into segments.
 PROGRAMS = 128
@@ -112,9 +105,7 @@ def sizes_of(
     output, S takes the same path.
     """
     (B, T, H, V), (*_, G, K) = v.shape, k.shape
-    # A chunk's keys, and twice their gradients, are held in registers at once.
-    most = LONGEST_CHUNK if K <= 128 else LONGEST_CHUNK // 2
-    sizes = Sizes(B, T, H, H // G, K, V, chunk_length(T, chunk_size, how, most), 1)
+    sizes = Sizes(B, T, H, H // G, K, V, chunk_length(T, chunk_size, how), 1)
     if segments is None:
         programs = B * H * -(-V // COLUMNS)
         segments = max(1, min(PROGRAMS // programs, sizes.chunks // LEAST_CHUNKS))
