@@ -50,7 +50,7 @@ def rejects(call: dispatch.Call) -> str | None:
     if call.device != "cpu":
         return f"Triton compiles for CUDA devices, not for {call.device}"
     if not interpreting():
-        return "needs a CUDA device, or Triton's interpreter (TRITON_INTERPRET=1 before any import)"
+        return "needs a CUDA device (or TRITON_INTERPRET=1, to interpret)"
     if call.dtype not in (torch.float32, torch.float64):
         return f"Triton's interpreter computes wrongly in {call.dtype}; it takes float32 or float64"
     return None

@@ -90,7 +90,7 @@ def _wants(peer: Peer, call: dispatch.Call) -> str | None:
 
 def _rejects(peer: Peer, call: dispatch.Call) -> str | None:
     if call.device != "cuda":
-        return f"{peer.distribution} runs on CUDA devices only"
+        return f"{peer.distribution} needs a CUDA device"
     if torch.compiler.is_compiling():
         return f"torch.compile cannot trace {peer.distribution}"
     found = version(peer.package, peer.distribution)
