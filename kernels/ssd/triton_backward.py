@@ -49,7 +49,8 @@ def save_rows(
     [config(8, BV=16), config(8, BV=32), config(8, BV=64)],
     key=("K", "V", "C", "DOT", "HAS_OUT", "RAW"),
     blocks={"BV": "V"},
-    wide=[config(8, BV=32), config(8, 2, BV=32)],
+    wide=[config(8, BV=32)],
+    fits=lambda blocks, given: blocks["BV"] <= 32 or not given["RAW"],
 )
 @triton.jit
 def gradients(

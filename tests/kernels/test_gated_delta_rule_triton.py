@@ -52,6 +52,7 @@ CASES = {
     "two chunks, odd": dict(T=77, K=16, V=33, chunk_size=64),
     "three chunks": dict(T=129, K=24, V=16, B=1, chunk_size=100),
     "as many chunks as it likes": dict(T=49, K=16, V=16),
+    "segments": dict(T=140, K=8, V=8, B=1, H=1, chunk_size=16),
     "four short chunks": dict(T=55, K=17, V=18, chunk_size=16),
     "chunks of 32": dict(T=70, K=12, V=7, chunk_size=40),
 }
