@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -196,13 +197,14 @@ def compile_launch(launch: Any, config: Any) -> dict[str, Any]:
     }
 
 
-def _form(launch: Any) -> dict[str, Any]:
-    """The arguments that make another program of the same kernel."""
-    return {
-        name: value if isinstance(value, (bool, int, str)) else str(value)
-        for name, value in launch.arguments.items()
-        if name.isupper() and value is not None and not isinstance(value, Tensor)
-    }
+def _form(launch: Any) -> tuple[dict[str, int], list[str]]:
+    """What makes another program of the same kernel: its sizes, and the switches that are on.
+
+    The dtype says the rest.
+    """
+    named = {name: x for name, x in launch.arguments.items() if name.isupper()}
+    sizes = {name: x for name, x in named.items() if type(x) is int and name not in ("T", "NT")}
+    return sizes, [name for name, x in named.items() if x is True]
 
 
 def wrong(row: dict[str, Any]) -> list[str]:
@@ -210,7 +212,7 @@ def wrong(row: dict[str, Any]) -> list[str]:
     found = []
     if row["shared"] > SHARED:
         found.append(f"{row['shared']} bytes of shared memory, {SHARED} are there")
-    most = SPILLS_OF_WIDE if row["form"].get("BK", 0) > WIDE_KEY else SPILLS[row["dtype"]]
+    most = SPILLS_OF_WIDE if row["sizes"].get("K", 0) > WIDE_KEY else SPILLS[row["dtype"]]
     if row["spilled"] > most:
         found.append(f"{row['spilled']} bytes spilled, at most {most} may")
     if row["wants_wgmma"] and not row["wgmma"]:
@@ -247,8 +249,8 @@ def run(
     for op in ops:
         for call in calls(op, dims):
             for launch in launches(call):
-                form = _form(launch)
-                key = (launch.kernel.name, call.dtype, *sorted(form.items()))
+                sizes, switches = _form(launch)
+                key = (launch.kernel.name, call.dtype, *sorted(sizes.items()), *switches)
                 if key in seen:
                     continue
                 seen.add(key)
@@ -257,7 +259,8 @@ def run(
                         "op": op,
                         "kernel": launch.kernel.name,
                         "dtype": str(call.dtype).removeprefix("torch."),
-                        "form": form,
+                        "sizes": sizes,
+                        "switches": switches,
                         **compile_launch(launch, config),
                     }
                     row["wants_wgmma"] = launch.kernel.wants_wgmma(launch.arguments)
@@ -271,6 +274,7 @@ def run(
         "limits": {"shared": SHARED, "spilled": SPILLS, "spilled_of_wide": SPILLS_OF_WIDE},
         "rows": rows,
         "command": command,
+        "triton": metadata.version("triton"),
         "provenance": provenance(),
     }
 
@@ -310,9 +314,9 @@ def markdown(result: dict[str, Any]) -> str:
         f"Compiled for compute capability {result['capability'] / 10} without a GPU, every "
         "configuration that tuning may choose; the largest of each column. Limits: "
         f"{limits['shared'] // 1024} KiB of shared memory; spilled at most {spills}; wgmma "
-        "wherever bf16 tiles are 64 tokens long.",
+        "wherever bf16 tiles are 64 tokens long and keys at least 64 channels wide.",
         "",
-        describe(result["provenance"]),
+        f"triton {result['triton']}; {describe(result['provenance'])}",
     ]
     if result["command"]:
         lines += ["", f"`{result['command']}`"]

@@ -69,8 +69,8 @@ def guarded(monkeypatch) -> Guards:
     guards = Guards()
     launch = importlib.import_module("hybrid_sleep.kernels.triton_launch")
     original = launch.empty
-    for module in list(sys.modules.values()):
-        if getattr(module, "empty", None) is original:
+    for name, module in list(sys.modules.items()):
+        if name.startswith("hybrid_sleep.") and vars(module).get("empty") is original:
             monkeypatch.setattr(module, "empty", guards.allocate)
     return guards
 

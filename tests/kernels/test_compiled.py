@@ -69,10 +69,10 @@ def test_every_kernel_of_every_op_is_launched_by_some_call():
 
 
 def test_a_broken_limit_is_said():
-    row = {"shared": 10, "spilled": 0, "dtype": "bfloat16", "form": {"BK": 128}}
+    row = {"shared": 10, "spilled": 0, "dtype": "bfloat16", "sizes": {"K": 128}}
     row |= {"wants_wgmma": True, "wgmma": 3}
     assert compiled.wrong(row) == []
     assert "shared memory" in compiled.wrong(row | {"shared": compiled.SHARED + 1})[0]
     assert "spilled" in compiled.wrong(row | {"spilled": 1000})[0]
-    assert compiled.wrong(row | {"spilled": 1000, "form": {"BK": 256}}) == []
+    assert compiled.wrong(row | {"spilled": 1000, "sizes": {"K": 256}}) == []
     assert compiled.wrong(row | {"wgmma": 0}) == ["no wgmma"]
