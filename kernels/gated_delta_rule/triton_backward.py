@@ -32,7 +32,7 @@ from hybrid_sleep.kernels.triton_tiles import (
 
 
 @kernel(
-    [config(4, 2, BV=16), config(4, 2, BV=32), config(8, 2, BV=64)],
+    [config(4, 2, BV=16), config(4, 1, BV=32), config(4, 2, BV=32), config(8, 2, BV=64)],
     wide=[config(4, 2, BV=32), config(8, 2, BV=64)],
     key=("K", "V", "C", "DOT", "HAS_OUT", "busy"),
     blocks={"BV": "V"},

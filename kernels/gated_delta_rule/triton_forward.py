@@ -126,7 +126,14 @@ def prepare(
 
 
 @kernel(
-    [config(4, 2, BV=16), config(4, 2, BV=32), config(4, 2, BV=64), config(8, 2, BV=64)],
+    [
+        config(4, 2, BV=16),
+        # Fits into the shared memory of smaller chips.
+        config(4, 1, BV=32),
+        config(4, 2, BV=32),
+        config(4, 2, BV=64),
+        config(8, 2, BV=64),
+    ],
     wide=[config(4, 2, BV=32), config(8, 2, BV=64)],
     key=("K", "V", "C", "DOT", "OUT", "KEEP", "AFFINE", "busy"),
     blocks={"BV": "V"},

@@ -164,7 +164,7 @@ def test_decoding_is_reading(op, dtype):
         assert relative(found, x) < FLOOR[dtype]
 
 
-@pytest.mark.parametrize("choice", range(4))
+@pytest.mark.parametrize("choice", range(5))
 @pytest.mark.parametrize("dtype", FLOOR, ids=str)
 @pytest.mark.parametrize("shape", [(1, 600, 2, 128, 128), (4, 200, 4, 64, 128)], ids=str)
 def test_every_configuration_is_right(shape, dtype, choice, monkeypatch):

@@ -1,4 +1,4 @@
-"""A whole model whose layers run the Triton kernels, in the interpreter, against PyTorch's paths."""
+"""A whole model on the Triton kernels, in the interpreter, against the PyTorch paths."""
 
 from __future__ import annotations
 
