@@ -11,12 +11,20 @@ import pytest
 
 pytest.importorskip("triton")
 
+from hybrid_sleep.kernels import dispatch
 from hybrid_sleep.kernels.benchmarks import compiled
 
+# A mixer launches the kernels of its rule: together they are compiled once.
+GROUPS = (
+    ("gated_delta_rule", "gated_delta_net"),
+    ("ssd", "mamba2"),
+    ("short_conv", "gated_norm"),
+)
 
-def compile_op(op, folder, *options):
-    """The rows of one op; in a process of its own, since this one may be Triton's interpreter."""
-    command = [sys.executable, "-m", "hybrid_sleep.kernels.benchmarks.compiled", "--ops", op]
+
+def compile_ops(ops, folder, *options):
+    """The rows of `ops`; in a process of its own, since this one may be Triton's interpreter."""
+    command = [sys.executable, "-m", "hybrid_sleep.kernels.benchmarks.compiled", "--ops", *ops]
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [*command, "--out", str(folder), *options], env=environment, capture_output=True, text=True
@@ -25,27 +33,33 @@ def compile_op(op, folder, *options):
     return json.loads((folder / "results.json").read_text())["rows"]
 
 
-def check(rows):
+def check(ops, *arguments):
+    rows = compile_ops(ops, *arguments)
     assert [row for row in rows if row["wrong"]] == []
     assert {row["dtype"] for row in rows} == {"bfloat16", "float32"}
+    assert {row["op"] for row in rows} == set(ops)
     for row in rows:
         assert 0 <= row["shared"] <= compiled.SHARED
         assert row["spilled"] <= compiled.SPILLS_OF_WIDE
     # The limits mean something only where registers were counted and tiles are as long as thought.
     assert min(row["registers"] for row in rows) > 0
-    if rows[0]["op"] not in ("short_conv", "gated_norm"):
+    if ops != ("short_conv", "gated_norm"):
         assert sum(row["wgmma"] > 0 for row in rows if row["dtype"] == "bfloat16") > 3
 
 
-@pytest.mark.parametrize("op", compiled.INPUTS)
-def test_every_configuration_compiles_within_its_limits(op, tmp_path):
-    check(compile_op(op, tmp_path, "--dims", "128,128"))
+@pytest.mark.parametrize("ops", GROUPS, ids=lambda ops: ops[1])
+def test_every_configuration_compiles_within_its_limits(ops, tmp_path):
+    check(ops, tmp_path, "--dims", "128,128")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", compiled.INPUTS)
-def test_every_configuration_of_other_heads_too(op, tmp_path):
-    check(compile_op(op, tmp_path))
+@pytest.mark.parametrize("ops", GROUPS, ids=lambda ops: ops[1])
+def test_every_configuration_of_other_heads_too(ops, tmp_path):
+    check(ops, tmp_path)
+
+
+def test_every_op_is_in_a_group():
+    assert {op for ops in GROUPS for op in ops} == set(compiled.INPUTS) == set(dispatch.OPS)
 
 
 def test_every_kernel_of_every_op_is_launched_by_some_call():
