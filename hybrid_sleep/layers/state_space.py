@@ -77,10 +77,13 @@ class StateSpaceMixer(nn.Module, ABC):
         write_only: bool = False,
     ) -> tuple[torch.Tensor | None, FastWeights]:
         S, q_tail, kv_tail = memory if memory is not None else FastWeights(None)
+        # Gradients of h are summed in the reverse order of its uses: another order, other last bits.
+        kv = torch.cat((self.k_proj(h), self.v_proj(h)), dim=-1)
+        q = self.q_proj(h) if not write_only or context.keep_tails else None
         o, *after = self.mix(
             h,
-            self.q_proj(h) if not write_only or context.keep_tails else None,
-            torch.cat((self.k_proj(h), self.v_proj(h)), dim=-1),
+            q,
+            kv,
             initial_state=S,
             q_tail=q_tail,
             kv_tail=kv_tail,
