@@ -77,7 +77,7 @@ class StateSpaceMixer(nn.Module, ABC):
         write_only: bool = False,
     ) -> tuple[torch.Tensor | None, FastWeights]:
         S, q_tail, kv_tail = memory if memory is not None else FastWeights(None)
-        # Gradients of h are summed in the reverse order of its uses: another order, other last bits.
+        # Gradients of h are summed in reverse order of use: another order, other last bits.
         kv = torch.cat((self.k_proj(h), self.v_proj(h)), dim=-1)
         q = self.q_proj(h) if not write_only or context.keep_tails else None
         o, *after = self.mix(
