@@ -5,8 +5,8 @@ A mixer is a state-space layer between its projections: convolve, gate, read and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -99,38 +99,25 @@ def check_mixer(
 
 
 def select(
-    op: str,
-    impl: str,
-    dims: Dims,
-    kv: Tensor,
-    others: Iterable[Tensor | None],
-    mask: Tensor | None,
+    op: str, impl: str, dims: Dims, raw: Any, mask: Tensor | None
 ) -> Callable[..., Mixed]:
-    """The implementation of mixer `op` that runs this call."""
-    call = dispatch.call_of(kv, others, dims.B, dims.T, dims.H, (dims.K, dims.V), mask)
+    """The implementation of mixer `op` that runs this call; `raw` names all tensors, kv too."""
+    call = dispatch.call_of(raw.kv, raw, dims.B, dims.T, dims.H, (dims.K, dims.V), mask)
     return dispatch.select(op, impl, call)
 
 
 def convolve(
-    q: Tensor | None,
-    kv: Tensor,
-    q_weight: Tensor,
-    kv_weight: Tensor,
-    q_tail: Tensor | None,
-    kv_tail: Tensor | None,
-    mask: Tensor | None,
-    dims: Dims,
-    output: bool,
-    tails: bool,
-    impl: str,
+    raw: Any, mask: Tensor | None, dims: Dims, output: bool, tails: bool, impl: str
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
     """q (None without output), k [B, T, G, K], v [B, T, H, V] after convolution and SiLU; tails."""
-    kv, kv_tail = short_conv(kv, kv_weight, initial_state=kv_tail, mask=mask, impl=impl)
+    common = {"mask": mask, "impl": impl}
+    q, q_tail = raw.q, raw.q_tail
+    kv, kv_tail = short_conv(raw.kv, raw.kv_weight, initial_state=raw.kv_tail, **common)
     k, v = kv.split((dims.key_width, kv.shape[2] - dims.key_width), dim=-1)
     k = k.reshape(dims.B, dims.T, dims.G, dims.K)
     v = v.reshape(dims.B, dims.T, dims.H, dims.V)
     if q is not None and (output or tails):
-        q, q_tail = short_conv(q, q_weight, initial_state=q_tail, mask=mask, impl=impl)
+        q, q_tail = short_conv(q, raw.q_weight, initial_state=q_tail, **common)
         q = q.reshape(dims.B, dims.T, dims.G, dims.K)
     if not tails:
         q_tail = kv_tail = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import triton
@@ -63,3 +64,13 @@ def dense(x: Tensor | None) -> Tensor | None:
 def whole(x: Tensor | None) -> Tensor | None:
     """The tensor in one piece."""
     return None if x is None else x.contiguous()
+
+
+def for_inputs(
+    inputs: Iterable[Tensor | None], gradients: Iterable[Tensor | None]
+) -> list[Tensor | None]:
+    """Each gradient in the dtype of its input; None where either is."""
+    return [
+        None if x is None or dx is None else dx.to(x.dtype)
+        for x, dx in zip(inputs, gradients, strict=True)
+    ]

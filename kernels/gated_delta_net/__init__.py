@@ -74,9 +74,9 @@ def gated_delta_net(
         initial_state, q_tail, kv_tail, mask, output,
     )  # fmt: skip
     check_tensor("b", b, (dims.B, dims.T, dims.H), "[B, T, H]")
-    others = (q, a, b, q_weight, kv_weight, A_log, dt_bias, initial_state, q_tail, kv_tail)
-    run = select("gated_delta_net", impl, dims, kv, others, mask)
-    return run(
-        q, kv, a, b, q_weight, kv_weight, A_log, dt_bias, initial_state, q_tail, kv_tail, mask,
-        dims, output, tails,
+    raw = reference.Raw(
+        q, kv, a, b, q_weight, kv_weight, A_log, dt_bias,
+        initial_state, q_tail, kv_tail,
     )  # fmt: skip
+    run = select("gated_delta_net", impl, dims, raw, mask)
+    return run(raw, mask, dims, output, tails)

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from hybrid_sleep.kernels.gated_delta_rule import gated_delta_rule
 from hybrid_sleep.kernels.mixers import Dims, Mixed, convolve, decay_rate, time_step
+
+
+class Raw(NamedTuple):
+    """What a call reads, as the public op names it; q is None where nothing is read with it."""
+
+    q: Tensor | None
+    kv: Tensor
+    a: Tensor
+    b: Tensor
+    q_weight: Tensor
+    kv_weight: Tensor
+    A_log: Tensor
+    dt_bias: Tensor
+    initial_state: Tensor | None
+    q_tail: Tensor | None
+    kv_tail: Tensor | None
 
 
 def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -16,41 +34,24 @@ def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def compose(
-    impl: str,
-    q: Tensor | None,
-    kv: Tensor,
-    a: Tensor,
-    b: Tensor,
-    q_weight: Tensor,
-    kv_weight: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    initial_state: Tensor | None,
-    q_tail: Tensor | None,
-    kv_tail: Tensor | None,
-    mask: Tensor | None,
-    dims: Dims,
-    output: bool,
-    tails: bool,
+    impl: str, raw: Raw, mask: Tensor | None, dims: Dims, output: bool, tails: bool
 ) -> Mixed:
     """q, k, v <- silu(conv(raw));  g = -exp(A_log) softplus(a + dt_bias);  beta = sigmoid(b);
     gated delta rule with q and k of length 1. `impl` is that of the parts.
     """
-    q, k, v, q_tail, kv_tail = convolve(
-        q, kv, q_weight, kv_weight, q_tail, kv_tail, mask, dims, output, tails, impl
-    )
+    q, k, v, q_tail, kv_tail = convolve(raw, mask, dims, output, tails, impl)
     repeats = dims.H // dims.G
     k = l2_normalize(k).repeat_interleave(repeats, dim=2)
-    step = time_step(a, dt_bias)
+    step = time_step(raw.a, raw.dt_bias)
     # The rule wants queries even where it reads nothing; the keys stand in, unread.
     q = l2_normalize(q).repeat_interleave(repeats, dim=2) if output else k
     o, S = gated_delta_rule(
         q,
         k,
         v,
-        decay_rate(A_log, step.dtype) * step,
-        b.to(step.dtype).sigmoid(),
-        initial_state=initial_state,
+        decay_rate(raw.A_log, step.dtype) * step,
+        raw.b.to(step.dtype).sigmoid(),
+        initial_state=raw.initial_state,
         mask=mask,
         output=output,
         impl=impl,

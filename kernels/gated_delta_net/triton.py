@@ -11,29 +11,15 @@ from torch.autograd.function import once_differentiable
 
 from hybrid_sleep.kernels.checks import compute_dtype, hide_pads
 from hybrid_sleep.kernels.gated_delta_net import triton_kernels
+from hybrid_sleep.kernels.gated_delta_net.reference import Raw
 from hybrid_sleep.kernels.gated_delta_rule import triton as rule
 from hybrid_sleep.kernels.mixers import Dims, Mixed, decay_rate, time_step
 from hybrid_sleep.kernels.short_conv import triton as conv
 from hybrid_sleep.kernels.short_conv.tail import tail_after
 from hybrid_sleep.kernels.short_conv.triton_taps import previous_tokens
 from hybrid_sleep.kernels.triton_launch import Precision, empty, next_power, precision
-from hybrid_sleep.kernels.triton_sizes import Sizes, chunk_length, whole
-
-
-class Raw(NamedTuple):
-    """What a call reads, as the public op names it; q is None where nothing is read with it."""
-
-    q: Tensor | None
-    kv: Tensor
-    a: Tensor
-    b: Tensor
-    q_weight: Tensor
-    kv_weight: Tensor
-    A_log: Tensor
-    dt_bias: Tensor
-    initial_state: Tensor | None
-    q_tail: Tensor | None
-    kv_tail: Tensor | None
+from hybrid_sleep.kernels.triton_mixers import step
+from hybrid_sleep.kernels.triton_sizes import Sizes, chunk_length, for_inputs, whole
 
 
 class Heads(NamedTuple):
@@ -49,45 +35,33 @@ class Heads(NamedTuple):
     k_length: Tensor | None
 
 
-def gated_delta_net(
-    q: Tensor | None,
-    kv: Tensor,
-    a: Tensor,
-    b: Tensor,
-    q_weight: Tensor,
-    kv_weight: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    initial_state: Tensor | None,
-    q_tail: Tensor | None,
-    kv_tail: Tensor | None,
-    mask: Tensor | None,
-    dims: Dims,
-    output: bool,
-    tails: bool,
-) -> Mixed:
+def gated_delta_net(raw: Raw, mask: Tensor | None, dims: Dims, output: bool, tails: bool) -> Mixed:
     """As `reference.compose`."""
-    raw = Raw(
-        q, kv, a, b, q_weight, kv_weight, A_log, dt_bias, initial_state, q_tail, kv_tail
-    )
+    q, kv = raw.q, raw.kv
     mask = whole(mask)
     how = precision(kv.dtype, compute_dtype(*(x for x in raw if x is not None)))
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in raw):
         read = raw if output else raw._replace(q=None)
         o, S = _GatedDeltaNet.apply(*read, mask, dims, how)
     elif dims.T == 1:
-        return _step(raw, mask, dims, how, output, tails)
+        return step(
+            triton_kernels.step, raw, mask, dims, how, output, tails, scale=dims.K**-0.5
+        )
     else:
         read = _dense(raw if output else raw._replace(q=None))
         sizes = _sizes(dims, how)
-        heads, chunks = _prologue(read, mask, sizes, dims, how, keep=False)
+        heads, chunks = _prologue(read, mask, _previous(mask), sizes, dims, how, keep=False)
         o, S = rule.scan(
-            heads.q, heads.k, heads.v, initial_state, None, chunks, dims.K**-0.5, sizes, how
+            heads.q, heads.k, heads.v, raw.initial_state, None, chunks, dims.K**-0.5, sizes, how
         )
     if not tails:
         return Mixed(o, S, None, None)
-    after = q_tail if q is None else tail_after(q, q_tail, mask, dims.W)
-    return Mixed(o, S, after, tail_after(kv, kv_tail, mask, dims.W))
+    after = raw.q_tail if q is None else tail_after(q, raw.q_tail, mask, dims.W)
+    return Mixed(o, S, after, tail_after(kv, raw.kv_tail, mask, dims.W))
+
+
+def _previous(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else previous_tokens(mask)
 
 
 def _sizes(dims: Dims, how: Precision) -> Sizes:
@@ -107,7 +81,13 @@ def _dense(raw: Raw) -> Raw:
 
 
 def _prologue(
-    raw: Raw, mask: Tensor | None, sizes: Sizes, dims: Dims, how: Precision, keep: bool
+    raw: Raw,
+    mask: Tensor | None,
+    previous: Tensor | None,
+    sizes: Sizes,
+    dims: Dims,
+    how: Precision,
+    keep: bool,
 ) -> tuple[Heads, rule.Chunks]:
     """q, k, v and the chunks of a call in one launch."""
     B, T, G, K, H, V, W = dims
@@ -131,7 +111,7 @@ def _prologue(
         (B * H, sizes.chunks),
         q=raw.q, kv=kv, a=raw.a, b_raw=raw.b, q_weight=raw.q_weight, kv_weight=raw.kv_weight,
         A_log=raw.A_log, dt_bias=raw.dt_bias, q_tail=raw.q_tail, kv_tail=raw.kv_tail,
-        mask=mask, previous=None if mask is None else previous_tokens(mask),
+        mask=mask, previous=previous,
         q_out=heads.q, k_out=heads.k, v_out=heads.v,
         q_length=heads.q_length, k_length=heads.k_length, **chunks._asdict(),
         q_b=strides.stride(0), q_t=strides.stride(1), kv_b=kv.stride(0), kv_t=kv.stride(1),
@@ -140,33 +120,6 @@ def _prologue(
         **how._asdict(),
     )  # fmt: skip
     return heads, chunks
-
-
-def _step(
-    raw: Raw, mask: Tensor | None, dims: Dims, how: Precision, output: bool, tails: bool
-) -> Mixed:
-    """One token a row: one launch."""
-    raw = _dense(raw)
-    B, _, G, K, H, V, W = dims
-    q, kv = raw.q, raw.kv
-    o = empty(kv, (B, 1, H, V), kv.dtype) if output else None
-    S = empty(kv, (B, H, K, V), how.state)
-    has_q_tail = tails and q is not None
-    q_tail = empty(kv, (B, W - 1, G * K), kv.dtype) if has_q_tail else None
-    kv_tail = empty(kv, (B, W - 1, kv.shape[2]), kv.dtype) if tails else None
-    triton_kernels.step.launch(
-        lambda meta: (B * H, triton.cdiv(V, meta["BV"])),
-        q=q, kv=kv, a=raw.a, b_raw=raw.b, q_weight=raw.q_weight, kv_weight=raw.kv_weight,
-        A_log=raw.A_log, dt_bias=raw.dt_bias, q_tail=raw.q_tail, kv_tail=raw.kv_tail, mask=mask,
-        initial=raw.initial_state, out=o, final=S, new_q_tail=q_tail, new_kv_tail=kv_tail,
-        q_b=(kv if q is None else q).stride(0), kv_b=kv.stride(0), scale=K**-0.5,
-        busy=min(1024, triton.next_power_of_2(B * H)),
-        H=H, R=H // G, K=K, V=V, W=W, BK=next_power(K), HAS_Q_TAIL=raw.q_tail is not None,
-        HAS_KV_TAIL=raw.kv_tail is not None, HAS_MASK=mask is not None,
-        HAS_INITIAL=raw.initial_state is not None, OUT=output,
-        Q_TAIL=q is not None and (output or tails), TAILS=tails, ACC=how.ACC,
-    )  # fmt: skip
-    return Mixed(o, S, q_tail, kv_tail)
 
 
 def _length_back(
@@ -190,7 +143,7 @@ class _GatedDeltaNet(torch.autograd.Function):
     def forward(ctx, *arguments):
         *tensors, mask, dims, how = arguments
         raw, sizes = _dense(Raw(*tensors)), _sizes(dims, how)
-        heads, chunks = _prologue(raw, mask, sizes, dims, how, keep=False)
+        heads, chunks = _prologue(raw, mask, _previous(mask), sizes, dims, how, keep=False)
         o, S = rule.scan(
             heads.q, heads.k, heads.v, raw.initial_state, None, chunks, dims.K**-0.5, sizes, how
         )
@@ -206,7 +159,8 @@ class _GatedDeltaNet(torch.autograd.Function):
         dims, how = ctx.given
         given = Raw(*tensors)
         raw, sizes = _dense(given if do is not None else given._replace(q=None)), _sizes(dims, how)
-        heads, chunks = _prologue(raw, mask, sizes, dims, how, keep=True)
+        previous = _previous(mask)
+        heads, chunks = _prologue(raw, mask, previous, sizes, dims, how, keep=True)
         dq, dk, dv, dg, dbeta, d_initial = rule.backward(
             do, dS, heads.q, heads.k, heads.v, raw.initial_state, mask, chunks, dims.K**-0.5,
             sizes, how,
@@ -214,7 +168,6 @@ class _GatedDeltaNet(torch.autograd.Function):
         d_kv = torch.cat(
             (_length_back(dk, heads.k, heads.k_length, dims, how), dv.flatten(2)), dim=-1
         )
-        previous = None if mask is None else previous_tokens(mask)
         kv, kv_weight, _, kv_tail = conv.backward(
             d_kv, None, raw.kv, raw.kv_weight, None, raw.kv_tail, mask, previous, "silu"
         )
@@ -228,16 +181,12 @@ class _GatedDeltaNet(torch.autograd.Function):
             a, b = hide_pads(mask, raw.a, raw.b)
             leaves = [x.detach().requires_grad_() for x in (a, b, raw.A_log, raw.dt_bias)]
             a, b, A_log, dt_bias = leaves
-            step = time_step(a, dt_bias)
-            gates = (decay_rate(A_log, step.dtype) * step, b.to(step.dtype).sigmoid())
+            dt = time_step(a, dt_bias)
+            gates = (decay_rate(A_log, dt.dtype) * dt, b.to(dt.dtype).sigmoid())
         a, b, A_log, dt_bias = torch.autograd.grad(gates, leaves, (dg, dbeta))
         if raw.initial_state is None:
             d_initial = None
         found = Raw(
             q, kv, a, b, q_weight, kv_weight, A_log, dt_bias, d_initial, q_tail, kv_tail
         )
-        grads = [
-            None if x is None or dx is None else dx.to(x.dtype)
-            for x, dx in zip(given, found, strict=True)
-        ]
-        return *grads, None, None, None
+        return *for_inputs(given, found), None, None, None

@@ -136,40 +136,40 @@ def length_back(
 @kernel([config(2, BV=16), config(4, BV=32)], key=("K", "V", "busy"), blocks={"BV": "V"})
 @triton.jit
 def step(
-    q, kv, a, b_raw, q_weight, kv_weight, A_log, dt_bias, q_tail, kv_tail, mask, initial,
+    q, kv, a, b, q_weight, kv_weight, A_log, dt_bias, q_tail, kv_tail, mask, initial,
     out, final, new_q_tail, new_kv_tail,
     q_b, kv_b, scale, busy,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
     BK: tl.constexpr, HAS_Q_TAIL: tl.constexpr, HAS_KV_TAIL: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_INITIAL: tl.constexpr, OUT: tl.constexpr, Q_TAIL: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_INITIAL: tl.constexpr, OUT: tl.constexpr, READS: tl.constexpr,
     TAILS: tl.constexpr, ACC: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """One token of one head, BV columns of its state: everything from raw projections to out.
 
-    q [B, 1, G * K], kv [B, 1, G * K + H * V], a, b_raw [B, 1, H]; initial, final [B, H, K, V];
-    out [B, 1, H, V]; tails [B, W - 1, channels]. Q_TAIL: q is there for its tail at least.
+    q [B, 1, G * K], kv [B, 1, G * K + H * V], a, b [B, 1, H]; initial, final [B, H, K, V];
+    out [B, 1, H, V]; tails [B, W - 1, channels]. READS: q is there for its tail at least.
     """
     bh, block = tl.program_id(0), tl.program_id(1)
-    b, h = bh // H, bh % H
+    row, h = bh // H, bh % H
     G: tl.constexpr = H // R
     g = h // R
     kk, vv = tl.arange(0, BK), block * BV + tl.arange(0, BV)
     real = 1
     if HAS_MASK:
-        real = tl.load(mask + b).to(tl.int32)
+        real = tl.load(mask + row).to(tl.int32)
     writes = tl.where(block == 0, 1, 0) * tl.where(h % R == 0, 1, 0)
     keys = conv_one(
-        kv, kv_weight, kv_tail, new_kv_tail, b, g * K, kk, real, writes, G * K + H * V, kv_b,
+        kv, kv_weight, kv_tail, new_kv_tail, row, g * K, kk, real, writes, G * K + H * V, kv_b,
         W, K, HAS_KV_TAIL, TAILS, ACC,
     )  # fmt: skip
     values = conv_one(
-        kv, kv_weight, kv_tail, new_kv_tail, b, G * K + h * V, vv, real, 1,
+        kv, kv_weight, kv_tail, new_kv_tail, row, G * K + h * V, vv, real, 1,
         G * K + H * V, kv_b, W, V, HAS_KV_TAIL, TAILS, ACC,
     )  # fmt: skip
     keys = keys * tl.rsqrt(tl.sum(keys * keys, axis=0) + EPS)
     raw = tl.load(a + bh).to(ACC) + tl.load(dt_bias + h).to(ACC)
     decay = tl.exp(-tl.exp(tl.load(A_log + h).to(ACC)) * softplus(raw))
-    beta = sigmoid(tl.load(b_raw + bh).to(ACC))
+    beta = sigmoid(tl.load(b + bh).to(ACC))
     inside = square_mask(kk, vv, K, V, BK, BV)
     tile = bh.to(tl.int64) * K * V + kk[:, None] * V + vv[None, :]
     S = tl.zeros((BK, BV), ACC)
@@ -181,9 +181,9 @@ def step(
     if real != 0:
         S = written
     tl.store(final + tile, S, mask=inside)
-    if Q_TAIL:
+    if READS:
         queries = conv_one(
-            q, q_weight, q_tail, new_q_tail, b, g * K, kk, real, writes, G * K, q_b,
+            q, q_weight, q_tail, new_q_tail, row, g * K, kk, real, writes, G * K, q_b,
             W, K, HAS_Q_TAIL, TAILS, ACC,
         )  # fmt: skip
         if OUT:

@@ -12,7 +12,14 @@ from torch.autograd.function import once_differentiable
 from hybrid_sleep.kernels.checks import compute_dtype
 from hybrid_sleep.kernels.gated_delta_rule import triton_backward, triton_forward
 from hybrid_sleep.kernels.triton_launch import Precision, empty, next_power, precision
-from hybrid_sleep.kernels.triton_sizes import Sizes, chunk_length, dense, strides, whole
+from hybrid_sleep.kernels.triton_sizes import (
+    Sizes,
+    chunk_length,
+    dense,
+    for_inputs,
+    strides,
+    whole,
+)
 
 # Programs that fill a GPU: below this many, the chunks are cut into segments.
 PROGRAMS = 128
@@ -263,7 +270,5 @@ class _GatedDelta(torch.autograd.Function):
         *grads, d_initial = backward(
             do, dS, q, k, v, initial_state, mask, chunks, scale, sizes, how
         )
-        inputs = (q, k, v, g, beta)
-        grads = [None if d is None else d.to(x.dtype) for d, x in zip(grads, inputs, strict=True)]
-        d_initial = None if initial_state is None else d_initial.to(initial_state.dtype)
-        return *grads, d_initial, None, None, None, None
+        inputs = (q, k, v, g, beta, initial_state)
+        return *for_inputs(inputs, (*grads, d_initial)), None, None, None, None

@@ -69,9 +69,9 @@ def mamba2(
         q, kv, a, q_weight, kv_weight, {"A_log": A_log, "dt_bias": dt_bias, "skip": skip},
         key_heads, initial_state, q_tail, kv_tail, mask, output,
     )  # fmt: skip
-    others = (q, a, q_weight, kv_weight, A_log, dt_bias, skip, initial_state, q_tail, kv_tail)
-    run = select("mamba2", impl, dims, kv, others, mask)
-    return run(
-        q, kv, a, q_weight, kv_weight, A_log, dt_bias, skip, initial_state, q_tail, kv_tail, mask,
-        dims, output, tails,
+    raw = reference.Raw(
+        q, kv, a, q_weight, kv_weight, A_log, dt_bias, skip,
+        initial_state, q_tail, kv_tail,
     )  # fmt: skip
+    run = select("mamba2", impl, dims, raw, mask)
+    return run(raw, mask, dims, output, tails)

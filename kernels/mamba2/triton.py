@@ -13,36 +13,22 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hybrid_sleep.kernels.checks import compute_dtype
 from hybrid_sleep.kernels.mamba2 import triton_kernels
+from hybrid_sleep.kernels.mamba2.reference import Raw
 from hybrid_sleep.kernels.mixers import Dims, Mixed
 from hybrid_sleep.kernels.short_conv import triton as conv
 from hybrid_sleep.kernels.short_conv.tail import tail_after
 from hybrid_sleep.kernels.short_conv.triton_taps import previous_tokens
 from hybrid_sleep.kernels.ssd import triton as rule
-from hybrid_sleep.kernels.triton_launch import Precision, empty, next_power, precision
+from hybrid_sleep.kernels.triton_launch import empty, precision
+from hybrid_sleep.kernels.triton_mixers import step
+from hybrid_sleep.kernels.triton_sizes import for_inputs, whole
 
 SCALE = 1.0
-
-
-class Raw(NamedTuple):
-    """What a call reads, as the public op names it; q is None where nothing is read with it."""
-
-    q: Tensor | None
-    kv: Tensor
-    a: Tensor
-    q_weight: Tensor
-    kv_weight: Tensor
-    A_log: Tensor
-    dt_bias: Tensor
-    skip: Tensor
-    initial_state: Tensor | None
-    q_tail: Tensor | None
-    kv_tail: Tensor | None
 
 
 class Tails(NamedTuple):
@@ -52,48 +38,38 @@ class Tails(NamedTuple):
     kv: Tensor
 
 
-def mamba2(
-    q: Tensor | None,
-    kv: Tensor,
-    a: Tensor,
-    q_weight: Tensor,
-    kv_weight: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    skip: Tensor,
-    initial_state: Tensor | None,
-    q_tail: Tensor | None,
-    kv_tail: Tensor | None,
-    mask: Tensor | None,
-    dims: Dims,
-    output: bool,
-    tails: bool,
-) -> Mixed:
+def mamba2(raw: Raw, mask: Tensor | None, dims: Dims, output: bool, tails: bool) -> Mixed:
     """As `reference.compose`."""
-    raw = Raw(q, kv, a, q_weight, kv_weight, A_log, dt_bias, skip, initial_state, q_tail, kv_tail)
+    q, kv = raw.q, raw.kv
     how = precision(kv.dtype, compute_dtype(*(x for x in raw if x is not None)))
     read = raw if output else raw._replace(q=None)
-    mask = None if mask is None else mask.contiguous()
+    mask = whole(mask)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in raw):
         o, S = _Mamba2.apply(*read, mask, dims, how)
         after = None
     elif dims.T == 1:
-        return _step(raw, mask, dims, how, output, tails)
+        return step(triton_kernels.step, raw, mask, dims, how, output, tails)
     else:
-        given, after = _convolve(read, mask, dims)
+        given, after = _convolve(read, _pads(mask), dims)
         o, S = rule.forward(given, SCALE, rule.sizes_of(given.k, given.v, how), how)
     if not tails:
         return Mixed(o, S, None, None)
     new_q = after.q if after else None
     if new_q is None:
-        new_q = q_tail if q is None else tail_after(q, q_tail, mask, dims.W)
-    return Mixed(o, S, new_q, after.kv if after else tail_after(kv, kv_tail, mask, dims.W))
+        new_q = raw.q_tail if q is None else tail_after(q, raw.q_tail, mask, dims.W)
+    new_kv = after.kv if after else tail_after(kv, raw.kv_tail, mask, dims.W)
+    return Mixed(o, S, new_q, new_kv)
 
 
-def _convolve(raw: Raw, mask: Tensor | None, dims: Dims) -> tuple[rule.Inputs, Tails]:
+def _pads(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None, str]:
+    """The last arguments of a convolution."""
+    return mask, None if mask is None else previous_tokens(mask), "silu"
+
+
+def _convolve(
+    raw: Raw, pads: tuple[Tensor | None, Tensor | None, str], dims: Dims
+) -> tuple[rule.Inputs, Tails]:
     """What the rule reads; k and v are views of one tensor."""
-    previous = None if mask is None else previous_tokens(mask)
-    pads = mask, previous, "silu"
     kv, kv_tail = conv.forward(raw.kv, raw.kv_weight, None, raw.kv_tail, *pads)
     k, v = _heads(kv, dims)
     q = q_tail = None
@@ -101,7 +77,7 @@ def _convolve(raw: Raw, mask: Tensor | None, dims: Dims) -> tuple[rule.Inputs, T
         q, q_tail = conv.forward(raw.q, raw.q_weight, None, raw.q_tail, *pads)
         q = q.unflatten(-1, (dims.G, dims.K))
     gates = (x.contiguous() for x in (raw.a, raw.A_log, raw.dt_bias, raw.skip))
-    return rule.Inputs(q, k, v, *gates, raw.initial_state, mask), Tails(q_tail, kv_tail)
+    return rule.Inputs(q, k, v, *gates, raw.initial_state, pads[0]), Tails(q_tail, kv_tail)
 
 
 def _heads(kv: Tensor, dims: Dims) -> tuple[Tensor, Tensor]:
@@ -110,40 +86,13 @@ def _heads(kv: Tensor, dims: Dims) -> tuple[Tensor, Tensor]:
     return k.unflatten(-1, (dims.G, dims.K)), v.unflatten(-1, (dims.H, dims.V))
 
 
-def _step(
-    raw: Raw, mask: Tensor | None, dims: Dims, how: Precision, output: bool, tails: bool
-) -> Mixed:
-    """One token a row: one launch."""
-    B, _, G, K, H, V, W = dims
-    raw = Raw(*(None if x is None else x.contiguous() for x in raw))
-    q, kv = raw.q, raw.kv
-    o = empty(kv, (B, 1, H, V), kv.dtype) if output else None
-    S = empty(kv, (B, H, K, V), how.state)
-    new_kv = empty(kv, (B, W - 1, kv.shape[2]), kv.dtype) if tails else None
-    new_q = empty(q, (B, W - 1, G * K), q.dtype) if tails and q is not None else None
-    triton_kernels.step.launch(
-        lambda meta: (B * H, triton.cdiv(V, meta["BV"])),
-        q=q, kv=kv, a=raw.a, q_weight=raw.q_weight, kv_weight=raw.kv_weight, A_log=raw.A_log,
-        dt_bias=raw.dt_bias, skip=raw.skip, q_tail=raw.q_tail, kv_tail=raw.kv_tail,
-        mask=mask, initial=raw.initial_state, out=o, final=S, new_q_tail=new_q, new_kv_tail=new_kv,
-        q_b=G * K, kv_b=kv.shape[2], busy=min(1024, triton.next_power_of_2(B * H)),
-        H=H, R=H // G, K=K, V=V, W=W, BK=next_power(K), HAS_Q_TAIL=raw.q_tail is not None,
-        HAS_KV_TAIL=raw.kv_tail is not None, HAS_MASK=mask is not None,
-        HAS_INITIAL=raw.initial_state is not None, READS=q is not None and (output or tails),
-        OUT=output, TAILS=tails, ACC=how.ACC,
-    )  # fmt: skip
-    if tails and q is None:
-        new_q = raw.q_tail
-    return Mixed(o, S, new_q, new_kv)
-
-
 class _Mamba2(torch.autograd.Function):
     """Keeps its inputs and nothing else: the backward pass convolves again."""
 
     @staticmethod
     def forward(ctx, *arguments):
         *tensors, mask, dims, how = arguments
-        given, _ = _convolve(Raw(*tensors), mask, dims)
+        given, _ = _convolve(Raw(*tensors), _pads(mask), dims)
         ctx.save_for_backward(*tensors, mask)
         ctx.given = dims, how
         ctx.set_materialize_grads(False)
@@ -155,7 +104,8 @@ class _Mamba2(torch.autograd.Function):
         *tensors, mask = ctx.saved_tensors
         dims, how = ctx.given
         raw = Raw(*tensors)
-        given, _ = _convolve(raw if do is not None else raw._replace(q=None), mask, dims)
+        pads = _pads(mask)
+        given, _ = _convolve(raw if do is not None else raw._replace(q=None), pads, dims)
         sizes = rule.sizes_of(given.k, given.v, how)
         d_kv = empty(raw.kv, raw.kv.shape, raw.kv.dtype)
         keys, dv = _heads(d_kv, dims)
@@ -163,7 +113,6 @@ class _Mamba2(torch.autograd.Function):
         d = rule.backward(do, dS, given, SCALE, sizes, how, dk, dv)
         if sizes.R > 1:
             keys.copy_(rule.of_groups(dk, sizes))
-        pads = mask, None if mask is None else previous_tokens(mask), "silu"
         kv, kv_weight, _, kv_tail = conv.backward(
             d_kv, None, raw.kv, raw.kv_weight, None, raw.kv_tail, *pads
         )
@@ -179,8 +128,4 @@ class _Mamba2(torch.autograd.Function):
             q, kv, d.g, q_weight, kv_weight, A_log, dt_bias, skip if do is not None else None,
             d_initial, q_tail, kv_tail,
         )  # fmt: skip
-        grads = [
-            None if x is None or dx is None else dx.to(x.dtype)
-            for x, dx in zip(raw, found, strict=True)
-        ]
-        return *grads, None, None, None
+        return *for_inputs(raw, found), None, None, None

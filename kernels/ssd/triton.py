@@ -16,7 +16,14 @@ from torch.autograd.function import once_differentiable
 from hybrid_sleep.kernels.checks import compute_dtype
 from hybrid_sleep.kernels.ssd import triton_backward, triton_forward
 from hybrid_sleep.kernels.triton_launch import Precision, empty, precision
-from hybrid_sleep.kernels.triton_sizes import Sizes, chunk_length, dense, strides, whole
+from hybrid_sleep.kernels.triton_sizes import (
+    Sizes,
+    chunk_length,
+    dense,
+    for_inputs,
+    strides,
+    whole,
+)
 
 # Programs that fill a GPU: below this many, the chunks are cut into segments.
 PROGRAMS = 128
@@ -272,7 +279,4 @@ class _SSD(torch.autograd.Function):
         d = backward(do, dS, given, scale, sizes, how, dk, dv)
         grads = (of_groups(d.q, sizes), of_groups(d.k, sizes), d.v, d.g, d.initial_state)
         inputs = (given.q, k, v, given.g, given.initial_state)
-        return *(
-            None if x is None or grad is None else grad.to(x.dtype)
-            for x, grad in zip(inputs, grads, strict=True)
-        ), None, None, None, None  # fmt: skip
+        return *for_inputs(inputs, grads), None, None, None, None

@@ -159,8 +159,12 @@ def test_the_state_does_not_depend_on_what_else_is_asked_for(op, impl, T):
             assert torch.equal(getattr(whole, name), getattr(written, name)), name
         without = inputs | {"q": None}
         bare = op(**without, **options, impl=impl, output=False, tails=False)
+        kept = op(**without, **options, impl=impl, output=False)
     assert torch.equal(bare.S, whole.S)
     assert bare.o is bare.q_tail is bare.kv_tail is None
+    # Without queries their tail stays what it was.
+    assert torch.equal(kept.q_tail, inputs["q_tail"])
+    assert torch.equal(kept.kv_tail, whole.kv_tail)
 
 
 def test_what_is_wrong_is_named(op):
