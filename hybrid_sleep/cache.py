@@ -281,9 +281,19 @@ class SleepCache(Cache):
         twin.reports = list(self.reports)
         return twin
 
-    def detach(self) -> SleepCache:
-        """Cut the graph here, for truncated backpropagation; returns the cache itself."""
-        self._each(torch.Tensor.detach)
+    def detach(self, rows: torch.Tensor | None = None) -> SleepCache:
+        """Cut the graph here, for truncated backpropagation; returns the cache itself.
+
+        rows: indices of the rows to cut, on the CPU; None for all.
+        """
+
+        def cut(x: torch.Tensor) -> torch.Tensor:
+            if rows is None or len(rows) == len(self.counts):
+                return x.detach()
+            index = rows.to(x.device)
+            return x.index_copy(0, index, x.detach().index_select(0, index))
+
+        self._each(cut)
         return self
 
     def to(self, device: torch.device | str) -> SleepCache:

@@ -39,7 +39,8 @@ class HybridSleepConfig(PreTrainedConfig):
             `mamba2` the key heads are its groups and the key dim its state size.
         linear_key_head_dim, linear_value_head_dim: K and V of the fast weights `S: [B, H, K, V]`.
         linear_conv_kernel_dim: width W of the short convolution, at least 2.
-        intermediate_size: width of the SwiGLU MLP behind each mixer; 0 leaves the MLPs out.
+        intermediate_size: width of the SwiGLU MLP behind each mixer, or a list with one for each
+            layer; 0 leaves the MLP out.
 
     Sleep (DESIGN meanings; Lee et al., arXiv 2605.26099, Algorithm 1):
         window: L, tokens that attention sees at a time, at least 1.
@@ -61,7 +62,7 @@ class HybridSleepConfig(PreTrainedConfig):
 
     vocab_size: int = 32000
     hidden_size: int = 512
-    intermediate_size: int = 1408
+    intermediate_size: int | list[int] = 1408
     num_hidden_layers: int = 8
     layer_types: list[str] | None = None
     num_attention_heads: int = 8
@@ -124,7 +125,7 @@ class HybridSleepConfig(PreTrainedConfig):
             "max_position_embeddings",
         ):
             check_count(name, getattr(self, name))
-        check_count("intermediate_size", self.intermediate_size, minimum=0)
+        self._check_mlps()
         check_count("linear_conv_kernel_dim", self.linear_conv_kernel_dim, minimum=2)
         check_count("weights_version", self.weights_version, minimum=0)
         check_choice("state_space", self.state_space, STATE_SPACES)
@@ -157,6 +158,19 @@ class HybridSleepConfig(PreTrainedConfig):
                     f"{token} must be None or in 0..{self.vocab_size - 1}, got {value!r}"
                 )
 
+    def _check_mlps(self) -> None:
+        widths = self.intermediate_size
+        if not isinstance(widths, list):
+            check_count("intermediate_size", widths, minimum=0)
+            return
+        if len(widths) != self.num_hidden_layers:
+            raise ValueError(
+                f"intermediate_size must be an integer, or a list of one each for "
+                f"num_hidden_layers={self.num_hidden_layers}, got {len(widths)} entries"
+            )
+        for i, width in enumerate(widths):
+            check_count(f"intermediate_size[{i}]", width, minimum=0)
+
     def _check_sleep(self) -> None:
         check_count("window", self.window)
         check_count("sleep_passes", self.sleep_passes)
@@ -187,6 +201,12 @@ class HybridSleepConfig(PreTrainedConfig):
     def loop_range(self) -> tuple[int, int]:
         """`(start, end)` of the blocks that a sleep repeats."""
         return (0, self.num_hidden_layers) if self.loop is None else self.loop
+
+    @property
+    def mlp_widths(self) -> list[int]:
+        """Width of each layer's MLP, 0 where there is none."""
+        widths = self.intermediate_size
+        return widths if isinstance(widths, list) else [widths] * self.num_hidden_layers
 
     @property
     def fast_weight_bytes(self) -> int:

@@ -201,6 +201,8 @@ class SleepGenerationMixin(GenerationMixin):
         """The prompt whole, then one token a step; a finished row's token is a pad."""
         if kwargs.get("position_ids") is not None:
             raise ValueError("position_ids cannot be given: a row's positions follow its windows")
+        if kwargs.get("document_ids") is not None:
+            raise ValueError("document_ids cannot be given: generate() goes on one text a row")
         inputs: dict[str, Any] = {"past_key_values": past_key_values}
         if is_first_iteration:
             # A cache that came with the call holds the past: all of the prompt is new.

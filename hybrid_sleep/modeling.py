@@ -11,18 +11,32 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from hybrid_sleep.cache import SleepCache
-from hybrid_sleep.configuration import HybridSleepConfig, check_choice, check_count
+from hybrid_sleep.configuration import HybridSleepConfig, check_count
 from hybrid_sleep.engine import SleepEngine
 from hybrid_sleep.generation import SleepGenerationMixin
 from hybrid_sleep.identity import Owner
 from hybrid_sleep.layers.block import Block
 from hybrid_sleep.layers.context import Context, see
 from hybrid_sleep.layers.rotary import Rotary
-from hybrid_sleep.layers.stack import GRANULARITIES, Granularity, run_blocks
+from hybrid_sleep.layers.stack import Checkpointing, Granularity, parse_granularity
+from hybrid_sleep.packing import (
+    Documents,
+    find_documents,
+    next_labels_in_document,
+    positions_in_document,
+)
 from hybrid_sleep.pretrained import HybridSleepPreTrainedModel
+from hybrid_sleep.reading import read, read_documents
 from hybrid_sleep.report import SleepReport
-from hybrid_sleep.sleep import MAX_PASSES, TOLERANCE, Passes, check_passes, consolidate
-from hybrid_sleep.windows import TokenBlock, cut, next_labels, real_tokens, spread
+from hybrid_sleep.sleep import (
+    MAX_PASSES,
+    TOLERANCE,
+    Passes,
+    Truncation,
+    check_passes,
+    consolidate,
+)
+from hybrid_sleep.windows import next_labels, real_tokens
 
 _LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index")
 
@@ -42,7 +56,8 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary = Rotary(config)
-        self.granularity: Granularity | None = None
+        self.checkpointing = Checkpointing()
+        self.truncation = Truncation()
         self.engine: SleepEngine | None = SleepEngine()
         self.post_init()
 
@@ -120,6 +135,33 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
         )
         return Context(cos, sin, sight, mask, keep_tails=sliding or not sleeping)
 
+    def _check_truncation(self, passes: Passes) -> None:
+        kept = self.truncation.passes
+        if passes == "auto" and kept is not None and torch.is_grad_enabled():
+            raise ValueError(
+                "sleep_passes='auto' learns of its last pass when it has run, so gradients cannot "
+                f"be cut {kept} passes before it; give a number, or set_truncation(passes=None)"
+            )
+
+    def _check_documents(
+        self,
+        tokens: torch.Tensor,
+        document_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past: SleepCache | None,
+    ) -> Documents:
+        if past is not None:
+            raise ValueError(
+                "document_ids starts each document with an empty memory, so past_key_values must "
+                "be None"
+            )
+        if document_ids.shape != tokens.shape[:2]:
+            raise ValueError(
+                f"document_ids must be of the input's shape, {tuple(tokens.shape[:2])}, got "
+                f"{tuple(document_ids.shape)}"
+            )
+        return find_documents(document_ids, attention_mask)
+
     @can_return_tuple
     def forward(
         self,
@@ -132,6 +174,7 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
         supervised: torch.Tensor | None = None,
         columns_to_keep: int = 0,
         owner: Owner | None = None,
+        document_ids: torch.Tensor | None = None,
     ) -> BaseModelOutputWithPast:
         """Read tokens window by window, sleeping wherever one arrives and its window is full.
 
@@ -139,14 +182,20 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
         last T columns count), 0 at pads. supervised: bool `[B, T]`; under `context_windows` a
         window with a supervised token does not sleep. columns_to_keep: return hidden states of the
         last columns only; 0 for all. owner: whose cache it is, if not this module's own.
+        document_ids: integers `[B, T]`; see `HybridSleepForCausalLM.forward`.
 
         Returns `last_hidden_state: [B, T, D]` (final norm applied, zeros at pads).
         """
         tokens = self.check_tokens(input_ids, inputs_embeds)
         passes = self.config.sleep_passes if sleep_passes is None else sleep_passes
         check_passes(passes, self.config, "sleep_passes")
+        self._check_truncation(passes)
         batch, columns = tokens.shape[:2]
-        use_cache = self.config.use_cache if use_cache is None else use_cache
+        documents = None
+        if document_ids is not None:
+            documents = self._check_documents(tokens, document_ids, attention_mask, past_key_values)
+        if use_cache is None:
+            use_cache = self.config.use_cache and documents is None
         real = real_tokens(attention_mask, batch, columns)
         cache = SleepCache(self.config) if past_key_values is None else past_key_values
         if not isinstance(cache, SleepCache):
@@ -157,79 +206,18 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
             cache.check(Owner.of(self) if owner is None else owner)
         elif use_cache:
             cache.owner = Owner.of(self) if owner is None else owner
-        cache.open(batch)
-        first_kept = max(0, columns - columns_to_keep) if columns_to_keep else 0
-        as_before = vars(cache.copy())
-        kept: list[tuple[TokenBlock, torch.Tensor]] = []
-        try:
-            for block in cut(cache.counts, real, columns, self.config.window):
-                if len(block.full):
-                    self._cross(cache, block.full, passes)
-                h = self._read(tokens, block, cache, supervised)
-                kept = [pair for pair in kept if pair[0].last_column >= first_kept] + [(block, h)]
-        except BaseException:
-            vars(cache).update(as_before)
-            raise
-        cache.columns += columns
-        if kept:
-            h = spread(kept, first_kept, columns)
+        first = max(0, columns - columns_to_keep) if columns_to_keep else 0
+        if documents is None:
+            cache.open(batch)
+            h = read(self, tokens, real, cache, passes, supervised=supervised, first=first)
         else:
-            h = self.norm.weight.new_zeros(batch, columns - first_kept, self.config.hidden_size)
+            held = cache if use_cache else None
+            h = read_documents(self, tokens, documents, held, passes, supervised=supervised)
+            h = h[:, first:]
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(h),
             past_key_values=cache if use_cache else None,
         )
-
-    def _cross(self, cache: SleepCache, full: torch.Tensor, passes: Passes) -> None:
-        """Let the rows in `full` sleep; those whose window was supervised only evict."""
-        report = not torch.is_grad_enabled()
-        stays_awake = cache.supervised[full]
-        if bool(stays_awake.any()):
-            consolidate(
-                self, cache, full[stays_awake], 1, report=report, name="past_key_values"
-            )
-            full = full[~stays_awake]
-        if len(full):
-            consolidate(self, cache, full, passes, report=report, name="past_key_values")
-
-    def _read(
-        self,
-        tokens: torch.Tensor,
-        block: TokenBlock,
-        cache: SleepCache,
-        supervised: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Pass 1 over one block; returns its last hidden states."""
-        part = block.take(tokens)
-        if supervised is not None:
-            cache.supervised = cache.supervised | (block.take(supervised) & block.real).any(1)
-        h = self.embed_tokens(part) if tokens.ndim == 2 else part
-        context = self.context(
-            cache.kept + cache.counts,
-            block.lengths,
-            cache.slots,
-            cache.first_position + cache.counts,
-            h,
-            sleeping=False,
-        )
-        _, end = self.config.loop_range
-        memory = {i: m for i, m in enumerate(cache.memory) if m is not None}
-        h, after = run_blocks(
-            self.layers, range(end), h, memory, context, granularity=self.granularity
-        )
-        hidden = h
-        if end < len(self.layers):
-            h, coda = run_blocks(
-                self.layers,
-                range(end, len(self.layers)),
-                h,
-                memory,
-                context,
-                granularity=self.granularity,
-            )
-            after |= coda
-        cache.append(after, hidden, block.lengths)
-        return h
 
 
 class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
@@ -247,13 +235,35 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
         self.post_init()
 
     def set_activation_checkpointing(self, granularity: Granularity | None) -> None:
-        """Recompute activations in the backward: per `"block"`, per `"pass"`, or not at all (None).
+        """Recompute activations in the backward instead of keeping them; None keeps all.
+
+        granularity: what is recomputed as one. `"block"`: a layer; k >= 1: k consecutive layers of
+            a pass; `"pass"`: all layers of a pass; `"window"`: a window with the sleep behind it,
+            so that of what came before only what crosses a boundary is kept;
+            `("window", "block" | k | "pass")`: a window, and within it again by layers, which
+            costs one forward more than either. ValueError for anything else.
 
         Fast weights and short-term memory are passed explicitly, so results do not change.
         """
-        if granularity is not None:
-            check_choice("granularity", granularity, GRANULARITIES)
-        self.model.granularity = granularity
+        layers = self.config.num_hidden_layers
+        self.model.checkpointing = parse_granularity(granularity, layers)
+
+    def set_truncation(self, passes: int | None = None, windows: int | None = None) -> None:
+        """Truncate backpropagation, at least 1 each; None (default) cuts nothing.
+
+        passes: through the last `passes` of the N passes of a sleep only. Those before run without
+            gradients, and pass N - passes + 1 takes hidden states and fast weights from them as
+            they are; pass 1 still learns from its own predictions. Gradients do reach what the
+            window opened with where a kept pass, or the coda, starts from that again.
+        windows: at every `windows`-th sleep of a row nothing that crosses the boundary, the coda's
+            fast weights included, hands gradients back.
+
+        Predictions and fast weights do not change.
+        """
+        for name, count in (("passes", passes), ("windows", windows)):
+            if count is not None:
+                check_count(name, count)
+        self.model.truncation = Truncation(passes, windows)
 
     @can_return_tuple
     def forward(
@@ -266,6 +276,7 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         sleep_passes: Passes | None = None,
+        document_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Predict on pass 1, sleep at every full window; differentiable through every pass.
@@ -277,6 +288,13 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
         With labels, `context_windows` (Algorithm 1) keeps windows that hold a supervised token
         awake, `every_window` lets them sleep after predicting; the loss is always pass 1's.
         Under no_grad sleeps are recorded in `past_key_values.reports`; with gradients they are not.
+
+        document_ids: integers `[B, T]`; equal ids in adjacent columns are one document (-1, or 0 in
+        attention_mask: a pad, which ends one). Each is read as if alone: from empty memory, in
+        windows of its own, its last token predicting nothing. Needs past_key_values=None. With
+        use_cache=True (default here: False) the new cache has a row per document, row by row in
+        order of appearance; otherwise only documents of similar length are read side by side, so
+        that padding costs at most a third more (`packing.Documents.by_length`).
         """
         unknown = [name for name, value in kwargs.items() if value and name not in _LOSS_ARGUMENTS]
         if unknown:
@@ -306,13 +324,17 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
             supervised=supervised,
             columns_to_keep=logits_to_keep,
             owner=self.memory_owner(),
+            document_ids=document_ids,
             return_dict=True,
         )
         logits = self.lm_head(outputs.last_hidden_state)
         loss = None
         if labels is not None:
             real = real_tokens(attention_mask, *labels.shape)
-            if real is not None:
+            if document_ids is not None:
+                position = positions_in_document(document_ids, attention_mask).to(labels.device)
+                loss_arguments["shift_labels"] = next_labels_in_document(labels, position)
+            elif real is not None:
                 loss_arguments["shift_labels"] = next_labels(labels, real)
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_arguments

@@ -14,6 +14,7 @@ A pass and the coda are functions of a `Night`; `engine.py` runs them, on a GPU 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -22,9 +23,10 @@ import torch
 from hybrid_sleep import engine
 from hybrid_sleep.cache import SleepCache, Window
 from hybrid_sleep.configuration import HybridSleepConfig
-from hybrid_sleep.engine import Night, Step, begin, map_tensors
+from hybrid_sleep.engine import Night, Step, begin
 from hybrid_sleep.layers.context import Context, FastWeights, Memory
-from hybrid_sleep.layers.stack import Granularity, run_blocks
+from hybrid_sleep.layers.stack import Checkpointing, run_blocks
+from hybrid_sleep.layers.trees import map_tensors
 from hybrid_sleep.report import (
     Change,
     SleepReport,
@@ -39,10 +41,23 @@ TOLERANCE = 1e-2
 MAX_PASSES = 16
 
 
+@dataclass(frozen=True)
+class Truncation:
+    """How far gradients flow back; None everywhere: all the way.
+
+    passes: through that many last passes of a sleep.
+    windows: through at most that many windows of a row.
+    """
+
+    passes: int | None = None
+    windows: int | None = None
+
+
 class Backbone(engine.Backbone, Protocol):
     """What a sleep needs of a model."""
 
-    granularity: Granularity | None
+    checkpointing: Checkpointing
+    truncation: Truncation
 
     def context(
         self,
@@ -99,6 +114,9 @@ def consolidate(
 ) -> SleepReport | None:
     """Let `rows` (ascending, on the CPU) sleep and open a new window; rows without tokens stay.
 
+    Gradients flow as `backbone.truncation.passes` says: what pass N - passes + 1 starts from is cut
+    loose, but not what the window opened with, from which each pass and the coda start.
+
     passes: depth N; 1 only evicts. "auto" ends, row by row, with the first pass that changes the
     looped fast weights by less than `tol`, at the latest after `max_passes`; since no pass is known
     to be the last beforehand, none is pruned.
@@ -153,8 +171,13 @@ def _repeat_passes(
     pruned = passes != "auto" and writer < end
     last = "last pass" if pruned else "pass"
     # Without gradients steps may be recorded, for sleeps that measure and others alike.
-    measure = measure or passes == "auto" or not torch.is_grad_enabled()
+    learns = torch.is_grad_enabled()
+    measure = measure or passes == "auto" or not learns
     steps: dict[str, Step] = {}
+    kept = backbone.truncation.passes
+    first_kept = 1 if kept is None or not learns else depth - kept + 1
+    if first_kept > 1:
+        steps["cut"] = _cut
     if depth > 2 or not pruned:
         steps["pass"] = partial(_pass, backbone, None, measure)
     if pruned:
@@ -164,7 +187,10 @@ def _repeat_passes(
     with begin(backbone, _fall_asleep(backbone, window), steps) as night:
         awake = torch.ones_like(window.lengths, dtype=torch.bool)
         for j in range(2, depth + 1):
-            night.take(last if j == depth else "pass")
+            if j == first_kept:
+                night.take("cut")
+            with torch.set_grad_enabled(learns and j >= first_kept):
+                night.take(last if j == depth else "pass")
             depths = depths + awake
             change = night.change()
             if change is not None:
@@ -216,7 +242,7 @@ def _pass(
         entering,
         night.context,
         last_writer=last,
-        granularity=backbone.granularity,
+        group=backbone.checkpointing.group,
     )
     new = {"h": h, "S": {i: after[i].S for i in night.S}, "left": {}}
     if backbone.config.eviction == "sliding":
@@ -230,6 +256,11 @@ def _pass(
     return new
 
 
+def _cut(night: Night) -> dict[str, Any]:
+    """What earlier passes left, without the way it came about."""
+    return {"h": night.h.detach(), "S": {i: S.detach() for i, S in night.S.items()}, "left": {}}
+
+
 def _coda(backbone: Backbone, writer: int, night: Night) -> dict[str, Any]:
     """`S <- Coda(h, S)` from the window's start, the last block only as far as it writes."""
     _, left = run_blocks(
@@ -239,7 +270,7 @@ def _coda(backbone: Backbone, writer: int, night: Night) -> dict[str, Any]:
         night.entering,
         night.context,
         last_writer=writer,
-        granularity=backbone.granularity,
+        group=backbone.checkpointing.group,
     )
     if backbone.config.eviction == "hard":
         left = {i: FastWeights(m.S) for i, m in left.items() if isinstance(m, FastWeights)}

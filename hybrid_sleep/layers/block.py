@@ -16,7 +16,7 @@ STATE_SPACE_MIXERS = {"gated_deltanet": GatedDeltaNet, "mamba2": Mamba2}
 
 
 class Block(nn.Module):
-    """Pre-norm residual block around a mixer and, unless `intermediate_size` is 0, an MLP.
+    """Pre-norm residual block around a mixer and, unless its width is 0, an MLP.
 
     forward(h: [B, T, D], memory, context, write_only) returns `(h or None, memory)`; `write_only`
     stops after what the mixer writes.
@@ -29,9 +29,10 @@ class Block(nn.Module):
         self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mixer = mixer(config, layer_idx)
         self.mlp = None
-        if config.intermediate_size:
+        width = config.mlp_widths[layer_idx]
+        if width:
             self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-            self.mlp = SwiGLU(config)
+            self.mlp = SwiGLU(config.hidden_size, width)
 
     def forward(
         self,

@@ -60,9 +60,7 @@ class Oracle:
     def read(self, windows: Sequence[OracleWindow]) -> OracleRow:
         """Logits of every token in order, the fast weights at the end, the sleeps on the way."""
         c = self.config
-        dtype = self.weights["model.embed_tokens.weight"].dtype
-        zero = torch.zeros(c.linear_key_head_dim, c.linear_value_head_dim, dtype=dtype)
-        layers = [_Layer([zero] * c.linear_num_value_heads) for _ in range(self.count)]
+        layers = self.blank()
         row = OracleRow([], {}, [])
         position = 0
         for window in windows:
@@ -99,6 +97,12 @@ class Oracle:
         }
         return row
 
+    def blank(self) -> list[_Layer]:
+        """Layers that remember nothing yet."""
+        c, dtype = self.config, self.weights["model.embed_tokens.weight"].dtype
+        zero = torch.zeros(c.linear_key_head_dim, c.linear_value_head_dim, dtype=dtype)
+        return [_Layer([zero] * c.linear_num_value_heads) for _ in range(self.count)]
+
     def run(
         self,
         start: int,
@@ -118,7 +122,8 @@ class Oracle:
             else:
                 mixed = [self.state_space(i, layers[i], t) for t in x]
             h = [a + b for a, b in zip(h, mixed, strict=True)]
-            if c.intermediate_size:
+            widths = c.intermediate_size
+            if widths if isinstance(widths, int) else widths[i]:
                 h = [t + self.mlp(i, t) for t in h]
         return h
 

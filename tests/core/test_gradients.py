@@ -78,60 +78,6 @@ def test_gradients_equal_the_specification(state_space, eviction, loop):
         assert gap(parameter.grad, wanted) <= 1e-9, name
 
 
-@pytest.mark.parametrize("granularity", ["block", "pass"])
-@pytest.mark.parametrize("eviction", EVICTIONS)
-def test_checkpointing_changes_no_gradient(granularity, eviction):
-    ids = small_ids(3, 14)
-    mask = torch.ones_like(ids)
-    mask[1, :4], mask[2, 9:] = 0, 0
-    labels = ids.masked_fill(mask == 0, -100)
-    for loop, state_space in product((None, (1, 3), (0, 2)), STATE_SPACES):
-        model = small_model(
-            loop=loop, eviction=eviction, state_space=state_space, sleep_schedule="every_window"
-        )
-        model.train()
-        grads = []
-        for choice in (None, granularity, None):
-            model.zero_grad()
-            model.set_activation_checkpointing(choice)
-            out = model(ids, attention_mask=mask, labels=labels, sleep_passes=3)
-            out.loss.backward()
-            grads.append([out.loss, *(p.grad.clone() for p in model.parameters())])
-        for plain, kept, again in zip(*grads, strict=True):
-            assert torch.equal(plain, kept)
-            assert torch.equal(plain, again)
-
-
-def test_checkpointing_keeps_less():
-    """What is saved for the backward shrinks from none to block to pass."""
-    model = small_model(window=12, sleep_schedule="every_window").train()
-    ids = small_ids(2, 48)
-    kept = []
-    for granularity in (None, "block", "pass"):
-        model.set_activation_checkpointing(granularity)
-        saved: dict[int, int] = {}
-
-        def pack(x, saved=saved):
-            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            out = model(ids, labels=ids, sleep_passes=3)
-        kept.append(sum(saved.values()))
-        del out
-    assert kept[0] > 2 * kept[1]
-    assert kept[1] > kept[2]
-
-
-def test_transformers_checkpointing_is_refused():
-    model = small_model()
-    with pytest.raises(ValueError, match="set_activation_checkpointing"):
-        model.gradient_checkpointing_enable()
-    with pytest.raises(ValueError, match="granularity"):
-        model.set_activation_checkpointing("layer")
-    assert model.model.granularity is None
-
-
 def test_detach_cuts_the_graph_between_windows():
     model = small_model(small_config(window=3))
     tokens = torch.randn(1, 6, 12, dtype=torch.float64, requires_grad=True)

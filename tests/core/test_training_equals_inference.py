@@ -91,7 +91,9 @@ def configs(draw) -> HybridSleepConfig:
         linear_num_value_heads=key_heads * draw(st.sampled_from([1, 2])),
         num_attention_heads=2,
         num_key_value_heads=kv_heads,
-        intermediate_size=draw(st.sampled_from([0, 10])),
+        intermediate_size=draw(
+            st.sampled_from([0, 10, [0, 7, 0, 10][: len(kinds)], [5, 0, 9, 0][: len(kinds)]])
+        ),
         tie_word_embeddings=draw(st.booleans()),
         rope_parameters={"rope_type": "default", "rope_theta": draw(st.sampled_from([10.0, 1e4]))},
         attn_implementation=draw(st.sampled_from(["eager", "sdpa"])),
