@@ -9,11 +9,13 @@ import inspect
 from typing import Any
 
 from hybrid_sleep.eval.tasks.base import IGNORED, SPLITS, Task
+from hybrid_sleep.eval.tasks.depo import Depo
+from hybrid_sleep.eval.tasks.gsm_infinite import GsmInfinite
 from hybrid_sleep.eval.tasks.rule110 import Rule110
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Rule110,)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Depo, GsmInfinite, Rule110)}
 
-__all__ = ["IGNORED", "SPLITS", "TASKS", "Rule110", "Task", "load"]
+__all__ = ["IGNORED", "SPLITS", "TASKS", "Depo", "GsmInfinite", "Rule110", "Task", "load"]
 
 
 def load(name: str, **params: Any) -> Task:

@@ -20,7 +20,8 @@ class Task(ABC):
     """A source of supervised sequences whose correct answers are known by construction.
 
     `length` is the number of tokens of an example, `window` the window a model of the task is
-    usually given, `params` what `load` needs to make the same task again.
+    usually given, `params` what `load` needs to make the same task again. Training draws `cell`
+    examples from one seed: fewer where drawing is slow and several processes share a batch.
     """
 
     name: ClassVar[str]
@@ -28,6 +29,7 @@ class Task(ABC):
     length: int
     window: int
     params: dict[str, Any]
+    cell: ClassVar[int] = 128
 
     @abstractmethod
     def examples(self, split: str, seed: int, count: int | None = None) -> Iterator[dict[str, Any]]:

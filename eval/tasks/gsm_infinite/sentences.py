@@ -1,0 +1,162 @@
+"""What the problems say, and the closed vocabulary they say it in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from hybrid_sleep.eval.tasks.gsm_infinite.graph import COUNT, Definition, Form, Quantity
+from hybrid_sleep.eval.tasks.gsm_infinite.themes import FIRST_NAMES, THEMES, Naming
+
+FILL, END = "<fill>", "<end>"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_TOKEN = re.compile(r"[A-Za-z]+|\d|[^\w\s]")
+_OTHER_WORDS = (
+    "The the equals plus times sum difference between and exists its number is greater than How "
+    "many does have What Define as so unknown It given that Answer Solution"
+)
+
+
+def stated(quantity: Quantity, definition: Definition, naming: Naming) -> str:
+    """`The number of A equals 2 times the sum of B and C.`; not for totals, which are implied."""
+    names = [f"the {naming.name(operand)}" for operand in definition.operands]
+    if definition.join:
+        link = " of" if definition.join == "sum" else " between"
+        names = [f"the {definition.join}{link} {_listed(names)}"]
+    parts = [str(definition.constant)] * (definition.constant > 0)
+    parts += [definition.sign] * bool(definition.sign) + names
+    return f"The {naming.name(quantity)} equals {' '.join(parts)}."
+
+
+def exists(quantity: Quantity, naming: Naming) -> str:
+    """What is said of the unknown."""
+    return f"The {naming.name(quantity)} exists, and its number is greater than 0."
+
+
+def given(quantity: Quantity, value: int, naming: Naming) -> str:
+    """What is said of the last quantity where the unknown is asked for."""
+    return f"The {naming.name(quantity)} equals {value}."
+
+
+def question(quantity: Quantity, naming: Naming) -> str:
+    """`How many pear trees does Amber Hill have?` or `What is the total number of ...?`"""
+    if quantity.sort == COUNT:
+        things = f"{naming.kind(quantity)} {naming.theme.things}"
+        return f"How many {things} does {naming.place(quantity)} have?"
+    return f"What is the {naming.name(quantity)}?"
+
+
+def solution(
+    definitions: Mapping[Quantity, Definition],
+    forms: Mapping[Quantity, Form],
+    unknown: Quantity | None,
+    last_value: int,
+    answer: int,
+    naming: Naming,
+) -> str:
+    """`Define the number of ... as A; so A = 2. ... Answer: 23.`, operands first.
+
+    With an unknown, values are written in it, and the equation for the last one is solved.
+    """
+    letters: dict[Quantity, str] = {}
+    lines = []
+    for index, (quantity, definition) in enumerate(definitions.items()):
+        turn, letter = divmod(index, len(LETTERS))
+        name = letters[quantity] = LETTERS[letter] + (str(turn) if turn else "")
+        line = f"Define the {naming.name(quantity)} as {name}; "
+        if quantity == unknown:
+            lines.append(f"{line}{name} is unknown.")
+            continue
+        steps = [name, _expression(definition, letters)]
+        value = _written(forms[quantity], letters.get(unknown, ""))
+        steps += [value] * (value != steps[1])
+        lines.append(f"{line}so {' = '.join(steps)}.")
+    if unknown is not None:
+        x, value = letters[unknown], _written(forms[quantity], letters[unknown])
+        equation = f"so {value} = {last_value}; " if value not in (x, name) else ""
+        lines.append(f"It is given that {name} = {last_value}; {equation}so {x} = {answer}.")
+    return " ".join([*lines, f"Answer: {answer}."])
+
+
+def _expression(definition: Definition, letters: Mapping[Quantity, str]) -> str:
+    """The right-hand side in letters."""
+    names = [letters[operand] for operand in definition.operands]
+    if definition.join == "grand":
+        products = zip(names[::2], names[1::2], strict=True)
+        return " + ".join(f"{count} * {average}" for count, average in products)
+    joined = (" - " if definition.join == "difference" else " + ").join(names)
+    if not definition.sign:
+        return joined or str(definition.constant)
+    joined = f"({joined})" if len(names) > 1 else joined
+    return f"{definition.constant} {'*' if definition.sign == 'times' else '+'} {joined}"
+
+
+def _written(value: Form, x: str) -> str:
+    """`3 * A + 2`, `7 - A`, or a number."""
+    slope, level = value
+    if not slope:
+        return str(level)
+    term = x if abs(slope) == 1 else f"{abs(slope)} * {x}"
+    if slope < 0:
+        return f"{level} - {term}"
+    return f"{term} {'+' if level > 0 else '-'} {abs(level)}" if level else term
+
+
+def _listed(names: Sequence[str]) -> str:
+    """`B and C`, or `B, C, and D`."""
+    if len(names) == 2:
+        return " and ".join(names)
+    return f"{', '.join(names[:-1])}, and {names[-1]}"
+
+
+def split_tokens(text: str) -> list[str]:
+    """The tokens of a text: words, single digits, single marks."""
+    return _TOKEN.findall(text)
+
+
+class Vocabulary:
+    """Words, digits and marks of all themes, with ids 0..size-1; `encode` and `decode` texts.
+
+    Ids do not depend on a task's parameters: `<fill>`, `<end>`, digits (a number is read digit by
+    digit), marks, letters, words in alphabetical order.
+    """
+
+    def __init__(self) -> None:
+        words = {*_OTHER_WORDS.split(), *FIRST_NAMES}
+        for theme in THEMES.values():
+            words |= {*theme.kinds, *theme.sites}
+            for phrase in theme.phrases.values():
+                words |= set(phrase.format(kind="", place="").split())
+        self.tokens = (FILL, END, *"0123456789", *".,?;:()=+-*", *LETTERS, *sorted(words))
+        self.ids = {token: i for i, token in enumerate(self.tokens)}
+        self.fill, self.end = self.ids[FILL], self.ids[END]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text. Raises ValueError naming the first word that no problem uses."""
+        try:
+            return [self.ids[token] for token in split_tokens(text)]
+        except KeyError as error:
+            raise ValueError(
+                f"text holds {error.args[0]!r}; allowed: the words, digits and marks of the task"
+            ) from None
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, spaced as the task spaces it; fill and end are left out."""
+        text = ""
+        for i in ids:
+            token = self.tokens[int(i)]
+            if token in (FILL, END):
+                continue
+            # A number is one word, and so is a letter with its number; a mark clings to a word.
+            clings = token in ".,?;:)" or (token.isdigit() and _ends_in_name(text))
+            text += token if not text or clings or text[-1] == "(" else f" {token}"
+        return text
+
+
+def _ends_in_name(text: str) -> bool:
+    """Whether a digit would continue the last word: a number, or a single letter."""
+    last = text.rpartition(" ")[2].lstrip("(")
+    return last.isdigit() or last[:1] in LETTERS and not last[1:].strip("0123456789") != ""

@@ -1,0 +1,343 @@
+"""GSM-Infinite's problems, read by patterns and solved by substitution, both written anew here."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from hybrid_sleep.eval import tasks
+
+EXISTS = re.compile(r"The (.+) exists, and its number is greater than 0")
+EQUALS = re.compile(r"The (.+?) equals (.+)")
+SCALED = re.compile(r"(\d+) (plus|times) (.+)")
+TOTAL = re.compile(r"total number of (\w+) in (.+)")
+AVERAGE = re.compile(r"average number of (\w+) per (\w+) (\w+) in (.+)")
+COUNT = re.compile(r"number of (\w+) (\w+) in (.+)")
+ASKED = re.compile(r"How many (\w+) (\w+) does (.+) have\?")
+
+
+class Reading:
+    """What a problem says: `rules` (name: parts of its definition), `hidden`, `given` values."""
+
+    def __init__(self, problem: str, question: str):
+        self.rules, self.hidden, self.given, self.sentences = {}, None, {}, []
+        for sentence in re.findall(r"[^.]+(?=\.)", problem):
+            sentence = sentence.strip()
+            if match := EXISTS.fullmatch(sentence):
+                assert self.hidden is None
+                self.hidden = match[1]
+                self.sentences.append((match[1], sentence))
+                continue
+            name, right = EQUALS.fullmatch(sentence).groups()
+            rule = self.rule(right)
+            self.sentences.append((name, sentence))
+            # Where a leaf is hidden, one more sentence gives the value of the last quantity.
+            if name in self.rules and rule[3]:
+                self.given[name] = self.rules[name][0]
+                self.rules[name] = rule
+            elif name in self.rules or name.startswith("total"):
+                assert not rule[3]
+                self.given[name] = rule[0]
+            else:
+                self.rules[name] = rule
+        if self.hidden in self.rules:
+            self.given[self.hidden] = self.rules.pop(self.hidden)[0]
+        if match := ASKED.fullmatch(question):
+            self.asked = f"number of {match[1]} {match[2]} in {match[3]}"
+        else:
+            self.asked = re.fullmatch(r"What is the (.+)\?", question)[1]
+
+    @staticmethod
+    def rule(right: str) -> tuple:
+        """(constant or None, plus/times or None, sum/difference or None, names)."""
+        if right.isdigit():
+            return int(right), None, None, ()
+        constant = sign = join = None
+        if match := SCALED.fullmatch(right):
+            constant, sign, right = int(match[1]), match[2], match[3]
+        for word, lead in (("sum", "the sum of "), ("difference", "the difference between ")):
+            if right.startswith(lead):
+                join, right = word, right.removeprefix(lead)
+        names = [name.removeprefix("the ") for name in re.split(r", and |, | and ", right)]
+        assert (len(names) > 1) == (join is not None)
+        return constant, sign, join, tuple(names)
+
+    def mentioned(self) -> list[str]:
+        return [*self.rules, *([self.hidden] if self.hidden else [])]
+
+    def members(self, total: str) -> list[tuple[str, ...]]:
+        """The names that a total adds up: counts, or pairs of a count and its average."""
+        what, place = TOTAL.fullmatch(total).groups()
+        counts = [m for n in self.mentioned() if (m := COUNT.fullmatch(n)) and m[3] == place]
+        if any(m[2] == what for m in counts):
+            return [(m[0],) for m in counts]
+        pairs = []
+        for m in counts:
+            singular = {"shelves": "shelf"}.get(m[2], m[2].removesuffix("s"))
+            pairs.append((m[0], f"average number of {what} per {m[1]} {singular} in {place}"))
+        return pairs
+
+    def reads(self, name: str) -> list[str]:
+        if name.startswith("total"):
+            return [part for member in self.members(name) for part in member]
+        return [] if name == self.hidden else list(self.rules[name][3])
+
+    def needed(self) -> set[str]:
+        """Everything that the last quantity reads, and itself."""
+        waiting, found = [*self.given] or [self.asked], set()
+        while waiting:
+            name = waiting.pop()
+            if name not in found:
+                found.add(name)
+                waiting += self.reads(name)
+        return found
+
+    def operations(self) -> int:
+        """Numbers that needed definitions read: their names and their constants."""
+        total = 0
+        for name in self.needed():
+            constant = name == self.hidden or (
+                not name.startswith("total") and self.rules[name][0] is not None
+            )
+            total += len(self.reads(name)) + constant
+        return total
+
+    def values(self, guesses: np.ndarray) -> dict[str, np.ndarray]:
+        """Every quantity, for each guess at the hidden one, by substituting what is known."""
+        known = {self.hidden: guesses} if self.hidden else {}
+        names = {n for rule in self.rules.values() for n in rule[3]}
+        waiting = list(dict.fromkeys([*self.rules, self.asked, *self.given, *sorted(names)]))
+        while waiting:
+            ready = [n for n in waiting if n in known or all(r in known for r in self.reads(n))]
+            assert ready, f"stuck at {waiting}"
+            for name in ready:
+                if name not in known:
+                    known[name] = self.value(name, known) + 0 * guesses
+            waiting = [n for n in waiting if n not in known]
+        return known
+
+    def value(self, name: str, known: dict[str, np.ndarray]) -> np.ndarray:
+        if name.startswith("total"):
+            products = [
+                np.prod([known[p] for p in member], axis=0) for member in self.members(name)
+            ]
+            return np.sum(products, axis=0)
+        constant, sign, join, names = self.rules[name]
+        if not names:
+            return np.array(constant)
+        read = [known[n] for n in names]
+        inner = read[0] - read[1] if join == "difference" else sum(read)
+        if sign is None:
+            return inner
+        return constant + inner if sign == "plus" else constant * inner
+
+    def answers(self, most: int = 1000) -> list[int]:
+        """Every answer of 1..most for which all that is said holds, with values in 0..1000."""
+        guesses = np.arange(1, most + 1) if self.hidden else np.zeros(1, dtype=int)
+        known = self.values(guesses)
+        holds = np.ones(len(guesses), dtype=bool)
+        for name, value in self.given.items():
+            holds &= known[name] == value
+        at = np.flatnonzero(holds)
+        if len(at) == 1:
+            for name, value in known.items():
+                assert 0 <= value[at[0]] <= 1000, name
+        return known[self.asked][at].tolist()
+
+    def core(self) -> tuple:
+        """The needed definitions, operands of sums in order, values of what is hidden filled in."""
+        (answer,) = self.answers()
+        said = []
+        for name in self.needed():
+            if name == self.hidden:
+                said.append((name, str((answer, None, None, ()))))
+            elif not name.startswith("total"):
+                *left, names = self.rules[name]
+                names = names if left[2] == "difference" else tuple(sorted(names))
+                said.append((name, str((*left, names))))
+        return tuple(sorted(said))
+
+    def without_noise(self) -> str:
+        """The problem with needed sentences only."""
+        needed = self.needed()
+        return " ".join(f"{sentence}." for name, sentence in self.sentences if name in needed)
+
+
+def check(meta: dict) -> Reading:
+    """Everything that holds for each problem: one answer, as stated; op; noise that is noise."""
+    reading = Reading(meta["problem"], meta["question"])
+    assert reading.answers() == [meta["answer"]], meta
+    assert reading.operations() == meta["op"], meta
+    assert (reading.hidden is not None) == (meta["mode"] == "reverse")
+    bare = reading.without_noise()
+    assert Reading(bare, meta["question"]).answers() == [meta["answer"]]
+    counted = Counter(name for name, _ in reading.sentences)
+    assert all(n == 1 or (n == 2 and name in reading.given) for name, n in counted.items())
+    return reading
+
+
+def load(**params):
+    return tasks.load("gsm_infinite", **params)
+
+
+BARE = {"ops": [1, 2, 3], "length": 72, "windows": 2, "noise": False}
+SETTINGS = [
+    BARE,
+    {"ops": list(range(1, 9)), "d": 3, "length": 300, "windows": 1, "noise": False},
+    {"ops": [2, 4, 6, 8], "length": 512},
+    {"ops": [2, 5, 9], "d": 3, "length": 600},
+]
+
+
+def test_an_example_is_fill_text_cue_answer():
+    for params in (BARE, {**BARE, "question_first": False}, {**BARE, "solution": True, "windows": 1,
+                                                            "length": 200}):  # fmt: skip
+        task = load(**params)
+        words = task.vocabulary.tokens
+        assert tasks.load(task.name, **task.params).params == task.params
+        for example in task.examples("train", 3, 60):
+            meta, ids = example["meta"], example["input_ids"]
+            assert len(ids) == len(example["labels"]) == task.length
+            text = [words[i] for i in ids[: params["length"]]]
+            parts = [meta["question"], meta["problem"]]
+            if not task.question_first:
+                parts.reverse()
+            written = re.findall(r"[A-Za-z]+|\d|[^\w\s]", " ".join(parts))
+            assert text == ["<fill>"] * (params["length"] - len(written)) + written
+            assert meta["length"] == len(written)
+            tail = [words[i] for i in ids[params["length"] :]]
+            said = meta["solution"] if task.solution else str(meta["answer"])
+            cue = "Solution" if task.solution else "Answer"
+            answer = [*re.findall(r"[A-Za-z]+|\d|[^\w\s]", said), "<end>"]
+            assert tail[: 2 + len(answer)] == [cue, ":", *answer]
+            assert set(tail[2 + len(answer) :]) <= {"<fill>"}
+            first = params["length"] + 2
+            assert example["labels"][first : first + len(answer)] == ids[first:][: len(answer)]
+            assert sum(label != -100 for label in example["labels"]) == len(answer)
+            for part in (meta["problem"], meta["question"], meta["solution"]):
+                assert task.decode(task.encode(part)) == part
+            described = task.describe(example)
+            assert meta["question"] in described and meta["solution"] in described
+
+
+def test_windows_hold_text_or_the_answer_but_never_both():
+    task = load(length=512, windows=4)
+    assert (task.window, task.length) == (128, 519)
+    for example in task.examples("train", 0, 20):
+        supervised = {i // task.window for i, y in enumerate(example["labels"]) if y != -100}
+        assert supervised == {4}
+
+
+def test_the_solver_reads_a_problem_made_by_hand():
+    problem = (
+        "The number of pear trees in Amber Hill equals 3 times the sum of the number of fig trees "
+        "in Amber Hill, the number of plum trees in Birch Farm, and the average number of nests "
+        "per fig tree in Amber Hill. The number of fig trees in Amber Hill equals 2. The number "
+        "of plum trees in Birch Farm equals 1 plus the number of fig trees in Amber Hill. The "
+        "average number of nests per fig tree in Amber Hill equals 4. The average number of nests "
+        "per pear tree in Amber Hill equals the difference between the number of plum trees in "
+        "Birch Farm and the number of fig trees in Amber Hill. The number of fig trees in Birch "
+        "Farm equals 7."
+    )
+    for question, answer, op in (
+        ("How many pear trees does Amber Hill have?", 27, 8),
+        ("What is the total number of trees in Amber Hill?", 29, 10),
+        ("What is the total number of nests in Amber Hill?", 2 * 4 + 27 * 1, 14),
+        ("What is the total number of trees in Birch Farm?", 10, 6),
+    ):
+        reading = Reading(problem, question)
+        assert reading.answers() == [answer]
+        assert reading.operations() == op
+    hidden = problem.replace(
+        "The number of fig trees in Amber Hill equals 2.",
+        "The number of fig trees in Amber Hill exists, and its number is greater than 0.",
+    )
+    question = "How many fig trees does Amber Hill have?"
+    reading = Reading(f"{hidden} The total number of trees in Amber Hill equals 29.", question)
+    assert reading.answers() == [2]
+    assert reading.operations() == 10
+    assert Reading(hidden, question).answers() == list(range(1, 1001))
+    impossible = f"{hidden} The total number of trees in Amber Hill equals 30."
+    assert Reading(impossible, question).answers() == []
+
+
+@pytest.mark.parametrize("params", SETTINGS, ids=["bare", "bare3", "noise", "noise3"])
+def test_every_problem_has_one_answer_of_so_many_operations(params):
+    task = load(**params)
+    examples = list(task.examples("test", 0, 160))
+    for example in examples:
+        meta = example["meta"]
+        reading = check(meta)
+        if task.recipe.noise:
+            assert reading.without_noise() != meta["problem"]
+            assert 0.95 * params["length"] <= meta["length"] <= params["length"]
+            assert meta["length"] > params["length"] - 11  # the shortest sentence
+    for key, expected in (
+        ("op", set(params["ops"])),
+        ("theme", set(task.themes)),
+        ("mode", {"forward", "reverse"}),
+        ("d", {task.recipe.d}),
+    ):
+        assert {example["meta"][key] for example in examples} == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("d", [2, 3])
+def test_ten_thousand_problems_have_one_answer(d):
+    for params, count in (
+        ({"ops": list(range(1, 13)), "length": 400, "windows": 1, "noise": False}, 3000),
+        ({"ops": list(range(2, 9)), "length": 512}, 1600),
+        ({"ops": list(range(10, 31, 5)), "length": 3000, "windows": 1}, 400),
+        ({"ops": [8], "length": 32768, "windows": 1}, 4),
+    ):
+        for example in load(d=d, **params).examples("train", 1, count):
+            check(example["meta"])
+            if params.get("noise", True):
+                assert example["meta"]["length"] > params["length"] - 11
+
+
+@pytest.mark.parametrize("params", SETTINGS[1:3], ids=["d3", "d2"])
+def test_solutions_are_arithmetic_that_holds(params):
+    define = re.compile(r"Define the (.+) as ([A-Z]\d*); (?:\2 is unknown|so \2 = (.+))")
+    for example in load(**params).examples("train", 2, 200):
+        meta = example["meta"]
+        reading = Reading(meta["problem"], meta["question"])
+        known = reading.values(np.full(1, meta["answer"]))
+        *steps, end = re.findall(r"[^.]+(?=\.)", meta["solution"])
+        assert end.strip() == f"Answer: {meta['answer']}"
+        letters, names = {}, set()
+        for step in steps:
+            if match := define.fullmatch(step.strip()):
+                letters[match[2]] = int(known[match[1]][0])
+                names.add(match[1])
+                for expression in (match[3] or match[2]).split(" = "):
+                    assert eval(expression, {}, letters) == letters[match[2]], step
+            else:
+                for equation in re.findall(r"(?:that|so) ([^;]+)", step):
+                    left, right = equation.split(" = ")
+                    assert eval(left, {}, letters) == int(right), step
+        assert names == reading.needed()
+
+
+def test_splits_never_meet():
+    """Few enough cores that draws see most of them, each in one split, forward or reversed."""
+    cores = {split: set() for split in tasks.SPLITS}
+    for split, mode in itertools.product(tasks.SPLITS, ("forward", "reverse")):
+        task = load(ops=[1], themes=["orchard"], modes=[mode], length=60, windows=1, noise=False)
+        for example in task.examples(split, 0, 1600):
+            meta = example["meta"]
+            cores[split].add(Reading(meta["problem"], meta["question"]).core())
+    assert not cores["train"] & cores["test"]
+    possible = 128 * 16 * 4
+    # 3200 draws of n possible ones are expected to leave n * exp(-3200 / n) of them unseen.
+    assert 0.9 * possible / 16 < len(cores["test"]) < 1.1 * possible / 16
+    assert 0.3 * possible < len(cores["train"]) <= possible - len(cores["test"])
+    noisy = {}
+    for split in tasks.SPLITS:
+        drawn = load(ops=[2, 4], length=256).examples(split, 1, 150)
+        noisy[split] = {Reading(e["meta"]["problem"], e["meta"]["question"]).core() for e in drawn}
+    assert not noisy["train"] & noisy["test"]
