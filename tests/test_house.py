@@ -32,9 +32,9 @@ LEVELS = (
     ("io", "configuration", "identity", "provenance"),
     ("kernels",),
     ("layers",),
-    ("cache", "storage", "windows", "pretrained", "report", "capture", "engine"),
+    ("cache", "storage", "windows", "packing", "pretrained", "report", "capture", "engine"),
     ("sleep",),
-    ("generation",),
+    ("reading", "generation"),
     ("modeling",),
     ("doctor", "training", "eval"),
     ("cli",),
@@ -42,6 +42,7 @@ LEVELS = (
 RANK = {name: rank for rank, names in enumerate(LEVELS) for name in names}
 
 OPTIONAL = {"fla", "mamba_ssm", "causal_conv1d", "flash_attn", "triton", "deepspeed", "lm_eval"}
+OPTIONAL |= {"datasets", "tensorboard"}
 # Import name -> name of the distribution, where they differ.
 DISTRIBUTION = {"yaml": "pyyaml"}
 # Never imported here, but transformers.Trainer does not start without it.

@@ -1,9 +1,15 @@
-"""Train one run: `python -m hybrid_sleep.training CONFIG [key=value ...] [--resume]`."""
+"""Train one run: `python -m hybrid_sleep.training CONFIG [key=value ...] [--resume]`.
+
+Launchers start it in many processes: `torchrun --nproc-per-node 8 -m hybrid_sleep.training CONFIG`,
+`deepspeed --num_gpus 8 --module hybrid_sleep.training CONFIG`.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from typing import Any
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -14,6 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
     given = parser.parse_intermixed_args(arguments)
     # The config is checked before torch and transformers take their seconds to load.
     from hybrid_sleep.training.config import load_run_config
@@ -26,14 +33,36 @@ def main(arguments: list[str] | None = None) -> int:
             run, resume=given.resume, overwrite=given.overwrite, progress=not given.quiet
         )
     except KeyboardInterrupt as interrupt:
-        print(f"interrupted: {interrupt or 'nothing more was written'}", file=sys.stderr)
+        _say(f"interrupted: {interrupt or 'nothing more was written'}", sys.stderr)
         return 130
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}", sys.stderr)
         return 2
-    print(f"trained {result.steps} steps in {result.seconds:.0f} s; model in {result.model_dir}")
+    finally:
+        _leave()
+    _say(f"trained {result.steps} steps in {result.seconds:.0f} s; model in {result.model_dir}")
     return 0
 
 
+def _say(text: str, to: Any = None) -> None:
+    """Print in the first process alone: the others would say the same."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=to or sys.stdout)
+
+
+def _leave() -> None:
+    """Part from the other processes: one that just ends can abort while its peers still talk."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available():
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Threads that gloo and DeepSpeed leave behind abort an interpreter that winds down.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -1,4 +1,4 @@
-"""What a run shows and writes while it goes on: metrics, a live line, a clean stop."""
+"""What a run writes while it goes on, and how it stops: on every rank at the same step."""
 
 from __future__ import annotations
 
@@ -16,38 +16,58 @@ import torch
 from transformers import TrainerCallback
 
 from hybrid_sleep.io import write_text_atomic
+from hybrid_sleep.training.display import Display, by_depth, memory_in_use
+from hybrid_sleep.training.trainer import checkpoints
 
 if TYPE_CHECKING:
+    from hybrid_sleep.training.losses import LossByPosition
+    from hybrid_sleep.training.tensorboard import TensorBoardLog
     from hybrid_sleep.training.trainer import SleepTrainer, StepRecord
-
-PLAIN_LINES = 20  # in a whole run, where a line cannot be rewritten in place
 
 
 class RunLog(TrainerCallback):
-    """Writes `metrics.jsonl` and drives a display.
+    """Writes `metrics.jsonl` and feeds a display and a TensorBoard log, all from the first process.
 
-    Lines: `{step, depth, loss, lr}` for every step (counted from 1; `lr` by algorithm),
-    `{step, seconds, tokens_per_second}` every `every` steps, `{step, exact, per_label}` (by depth)
-    for every evaluation. A resumed run first drops what lies beyond its checkpoint.
+    Make one on every rank: losses are means over ranks, tokens and `losses` (which the trainer
+    fills) sums, memory the largest of any rank. Lines: `{step, depth, loss, lr}` for every step
+    (counted from 1; `lr` by algorithm); every `every` steps and before a checkpoint or evaluation
+    `{step, seconds, tokens_per_second, memory}` (see `memory_in_use`) and, with `losses`,
+    `{step, loss_by_position, loss_by_depth}` since the last; what an evaluation gives by depth,
+    `{step, exact, per_label}` or `{step, held_out_loss, perplexity, ...}`. A resumed run first
+    drops what lies beyond its checkpoint.
 
-    Raises ValueError when a loss is not finite, naming step and depth.
+    Raises ValueError on every rank when a loss is not finite on any, naming step and depth, before
+    a checkpoint is written after that step.
     """
 
     def __init__(
-        self, trainer: SleepTrainer, path: Path, every: int, display: Display | None = None
+        self,
+        trainer: SleepTrainer,
+        path: Path,
+        every: int,
+        display: Display | None = None,
+        *,
+        losses: LossByPosition | None = None,
+        tensorboard: TensorBoardLog | None = None,
     ):
-        self.trainer, self.path, self.every, self.display = trainer, path, every, display
+        self.trainer, self.path, self.every, self.losses = trainer, path, every, losses
+        self.main = trainer.args.process_index == 0
+        self.display = display if self.main else None
+        self.tensorboard = tensorboard if self.main else None
         self.rates: dict[str, float] = {}
         self.pending: list[tuple[StepRecord, dict[str, float]]] = []
         self.seconds = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.flushed = time.perf_counter()
+        if not self.main:
+            return
         kept = _up_to(self.path, state.global_step)
         write_text_atomic(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self.seconds = max((record.get("seconds", 0.0) for record in kept), default=0.0)
-        self.flushed = time.perf_counter()
-        if self.display is not None:
-            self.display.start(state.global_step)
+        for shown in (self.display, self.tensorboard):
+            if shown is not None:
+                shown.start(state.global_step)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         groups = kwargs["optimizer"].param_groups
@@ -55,10 +75,11 @@ class RunLog(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.pending.append((self.trainer.last_step, self.rates))
-        if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
+        last = state.global_step >= state.max_steps
+        if state.global_step % self.every == 0 or last or control.should_save:
             self.flush()
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.flush()
 
     def on_evaluate(
@@ -69,47 +90,80 @@ class RunLog(TrainerCallback):
         for key, value in (metrics or {}).items():
             name, _, depth = key.removeprefix("eval_").rpartition("_")
             if depth.isdigit():
+                # `loss` is a training step's, in every record.
+                name = "held_out_loss" if name == "loss" else name
                 record.setdefault(name, {})[int(depth)] = value
         self._write([record])
-        if self.display is not None and "exact" in record:
-            self.display.say(f"step {state.global_step}: exact accuracy {shares(record['exact'])}")
+        for name, title in (("exact", "exact accuracy"), ("perplexity", "perplexity")):
+            if self.display is not None and name in record:
+                self.display.say(f"step {state.global_step}: {title} {by_depth(record[name])}")
         # The time of an evaluation is the run's, but no training throughput.
         now = time.perf_counter()
         self.seconds += now - self.flushed
         self.flushed = now
 
     def flush(self) -> None:
-        """Write what has not been written yet."""
+        """Write what has not been written yet; on every rank at once."""
         if not self.pending:
             return
-        losses = torch.stack([record.loss for record, _ in self.pending]).tolist()
-        lines: list[dict[str, Any]] = []
-        for (record, rates), loss in zip(self.pending, losses, strict=True):
+        pending, self.pending = self.pending, []
+        tokens = sum(record.tokens for record, _ in pending)
+        parts = [torch.stack([record.loss.detach().double() for record, _ in pending]).cpu()]
+        parts.append(torch.tensor([tokens], dtype=torch.float64))
+        if self.losses is not None:
+            parts.append(self.losses.tensor().cpu().flatten())
+        parts = over_ranks(torch.cat(parts), "SUM").split([part.numel() for part in parts])
+        losses = (parts[0] / ranks()).tolist()
+        for (record, _), loss in zip(pending, losses, strict=True):
             if not math.isfinite(loss):
-                raise ValueError(
-                    f"loss is {loss} at step {record.step + 1} (sleep_passes={record.depth}); try "
-                    "a lower lr_muon or lr_adamw, a longer warmup or a smaller grad_clip"
-                )
-            line = {"step": record.step + 1, "depth": record.depth, "loss": loss, "lr": rates}
-            lines.append(line)
+                raise ValueError(self._diverged(record, loss))
+        memory = memory_in_use(pending[-1][0].loss.device)
+        most = torch.tensor([memory["current"], memory["peak"]], dtype=torch.float64)
+        current, peak = over_ranks(most, "MAX").tolist()
+        memory |= {"current": int(current), "peak": int(peak)}
         now = time.perf_counter()
-        speed = sum(record.tokens for record, _ in self.pending) / (now - self.flushed)
+        speed = float(parts[1]) / (now - self.flushed)
         self.seconds += now - self.flushed
         self.flushed = now
-        self.pending.clear()
-        step = lines[-1]["step"]
-        lines.append({"step": step, "seconds": self.seconds, "tokens_per_second": speed})
+        lines: list[dict[str, Any]] = [
+            {"step": record.step + 1, "depth": record.depth, "loss": loss, "lr": rates}
+            for (record, rates), loss in zip(pending, losses, strict=True)
+        ]
+        step, depth = lines[-1]["step"], lines[-1]["depth"]
+        timing = {"seconds": self.seconds, "tokens_per_second": speed, "memory": memory}
+        lines.append({"step": step, **timing})
+        if self.losses is not None:
+            self.losses.load(parts[2].view_as(self.losses.tensor()))
+            lines.append({"step": step, **self.losses.summary()})
+            self.losses.reset()
         self._write(lines)
         if self.display is not None:
-            self.display.update(step, sum(losses) / len(losses), lines[-2]["depth"], speed)
+            self.display.update(step, sum(losses) / len(losses), depth, speed, memory)
+
+    def _diverged(self, record: StepRecord, loss: float) -> str:
+        saved = checkpoints(self.trainer.args.output_dir)
+        where = "no checkpoint was saved yet"
+        if saved:
+            where = f"the last good checkpoint is {saved[-1]}, --resume goes on from there"
+        return (
+            f"loss is {loss} at step {record.step + 1} (sleep_passes={record.depth}); try a lower "
+            f"lr_muon or lr_adamw, a longer warmup or a smaller grad_clip; {where}"
+        )
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
+        if not self.main:
+            return
         with open(self.path, "a", encoding="utf-8") as out:
             out.writelines(json.dumps(line) + "\n" for line in lines)
+        if self.tensorboard is not None:
+            self.tensorboard.write(lines)
 
 
 class StopOnSignal(TrainerCallback):
-    """Ends training after the current step, with a checkpoint, once `requested` is set."""
+    """Ends training after the current step, with a checkpoint, once `requested` is set on any rank.
+
+    A signal reaches the ranks at different steps, so they ask each other after every one.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -135,59 +189,29 @@ class StopOnSignal(TrainerCallback):
                 signal.signal(number, handler or signal.SIG_DFL)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.requested:
+        asked = torch.tensor([self.requested], dtype=torch.float64)
+        # Never set to False: a signal may arrive in between.
+        if bool(over_ranks(asked, "MAX")):
+            self.requested = True
             control.should_save = True
             control.should_training_stop = True
 
 
-class Display:
-    """One live line on stderr: step, loss, depth, tokens/s, time left; plain lines elsewhere."""
-
-    def __init__(self, steps: int):
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        self.live = console.is_terminal
-        self.steps, self.said = steps, 0
-        self.progress = Progress(
-            TextColumn("training"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed}/{task.total}  {task.description}"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=console,
-            disable=not self.live,
-        )
-        self.task = self.progress.add_task("", total=steps)
-
-    def __enter__(self) -> Display:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self.progress.stop()
-
-    def start(self, step: int) -> None:
-        """Begin at `step`, which is not 0 when a run goes on."""
-        self.progress.update(self.task, completed=step)
-
-    def update(self, step: int, loss: float, depth: int, speed: float) -> None:
-        """Show the state after `step` steps; `loss` is the mean since the last update."""
-        text = f"loss {loss:.3f}  depth {depth}  {speed:,.0f} tokens/s"
-        self.progress.update(self.task, completed=step, description=text)
-        if not self.live and (step - self.said >= self.steps / PLAIN_LINES or step >= self.steps):
-            self.said = step
-            self.say(f"step {step}/{self.steps}  {text}")
-
-    def say(self, text: str) -> None:
-        """A line that stays."""
-        self.progress.console.print(text, highlight=False, soft_wrap=True)
+def ranks() -> int:
+    """How many processes train together."""
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if ready else 1
 
 
-def shares(by_depth: dict[int, float]) -> str:
-    """Accuracies by depth in one short line."""
-    return ", ".join(f"{value:.3f} at depth {depth}" for depth, value in by_depth.items())
+def over_ranks(values: torch.Tensor, how: str) -> torch.Tensor:
+    """`values` (on the CPU), over all ranks reduced by `how` ("SUM", "MAX"); a collective call."""
+    if ranks() == 1:
+        return values
+    group = torch.distributed
+    device = "cpu" if "gloo" in group.get_backend() else torch.cuda.current_device()
+    values = values.to(device)
+    group.all_reduce(values, getattr(group.ReduceOp, how))
+    return values.cpu()
 
 
 def _up_to(path: Path, step: int) -> list[dict[str, Any]]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import types
-import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +11,23 @@ from typing import Any, Literal
 
 import yaml
 
+from hybrid_sleep.training import zero
+from hybrid_sleep.training.curriculum import parse_windows
 from hybrid_sleep.training.depth import DepthPolicy, parse_depth
+from hybrid_sleep.training.schema import (
+    StrictLoader,
+    build,
+    none_missing,
+    only_known,
+    parse_overrides,
+    set_key,
+)
+from hybrid_sleep.training.start import initial_model
+from hybrid_sleep.training.text.config import TextConfig
 
 Schedule = Literal["constant", "linear", "cosine", "trapezoid"]
+# What a stage may change: not where it starts from or writes to, which follows from its place.
+STAGE_KEYS = ("model", "task", "text", "train", "sleep_passes")
 
 
 @dataclass(kw_only=True)
@@ -27,48 +39,84 @@ class TaskConfig:
 
 
 @dataclass(kw_only=True)
+class InitConfig:
+    """Start from a trained model instead of from chance.
+
+    `checkpoint` is its folder; its config fills what `model` leaves out. `new_layers` are indices,
+    in the model to be trained, of state-space layers which the checkpoint lacks (route (b) of Lee
+    et al., arXiv 2605.26099: layers inserted into an attention-only model). They get no MLP unless
+    `model.intermediate_size` says so, and start out adding nothing to the residual stream, so that
+    the first step begins with the checkpoint's own predictions.
+    """
+
+    checkpoint: str
+    new_layers: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if len(set(self.new_layers)) < len(self.new_layers) or min(self.new_layers, default=0) < 0:
+            raise ValueError(
+                f"init.new_layers={self.new_layers}; allowed: distinct indices of layers, from 0"
+            )
+
+
+@dataclass(kw_only=True)
 class TrainConfig:
     """How to learn it.
 
-    Optimisation: `steps` updates of `batch_size` examples each (`accumulate` micro-batches of
-    `batch_size / accumulate`), Muon with `lr_muon` on matrices, AdamW with `lr_adamw` and betas
-    (0.9, 0.95) on the rest, decoupled `weight_decay` (matrices and embeddings), gradients clipped
-    to norm `grad_clip` (None: not clipped). The rates
+    Optimisation: `steps` updates of `batch_size` examples each, over all processes together
+    (`accumulate` micro-batches in turn), Muon with `lr_muon` on matrices, AdamW with `lr_adamw` and
+    betas (0.9, 0.95) on the rest (`lr_muon: null`: AdamW on everything), decoupled `weight_decay`
+    (matrices and embeddings), gradients clipped to norm `grad_clip` (None: not clipped). The rates
     rise linearly for `warmup` steps, then follow `schedule`: `constant`; `linear` or `cosine` to
     zero at the last step; `trapezoid`, constant and then linear to zero over the last `cooldown`
-    share of all steps.
+    share of all steps. `trainable: new_layers` trains only those of `init.new_layers`.
+
+    Through sleeps: `windows` is a curriculum, `{step: window}` from that step on, ending with
+    `model.window`. `backprop_passes` and `backprop_windows` truncate backpropagation (see
+    `model.set_truncation`; None: not truncated), `activation_checkpointing` recomputes (see
+    `model.set_activation_checkpointing`).
 
     Reports: metrics every `log_every` steps; every `eval_every` steps (None: never) the exact
-    accuracy at `eval_depths` (None: every depth that training draws) on `eval_examples` examples
+    accuracy, or the perplexity of held-out text, at `eval_depths` (None: every depth that training
+    draws) on `eval_examples` examples
     drawn from the training split with a seed of their own. A checkpoint every `save_every` steps
-    (None: only when interrupted), of which the last `keep_checkpoints` are kept.
+    (None: only when interrupted), of which the last `keep_checkpoints` are kept. `tensorboard`
+    writes event files into `output_dir/tensorboard` as well.
 
     Machine: `dtype` float32, or bfloat16 (autocast over fp32 weights); `device` auto or cpu;
-    `activation_checkpointing` block, pass or None (see `model.set_activation_checkpointing`);
-    `threads` of the processor for one operation (None: torch's choice, one a core). A small model
+    `deepspeed` is the path of a DeepSpeed JSON, such as those in configs/deepspeed; `workers`
+    processes make batches ahead of time; `threads` of the processor for one operation (None:
+    torch's choice, one a core). A small model
     that shares its cores with anything else trains several times faster with one.
     """
 
     steps: int
     batch_size: int
     accumulate: int = 1
-    lr_muon: float = 2e-3
+    lr_muon: float | None = 2e-3
     lr_adamw: float = 5e-5
     weight_decay: float = 0.0
     warmup: int = 0
     schedule: Schedule = "constant"
     cooldown: float = 0.3
     grad_clip: float | None = 1.0
+    trainable: Literal["all", "new_layers"] = "all"
+    windows: dict[int, int] | None = None
+    backprop_passes: int | None = None
+    backprop_windows: int | None = None
+    activation_checkpointing: str | int | list | None = None
     eval_every: int | None = None
     eval_depths: list[int] | None = None
     eval_examples: int = 1000
     log_every: int = 10
     save_every: int | None = None
     keep_checkpoints: int = 1
+    tensorboard: bool = False
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu"] = "auto"
-    activation_checkpointing: Literal["block", "pass"] | None = None
+    deepspeed: str | None = None
+    workers: int = 0
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -86,15 +134,19 @@ class TrainConfig:
         )
         for name in ("lr_muon", "lr_adamw"):
             rate = getattr(self, name)
-            demand(math.isfinite(rate) and rate > 0, name, "a finite number > 0")
+            none = name == "lr_muon" and rate is None
+            allowed = "null or a finite number > 0" if name == "lr_muon" else "a finite number > 0"
+            demand(none or (math.isfinite(rate) and rate > 0), name, allowed)
         demand(0 <= self.weight_decay < math.inf, "weight_decay", "a finite number >= 0")
         demand(0 <= self.warmup <= self.steps, "warmup", f"0..train.steps={self.steps}")
         demand(0 <= self.cooldown <= 1, "cooldown", "a share of the steps, 0..1")
         clip = self.grad_clip
         demand(clip is None or 0 < clip < math.inf, "grad_clip", "null or a finite number > 0")
-        for name in ("eval_every", "save_every", "threads"):
-            every = getattr(self, name)
-            demand(every is None or every >= 1, name, "null or an integer >= 1")
+        counts = ("eval_every", "save_every", "threads", "backprop_passes", "backprop_windows")
+        for name in counts:
+            count = getattr(self, name)
+            demand(count is None or count >= 1, name, "null or an integer >= 1")
+        demand(self.workers >= 0, "workers", "an integer >= 0")
         depths = self.eval_depths
         demand(
             depths is None or (len(depths) > 0 and min(depths) >= 1),
@@ -104,64 +156,155 @@ class TrainConfig:
         demand(self.seed >= 0, "seed", "an integer >= 0")
 
 
+RESOLVED = {"vocab_size", "num_hidden_layers", "layer_types"}
+PARTS = {"task": TaskConfig, "text": TextConfig, "init": InitConfig, "train": TrainConfig}
+
+
 @dataclass(kw_only=True)
 class RunConfig:
-    """A model, a task, how to train it, how deep it sleeps meanwhile, and where results go.
+    """A model, what it learns and how, how deep it sleeps meanwhile, and where results go.
 
-    `model` holds the arguments of `HybridSleepConfig`; `vocab_size` and `window` default to the
-    task's. `sleep_passes` is a depth policy (or what `parse_depth` reads). Raises ValueError
-    naming the key, its value and what is allowed.
+    It learns either a `task` or `text`. `model` holds the arguments of `HybridSleepConfig`;
+    `vocab_size` and `window` default to the task's, `vocab_size` and special tokens to those of
+    text's tokenizer, everything to that of `init.checkpoint` if there is one. `sleep_passes` is a
+    depth policy (or what `parse_depth` reads).
+
+    `stages` makes it several runs, one after the other. A stage is a mapping of dotted keys to what
+    it changes in this run. It starts from the model that the stage before it left, and writes into
+    `output_dir/stage-1` and so on, the last one into `output_dir`.
+
+    Raises ValueError naming the key, its value and what is allowed.
     """
 
     model: dict[str, Any]
-    task: TaskConfig
     train: TrainConfig
     sleep_passes: DepthPolicy
     output_dir: str
+    task: TaskConfig | None = None
+    text: TextConfig | None = None
+    init: InitConfig | None = None
+    stages: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.sleep_passes = parse_depth(self.sleep_passes)
         if not self.output_dir:
             raise ValueError("output_dir is empty; allowed: the path of a folder")
-        task = self.load_task()
-        self.model = {"vocab_size": task.vocab_size, "window": task.window, **self.model}
-        self.model_config()
+        if (self.task is None) == (self.text is None):
+            given = "neither" if self.task is None else "both"
+            raise ValueError(f"task and text: {given} given; allowed: one of the two")
+        # A model that is all there was resolved before, or is to come from an earlier stage.
+        resolved = self.init is None or self.model.keys() >= RESOLVED
+        start = {} if resolved else initial_model(self.init, self.model)
+        self.model = {**self._model_defaults(), **start, **self.model}
+        self._check_training(self.model_config())
+        self.stage_runs()
+
+    def _check_training(self, config: Any) -> None:
+        from hybrid_sleep.layers.stack import parse_granularity
+
+        if self.train.windows is not None:
+            parse_windows(self.train.windows).check(config.window, self.train.steps)
+        if self.train.trainable == "new_layers" and not (self.init and self.init.new_layers):
+            raise ValueError(
+                "train.trainable='new_layers' without init.new_layers; allowed: 'all', or to name "
+                "the layers that init.checkpoint lacks"
+            )
+        try:
+            parse_granularity(self.train.activation_checkpointing, config.num_hidden_layers)
+        except ValueError as error:
+            raise ValueError(f"train.activation_checkpointing: {error}") from error
+        if self.train.deepspeed is not None:
+            zero.read_config(self.train)
+        if self.train.workers > 1 and self.text is not None:
+            raise ValueError(
+                f"train.workers={self.train.workers} with text; allowed: 0 or 1, because the rows "
+                "of a process are read from one stream in order"
+            )
 
     def load_task(self) -> Any:
         """The task (`hybrid_sleep.eval.tasks`); ValueError for a name or parameter it lacks."""
         from hybrid_sleep.eval import tasks
 
+        if self.task is None:
+            raise ValueError("this run learns text, not a task; allowed: a run with task.name")
         try:
             return tasks.load(self.task.name, **self.task.params)
         except ValueError as error:
             raise ValueError(f"task: {error}") from error
 
+    def load_tokenizer(self) -> Any:
+        """The tokenizer of `text`; ValueError if it cannot be reached."""
+        from hybrid_sleep.training.text.tokenizer import load_tokenizer
+
+        return load_tokenizer(self.text.tokenizer)
+
+    def _model_defaults(self) -> dict[str, Any]:
+        if self.text is None:
+            task = self.load_task()
+            return {"vocab_size": task.vocab_size, "window": task.window}
+        tokenizer = self.load_tokenizer()
+        special = ("pad_token_id", "bos_token_id", "eos_token_id")
+        tokens = {name: getattr(tokenizer, name) for name in special}
+        return {"vocab_size": len(tokenizer), **tokens, "sleep_schedule": "every_window"}
+
     def model_config(self) -> Any:
         """The `HybridSleepConfig` of `model`; ValueError for a key or value it does not allow."""
         from hybrid_sleep import HybridSleepConfig
 
-        task = self.load_task()
         known = {f.name for f in dataclasses.fields(HybridSleepConfig)}
-        _only_known(self.model, known, "model.")
+        only_known(self.model, known, "model.")
         try:
             config = HybridSleepConfig(**self.model)
         except ValueError as error:
             raise ValueError(f"model: {error}") from error
-        if config.vocab_size < task.vocab_size:
+        least = self._model_defaults()["vocab_size"]
+        if config.vocab_size < least:
+            what = f"task {self.task.name!r}" if self.text is None else "text.tokenizer"
             raise ValueError(
-                f"model.vocab_size={config.vocab_size}; allowed: at least {task.vocab_size}, the "
-                f"tokens of task {self.task.name!r}"
+                f"model.vocab_size={config.vocab_size}; allowed: at least {least}, the tokens of "
+                f"{what}"
+            )
+        if self.text is not None and config.sleep_schedule != "every_window":
+            raise ValueError(
+                f"model.sleep_schedule={config.sleep_schedule!r} with text; allowed: "
+                "'every_window', because text supervises every window and none would sleep"
             )
         return config
+
+    def stage_runs(self) -> list[RunConfig]:
+        """The runs of `stages` in their order; this run alone if it has none."""
+        runs: list[RunConfig] = []
+        config = self.model_config()
+        for number, changes in enumerate(self.stages, 1):
+            content = {**self.to_dict(), "stages": []}
+            if runs:
+                content["model"] |= {key: getattr(config, key) for key in RESOLVED}
+                content["init"] = {"checkpoint": runs[-1].output_dir}
+            if number < len(self.stages):
+                content["output_dir"] = str(Path(self.output_dir) / f"stage-{number}")
+            try:
+                for key, value in changes.items():
+                    if key.partition(".")[0] not in STAGE_KEYS:
+                        allowed = ", ".join(STAGE_KEYS)
+                        raise ValueError(f"key {key!r}; allowed: keys in {allowed}")
+                    set_key(content, key, value)
+                runs.append(run_config(content))
+            except ValueError as error:
+                raise ValueError(f"stages[{number - 1}]: {error}") from error
+        return runs or [self]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `run_config` turns back into an equal RunConfig."""
         return {
             "model": dict(self.model),
-            "task": dataclasses.asdict(self.task),
+            **{
+                name: None if part is None else dataclasses.asdict(part)
+                for name, part in (("task", self.task), ("text", self.text), ("init", self.init))
+            },
             "sleep_passes": self.sleep_passes.to_config(),
             "train": dataclasses.asdict(self.train),
             "output_dir": self.output_dir,
+            "stages": [dict(stage) for stage in self.stages],
         }
 
     def to_yaml(self) -> str:
@@ -172,13 +315,17 @@ class RunConfig:
 def run_config(content: Mapping[str, Any]) -> RunConfig:
     """A RunConfig from nested mappings, as read from YAML. Raises ValueError (see the class)."""
     content = dict(content)
-    _only_known(content, {f.name for f in dataclasses.fields(RunConfig)}, "")
-    for name, kind in (("task", TaskConfig), ("train", TrainConfig)):
-        if name in content:
-            content[name] = _build(kind, content[name], f"{name}.")
+    only_known(content, {f.name for f in dataclasses.fields(RunConfig)}, "")
+    for name, kind in PARTS.items():
+        # Only what may be left out may be null.
+        if name in content and (content[name] is not None or name == "train"):
+            content[name] = build(kind, content[name], f"{name}.")
     if "model" in content and not isinstance(content["model"], Mapping):
         raise ValueError(f"model={content['model']!r}; allowed: keys of HybridSleepConfig")
-    _none_missing(RunConfig, content, "")
+    stages = content.get("stages", [])
+    if not isinstance(stages, list) or not all(isinstance(stage, Mapping) for stage in stages):
+        raise ValueError(f"stages={stages!r}; allowed: a list of mappings of dotted keys to values")
+    none_missing(RunConfig, content, "")
     return RunConfig(**{**content, "output_dir": str(content["output_dir"])})
 
 
@@ -195,110 +342,11 @@ def load_run_config(
     if not path.is_file():
         raise FileNotFoundError(f"config {str(path)!r} is no file; allowed: a run's YAML file")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)
         if not isinstance(content, dict):
             raise ValueError(f"the file holds {type(content).__name__}; allowed: keys and values")
-        for key, value in _parse_overrides(overrides):
-            _set(content, key, value)
+        for key, value in parse_overrides(overrides):
+            set_key(content, key, value)
         return run_config(content)
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"config {str(path)!r}: {error}") from error
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, of which YAML would keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                line = key_node.start_mark.line + 1
-                raise ValueError(f"key {key!r} in line {line} is given twice; allowed: once")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _parse_overrides(overrides: Mapping[str, Any] | Iterable[str]) -> list[tuple[str, Any]]:
-    if isinstance(overrides, Mapping):
-        return list(overrides.items())
-    parsed = []
-    for text in [overrides] if isinstance(overrides, str) else overrides:
-        key, equals, value = text.partition("=")
-        if not (key.strip() and equals):
-            raise ValueError(f"override {text!r}; allowed: key=value, such as train.steps=100")
-        parsed.append((key.strip(), yaml.safe_load(value)))
-    return parsed
-
-
-def _set(content: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    for depth, name in enumerate(parents):
-        content = content.setdefault(name, {})
-        if not isinstance(content, dict):
-            raise ValueError(
-                f"override {key!r}: {'.'.join(parents[: depth + 1])} is a value; allowed: a key "
-                "that holds keys"
-            )
-    content[last] = value
-
-
-def _build(kind: type, content: Any, prefix: str) -> Any:
-    fields = {f.name for f in dataclasses.fields(kind)}
-    if not isinstance(content, Mapping):
-        allowed = ", ".join(sorted(fields))
-        raise ValueError(f"{prefix[:-1]}={content!r}; allowed: the keys {allowed}")
-    _only_known(content, fields, prefix)
-    _none_missing(kind, content, prefix)
-    hints = typing.get_type_hints(kind)
-    return kind(**{k: _typed(v, hints[k], prefix + k) for k, v in content.items()})
-
-
-def _only_known(content: Mapping[str, Any], known: Iterable[str], prefix: str) -> None:
-    for key in content:
-        if key not in known:
-            raise ValueError(f"unknown key {prefix}{key}; allowed: {', '.join(sorted(known))}")
-
-
-def _none_missing(kind: type, content: Mapping[str, Any], prefix: str) -> None:
-    for f in dataclasses.fields(kind):
-        needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if needed and f.name not in content:
-            raise ValueError(f"key {prefix}{f.name} is missing; it has no default")
-
-
-def _typed(value: Any, hint: Any, key: str) -> Any:
-    """`value` if it is what `hint` says; a whole or written-out number passes as a float."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        (hint,) = (a for a in arguments if a is not type(None))
-        try:
-            return _typed(value, hint, key)
-        except ValueError as error:
-            raise ValueError(str(error).replace("; allowed: ", "; allowed: null or ")) from None
-    if origin is Literal:
-        if value not in arguments:
-            raise ValueError(f"{key}={value!r}; allowed: {', '.join(map(str, arguments))}")
-        return value
-    if origin is list:
-        if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{key}={value!r}; allowed: a list")
-        return [_typed(item, arguments[0], f"{key}[{i}]") for i, item in enumerate(value)]
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{key}={value!r}; allowed: keys and values")
-        return dict(value)
-    if hint is float:
-        # YAML 1.1 reads 2e-3 as text; only 2.0e-3 is a number to it.
-        if not isinstance(value, bool) and isinstance(value, (int, float, str)):
-            try:
-                return float(value)
-            except ValueError:
-                pass
-        raise ValueError(f"{key}={value!r}; allowed: a number")
-    if hint is int and isinstance(value, bool) or not isinstance(value, hint):
-        names = {int: "an integer", str: "text"}
-        raise ValueError(f"{key}={value!r}; allowed: {names[hint]}")
-    return value

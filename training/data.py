@@ -17,16 +17,30 @@ TRAIN_SPLIT = "train"
 
 
 class TaskBatches(Dataset):
-    """Item i is the i-th training batch of `task`: `input_ids`, `labels`, LongTensors [size, T].
+    """Item i is the i-th micro-batch of this rank: what `task.batch` gives, `size` rows of it.
 
-    A batch depends on `(seed, i, rank)` and nothing else, so that a resumed run goes on with the
-    batches it would have seen, without making the ones it has, and ranks differ. `length`: number
-    of batches; `size`: examples in one. Raises IndexError past the end.
+    A step reads `size * accumulate * world` examples. They depend on `(seed, step)` and nothing
+    else: they are drawn in cells of `task.cell` examples, each from a seed of its own, and a rank
+    draws the cells that its rows lie in. So ranks and worker processes read apart, any number of
+    them reads the same steps, and a resumed run goes on without drawing what it has read.
+    `length`: number of items. Raises IndexError past the end.
     """
 
-    def __init__(self, task: Task, *, length: int, size: int, seed: int = 0, rank: int = 0):
-        self.task, self.length, self.size = task, length, size
-        self.seed, self.rank = seed, rank
+    def __init__(
+        self,
+        task: Task,
+        *,
+        length: int,
+        size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        accumulate: int = 1,
+    ):
+        self.task, self.length, self.size, self.seed = task, length, size, seed
+        self.rank, self.world, self.accumulate = rank, world, accumulate
+        self.rows = size * world * accumulate
+        self._cells: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
 
     def __len__(self) -> int:
         return self.length
@@ -34,8 +48,22 @@ class TaskBatches(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < self.length:
             raise IndexError(f"batch {index}; allowed: 0..{self.length - 1}")
-        seed = derive_seed("train", self.seed, index, self.rank)
-        return self.task.batch(TRAIN_SPLIT, seed, self.size)
+        step, part = divmod(index, self.accumulate)
+        start = (part * self.world + self.rank) * self.size
+        cell = self.task.cell
+        first, last = start // cell, (start + self.size - 1) // cell
+        parts = [self._cell(step, number) for number in range(first, last + 1)]
+        rows = slice(start - first * cell, start - first * cell + self.size)
+        return {name: torch.cat([part[name] for part in parts])[rows] for name in parts[0]}
+
+    def _cell(self, step: int, number: int) -> dict[str, torch.Tensor]:
+        if (step, number) not in self._cells:
+            # Micro-batches of a step share cells; earlier steps do not come back.
+            self._cells = {key: rows for key, rows in self._cells.items() if key[0] == step}
+            count = min(self.task.cell, self.rows - number * self.task.cell)
+            seed = derive_seed("train", self.seed, step, number)
+            self._cells[step, number] = self.task.batch(TRAIN_SPLIT, seed, count)
+        return self._cells[step, number]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from abc import ABC, abstractmethod
@@ -10,12 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from hybrid_sleep.configuration import check_count
+from hybrid_sleep.training.curriculum import check_starts, stage_at
 
-FORMS = "an integer >= 1, {uniform: [low, high]} or {choice: {depth: weight, ...}}"
+FORMS = (
+    "an integer >= 1, {uniform: [low, high]}, {choice: {depth: weight, ...}}, "
+    "{lognormal_poisson: {mean: m, sigma: s, max: n}} or {stages: {0: policy, step: policy, ...}}"
+)
+MAX_SIGMA = 4
 
 
 class DepthPolicy(ABC):
-    """A distribution over sleep depths (`sleep_passes`, N >= 1).
+    """A distribution over sleep depths (`sleep_passes`, N >= 1), or one for each stage of a run.
 
     `draw(seed, step)` depends on nothing but its arguments and the policy, so that every rank and
     every resumed run trains a step at the same depth.
@@ -25,16 +31,24 @@ class DepthPolicy(ABC):
         """The depth of training step `step` (0 for the first)."""
         u = _uniform(seed, step)
         total = 0.0
-        depths = self.probabilities()
+        depths = self.at(step).probabilities()
         for depth, probability in depths.items():
             total += probability
             if u < total:
                 return depth
         return depth  # `total` may end a rounding error below 1
 
+    def at(self, step: int) -> DepthPolicy:
+        """The policy that training step `step` draws from."""
+        return self
+
     @abstractmethod
     def probabilities(self) -> dict[int, float]:
-        """Probability of each depth, ascending; they sum to 1."""
+        """Probability of each depth (in the last stage), ascending; they sum to 1."""
+
+    def depths(self) -> tuple[int, ...]:
+        """Every depth that is ever drawn (in any stage), ascending."""
+        return tuple(self.probabilities())
 
     @abstractmethod
     def to_config(self) -> Any:
@@ -43,11 +57,11 @@ class DepthPolicy(ABC):
     @property
     def deepest(self) -> int:
         """The largest depth that is ever drawn."""
-        return max(self.probabilities())
+        return self.depths()[-1]
 
     @property
     def mean(self) -> float:
-        """The expected depth: the average passes over a sleeping window."""
+        """The expected depth (in the last stage): the average passes over a sleeping window."""
         return sum(depth * share for depth, share in self.probabilities().items())
 
 
@@ -97,8 +111,7 @@ class Choice(DepthPolicy):
             raise ValueError("sleep_passes.choice is empty; allowed: at least one depth: weight")
         for depth, weight in self.weights:
             check_count("sleep_passes.choice depth", depth)
-            number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-            if not number or not math.isfinite(weight) or weight <= 0:
+            if not _is_number(weight) or weight <= 0:
                 raise ValueError(
                     f"sleep_passes.choice weight of depth {depth} is {weight!r}; allowed: a finite "
                     "number > 0 (leave a depth out to never draw it)"
@@ -113,27 +126,158 @@ class Choice(DepthPolicy):
         return {"choice": dict(self.weights)}
 
 
+@dataclass(frozen=True)
+class LognormalPoisson(DepthPolicy):
+    """Depth 1 + Poisson(rate), rate ~ LogNormal(ln(target - 1) - sigma^2 / 2, sigma).
+
+    The sampler of recurrent-depth training (Geiping et al., arXiv 2502.05171), whose median lies
+    below its mean and whose tail is long. `target` (1 < target <= highest) is its mean depth before
+    depths above `highest` are left out and the rest scaled to sum to 1; `mean` is the one after.
+    0 <= sigma <= 4; at 0 the rate is constant.
+    """
+
+    target: float
+    sigma: float
+    highest: int
+
+    def __post_init__(self) -> None:
+        check_count("sleep_passes.lognormal_poisson max", self.highest)
+        for name, value, low, high in (
+            ("mean", self.target, 1, self.highest),
+            ("sigma", self.sigma, 0, MAX_SIGMA),
+        ):
+            if not _is_number(value) or not low <= value <= high or (name, value) == ("mean", 1):
+                least = "above 1 and" if name == "mean" else "of at least 0 and"
+                raise ValueError(
+                    f"sleep_passes.lognormal_poisson {name} is {value!r}; allowed: a number "
+                    f"{least} at most {high}"
+                )
+
+    def probabilities(self) -> dict[int, float]:
+        shares = _lognormal_poisson(self.target, self.sigma, self.highest)
+        return dict(enumerate(shares, start=1))
+
+    def to_config(self) -> dict[str, dict[str, float]]:
+        detail = {"mean": self.target, "sigma": self.sigma, "max": self.highest}
+        return {"lognormal_poisson": detail}
+
+
+@dataclass(frozen=True)
+class Stages(DepthPolicy):
+    """A curriculum: `stages` of (first step, policy), the first at step 0.
+
+    `probabilities` and `mean` are the last stage's; `depths` and `deepest` cover all of them.
+    """
+
+    stages: tuple[tuple[int, DepthPolicy], ...]
+
+    def __post_init__(self) -> None:
+        check_starts("sleep_passes.stages", (start for start, _ in self.stages))
+        for start, policy in self.stages:
+            if isinstance(policy, Stages):
+                raise ValueError(
+                    f"sleep_passes.stages at step {start} has stages itself; allowed: one level"
+                )
+
+    def at(self, step: int) -> DepthPolicy:
+        return stage_at(self.stages, step)
+
+    def probabilities(self) -> dict[int, float]:
+        return self.stages[-1][1].probabilities()
+
+    def depths(self) -> tuple[int, ...]:
+        return tuple(sorted({depth for _, policy in self.stages for depth in policy.depths()}))
+
+    def to_config(self) -> dict[str, dict[int, Any]]:
+        return {"stages": {start: policy.to_config() for start, policy in self.stages}}
+
+
 def parse_depth(value: Any) -> DepthPolicy:
-    """The policy a run config names: `2`, `{uniform: [1, 4]}` or `{choice: {1: 0.25, 4: 0.75}}`.
+    """The policy a run config names, one of `FORMS`, such as `2` or `{uniform: [1, 4]}`.
 
     A policy is returned as it is. Raises ValueError naming the key, its value and what is allowed.
     """
     if isinstance(value, DepthPolicy):
         return value
+    if isinstance(value, int):
+        return Fixed(value)
     if not isinstance(value, Mapping):
-        if isinstance(value, int):
-            return Fixed(value)
         raise ValueError(f"sleep_passes={value!r}; allowed: {FORMS}")
-    if len(value) != 1 or next(iter(value)) not in ("uniform", "choice"):
+    if len(value) != 1 or next(iter(value)) not in _PARSERS:
         raise ValueError(f"sleep_passes={dict(value)!r}; allowed: {FORMS}")
     ((kind, detail),) = value.items()
-    if kind == "uniform":
-        if not isinstance(detail, (list, tuple)) or len(detail) != 2:
-            raise ValueError(f"sleep_passes.uniform={detail!r}; allowed: [low, high]")
-        return Uniform(*detail)
+    return _PARSERS[kind](detail)
+
+
+def _parse_uniform(detail: Any) -> Uniform:
+    if not isinstance(detail, (list, tuple)) or len(detail) != 2:
+        raise ValueError(f"sleep_passes.uniform={detail!r}; allowed: [low, high]")
+    return Uniform(*detail)
+
+
+def _parse_choice(detail: Any) -> Choice:
     if not isinstance(detail, Mapping):
         raise ValueError(f"sleep_passes.choice={detail!r}; allowed: {{depth: weight, ...}}")
     return Choice(tuple(detail.items()))
+
+
+def _parse_lognormal_poisson(detail: Any) -> LognormalPoisson:
+    if not isinstance(detail, Mapping) or set(detail) != {"mean", "sigma", "max"}:
+        raise ValueError(
+            f"sleep_passes.lognormal_poisson={detail!r}; allowed: {{mean: m, sigma: s, max: n}}"
+        )
+    return LognormalPoisson(detail["mean"], detail["sigma"], detail["max"])
+
+
+def _parse_stages(detail: Any) -> Stages:
+    if not isinstance(detail, Mapping):
+        raise ValueError(f"sleep_passes.stages={detail!r}; allowed: {{0: policy, step: policy}}")
+    stages = []
+    for start, value in detail.items():
+        try:
+            stages.append((start, parse_depth(value)))
+        except ValueError as error:
+            raise ValueError(f"sleep_passes.stages at step {start}: {error}") from None
+    return Stages(tuple(stages))
+
+
+_PARSERS = {
+    "uniform": _parse_uniform,
+    "choice": _parse_choice,
+    "lognormal_poisson": _parse_lognormal_poisson,
+    "stages": _parse_stages,
+}
+
+
+@functools.lru_cache(maxsize=32)
+def _lognormal_poisson(target: float, sigma: float, highest: int) -> tuple[float, ...]:
+    """Probabilities of the depths 1..highest: a trapezoidal sum over the normal variable.
+
+    The integrand and all its derivatives vanish at both ends, so the error falls exponentially with
+    the number of points in its narrowest part, which is 1 / (sigma sqrt(highest)) wide.
+    """
+    per_unit = max(32, math.ceil(2 * sigma * math.sqrt(highest)))
+    end = 9 * per_unit  # beyond 9 lie 2e-19 of the normal distribution
+    points = [i / per_unit for i in range(-end, end + 1)]
+    if sigma == 0:
+        points = [0.0]
+    logs = [math.log(target - 1) - sigma**2 / 2 + sigma * z for z in points]
+    weights = [math.exp(-z * z / 2) for z in points]
+    shares = []
+    for count in range(highest):
+        constant = math.lgamma(count + 1)
+        terms = (
+            weight * math.exp(count * log - math.exp(log) - constant)
+            for log, weight in zip(logs, weights, strict=True)
+        )
+        shares.append(math.fsum(terms))
+    total = math.fsum(shares)
+    return tuple(share / total for share in shares)
+
+
+def _is_number(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value)
 
 
 def _uniform(seed: int, step: int) -> float:

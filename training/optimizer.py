@@ -107,13 +107,14 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def parameter_groups(
-    model: nn.Module, lr_muon: float, lr_adamw: float, weight_decay: float = 0.0
+    model: nn.Module, lr_muon: float | None, lr_adamw: float, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
     """Split the trainable parameters of `model` into groups for `MuonAdamW`.
 
-    Muon gets the weights of linear layers. AdamW gets the rest: embeddings and the output head
-    (also when tied), norms, biases, gates (`A_log`, `dt_bias`), convolutions. Weight decay applies
-    to what has at least two dimensions. Empty groups are left out. Raises ValueError if nothing is
+    Muon gets the weights of linear layers (none if `lr_muon` is None). AdamW gets the rest:
+    embeddings and the output head (also when tied), norms, biases, gates (`A_log`, `dt_bias`),
+    convolutions. Weight decay applies to what has at least two dimensions. Empty groups are left
+    out. Raises ValueError if nothing is
     trainable.
     """
     ends = ("get_input_embeddings", "get_output_embeddings")
@@ -132,7 +133,7 @@ def parameter_groups(
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        if id(parameter) in matrices - tokens_shared:
+        if lr_muon is not None and id(parameter) in matrices - tokens_shared:
             split["muon"].append(parameter)
         else:
             split["decayed" if parameter.ndim >= 2 else "rest"].append(parameter)

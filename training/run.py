@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import json
 import os
 import shutil
 import time
@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from hybrid_sleep.io import write_text_atomic
-from hybrid_sleep.training.callbacks import Display, RunLog, StopOnSignal
-from hybrid_sleep.training.config import RunConfig
-from hybrid_sleep.training.data import HeldOut, TaskBatches
+from hybrid_sleep.training import zero
+from hybrid_sleep.training.build import build_trainer, training_arguments
+from hybrid_sleep.training.callbacks import RunLog, StopOnSignal
+from hybrid_sleep.training.config import RunConfig, load_run_config
+from hybrid_sleep.training.display import Display
+from hybrid_sleep.training.tensorboard import TensorBoardLog
 from hybrid_sleep.training.trainer import (
     STAGING,
+    STATE_FILE,
     SleepTrainer,
     check_finite,
     checkpoints,
@@ -32,13 +34,18 @@ from hybrid_sleep.training.trainer import (
 RUN_FILE = "run.yaml"
 METRICS_FILE = "metrics.jsonl"
 WEIGHTS = ".safetensors"
-# What may differ between the two parts of a resumed run: where it is, what it reports and keeps.
+# What may differ between the two parts of a resumed run: where it is, what it reports and keeps,
+# and how its batches are shared out.
 FREE_ON_RESUME = (
     "output_dir",
+    "train.accumulate",
     "train.device",
     "train.eval_depths",
     "train.eval_examples",
     "train.keep_checkpoints",
+    "train.tensorboard",
+    "train.threads",
+    "train.workers",
 )
 
 
@@ -48,8 +55,8 @@ class TrainResult:
 
     `model_dir` holds the model (`from_pretrained` takes it), `run.yaml` and `metrics.jsonl`;
     `metrics` has `loss` (mean of the last tenth of the steps) and, if the run evaluates, the last
-    `exact` and `per_label` by depth; it is empty in all processes but the first. `seconds` is the
-    time of this call, `steps` the steps of the whole run.
+    `exact` and `per_label`, or `perplexity`, by depth; it is empty in all processes but the first.
+    `seconds` is the time of this call, `steps` the steps of the whole run, of all its stages.
     """
 
     model_dir: Path
@@ -61,44 +68,94 @@ class TrainResult:
 def train(
     run: RunConfig, *, resume: bool = False, overwrite: bool = False, progress: bool = True
 ) -> TrainResult:
-    """Train the model of `run` and save it to `run.output_dir`.
+    """Train the model of `run` and save it to `run.output_dir`; its stages one after the other.
 
-    resume: go on from the last checkpoint there; on a CPU the result is bit for bit that of a run
-    that was never stopped. overwrite: replace an earlier run in that folder. progress: show one on
+    In several processes (torchrun, deepspeed) every one calls this. resume: go on from the last
+    checkpoint there; on a CPU and as many processes the result is bit for bit that of a run that
+    was never stopped. overwrite: replace an earlier run in that folder. progress: show one on
     stderr. SIGINT and SIGTERM end the run after the current step with a checkpoint, and raise
     KeyboardInterrupt with where it is; a second signal ends it at once.
 
     Raises FileExistsError if the folder holds a run and neither is given, FileNotFoundError if
     there is no checkpoint to resume from, ValueError if the checkpoint is another run's or if
-    training diverges.
+    training diverges, OSError if a checkpoint cannot be written; the last two name the last good
+    checkpoint.
     """
+    stages = run.stage_runs()
+    if resume and overwrite:
+        raise ValueError("resume=True and overwrite=True; allowed: one of the two")
+    results = []
+    for number, stage in enumerate(stages, 1):
+        going_on = resume
+        if resume and len(stages) > 1:
+            if number < len(stages) and _has_model(Path(stage.output_dir)):
+                continue
+            going_on = bool(checkpoints(stage.output_dir))
+        if progress and len(stages) > 1 and _is_first():
+            print(f"stage {number} of {len(stages)}: {stage.output_dir}", flush=True)
+        results.append(_train(stage, resume=going_on, overwrite=overwrite, progress=progress))
+    done = results[-1]
+    done.seconds = sum(result.seconds for result in results)
+    done.steps = sum(stage.train.steps for stage in stages)
+    return done
+
+
+def _train(run: RunConfig, *, resume: bool, overwrite: bool, progress: bool) -> TrainResult:
     started = time.perf_counter()
     out = Path(run.output_dir)
-    arguments = training_arguments(run)
+    state: dict[str, Any] = {"processes": 1, "position": None}
+    if resume:
+        checkpoint = _checkpoint_of(run, out)
+        if (checkpoint / STATE_FILE).is_file():
+            state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    universal = resume and run.train.deepspeed is not None and state["processes"] != world
+    universal = universal and zero.stage(run.train) > 0
+    if universal and run.train.lr_muon is not None:
+        raise ValueError(
+            f"{world} processes to resume a run of {state['processes']} with train.lr_muon under "
+            "ZeRO; allowed: as many processes as before, because DeepSpeed's universal checkpoint "
+            "has no place for Muon's momentum"
+        )
+    arguments = training_arguments(run, universal=universal)
     main = arguments.process_index == 0
-    if main:
-        _prepare_folder(run, out, resume, overwrite)
-    trainer = build_trainer(run, arguments)
+    if not resume:
+        _check_folder(out, overwrite)
+    trainer = build_trainer(run, arguments, position=state["position"])
+    trainer.accelerator.wait_for_everyone()
+    if main and not resume:
+        _clear_folder(run, out)
+    if main and universal:
+        zero.to_universal(checkpoint)
+    trainer.accelerator.wait_for_everyone()
     stop = StopOnSignal()
     trainer.add_callback(stop)
     with contextlib.ExitStack() as stack:
-        display = None
+        display = tensorboard = None
         if progress and main:
             display = stack.enter_context(Display(run.train.steps))
+        if run.train.tensorboard and main:
+            tensorboard = stack.enter_context(TensorBoardLog(out / "tensorboard"))
         stack.enter_context(stop.listening())
         stack.enter_context(threads(run.train.threads))
         stack.enter_context(_no_other_bars())
-        if main:
-            trainer.add_callback(RunLog(trainer, out / METRICS_FILE, run.train.log_every, display))
-        trainer.train(resume_from_checkpoint=str(checkpoints(out)[-1]) if resume else None)
+        log = RunLog(
+            trainer,
+            out / METRICS_FILE,
+            run.train.log_every,
+            display,
+            losses=trainer.losses,
+            tensorboard=tensorboard,
+        )
+        trainer.add_callback(log)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)
     steps = trainer.state.global_step
     if stop.requested and steps < run.train.steps:
         raise KeyboardInterrupt(
             f"step {steps} of {run.train.steps} is saved in {checkpoints(out)[-1]}; the same "
             "command with --resume goes on from there"
         )
-    if main:
-        save_model(trainer.model, run, out)
+    save_model(trainer, run, out)
     return TrainResult(
         model_dir=out,
         steps=steps,
@@ -107,91 +164,28 @@ def train(
     )
 
 
-def build_trainer(run: RunConfig, arguments: TrainingArguments | None = None) -> SleepTrainer:
-    """Model, data, optimizer and schedule of `run`, ready to train."""
-    from hybrid_sleep import HybridSleepForCausalLM
+def save_model(trainer: SleepTrainer, run: RunConfig, out: Path) -> None:
+    """Write the model, its tokenizer and `run.yaml` into `out`, file by file, weights last.
 
-    settings = run.train
-    task = run.load_task()
-    set_seed(settings.seed)
-    model = HybridSleepForCausalLM(run.model_config())
-    model.set_activation_checkpointing(settings.activation_checkpointing)
-    arguments = arguments or training_arguments(run)
-    depths = settings.eval_depths or sorted(run.sleep_passes.probabilities())
-    trainer = SleepTrainer(
-        model,
-        arguments,
-        sleep_passes=run.sleep_passes,
-        lr_muon=settings.lr_muon,
-        train_dataset=TaskBatches(
-            task,
-            length=settings.steps * settings.accumulate,
-            size=arguments.per_device_train_batch_size,
-            seed=settings.seed,
-            rank=arguments.process_index,
-        ),
-        eval_dataset=HeldOut(
-            task=task, depths=tuple(depths), count=settings.eval_examples, seed=settings.seed
-        ),
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def training_arguments(run: RunConfig) -> TrainingArguments:
-    """`run.train` in the words of transformers."""
-    settings = run.train
-    schedule: dict[str, Any] = {"lr_scheduler_type": settings.schedule}
-    if settings.schedule == "constant":
-        schedule = {"lr_scheduler_type": "constant_with_warmup"}
-    elif settings.schedule == "trapezoid":
-        cooldown = math.ceil(settings.cooldown * settings.steps)
-        cooldown = min(cooldown, settings.steps - settings.warmup)
-        kwargs = {"num_decay_steps": cooldown, "decay_type": "linear"}
-        schedule = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": kwargs}
-    return TrainingArguments(
-        output_dir=run.output_dir,
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size // settings.accumulate,
-        gradient_accumulation_steps=settings.accumulate,
-        learning_rate=settings.lr_adamw,
-        weight_decay=settings.weight_decay,
-        adam_beta2=0.95,
-        warmup_steps=settings.warmup,
-        max_grad_norm=settings.grad_clip or 0.0,
-        eval_strategy="steps" if settings.eval_every else "no",
-        eval_steps=settings.eval_every,
-        save_strategy="steps" if settings.save_every else "no",
-        save_steps=settings.save_every or settings.steps,
-        save_total_limit=settings.keep_checkpoints,
-        logging_steps=settings.log_every,
-        # A nan must end the run, not be averaged away.
-        logging_nan_inf_filter=False,
-        seed=settings.seed,
-        bf16=settings.dtype == "bfloat16",
-        use_cpu=settings.device == "cpu",
-        use_cache=True,
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        report_to="none",
-        **schedule,
-    )
-
-
-def save_model(model: Any, run: RunConfig, out: Path) -> None:
-    """Write `model` and `run.yaml` into `out`, file by file, weights last.
-
-    A folder without weights is unfinished; one with weights is whole.
+    A folder without weights is unfinished; one with weights is whole. Collective.
     """
+    model = trainer.model
     check_finite(model, "the end of training")
-    staging = out / STAGING
-    shutil.rmtree(staging, ignore_errors=True)
-    with _no_other_bars():
-        model.save_pretrained(staging)
-    write_text_atomic(staging / RUN_FILE, run.to_yaml())
-    for path in sorted(staging.iterdir(), key=lambda path: path.name.endswith(WEIGHTS)):
-        publish(path, out / path.name)
-    staging.rmdir()
+    weights = None
+    if trainer.is_deepspeed_enabled:
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.args.should_save:
+        staging = out / STAGING
+        shutil.rmtree(staging, ignore_errors=True)
+        with _no_other_bars():
+            model.save_pretrained(staging, state_dict=weights)
+            if run.text is not None:
+                run.load_tokenizer().save_pretrained(staging)
+        write_text_atomic(staging / RUN_FILE, run.to_yaml())
+        for path in sorted(staging.iterdir(), key=lambda path: path.name.endswith(WEIGHTS)):
+            publish(path, out / path.name)
+        staging.rmdir()
+    trainer.accelerator.wait_for_everyone()
 
 
 @contextlib.contextmanager
@@ -218,46 +212,61 @@ def _no_other_bars() -> Iterator[None]:
 
 
 def summary(path: Path) -> dict[str, Any]:
-    """Final loss and the last accuracies in a `metrics.jsonl`."""
-    records = [yaml.safe_load(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    losses = [record["loss"] for record in records if "loss" in record]
+    """Final loss and the last measurements by depth in a `metrics.jsonl`."""
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    losses = [record["loss"] for record in records if "depth" in record]
     tail = losses[-max(1, len(losses) // 10) :]
     result: dict[str, Any] = {"loss": sum(tail) / len(tail)}
     for record in records:
-        if "exact" in record:
-            for name in ("exact", "per_label"):
+        for name in ("exact", "per_label", "perplexity", "bits_per_byte"):
+            if name in record:
                 result[name] = {int(depth): value for depth, value in record[name].items()}
     return result
 
 
-def _prepare_folder(run: RunConfig, out: Path, resume: bool, overwrite: bool) -> None:
-    """Check what is in `out` against what is asked, then leave `run.yaml` there."""
-    if resume and overwrite:
-        raise ValueError("resume=True and overwrite=True; allowed: one of the two")
+def _is_first() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _has_model(folder: Path) -> bool:
+    return any(folder.glob("*" + WEIGHTS))
+
+
+def _checkpoint_of(run: RunConfig, out: Path) -> Path:
+    """The checkpoint that `run` goes on from, if it is one of the same run."""
     saved = checkpoints(out) if out.is_dir() else []
-    if resume:
-        if not saved:
-            raise FileNotFoundError(
-                f"resume=True, but output_dir={str(out)!r} holds no checkpoint; allowed: a folder "
-                "with one (train.save_every, or an interrupted run), or resume=False"
+    if not saved:
+        raise FileNotFoundError(
+            f"resume=True, but output_dir={str(out)!r} holds no checkpoint; allowed: a folder "
+            "with one (train.save_every, or an interrupted run), or resume=False"
+        )
+    before, now = _flat(load_run_config(out / RUN_FILE).to_dict()), _flat(run.to_dict())
+    for key in sorted(before.keys() | now.keys()):
+        if key not in FREE_ON_RESUME and before.get(key) != now.get(key):
+            raise ValueError(
+                f"{key}={now.get(key)!r} to resume a run with {key}={before.get(key)!r}; "
+                f"allowed: the same run, in which only {', '.join(FREE_ON_RESUME)} may differ"
             )
-        before = _flat(yaml.safe_load((out / RUN_FILE).read_text(encoding="utf-8")))
-        now = _flat(run.to_dict())
-        for key in sorted(before.keys() | now.keys()):
-            if key not in FREE_ON_RESUME and before.get(key) != now.get(key):
-                raise ValueError(
-                    f"{key}={now.get(key)!r} to resume a run with {key}={before.get(key)!r}; "
-                    f"allowed: the same run, in which only {', '.join(FREE_ON_RESUME)} may differ"
-                )
-        return
-    model = [path for path in out.glob("*" + WEIGHTS)] if out.is_dir() else []
-    old = [*saved, *model]
+    return saved[-1]
+
+
+def _earlier(out: Path) -> list[Path]:
+    """What an earlier run left in `out`."""
+    return [*checkpoints(out), *out.glob("*" + WEIGHTS)] if out.is_dir() else []
+
+
+def _check_folder(out: Path, overwrite: bool) -> None:
+    old = _earlier(out)
     if old and not overwrite:
         raise FileExistsError(
             f"output_dir={str(out)!r} holds {old[-1].name} of an earlier run; allowed: resume=True "
             "to go on from its last checkpoint, overwrite=True to replace it, or another folder"
         )
-    for path in old:
+
+
+def _clear_folder(run: RunConfig, out: Path) -> None:
+    """Remove an earlier run and leave `run.yaml`."""
+    for path in _earlier(out):
         shutil.rmtree(path) if path.is_dir() else os.remove(path)
     write_text_atomic(out / RUN_FILE, run.to_yaml())
 

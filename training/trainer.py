@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from hybrid_sleep.training.data import HeldOut, TaskBatches, only_item
+from hybrid_sleep.io import write_json_atomic
+from hybrid_sleep.training import zero
+from hybrid_sleep.training.curriculum import WindowSchedule
+from hybrid_sleep.training.data import HeldOut, TaskBatches, derive_seed, only_item
 from hybrid_sleep.training.depth import DepthPolicy, parse_depth
+from hybrid_sleep.training.losses import LossByPosition
 from hybrid_sleep.training.optimizer import MuonAdamW, parameter_groups
+from hybrid_sleep.training.text.batches import TextBatches, TextHeldOut, merge_positions
 
 STAGING = ".partial"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# Beside Trainer's files in a checkpoint: how many processes wrote it, and where in its text it is.
+STATE_FILE = "sleep_state.json"
+ADAMW = ("adamw_torch", "adamw_torch_fused")  # the default of transformers, by version
+METRICS = ("exact", "per_label", "loss", "perplexity", "bits_per_byte")
 
 
 @dataclass
 class StepRecord:
-    """What a training step did: its index (0 for the first), depth, tokens read and mean loss."""
+    """What a step did: index (0 for the first), depth, tokens read, mean loss, micro-batches."""
 
     step: int
     depth: int
     tokens: int
     loss: torch.Tensor
+    parts: int = 1
 
 
 class SleepTrainer(Trainer):
@@ -39,12 +52,16 @@ class SleepTrainer(Trainer):
             (`args.seed`, step), so that ranks agree and a resumed run draws the same. Evaluation
             uses the depth of the model's config, or the depths of a `HeldOut`.
         lr_muon: if given, matrices are trained by Muon at this rate and the rest by AdamW at
-            `args.learning_rate` (see `parameter_groups`); otherwise `args.optim` decides.
+            `args.learning_rate` (see `parameter_groups`), under ZeRO 1 to 3 by DeepSpeed's own;
+            otherwise everything by torch's AdamW, or what else `args.optim` names.
+        windows: the window to train with at each step, if not always the model's.
+        losses: gets the loss of every token in training, by position and depth.
 
-    `train_dataset` may be a `TaskBatches`, whose items are batches already; `eval_dataset` may be a
-    `HeldOut`, for exact accuracy by depth. A checkpoint is written beside its place and renamed, so
-    that each one found is complete, and one with weights that are not finite is never written.
-    `resume_from_checkpoint` goes on bit for bit as if nothing had stopped, on a CPU.
+    `train_dataset` may be a `TaskBatches` or `TextBatches`, whose items are batches already;
+    `eval_dataset` may be a `HeldOut`, for exact accuracy by depth, or a `TextHeldOut`, for
+    perplexity. A checkpoint is written beside its place and renamed, so that each one found is
+    complete, and one with weights that are not finite is never written. `resume_from_checkpoint`
+    goes on bit for bit as if nothing had stopped, on a CPU and as many processes.
 
     Raises ValueError for transformers' activation checkpointing: the model carries fast weights
     from pass to pass and window to window, which that would drop;
@@ -58,6 +75,8 @@ class SleepTrainer(Trainer):
         *,
         sleep_passes: Any = 1,
         lr_muon: float | None = None,
+        windows: WindowSchedule | None = None,
+        losses: LossByPosition | None = None,
         **kwargs: Any,
     ):
         for name in ("gradient_checkpointing", "activation_checkpointing"):
@@ -71,29 +90,54 @@ class SleepTrainer(Trainer):
             raise ValueError(f"lr_muon={lr_muon!r}; allowed: None or a number > 0")
         self.policy: DepthPolicy = parse_depth(sleep_passes)
         self.lr_muon = lr_muon
+        self.windows, self.losses = windows, losses
         self.last_step: StepRecord | None = None
+        self._position: dict[str, Any] | None = None
         self._staging: Path | None = None
         super().__init__(model, args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        if self.optimizer is None and self.lr_muon is not None:
+        ours = self.lr_muon is not None or self.args.optim in ADAMW
+        if self.optimizer is None and ours:
             groups = parameter_groups(
                 self.model if model is None else model,
                 self.lr_muon,
                 self.args.learning_rate,
                 self.args.weight_decay,
             )
-            betas = (self.args.adam_beta1, self.args.adam_beta2)
-            self.optimizer = MuonAdamW(groups, betas=betas, eps=self.args.adam_epsilon)
+            self._decays = [group["weight_decay"] for group in groups]
+            betas, eps = (self.args.adam_beta1, self.args.adam_beta2), self.args.adam_epsilon
+            self.optimizer = self._optimizer_class()(groups, betas=betas, eps=eps)
         return super().create_optimizer(model)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._zero_stage == 3:
+            zero.mend(self.optimizer, self._decays)
+
+    def _optimizer_class(self) -> Callable[..., torch.optim.Optimizer]:
+        if self.lr_muon is None:
+            return torch.optim.AdamW
+        return zero.muon if self._zero_stage else MuonAdamW
+
+    @property
+    def _zero_stage(self) -> int:
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        return 0 if plugin is None else plugin.zero_stage
+
     def get_train_dataloader(self) -> DataLoader:
-        if not isinstance(self.train_dataset, TaskBatches):
+        data = self.train_dataset
+        if not isinstance(data, (TaskBatches, TextBatches)):
             return super().get_train_dataloader()
-        # Batches are made in microseconds to milliseconds and differ by rank already; workers and
-        # accelerate's sharding would only cost time.
-        pin = torch.cuda.is_available() and not self.args.use_cpu
-        return DataLoader(self.train_dataset, batch_size=1, collate_fn=only_item, pin_memory=pin)
+        # Batches differ by rank already; accelerate's sharding would only cost time.
+        return DataLoader(
+            data,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=torch.cuda.is_available() and not self.args.use_cpu,
+            **{"batch_size": 1, "collate_fn": only_item}
+            if isinstance(data, TaskBatches)
+            else {"batch_size": None},
+        )
 
     def depth(self) -> int:
         """The depth of the current training step."""
@@ -109,19 +153,48 @@ class SleepTrainer(Trainer):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         given = {**inputs, "sleep_passes": self.depth(), "use_cache": False}
-        return super().compute_loss(model, given, return_outputs, num_items_in_batch)
+        loss, outputs = super().compute_loss(model, given, True, num_items_in_batch)
+        if self.losses is not None:
+            which = {name: inputs.get(name) for name in ("attention_mask", "document_ids")}
+            self.losses.add(
+                outputs.logits.detach(),
+                inputs["labels"],
+                self.model.config.window,
+                depth=self.depth(),
+                **which,
+            )
+        return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
+        self._position = inputs.pop("position", None)
         tokens = inputs["input_ids"].numel()
-        loss = super().training_step(model, inputs, *args)
         step, last = self.state.global_step, self.last_step
-        if last is None or last.step != step:
+        later = last is not None and last.step == step
+        # Dropout is drawn anew from the step and rank, so that there is no state of it to lose.
+        part = last.parts if later else 0
+        torch.manual_seed(derive_seed("step", self.args.seed, step, part, self.args.process_index))
+        with self._window_of(step):
+            loss = super().training_step(model, inputs, *args)
+        if not later:
             self.last_step = StepRecord(step, self.depth(), tokens, loss)
         else:
             # A later micro-batch of the same step; Trainer has scaled each by its share.
             last.tokens += tokens
             last.loss = last.loss + loss
+            last.parts += 1
         return loss
+
+    @contextlib.contextmanager
+    def _window_of(self, step: int) -> Iterator[None]:
+        """Train with the curriculum's window; evaluations and files have the model's own."""
+        config = self.model.config
+        own = config.window
+        if self.windows is not None:
+            config.window = self.windows.at(step)
+        try:
+            yield
+        finally:
+            config.window = own
 
     def evaluate(
         self,
@@ -129,13 +202,29 @@ class SleepTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Trainer's, or for a `HeldOut`: `eval_exact_N`, `eval_per_label_N` for each depth N."""
+        """Trainer's; for a `HeldOut` `eval_exact_N` and `eval_per_label_N` for each depth N, for a
+        `TextHeldOut` `eval_loss_N`, `eval_perplexity_N` and, of bytes, `eval_bits_per_byte_N`.
+
+        Every rank evaluates everything: under ZeRO-3 all of them must call the same layers.
+        """
         held_out = self.eval_dataset if eval_dataset is None else eval_dataset
-        if not isinstance(held_out, HeldOut):
+        if isinstance(held_out, HeldOut):
+            scores = accuracy_by_depth(self.model, held_out)
+        elif isinstance(held_out, TextHeldOut):
+            from hybrid_sleep.eval.perplexity import measure_perplexity
+
+            tokenizer = held_out.encoder.tokenizer
+            scores = measure_perplexity(
+                self.model, held_out.batches(), held_out.depths, tokenizer=tokenizer
+            )
+        else:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        metrics = {}
-        for depth, score in accuracy_by_depth(self.model, held_out).items():
-            metrics |= {f"{metric_key_prefix}_{name}_{depth}": x for name, x in score.items()}
+        metrics = {
+            f"{metric_key_prefix}_{name}_{depth}": x
+            for depth, score in scores.items()
+            for name, x in score.items()
+            if name in METRICS
+        }
         self.log(metrics)
         handler = self.callback_handler
         self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -157,23 +246,46 @@ class SleepTrainer(Trainer):
         self._staging = staging
         try:
             super()._save_checkpoint(model, trial)
+            self._save_state(staging / place.name)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self._publish(staging, place)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            # torch and safetensors have their own names for a disk that is full.
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise OSError(
+                f"the checkpoint of step {self.state.global_step} could not be written: "
+                f"{str(error).strip()}; {last_good(run_dir)}"
+            ) from error
         finally:
             self._staging = None
         self.accelerator.wait_for_everyone()
+
+    def _save_state(self, place: Path) -> None:
+        """What a run needs to go on, beyond Trainer's own: collective."""
+        positions = [self._position]
+        if self.args.world_size > 1:
+            positions = [None] * self.args.world_size
+            torch.distributed.all_gather_object(positions, self._position)
+        if self.args.should_save:
+            text = None if self._position is None else merge_positions(positions)
+            write_json_atomic(
+                place / STATE_FILE, {"processes": self.args.world_size, "position": text}
+            )
+
+    def _publish(self, staging: Path, place: Path) -> None:
         best = self.state.best_model_checkpoint
         if best is not None and Path(best).parent == staging:
-            self.state.best_model_checkpoint = best = str(run_dir / Path(best).name)
-        if self.args.should_save:
-            if best is not None:
-                self.state.save_to_json(str(staging / place.name / "trainer_state.json"))
-            publish(staging / place.name, place)
-            shutil.rmtree(staging, ignore_errors=True)
-            limit = self.args.save_total_limit
-            if limit:
-                for old in checkpoints(run_dir)[:-limit]:
-                    if str(old) != best:
-                        shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
+            self.state.best_model_checkpoint = best = str(place.parent / Path(best).name)
+        if best is not None:
+            self.state.save_to_json(str(staging / place.name / "trainer_state.json"))
+        publish(staging / place.name, place)
+        shutil.rmtree(staging, ignore_errors=True)
+        if self.args.save_total_limit:
+            for old in checkpoints(place.parent)[: -self.args.save_total_limit]:
+                if str(old) != best:
+                    shutil.rmtree(old)
 
 
 @torch.no_grad()
@@ -205,13 +317,35 @@ def accuracy_by_depth(model: Any, held_out: HeldOut) -> dict[int, dict[str, floa
 
 
 def check_finite(model: torch.nn.Module, where: str) -> None:
-    """Raise ValueError, naming the parameter, if a weight of `model` is nan or infinite."""
+    """Raise ValueError, naming the parameter, if a weight of `model` is nan or infinite.
+
+    Collective where processes train together: each looks at what it holds, all of them raise.
+    """
+    wrong = None
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+        # Under ZeRO-3 a parameter is empty and its share of this rank lies here.
+        held = getattr(parameter, "ds_tensor", parameter)
+        if not bool(torch.isfinite(held).all()):
+            wrong = name
+            break
+    found = [wrong]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        found = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, wrong)
+    for name in found:
+        if name is not None:
             raise ValueError(
                 f"weight {name} is not finite at {where}, so nothing was saved; try a lower "
                 "lr_muon or lr_adamw, a longer warmup or a smaller grad_clip"
             )
+
+
+def last_good(run_dir: str | os.PathLike) -> str:
+    """Where a run that fails can be taken up again, in words."""
+    saved = checkpoints(run_dir)
+    if not saved:
+        return "no checkpoint was saved yet"
+    return f"the last good checkpoint is {saved[-1]}, --resume goes on from there"
 
 
 def checkpoints(run_dir: str | os.PathLike) -> list[Path]:

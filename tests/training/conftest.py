@@ -53,6 +53,6 @@ class Tiny:
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny() -> Tiny:
     return Tiny()

@@ -34,8 +34,8 @@ class StopAt(TrainerCallback):
 def interrupt_at(monkeypatch, step):
     build = run_module.build_trainer
 
-    def build_and_interrupt(*arguments):
-        trainer = build(*arguments)
+    def build_and_interrupt(*arguments, **keywords):
+        trainer = build(*arguments, **keywords)
         add = trainer.add_callback
 
         def watch(callback):
@@ -125,7 +125,7 @@ def test_killed_while_saving_the_model_leaves_the_old_one_whole(tmp_path, monkey
 
     monkeypatch.setattr(trainer.model, "save_pretrained", half)
     with pytest.raises(Killed):
-        run_module.save_model(trainer.model, run, tmp_path)
+        run_module.save_model(trainer, run, tmp_path)
     tiny.assert_same(tiny.weights(tmp_path), before)
 
 
@@ -174,7 +174,7 @@ def test_diverging_runs_end_with_the_step_and_save_nothing(tmp_path, tiny):
     with pytest.raises(ValueError, match="weight lm_head.weight is not finite at step 0"):
         trainer._save_checkpoint(trainer.model, None)
     with pytest.raises(ValueError, match="weight lm_head.weight is not finite at the end"):
-        run_module.save_model(trainer.model, tiny.run(tmp_path), tmp_path)
+        run_module.save_model(trainer, tiny.run(tmp_path), tmp_path)
     assert not checkpoints(tmp_path) and not list(tmp_path.rglob("*.safetensors"))
     log = run_module.RunLog(trainer, tmp_path / "metrics.jsonl", every=2)
     trainer.add_callback(log)

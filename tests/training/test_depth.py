@@ -1,16 +1,32 @@
 """Depth policies: what they draw, how often, and that nothing else decides it."""
 
+import math
 import subprocess
 import sys
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrid_sleep.training.depth import Choice, Fixed, Uniform, parse_depth
+from hybrid_sleep.training.depth import (
+    Choice,
+    Fixed,
+    LognormalPoisson,
+    Stages,
+    Uniform,
+    parse_depth,
+)
 
-CONFIGS = [3, {"uniform": [1, 4]}, {"choice": {1: 0.5, 2: 0.3, 8: 0.2}}, {"choice": {2: 7}}]
+LOGNORMAL = {"lognormal_poisson": {"mean": 4, "sigma": 0.5, "max": 12}}
+CONFIGS = [
+    3,
+    {"uniform": [1, 4]},
+    {"choice": {1: 0.5, 2: 0.3, 8: 0.2}},
+    {"choice": {2: 7}},
+    LOGNORMAL,
+]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -68,6 +84,10 @@ def test_draws_are_golden():
         st.dictionaries(st.integers(1, 9), st.floats(0.01, 5), min_size=1, max_size=4).map(
             lambda weights: {"choice": weights}
         ),
+        st.tuples(st.floats(1.01, 6), st.floats(0, 4), st.integers(6, 9)).map(
+            lambda law: {"lognormal_poisson": dict(zip(("mean", "sigma", "max"), law, strict=True))}
+        ),
+        st.integers(1, 9).map(lambda top: {"stages": {0: 2, 2**39: {"uniform": [1, top]}}}),
     ),
     st.integers(0, 2**40),
     st.integers(0, 2**40),
@@ -77,7 +97,12 @@ def test_config_round_trip_draws_the_same(config, seed, step):
     again = parse_depth(policy.to_config())
     assert again == policy
     assert policy.draw(seed, step) == again.draw(seed, step)
-    assert policy.draw(seed, step) in policy.probabilities()
+    assert policy.draw(seed, step) in policy.at(step).probabilities()
+    assert policy.draw(seed, step) in policy.depths()
+
+
+def lognormal(**changed):
+    return {"lognormal_poisson": {"mean": 4, "sigma": 0.5, "max": 8, **changed}}
 
 
 @pytest.mark.parametrize(
@@ -102,6 +127,21 @@ def test_config_round_trip_draws_the_same(config, seed, step):
         ({"choice": {1: 0}}, "weight of depth 1 is 0; allowed: a finite number > 0"),
         ({"choice": {1: float("inf")}}, "weight of depth 1 is inf"),
         ({"choice": {1: "x"}}, "weight of depth 1 is 'x'"),
+        ({"lognormal_poisson": [4, 1, 8]}, r"=\[4, 1, 8\]; allowed: {mean: m, sigma: s, max: n}"),
+        ({"lognormal_poisson": {"mean": 4, "max": 8}}, "allowed: {mean: m, sigma: s, max: n}"),
+        (lognormal(mean=1), "mean is 1; allowed: a number above 1 and at most 8"),
+        (lognormal(mean=9), "mean is 9; allowed"),
+        (lognormal(mean=float("nan")), "mean is nan"),
+        (lognormal(sigma=-1), "sigma is -1; allowed: a number of at least 0 and at most 4"),
+        (lognormal(sigma="x"), "sigma is 'x'"),
+        (lognormal(max=2.0), "max must be an integer of at least 1"),
+        ({"stages": [1, 2]}, "sleep_passes.stages=.*allowed: {0: policy"),
+        ({"stages": {}}, "sleep_passes.stages is empty; allowed: a first stage at step 0"),
+        ({"stages": {5: 1}}, "sleep_passes.stages starts at step 5; allowed"),
+        ({"stages": {0: 1, 9: 2, 5: 3}}, "has step 5 after 9; allowed: ascending steps"),
+        ({"stages": {0: 1, "9": 2}}, "sleep_passes.stages step must be an integer"),
+        ({"stages": {0: 1, 9: {"uniform": 3}}}, "stages at step 9: sleep_passes.uniform=3"),
+        ({"stages": {0: 1, 9: {"stages": {0: 1}}}}, "at step 9 has stages itself"),
     ],
 )
 def test_wrong_configs_name_the_key_and_what_is_allowed(value, message):
@@ -112,3 +152,67 @@ def test_wrong_configs_name_the_key_and_what_is_allowed(value, message):
 def test_policies_are_compared_by_what_they_draw():
     assert parse_depth({"choice": {2: 1, 1: 3}}) == Choice(((1, 3), (2, 1)))
     assert parse_depth(Fixed(2)) == Fixed(2)
+
+
+@pytest.mark.parametrize(
+    ("mean", "sigma", "highest"), [(4, 0.5, 16), (4, 0.5, 5), (2.5, 1.5, 30), (33, 0.5, 60)]
+)
+def test_lognormal_poisson_against_sampling_as_in_the_paper(mean, sigma, highest):
+    """Rates and depths drawn one by one; those too deep are thrown away."""
+    random = np.random.default_rng(0)
+    rate = random.lognormal(math.log(mean - 1) - sigma**2 / 2, sigma, 400_000)
+    assert rate.mean() == pytest.approx(mean - 1, rel=0.02)
+    depth = random.poisson(rate) + 1
+    depth = depth[depth <= highest]
+    policy = LognormalPoisson(mean, sigma, highest)
+    probabilities = policy.probabilities()
+    assert list(probabilities) == list(range(1, highest + 1))
+    seen = np.bincount(depth, minlength=highest + 1)[1:]
+    expected = len(depth) * np.array(list(probabilities.values()))
+    frequent = expected > 5
+    statistic = ((seen - expected) ** 2 / expected)[frequent].sum()
+    assert statistic < frequent.sum() + 4 * math.sqrt(2 * frequent.sum())
+    assert policy.mean == pytest.approx(depth.mean(), rel=0.01)
+
+
+def test_lognormal_poisson_of_constant_rate_is_a_truncated_poisson():
+    weights = [3.0**k / math.factorial(k) for k in range(8)]
+    for sigma, tolerance in ((0, 1e-14), (1e-6, 1e-10)):
+        shares = list(LognormalPoisson(4, sigma, 8).probabilities().values())
+        assert shares == pytest.approx([w / sum(weights) for w in weights], rel=tolerance)
+
+
+@pytest.mark.parametrize(("sigma", "highest"), [(0.3, 60), (1.0, 1500)])
+def test_lognormal_poisson_has_the_moments_of_the_law(sigma, highest):
+    """All but untruncated: E = m and Var = E[rate] + Var[rate], in closed form."""
+    mean, rate = 3, 2
+    law = LognormalPoisson(mean, sigma, highest).probabilities()
+    first = sum(depth * p for depth, p in law.items())
+    variance = sum((depth - first) ** 2 * p for depth, p in law.items())
+    assert first == pytest.approx(mean, rel=1e-9)
+    assert variance == pytest.approx(rate + rate**2 * math.expm1(sigma**2), rel=1e-6)
+
+
+def test_draws_of_the_lognormal_poisson_are_golden():
+    policy = parse_depth(LOGNORMAL)
+    assert [policy.draw(0, step) for step in range(12)] == [1, 1, 2, 2, 12, 4, 3, 8, 6, 2, 3, 3]
+
+
+def test_stages_draw_what_each_stage_alone_would():
+    config = {"stages": {0: 1, 500: {"uniform": [2, 3]}, 1000: {"choice": {4: 1, 6: 3}}}}
+    policy = parse_depth(config)
+    assert policy.to_config() == config
+    alone = [parse_depth(part) for part in config["stages"].values()]
+    for step in (0, 499, 500, 501, 999, 1000, 10**6):
+        stage = alone[(step >= 500) + (step >= 1000)]
+        assert policy.at(step) == stage
+        assert [policy.draw(seed, step) for seed in range(40)] == [
+            stage.draw(seed, step) for seed in range(40)
+        ]
+    assert policy.depths() == (1, 2, 3, 4, 6)
+    assert policy.deepest == 6
+    assert policy.probabilities() == {4: 0.25, 6: 0.75}
+    assert policy.mean == 5.5
+    falling = Stages(((0, Fixed(5)), (9, Fixed(2))))
+    assert (falling.deepest, falling.mean, falling.depths()) == (5, 2, (2, 5))
+    assert Fixed(2).at(7) == Fixed(2)

@@ -1,0 +1,143 @@
+"""Runs in several processes: one is what many are, with every ZeRO stage, killed or not."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hybrid_sleep.training import train
+from hybrid_sleep.training.trainer import checkpoints
+
+ROOT = Path(__file__).parents[2]
+# Torch's AdamW, whose steps carry a difference in the last bit on as it is; Muon orthogonalises in
+# bf16, where such a difference may round another way.
+RUN = {"steps": 20, "batch_size": 8, "lr_muon": None, "weight_decay": 0.1, "save_every": 6}
+RUN |= {"activation_checkpointing": "block", "keep_checkpoints": 9}
+
+
+def config_of(stage: int | None) -> str | None:
+    if stage is None:
+        return None
+    pytest.importorskip("deepspeed")
+    return str(ROOT / f"configs/deepspeed/zero{stage}.json")
+
+
+def start(run, processes: int, *more: str) -> subprocess.Popen:
+    """Train `run` through torchrun, in a session of its own."""
+    folder = Path(run.output_dir).parent
+    config = folder / f"{Path(run.output_dir).name}.yaml"
+    config.write_text(run.to_yaml())
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    launch += [f"--master-port={port}", "-m", "hybrid_sleep.training", str(config), *more]
+    return subprocess.Popen(
+        launch,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(started: subprocess.Popen, code: int = 0) -> str:
+    try:
+        said, _ = started.communicate(timeout=180)
+    except subprocess.TimeoutExpired:
+        said = kill(started)
+        raise AssertionError(f"hangs:\n{said}") from None
+    assert started.returncode == code, said
+    return said
+
+
+def kill(running: subprocess.Popen) -> str:
+    """SIGKILL to torchrun and to its workers, which are no members of its group."""
+    workers = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+    for process in (running.pid, *map(int, workers)):
+        os.kill(process, signal.SIGKILL)
+    return running.communicate()[0]
+
+
+def losses(folder) -> dict[int, float]:
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return {line["step"]: line["loss"] for line in map(json.loads, lines) if "depth" in line}
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def assert_near(one: dict, other: dict, tolerance: float) -> None:
+    assert one.keys() == other.keys()
+    for key in one:
+        difference = abs(one[key] - other[key])
+        assert float(difference.max() if torch.is_tensor(difference) else difference) <= tolerance
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, tiny):
+    """The run in one process, without DeepSpeed."""
+    run = tiny.run(tmp_path_factory.mktemp("alone") / "out", **RUN)
+    train(run, progress=False)
+    return Path(run.output_dir)
+
+
+def train_in_two(run, alone) -> None:
+    finish(start(run, 2))
+    whole = Path(run.output_dir)
+    assert_near(losses(whole), losses(alone), 1e-5)
+    assert_near(weights(whole), weights(alone), 1e-5)
+    lines = map(json.loads, (whole / "metrics.jsonl").read_text().splitlines())
+    assert {line["depth"] for line in lines if "depth" in line} == {1, 2, 3}
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_two_processes_are_one(tmp_path, tiny, alone, stage):
+    train_in_two(tiny.run(tmp_path / "out", deepspeed=config_of(stage), **RUN), alone)
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        None,
+        pytest.param(0, marks=pytest.mark.slow),
+        pytest.param(1, marks=pytest.mark.slow),
+        2,
+        3,
+    ],
+)
+def test_two_processes_killed_at_a_random_step_are_one(tmp_path, tiny, alone, stage):
+    """After SIGKILL and --resume, losses and weights are those of the run that was not killed: to
+    the bit on as many processes, to rounding on another number."""
+    settings = {**RUN, "deepspeed": config_of(stage)}
+    train_in_two(tiny.run(tmp_path / "whole", **settings), alone)
+    killed, fewer = tmp_path / "killed", tmp_path / "fewer"
+    last = random.Random(str(stage)).randrange(7, 17)
+    running = start(tiny.run(killed, **settings), 2)
+    while not (killed / "metrics.jsonl").exists() or max(losses(killed), default=0) < last:
+        assert running.poll() is None, running.communicate()[0]
+        time.sleep(0.02)
+    kill(running)
+    assert not (killed / "model.safetensors").exists(), "the run was over before it was killed"
+    assert checkpoints(killed)
+    shutil.copytree(killed, fewer)
+
+    finish(start(tiny.run(killed, **settings), 2, "--resume"))
+    assert losses(killed) == losses(tmp_path / "whole")
+    assert_near(weights(killed), weights(tmp_path / "whole"), 0)
+    finish(start(tiny.run(fewer, **settings), 1, "--resume"))
+    assert_near(losses(fewer), losses(tmp_path / "whole"), 1e-5)
+    assert_near(weights(fewer), weights(tmp_path / "whole"), 1e-5)

@@ -1,0 +1,159 @@
+"""A run config in the words of transformers: arguments, data and model of a trainer."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, TrainingArguments, set_seed
+
+from hybrid_sleep.training import zero
+from hybrid_sleep.training.config import RunConfig
+from hybrid_sleep.training.curriculum import parse_windows
+from hybrid_sleep.training.data import HeldOut, TaskBatches
+from hybrid_sleep.training.losses import LossByPosition
+from hybrid_sleep.training.start import build_model
+from hybrid_sleep.training.text.batches import TextBatches, TextHeldOut
+from hybrid_sleep.training.text.source import open_source
+from hybrid_sleep.training.trainer import SleepTrainer
+
+
+def training_arguments(run: RunConfig, *, universal: bool = False) -> TrainingArguments:
+    """`run.train` in the words of transformers; joins the other processes if there are any.
+
+    universal: DeepSpeed is to load a checkpoint that other numbers of processes can load too.
+    Raises ValueError where the batch does not divide among the processes, or for what DeepSpeed
+    needs and the machine lacks.
+    """
+    settings = run.train
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    shares = settings.accumulate * world
+    if settings.batch_size % shares:
+        raise ValueError(
+            f"train.batch_size={settings.batch_size}; allowed: a multiple of {shares}, the number "
+            f"of processes ({world}) times train.accumulate ({settings.accumulate})"
+        )
+    on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
+    deepspeed = None
+    if settings.deepspeed is not None:
+        deepspeed = zero.read_config(settings)
+        zero.prepare(deepspeed, "cpu" if on_cpu else "cuda")
+        if universal:
+            deepspeed["checkpoint"] = {"load_universal": True}
+    schedule: dict[str, Any] = {"lr_scheduler_type": settings.schedule}
+    if settings.schedule == "constant":
+        schedule = {"lr_scheduler_type": "constant_with_warmup"}
+    elif settings.schedule == "trapezoid":
+        cooldown = math.ceil(settings.cooldown * settings.steps)
+        cooldown = min(cooldown, settings.steps - settings.warmup)
+        kwargs = {"num_decay_steps": cooldown, "decay_type": "linear"}
+        schedule = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": kwargs}
+    return TrainingArguments(
+        output_dir=run.output_dir,
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size // shares,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.lr_adamw,
+        weight_decay=settings.weight_decay,
+        adam_beta2=0.95,
+        warmup_steps=settings.warmup,
+        max_grad_norm=settings.grad_clip or 0.0,
+        eval_strategy="steps" if settings.eval_every else "no",
+        eval_steps=settings.eval_every,
+        save_strategy="steps" if settings.save_every else "no",
+        save_steps=settings.save_every or settings.steps,
+        save_total_limit=settings.keep_checkpoints,
+        logging_steps=settings.log_every,
+        # A nan must end the run, not be averaged away.
+        logging_nan_inf_filter=False,
+        seed=settings.seed,
+        # Under DeepSpeed its own autocast does this (see `zero.read_config`).
+        bf16=settings.dtype == "bfloat16" and deepspeed is None,
+        use_cpu=on_cpu,
+        deepspeed=deepspeed,
+        # Pass 1 of the last window reads every parameter.
+        ddp_find_unused_parameters=False,
+        dataloader_num_workers=settings.workers,
+        # Text goes on from its own position; a task's batches are skipped without being made.
+        ignore_data_skip=run.text is not None,
+        use_cache=True,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to="none",
+        **schedule,
+    )
+
+
+def build_trainer(
+    run: RunConfig,
+    arguments: TrainingArguments | None = None,
+    *,
+    position: dict[str, Any] | None = None,
+) -> SleepTrainer:
+    """Model, data, optimizer and schedule of `run`, ready to train.
+
+    position: where to go on in the text, as a checkpoint has it. Raises ValueError or
+    FileNotFoundError for text or a first checkpoint that is not there.
+    """
+    settings = run.train
+    arguments = arguments or training_arguments(run)
+    depths = settings.eval_depths or run.sleep_passes.depths()
+    train, held_out = _data(run, arguments, tuple(depths), position)
+    set_seed(settings.seed)
+    model = build_model(run)
+    model.set_activation_checkpointing(settings.activation_checkpointing)
+    model.set_truncation(settings.backprop_passes, settings.backprop_windows)
+    trainer = SleepTrainer(
+        model,
+        arguments,
+        sleep_passes=run.sleep_passes,
+        lr_muon=settings.lr_muon,
+        windows=None if settings.windows is None else parse_windows(settings.windows),
+        losses=LossByPosition(run.sleep_passes.depths()),
+        train_dataset=train,
+        eval_dataset=held_out,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _data(
+    run: RunConfig,
+    arguments: TrainingArguments,
+    depths: tuple[int, ...],
+    position: dict[str, Any] | None,
+) -> tuple[Dataset, HeldOut | TextHeldOut | None]:
+    settings = run.train
+    shared = {
+        "accumulate": settings.accumulate,
+        "seed": settings.seed,
+        "rank": arguments.process_index,
+        "world": arguments.world_size,
+    }
+    if run.text is not None:
+        tokenizer, source = run.load_tokenizer(), open_source(run.text)
+        vocab_size = run.model_config().vocab_size
+        source.check(tokenizer, vocab_size=vocab_size, rows=settings.batch_size)
+        train = TextBatches(source, tokenizer, rows=settings.batch_size, start=position, **shared)
+        held_out = None
+        if run.text.held_out:
+            held_out = TextHeldOut(source, tokenizer, depths=depths, count=settings.eval_examples)
+            len(held_out)  # reads them, so that a share without documents is refused now
+        elif settings.eval_every is not None:
+            raise ValueError(
+                f"train.eval_every={settings.eval_every} with text.held_out=0; allowed: null, or a "
+                "share of the text to evaluate on"
+            )
+        return train, held_out
+    task = run.load_task()
+    train = TaskBatches(
+        task,
+        length=settings.steps * settings.accumulate,
+        size=arguments.per_device_train_batch_size,
+        **shared,
+    )
+    count = settings.eval_examples
+    return train, HeldOut(task=task, depths=depths, count=count, seed=settings.seed)

@@ -1,0 +1,75 @@
+"""What holds from which training step on: schedules written `{0: ..., 500: ...}`."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from hybrid_sleep.configuration import check_count
+
+T = TypeVar("T")
+
+
+def check_starts(name: str, starts: Iterable[Any]) -> None:
+    """Raise ValueError unless `starts` are steps, the first of them 0, each above the last."""
+    starts = list(starts)
+    for start in starts:
+        check_count(f"{name} step", start, minimum=0)
+    if starts[:1] != [0]:
+        found = f"starts at step {starts[0]}" if starts else "is empty"
+        raise ValueError(f"{name} {found}; allowed: a first stage at step 0")
+    for before, after in zip(starts, starts[1:], strict=False):
+        if after <= before:
+            raise ValueError(f"{name} has step {after} after {before}; allowed: ascending steps")
+
+
+def stage_at(stages: Sequence[tuple[int, T]], step: int) -> T:
+    """What the last of `stages` (first step, value) that has begun by `step` holds."""
+    check_count("step", step, minimum=0)
+    return stages[bisect.bisect_right(stages, step, key=lambda stage: stage[0]) - 1][1]
+
+
+@dataclass(frozen=True)
+class WindowSchedule:
+    """The window to train with at each step: `stages` of (first step, window >= 1)."""
+
+    stages: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        check_starts("train.windows", (start for start, _ in self.stages))
+        for start, window in self.stages:
+            check_count(f"train.windows from step {start}", window)
+
+    def at(self, step: int) -> int:
+        """The window of training step `step` (0 for the first)."""
+        return stage_at(self.stages, step)
+
+    def check(self, window: int, steps: int) -> None:
+        """Raise ValueError unless the schedule ends at `window`, the model's, before `steps`."""
+        start, last = self.stages[-1]
+        if last != window:
+            raise ValueError(
+                f"train.windows ends at {last}; allowed: to end at the model's window, {window}"
+            )
+        if start >= steps:
+            raise ValueError(
+                f"train.windows changes at step {start}; allowed: steps below train.steps={steps}"
+            )
+
+    def to_config(self) -> dict[int, int]:
+        """What `parse_windows` turns back into this schedule."""
+        return dict(self.stages)
+
+
+def parse_windows(value: Any) -> WindowSchedule:
+    """The schedule a run config names: `{0: 8, 500: 16, 1000: 24}`; a schedule is returned as is.
+
+    Raises ValueError naming the key, its value and what is allowed.
+    """
+    if isinstance(value, WindowSchedule):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError(f"train.windows={value!r}; allowed: {{0: window, step: window, ...}}")
+    return WindowSchedule(tuple(value.items()))

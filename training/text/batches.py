@@ -1,0 +1,250 @@
+"""Rows of tokens: the same global sequence of batches for any number of processes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from hybrid_sleep.training.text.config import TextConfig
+from hybrid_sleep.training.text.source import Dealer, TextSource
+from hybrid_sleep.training.text.tokenizer import Encoder
+
+IGNORED = -100
+NO_DOCUMENT = -1
+
+
+class TextBatches(IterableDataset):
+    """Endless training batches of the documents of `source`, already collated.
+
+    A step has `rows` rows, one from each lane. Document d of the endless, shuffled stream belongs
+    to lane d mod `rows`; a lane joins its documents, an eos token behind each, into rows of T
+    tokens. A document cut by the end of a row goes on in the next as a document of its own. Rank r
+    of `world` has the lanes of its share, in order, and reads `accumulate` micro-batches of them a
+    step. So what a step reads depends on the source's config, `rows` and `seed` alone.
+
+    An item is a micro-batch of b = rows / (world * accumulate) rows:
+        input_ids: LongTensor `[b, T]`.
+        labels: the same, unshifted; -100 at pads and at the first token of each document, which
+            nothing precedes.
+        document_ids: LongTensor `[b, T]`, 0, 1, 2... within a row, -1 at pads.
+        position: where this rank is behind the item (see `merge_positions`).
+
+    `start` is what `merge_positions` returned, of any number of ranks: the batches go on as if
+    nothing had stopped. In a DataLoader, use `batch_size=None` and at most one worker.
+
+    Raises ValueError for shares that are not even, and for a start of another run.
+    """
+
+    def __init__(
+        self,
+        source: TextSource,
+        tokenizer: Any,
+        *,
+        rows: int,
+        accumulate: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        start: dict[str, Any] | None = None,
+    ):
+        if rows % (world * accumulate):
+            raise ValueError(
+                f"train.batch_size={rows}; allowed: a multiple of {world * accumulate}, the number "
+                f"of processes ({world}) times train.accumulate ({accumulate})"
+            )
+        if not 0 <= rank < world:
+            raise ValueError(f"rank={rank}; allowed: 0..{world - 1}, of world={world} processes")
+        if start is not None:
+            for name, now in (("rows", rows), ("seed", seed), ("size", source.size)):
+                if start[name] != now:
+                    raise ValueError(
+                        f"text: {name}={now} to go on from a position with {name}={start[name]}; "
+                        "allowed: the same text, batch size and seed"
+                    )
+        self.source, self.encoder = source, Encoder(tokenizer)
+        self.rows, self.accumulate, self.seed, self.start = rows, accumulate, seed, start
+        share = rows // world
+        self.lanes = range(rank * share, (rank + 1) * share)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        if worker is not None and worker.num_workers > 1:
+            raise ValueError(
+                f"num_workers={worker.num_workers}; allowed: 0 or 1, because the lanes of a rank "
+                "read one stream in order"
+            )
+        fresh = {"step": 0, "source": None, "lanes": [[lane, 0] for lane in range(self.rows)]}
+        start = self.start or fresh
+        begun = start["lanes"][self.lanes.start : self.lanes.stop]
+        dealer = Dealer(
+            self.source,
+            seed=self.seed,
+            rows=self.rows,
+            wanted={lane: document for lane, (document, _) in zip(self.lanes, begun, strict=True)},
+            start=start["source"],
+        )
+        lanes = [
+            Lane(
+                lambda number: self.encoder(dealer.take(number)),
+                self.source.config,
+                document=document,
+                used=used,
+                stride=self.rows,
+            )
+            for document, used in begun
+        ]
+        size = len(lanes) // self.accumulate
+        for step in itertools.count(start["step"] + 1):
+            for part in range(self.accumulate):
+                chosen = lanes[part * size : (part + 1) * size]
+                batch = collate([lane.row() for lane in chosen], self.source.config, self.encoder)
+                batch["position"] = {
+                    "rows": self.rows,
+                    "seed": self.seed,
+                    "size": self.source.size,
+                    "step": step,
+                    "parts_left": self.accumulate - part - 1,
+                    "first_lane": self.lanes.start,
+                    "lanes": [[lane.document, lane.used] for lane in lanes],
+                    "source": dealer.place(min(lane.document for lane in lanes)),
+                }
+                yield batch
+
+
+def merge_positions(positions: list[dict[str, Any]]) -> dict[str, Any]:
+    """What `TextBatches(start=...)` takes, from the last position of every rank of a step.
+
+    JSON can hold it: two numbers a lane, and where to read on. Raises ValueError unless the
+    positions are all lanes of one step, after its last micro-batch.
+    """
+    parts = sorted(positions, key=lambda part: part["first_lane"])
+    lanes = [lane for part in parts for lane in part["lanes"]]
+    shared = {name: parts[0][name] for name in ("rows", "seed", "size", "step")}
+    firsts = itertools.accumulate((len(part["lanes"]) for part in parts), initial=0)
+    whole = len(lanes) == shared["rows"] and all(
+        part["first_lane"] == first
+        and part["parts_left"] == 0
+        and all(part[name] == value for name, value in shared.items())
+        for part, first in zip(parts, firsts, strict=False)
+    )
+    if not whole:
+        found = [(p["step"], p["parts_left"], p["first_lane"], len(p["lanes"])) for p in parts]
+        raise ValueError(
+            f"positions (step, micro-batches left, first lane, lanes) {found}; allowed: those of "
+            f"all {shared['rows']} lanes after the last micro-batch of one step"
+        )
+    oldest = min(document for document, _ in lanes)
+    places = [part["source"] for part in parts if part["source"]["first"] <= oldest]
+    source = max(places, key=lambda place: place["first"])
+    return {**shared, "lanes": lanes, "source": source}
+
+
+class TextHeldOut:
+    """Batches of the documents that training never reads, always the same, to measure at `depths`.
+
+    One lane reads them in order, into at most `count` rows (None: all); the last row may have pads.
+    A batch has at most `batch_size` rows and the tensors of a `TextBatches` item; `len` is the
+    number of rows. Documents are read when the first of these is asked for. Raises ValueError then
+    if there are none.
+    """
+
+    def __init__(
+        self,
+        source: TextSource,
+        tokenizer: Any,
+        *,
+        depths: tuple[int, ...],
+        count: int | None = None,
+        batch_size: int = 8,
+    ):
+        for name, value in (("count", count), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}; allowed: an integer >= 1")
+        self.source, self.encoder = source, Encoder(tokenizer)
+        self.depths, self.count, self.batch_size = depths, count, batch_size
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        """The rows, at most `batch_size` at a time."""
+        for start in range(0, len(self), self.batch_size):
+            rows = self._rows[start : start + self.batch_size]
+            yield collate(rows, self.source.config, self.encoder)
+
+    @cached_property
+    def _rows(self) -> list[list[np.ndarray]]:
+        documents = (self.encoder(self.source.read(h)) for h in self.source.held_out())
+        lane = Lane(lambda _: next(documents, None), self.source.config)
+        rows = list(itertools.islice(iter(lane.row, []), self.count))
+        if not rows:
+            raise ValueError(
+                f"text.held_out={self.source.config.held_out!r} keeps no document of this source "
+                "for evaluation; allowed: a larger share, at most 0.5"
+            )
+        return rows
+
+
+class Lane:
+    """Joins documents `document`, `document + stride`... into rows of T tokens.
+
+    `read(number)` gives the tokens of a document, None behind the last. The next row begins behind
+    token `used` of `document`.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int], np.ndarray | None],
+        config: TextConfig,
+        *,
+        document: int = 0,
+        used: int = 0,
+        stride: int = 1,
+    ):
+        self.read, self.length, self.packing = read, config.length, config.packing
+        self.document, self.used, self.stride = document, used, stride
+        self._tokens: np.ndarray | None = None
+
+    def row(self) -> list[np.ndarray]:
+        """Tokens of the next row, document by document; none behind the last."""
+        parts: list[np.ndarray] = []
+        space = self.length
+        while space and (self.packing or not parts):
+            if self._tokens is None:
+                self._tokens = self.read(self.document)
+                if self._tokens is None:
+                    break
+            part = self._tokens[self.used : self.used + space]
+            parts.append(part)
+            space -= len(part)
+            self.used += len(part)
+            if self.used == len(self._tokens):
+                self._tokens, self.used = None, 0
+                self.document += self.stride
+        return parts
+
+
+def collate(
+    rows: list[list[np.ndarray]], config: TextConfig, encoder: Encoder
+) -> dict[str, torch.Tensor]:
+    """Rows, each the tokens of its documents, as `input_ids`, `labels` and `document_ids`."""
+    shape = (len(rows), config.length)
+    ids = np.full(shape, encoder.pad, dtype=np.int64)
+    labels = np.full(shape, IGNORED, dtype=np.int64)
+    documents = np.full(shape, NO_DOCUMENT, dtype=np.int64)
+    for i, parts in enumerate(rows):
+        start = 0
+        for number, part in enumerate(parts):
+            stop = start + len(part)
+            ids[i, start:stop] = part
+            labels[i, start + 1 : stop] = part[1:]
+            documents[i, start:stop] = number
+            start = stop
+    arrays = {"input_ids": ids, "labels": labels, "document_ids": documents}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}

@@ -1,0 +1,183 @@
+"""Where documents come from, which of them are held out, and in which order lanes get them."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hybrid_sleep.training.data import derive_seed
+from hybrid_sleep.training.text.config import TextConfig
+from hybrid_sleep.training.text.tokenizer import BYTES, Encoder
+
+# Documents read at a time where they are not shuffled; resuming reads at most as many again.
+BLOCK = 256
+
+
+class Document(NamedTuple):
+    """Text, or tokens, of a document; `ends` is False if the source goes on behind it."""
+
+    content: str | list[int]
+    ends: bool = True
+
+
+class TextSource(ABC):
+    """The documents of a `TextConfig`, without blank ones, in the order of the source.
+
+    `size` says how much there is, as far as it is known, so that a run is not resumed on another
+    source.
+    """
+
+    config: TextConfig
+    size: dict[str, int]
+
+    @abstractmethod
+    def blocks(self, size: int, at: Any = None) -> Iterator[tuple[Any, list[Any]]]:
+        """The training documents once, `size` at a time, as handles, and where each block begins.
+
+        Such a place, which JSON can hold, given as `at`, goes on there.
+        """
+
+    @abstractmethod
+    def held_out(self) -> Iterator[Any]:
+        """The documents, as handles, that `blocks` never yields."""
+
+    @abstractmethod
+    def read(self, handle: Any) -> Document:
+        """The document of a handle."""
+
+    def check(self, tokenizer: Any, *, vocab_size: int, rows: int) -> None:
+        """Raise ValueError unless a model of `vocab_size` can train on batches of `rows`."""
+        if len(tokenizer) > vocab_size:
+            raise ValueError(
+                f"text.tokenizer={self.config.tokenizer!r} has {len(tokenizer)} tokens and "
+                f"model.vocab_size={vocab_size}; allowed: model.vocab_size >= {len(tokenizer)}"
+            )
+        found = 0
+        for _, handles in self.blocks(min(rows, BLOCK)):
+            if found == 0:
+                Encoder(tokenizer)(self.read(handles[0]))
+            found += len(handles)
+            if found >= rows:
+                return
+        raise ValueError(
+            f"text holds {found} documents to train on and train.batch_size={rows}; allowed: at "
+            "least one document for each row of a batch, which reads documents of its own (a file "
+            f"gives one for each {piece_bytes(self.config)} bytes)"
+        )
+
+
+class HoldOut:
+    """Which of `total` documents (None: not known) are held out.
+
+    Of each `every` documents in a row one, drawn by a hash of their place. If there are fewer,
+    `tails`: the last `share` of every document.
+    """
+
+    def __init__(self, share: float, total: int | None):
+        self.share = share
+        self.every = round(1 / share) if share else 0
+        self.tails = total is not None and total < self.every
+
+    def draws(self, index: int) -> bool:
+        """Whether document `index` (0 for the first) is held out whole."""
+        if not self.every or self.tails:
+            return False
+        group, place = divmod(index, self.every)
+        return derive_seed("held out", group) % self.every == place
+
+    def tail(self, length: int) -> int:
+        """How much of the end of something that long is held out; 0 unless `tails`."""
+        return max(1, round(length * self.share)) if self.tails else 0
+
+
+class Dealer:
+    """Numbers documents through endless epochs, shuffled, and deals number d to lane d mod `rows`.
+
+    `wanted`: the lanes dealt to, and the first document that each still needs. `start`: a `place`
+    from which to read on. The shuffle of a block depends on (seed, epoch, block) alone.
+
+    Documents that are read but not yet taken are kept, of files only their places: about as much
+    text as the fastest lane is ahead of the slowest.
+    """
+
+    def __init__(
+        self,
+        source: TextSource,
+        *,
+        seed: int,
+        rows: int,
+        wanted: dict[int, int],
+        start: dict[str, Any] | None = None,
+    ):
+        self.source, self.seed, self.rows, self.wanted = source, seed, rows, wanted
+        self.waiting: dict[int, Any] = {}
+        self.start = start or {"first": 0, "epoch": 0, "block": 0, "at": None}
+        self.begun: deque[dict[str, Any]] = deque()
+        self.dealing = self._deal()
+
+    def take(self, number: int) -> Document:
+        """Document `number` of a wanted lane; each can be taken once."""
+        while number not in self.waiting:
+            next(self.dealing)
+        return self.source.read(self.waiting.pop(number))
+
+    def place(self, oldest: int) -> dict[str, Any]:
+        """From where to read to find document `oldest` and all behind it; JSON can hold it."""
+        while len(self.begun) > 1 and self.begun[1]["first"] <= oldest:
+            self.begun.popleft()
+        return self.begun[0] if self.begun else self.start
+
+    def _deal(self) -> Iterator[None]:
+        number, epoch, block, at = (self.start[key] for key in ("first", "epoch", "block", "at"))
+        size = self.source.config.shuffle or BLOCK
+        while True:
+            before = number
+            for here, handles in self.source.blocks(size, at):
+                self.begun.append({"first": number, "epoch": epoch, "block": block, "at": here})
+                order: Any = range(len(handles))
+                if self.source.config.shuffle:
+                    order = shuffled(len(handles), self.seed, epoch, block)
+                for place, which in enumerate(order, start=number):
+                    if place >= self.wanted.get(place % self.rows, math.inf):
+                        self.waiting[place] = handles[which]
+                number += len(handles)
+                block += 1
+                yield
+            if number == before and at is None:
+                raise ValueError("text holds no documents to train on; allowed: at least one")
+            epoch, block, at = epoch + 1, 0, None
+
+
+def shuffled(count: int, seed: int, epoch: int, block: int) -> list[int]:
+    """0..count-1 in an order that is the same on every machine and in every version."""
+    keys = np.random.Philox(key=derive_seed("shuffle", seed, epoch, block)).random_raw(count)
+    return np.argsort(keys, kind="stable").tolist()
+
+
+def piece_bytes(config: TextConfig) -> int:
+    """Bytes of the pieces in which long documents of files are read: about eight rows each.
+
+    A row sees nothing of the rows before it, so longer pieces would only make batches that follow
+    each other alike; shorter ones would put the end of one into too many rows.
+    """
+    return 8 * config.length * (1 if config.tokenizer == BYTES else 4)
+
+
+def open_source(config: TextConfig) -> TextSource:
+    """The source a `TextConfig` names.
+
+    Raises FileNotFoundError or ValueError, naming the key, for anything that is not there or holds
+    no text.
+    """
+    if config.files is not None:
+        from hybrid_sleep.training.text.files import FileSource
+
+        return FileSource(config)
+    from hybrid_sleep.training.text.dataset import DatasetSource
+
+    return DatasetSource(config)

@@ -1,0 +1,78 @@
+"""Text to tokens: bytes, or any tokenizer of transformers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from hybrid_sleep.training.text.source import Document
+
+BYTES = "bytes"
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer a run names: `bytes` (259 ids, needs no file), a folder, or a hub name.
+
+    Raises ValueError if there is none of that name within reach, or if it has no end of text.
+    """
+    from transformers import AutoTokenizer, ByT5Tokenizer
+
+    if name == BYTES:
+        return ByT5Tokenizer(extra_ids=0)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # transformers, huggingface_hub and tokenizers all raise their own
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"text.tokenizer={name!r} cannot be loaded ({reason}); allowed: {BYTES}, a folder with "
+            "a saved tokenizer, or a name on the hub if the hub can be reached"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"text.tokenizer={name!r} has no eos token to end a document with; allowed: {BYTES}, "
+            "or a tokenizer with one"
+        )
+    return tokenizer
+
+
+def reads_bytes(tokenizer: Any) -> bool:
+    """Whether every token but the special ones is one byte of UTF-8."""
+    from transformers import ByT5Tokenizer
+
+    return isinstance(tokenizer, ByT5Tokenizer)
+
+
+class Encoder:
+    """Tokens of a document: its text, whatever it says, is never read as special tokens.
+
+    The eos token stands behind each document that ends; the bos token in front where the tokenizer
+    puts one there by itself. `pad` fills rows. Raises ValueError for ready tokens out of range.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.eos = tokenizer.eos_token_id
+        self.pad = self.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        bos = tokenizer.bos_token_id
+        self.first = [bos] if bos is not None and tokenizer("a").input_ids[0] == bos else []
+
+    def __call__(self, document: Document) -> np.ndarray:
+        """int64 `[n]`, n >= 1 for a document that is not blank."""
+        content, ends = document
+        if isinstance(content, str):
+            ids = self.tokenizer(
+                content, add_special_tokens=False, split_special_tokens=True, verbose=False
+            ).input_ids
+            return np.array([*self.first, *ids, *[self.eos] * ends], dtype=np.int64)
+        ids = np.asarray(content)
+        allowed = len(self.tokenizer)
+        if ids.dtype.kind not in "iu" or ids.ndim != 1 or ids.min() < 0 or ids.max() >= allowed:
+            raise ValueError(
+                f"text.dataset: a document holds {ids[:8].tolist()}...; allowed: token ids in "
+                f"0..{allowed - 1}, those of text.tokenizer"
+            )
+        if ends and ids[-1] != self.eos:
+            ids = np.append(ids, self.eos)
+        return ids.astype(np.int64)
