@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     finally:
         _leave()
-    _say(f"trained {result.steps} steps in {result.seconds:.0f} s; model in {result.model_dir}")
+    _say(result.report())
     return 0
 
 

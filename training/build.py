@@ -127,6 +127,8 @@ def _data(
     position: dict[str, Any] | None,
 ) -> tuple[Dataset, HeldOut | TextHeldOut | None]:
     settings = run.train
+    if settings.deepspeed is not None and zero.stage(settings) == 3 and arguments.world_size > 1:
+        _check_in_step(run)
     shared = {
         "accumulate": settings.accumulate,
         "seed": settings.seed,
@@ -157,3 +159,18 @@ def _data(
     )
     count = settings.eval_examples
     return train, HeldOut(task=task, depths=depths, count=count, seed=settings.seed)
+
+
+def _check_in_step(run: RunConfig) -> None:
+    """Refuse what makes processes call layers a different number of times.
+
+    ZeRO-3 gathers the weights of a layer on all processes at once: one that calls it once more
+    would wait for the others for ever.
+    """
+    if run.text is not None or "attention_mask" in run.load_task().batch("train", 0, 1):
+        what = "text" if run.text is not None else f"task {run.task.name!r}"
+        raise ValueError(
+            f"train.deepspeed={run.train.deepspeed!r} is ZeRO stage 3, and rows of {what} have "
+            "boundaries of their own, at which processes would wait for each other; allowed: ZeRO "
+            "stage 0, 1 or 2"
+        )

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from hybrid_sleep.io import write_text_atomic
 from hybrid_sleep.training.display import Display, by_depth, memory_in_use
-from hybrid_sleep.training.trainer import checkpoints
+from hybrid_sleep.training.trainer import last_good, written
 
 if TYPE_CHECKING:
     from hybrid_sleep.training.losses import LossByPosition
@@ -141,19 +141,17 @@ class RunLog(TrainerCallback):
             self.display.update(step, sum(losses) / len(losses), depth, speed, memory)
 
     def _diverged(self, record: StepRecord, loss: float) -> str:
-        saved = checkpoints(self.trainer.args.output_dir)
-        where = "no checkpoint was saved yet"
-        if saved:
-            where = f"the last good checkpoint is {saved[-1]}, --resume goes on from there"
         return (
             f"loss is {loss} at step {record.step + 1} (sleep_passes={record.depth}); try a lower "
-            f"lr_muon or lr_adamw, a longer warmup or a smaller grad_clip; {where}"
+            "lr_muon or lr_adamw, a longer warmup or a smaller grad_clip; "
+            f"{last_good(self.trainer.args.output_dir)}"
         )
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         if not self.main:
             return
-        with open(self.path, "a", encoding="utf-8") as out:
+        run_dir = self.trainer.args.output_dir
+        with written("metrics", run_dir), open(self.path, "a", encoding="utf-8") as out:
             out.writelines(json.dumps(line) + "\n" for line in lines)
         if self.tensorboard is not None:
             self.tensorboard.write(lines)

@@ -21,7 +21,9 @@ from hybrid_sleep.training.build import build_trainer, training_arguments
 from hybrid_sleep.training.callbacks import RunLog, StopOnSignal
 from hybrid_sleep.training.config import RunConfig, load_run_config
 from hybrid_sleep.training.display import Display
+from hybrid_sleep.training.finish import finish, held_out_table
 from hybrid_sleep.training.tensorboard import TensorBoardLog
+from hybrid_sleep.training.text.batches import TextHeldOut
 from hybrid_sleep.training.trainer import (
     STAGING,
     STATE_FILE,
@@ -29,6 +31,7 @@ from hybrid_sleep.training.trainer import (
     check_finite,
     checkpoints,
     publish,
+    written,
 )
 
 RUN_FILE = "run.yaml"
@@ -53,9 +56,10 @@ FREE_ON_RESUME = (
 class TrainResult:
     """A finished run.
 
-    `model_dir` holds the model (`from_pretrained` takes it), `run.yaml` and `metrics.jsonl`;
-    `metrics` has `loss` (mean of the last tenth of the steps) and, if the run evaluates, the last
-    `exact` and `per_label`, or `perplexity`, by depth; it is empty in all processes but the first.
+    `model_dir` holds the model (`from_pretrained` takes it), `run.yaml`, `metrics.jsonl` and
+    `run.png`. `metrics` has `loss` (mean of the last tenth of the steps) and, if the run evaluates,
+    the last `exact` and `per_label`, or `perplexity` and `by_window`, by depth. `samples` are texts
+    that the model wrote on from held-out beginnings. Both are empty in all processes but the first.
     `seconds` is the time of this call, `steps` the steps of the whole run, of all its stages.
     """
 
@@ -63,6 +67,15 @@ class TrainResult:
     steps: int
     seconds: float
     metrics: dict[str, Any] = field(default_factory=dict)
+    samples: list[str] = field(default_factory=list)
+
+    def report(self) -> str:
+        """What to print at the end."""
+        done = f"trained {self.steps} steps in {self.seconds:.0f} s; model in {self.model_dir}"
+        if "perplexity" not in self.metrics:
+            return done
+        texts = [f"--- sample {i}\n{text}" for i, text in enumerate(self.samples, 1)]
+        return "\n".join(["held-out text:", held_out_table(self.metrics), *texts, done])
 
 
 def train(
@@ -149,18 +162,30 @@ def _train(run: RunConfig, *, resume: bool, overwrite: bool, progress: bool) -> 
         )
         trainer.add_callback(log)
         trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)
+        every = run.train.eval_every or run.train.steps + 1
+        if trainer.state.global_step >= run.train.steps and run.train.steps % every:
+            # Of text, what was learned is known only at the end, whatever was asked on the way.
+            if isinstance(trainer.eval_dataset, TextHeldOut):
+                trainer.evaluate()
     steps = trainer.state.global_step
     if stop.requested and steps < run.train.steps:
         raise KeyboardInterrupt(
             f"step {steps} of {run.train.steps} is saved in {checkpoints(out)[-1]}; the same "
             "command with --resume goes on from there"
         )
-    save_model(trainer, run, out)
+    with written("the model", out):
+        save_model(trainer, run, out)
+    texts = []
+    if main:
+        with threads(run.train.threads):
+            texts = finish(trainer.model, run, trainer.eval_dataset, out / METRICS_FILE)
+    trainer.accelerator.wait_for_everyone()
     return TrainResult(
         model_dir=out,
         steps=steps,
         seconds=time.perf_counter() - started,
         metrics=summary(out / METRICS_FILE) if main else {},
+        samples=texts,
     )
 
 
@@ -218,7 +243,7 @@ def summary(path: Path) -> dict[str, Any]:
     tail = losses[-max(1, len(losses) // 10) :]
     result: dict[str, Any] = {"loss": sum(tail) / len(tail)}
     for record in records:
-        for name in ("exact", "per_label", "perplexity", "bits_per_byte"):
+        for name in ("exact", "per_label", "perplexity", "bits_per_byte", "by_window"):
             if name in record:
                 result[name] = {int(depth): value for depth, value in record[name].items()}
     return result

@@ -18,6 +18,16 @@ NEW_LAYER = "linear_attention"
 WEIGHTS_FILE = "model.safetensors"
 
 
+def inherited() -> set[str]:
+    """The keys of a model's config that a run takes over from a checkpoint.
+
+    The version is none: it counts changes of the checkpoint's weights.
+    """
+    from hybrid_sleep import HybridSleepConfig
+
+    return HybridSleepConfig.__annotations__.keys() - {"weights_version"}
+
+
 def initial_model(init: InitConfig, given: dict[str, Any]) -> dict[str, Any]:
     """What the config of `init.checkpoint` says about the model, new layers inserted.
 
@@ -38,9 +48,7 @@ def initial_model(init: InitConfig, given: dict[str, Any]) -> dict[str, Any]:
             f"init.checkpoint={init.checkpoint!r} has model_type={saved.get('model_type')!r}; "
             f"allowed: {HybridSleepConfig.model_type!r}"
         )
-    # The version counts changes of the checkpoint's weights, not of the new run's.
-    known = HybridSleepConfig.__annotations__.keys() - {"weights_version"}
-    model = {key: value for key, value in saved.items() if key in known}
+    model = {key: value for key, value in saved.items() if key in inherited()}
     tied = model["tie_word_embeddings"]
     if given.get("tie_word_embeddings", tied) != tied:
         raise ValueError(

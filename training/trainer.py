@@ -30,7 +30,7 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Beside Trainer's files in a checkpoint: how many processes wrote it, and where in its text it is.
 STATE_FILE = "sleep_state.json"
 ADAMW = ("adamw_torch", "adamw_torch_fused")  # the default of transformers, by version
-METRICS = ("exact", "per_label", "loss", "perplexity", "bits_per_byte")
+METRICS = ("exact", "per_label", "loss", "perplexity", "bits_per_byte", "by_window")
 
 
 @dataclass
@@ -245,19 +245,16 @@ class SleepTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self._staging = staging
         try:
-            super()._save_checkpoint(model, trial)
-            self._save_state(staging / place.name)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                self._publish(staging, place)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            # torch and safetensors have their own names for a disk that is full.
+            with written(f"the checkpoint of step {self.state.global_step}", run_dir):
+                super()._save_checkpoint(model, trial)
+                self._save_state(staging / place.name)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self._publish(staging, place)
+        except OSError:
             if self.args.should_save:
                 shutil.rmtree(staging, ignore_errors=True)
-            raise OSError(
-                f"the checkpoint of step {self.state.global_step} could not be written: "
-                f"{str(error).strip()}; {last_good(run_dir)}"
-            ) from error
+            raise
         finally:
             self._staging = None
         self.accelerator.wait_for_everyone()
@@ -338,6 +335,17 @@ def check_finite(model: torch.nn.Module, where: str) -> None:
                 f"weight {name} is not finite at {where}, so nothing was saved; try a lower "
                 "lr_muon or lr_adamw, a longer warmup or a smaller grad_clip"
             )
+
+
+@contextlib.contextmanager
+def written(what: str, run_dir: str | os.PathLike) -> Iterator[None]:
+    """Turn a failure to write `what` into an OSError that says where the run can go on."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch and safetensors have their own names for a disk that is full.
+        reason = str(error).strip().partition("\n")[0]
+        raise OSError(f"{what} could not be written: {reason}; {last_good(run_dir)}") from error
 
 
 def last_good(run_dir: str | os.PathLike) -> str:

@@ -180,3 +180,35 @@ def test_diverging_runs_end_with_the_step_and_save_nothing(tmp_path, tiny):
     trainer.add_callback(log)
     with pytest.raises(ValueError, match=r"loss is nan at step 1 \(sleep_passes=1\); try a lower"):
         trainer.train()
+
+
+def test_a_full_disk_ends_the_run_and_names_the_last_good_checkpoint(tmp_path, tiny):
+    """Files may not grow beyond a few bytes once the second checkpoint is due."""
+    config = tmp_path / "run.yaml"
+    config.write_text(tiny.run(tmp_path / "out", save_every=2).to_yaml())
+    script = tmp_path / "full.py"
+    script.write_text(
+        "import resource, sys\n"
+        "from hybrid_sleep.training.__main__ import main\n"
+        "from hybrid_sleep.training.trainer import SleepTrainer\n"
+        "save = SleepTrainer._save_checkpoint\n"
+        "def on_a_full_disk(self, *arguments):\n"
+        "    if self.state.global_step == 4:\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
+        "    save(self, *arguments)\n"
+        "SleepTrainer._save_checkpoint = on_a_full_disk\n"
+        "sys.exit(main([sys.argv[1], '--quiet']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script), str(config)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 2, done.stderr
+    saved = tmp_path / "out" / "checkpoint-2"
+    assert "error: the checkpoint of step 4 could not be written: " in done.stderr
+    assert f"the last good checkpoint is {saved}, --resume goes on from there" in done.stderr
+    assert checkpoints(tmp_path / "out") == [saved]
+    assert not (tmp_path / "out" / ".partial").exists()
+    train(tiny.run(tmp_path / "out", save_every=2), resume=True, progress=False)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,9 @@ def config_of(stage: int | None) -> str | None:
     return str(ROOT / f"configs/deepspeed/zero{stage}.json")
 
 
-def start(run, processes: int, *more: str) -> subprocess.Popen:
+def start(
+    run, processes: int, *more: str, program: Sequence[str] = ("-m", "hybrid_sleep.training")
+) -> subprocess.Popen:
     """Train `run` through torchrun, in a session of its own."""
     folder = Path(run.output_dir).parent
     config = folder / f"{Path(run.output_dir).name}.yaml"
@@ -41,7 +44,7 @@ def start(run, processes: int, *more: str) -> subprocess.Popen:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-    launch += [f"--master-port={port}", "-m", "hybrid_sleep.training", str(config), *more]
+    launch += [f"--master-port={port}", *program, str(config), *more]
     return subprocess.Popen(
         launch,
         cwd=ROOT,
@@ -141,3 +144,40 @@ def test_two_processes_killed_at_a_random_step_are_one(tmp_path, tiny, alone, st
     finish(start(tiny.run(fewer, **settings), 1, "--resume"))
     assert_near(losses(fewer), losses(tmp_path / "whole"), 1e-5)
     assert_near(weights(fewer), weights(tmp_path / "whole"), 1e-5)
+
+
+def test_a_signal_ends_all_processes_after_the_same_step(tmp_path, tiny):
+    out = tmp_path / "out"
+    running = start(tiny.run(out, steps=4000), 2)
+    while not (out / "metrics.jsonl").exists() or not losses(out):
+        assert running.poll() is None, running.communicate()[0]
+        time.sleep(0.02)
+    running.send_signal(signal.SIGINT)
+    said = running.communicate(timeout=120)[0]
+    (saved,) = checkpoints(out)
+    step = int(saved.name.removeprefix("checkpoint-"))
+    assert f"interrupted: step {step} of 4000 is saved in {saved}" in said
+    assert max(losses(out)) == step < 4000
+
+
+def test_a_loss_that_is_no_number_on_one_rank_ends_all(tmp_path, tiny):
+    """The second rank's weights turn nan before step 4; both stop, naming the last checkpoint."""
+    script = tmp_path / "diverge.py"
+    script.write_text(
+        "import os, sys, torch\n"
+        "from hybrid_sleep.training.__main__ import main\n"
+        "from hybrid_sleep.training.trainer import SleepTrainer\n"
+        "step = SleepTrainer.compute_loss\n"
+        "def compute_loss(self, *arguments, **keywords):\n"
+        "    loss = step(self, *arguments, **keywords)\n"
+        "    bad = self.state.global_step == 3 and os.environ['RANK'] == '1'\n"
+        "    return loss * float('nan') if bad else loss\n"
+        "SleepTrainer.compute_loss = compute_loss\n"
+        "sys.exit(main())\n"
+    )
+    run = tiny.run(tmp_path / "out", save_every=2)
+    said = finish(start(run, 2, program=[str(script)]), code=1)
+    saved = tmp_path / "out/checkpoint-2"
+    assert "loss is nan at step 4 (sleep_passes=" in said
+    assert f"the last good checkpoint is {saved}, --resume goes on from there" in said
+    assert checkpoints(tmp_path / "out") == [saved]

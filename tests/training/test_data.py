@@ -1,0 +1,70 @@
+"""Batches of a task: the same steps for any number of processes and micro-batches."""
+
+import pytest
+import torch
+
+from hybrid_sleep.eval import tasks
+from hybrid_sleep.training.data import TaskBatches, derive_seed
+
+
+class Small(tasks.Rule110):
+    """Ten examples from one seed, so that a step takes several cells, the last one cut."""
+
+    cell = 10
+
+
+@pytest.fixture(scope="module")
+def task():
+    return Small(width=16, states=2, steps=1)
+
+
+def steps_of(task, world: int, accumulate: int) -> list[torch.Tensor]:
+    """The examples of three steps, in the order of micro-batch and rank."""
+    shares = [
+        TaskBatches(
+            task,
+            length=3 * accumulate,
+            size=24 // (world * accumulate),
+            seed=5,
+            rank=rank,
+            world=world,
+            accumulate=accumulate,
+        )
+        for rank in range(world)
+    ]
+    return [
+        torch.cat(
+            [
+                share[step * accumulate + part]["input_ids"]
+                for part in range(accumulate)
+                for share in shares
+            ]
+        )
+        for step in range(3)
+    ]
+
+
+def test_cells_are_drawn_from_seeds_of_their_own(task):
+    (first, second, _) = steps_of(task, 1, 1)
+    by_hand = [
+        task.batch("train", derive_seed("train", 5, step, cell), count)["input_ids"]
+        for step in (0, 1)
+        for cell, count in enumerate((10, 10, 4))
+    ]
+    assert torch.equal(torch.cat([first, second]), torch.cat(by_hand))
+    assert len({tuple(row) for row in torch.cat([first, second]).tolist()}) == 48
+
+
+@pytest.mark.parametrize(("world", "accumulate"), [(2, 1), (1, 4), (3, 2), (4, 3), (24, 1)])
+def test_steps_do_not_depend_on_how_they_are_shared(task, world, accumulate):
+    whole = steps_of(task, 1, 1)
+    assert all(map(torch.equal, steps_of(task, world, accumulate), whole))
+
+
+def test_an_item_is_the_same_whatever_was_read_before(task):
+    items = TaskBatches(task, length=12, size=6, seed=0, rank=1, world=2, accumulate=2)
+    in_order = [items[i]["labels"] for i in range(12)]
+    backwards = [items[i]["labels"] for i in reversed(range(12))]
+    assert all(map(torch.equal, in_order, reversed(backwards)))
+    with pytest.raises(IndexError, match="batch 12; allowed: 0..11"):
+        items[12]
