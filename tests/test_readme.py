@@ -11,7 +11,7 @@ from hybrid_sleep import HybridSleepConfig, HybridSleepForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = ("README.md", "CONTRIBUTING.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/training.md")
 
 
 def blocks(language: str) -> list[str]:
@@ -52,9 +52,10 @@ def test_links_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)]+)\)", text):
         if not target.startswith("http"):
             path, _, anchor = target.partition("#")
-            assert (ROOT / path).exists(), target
+            place = (ROOT / document).parent / path
+            assert place.exists(), target
             if anchor:
-                headings = re.findall(r"^#+ (.*)$", (ROOT / path).read_text(), re.MULTILINE)
+                headings = re.findall(r"^#+ (.*)$", place.read_text(), re.MULTILINE)
                 assert anchor in {h.lower().replace(" ", "-") for h in headings}, target
 
 

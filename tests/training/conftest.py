@@ -24,15 +24,14 @@ TRAIN = {"steps": 6, "batch_size": 8, "lr_muon": 0.02, "lr_adamw": 0.003, "warmu
 
 
 class Tiny:
-    def run(self, out: Path, task=None, model=None, **settings: Any) -> RunConfig:
+    def run(self, out: Path, task=None, model=None, text=None, **settings: Any) -> RunConfig:
         """Six steps on rings of four cells, at depths 1 to 3, unless told otherwise."""
+        params = task or {"width": 4, "states": 2, "steps": 1}
+        learned = {"task": {"name": "rule110", "params": params}}
         return run_config(
             {
                 "model": {**MODEL, **(model or {})},
-                "task": {
-                    "name": "rule110",
-                    "params": task or {"width": 4, "states": 2, "steps": 1},
-                },
+                **(learned if text is None else {"text": text}),
                 "train": {**TRAIN, "device": "cpu", "log_every": 2, **settings},
                 "sleep_passes": {"uniform": [1, 3]},
                 "output_dir": str(out),

@@ -181,3 +181,41 @@ def test_a_loss_that_is_no_number_on_one_rank_ends_all(tmp_path, tiny):
     assert "loss is nan at step 4 (sleep_passes=" in said
     assert f"the last good checkpoint is {saved}, --resume goes on from there" in said
     assert checkpoints(tmp_path / "out") == [saved]
+
+
+@pytest.fixture
+def text(tmp_path):
+    """Documents of all lengths, most of them longer than the window, packed into rows."""
+    words = random.Random(0)
+    documents = [
+        "".join(words.choice("abcd efgh") for _ in range(words.randrange(3, 60)))
+        for _ in range(200)
+    ]
+    (tmp_path / "corpus.txt").write_text("|".join(documents))
+    return {"files": [str(tmp_path / "corpus.txt")], "separator": "|", "length": 24}
+
+
+def test_text_in_two_processes_goes_on_where_it_was(tmp_path, tiny, text):
+    """One process is two, and a run of two goes on in one from its first checkpoint."""
+    settings = {"lr_muon": None, "model": {"window": 8}, "text": text}
+    settings |= {"steps": 12, "save_every": 5, "keep_checkpoints": 3}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    done = train(tiny.run(whole, **settings), progress=False)
+    finish(start(tiny.run(parts, **settings), 2))
+    assert_near(losses(parts), losses(whole), 1e-5)
+    (parts / "model.safetensors").unlink()
+    for late in checkpoints(parts)[1:]:
+        shutil.rmtree(late)
+    finish(start(tiny.run(parts, **settings), 1, "--resume"))
+    assert_near(losses(parts), losses(whole), 1e-5)
+    assert_near(weights(parts), weights(whole), 1e-5)
+    assert len(done.samples) == 2
+
+
+def test_zero_3_refuses_rows_with_boundaries_of_their_own(tmp_path, tiny, text):
+    run = tiny.run(
+        tmp_path / "out", model={"window": 8}, text=text, lr_muon=None, deepspeed=config_of(3)
+    )
+    said = finish(start(run, 2), code=1)
+    assert "is ZeRO stage 3, and rows of text have boundaries of their own" in said
+    assert "allowed: ZeRO stage 0, 1 or 2" in said
