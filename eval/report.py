@@ -20,6 +20,8 @@ BENCHMARKS = {
     "base": ("hybrid_sleep.kernels.benchmarks.report", "base.png"),
     "fallback": ("hybrid_sleep.kernels.benchmarks.fallback", "fallback.png"),
     "sleep": ("hybrid_sleep.eval.benchmarks.sleep", "sleep.png"),
+    "training": ("hybrid_sleep.eval.benchmarks.training_report", "training.png"),
+    "ablation": ("hybrid_sleep.eval.ablation", "ablation.png"),
 }
 
 

@@ -219,3 +219,32 @@ def test_zero_3_refuses_rows_with_boundaries_of_their_own(tmp_path, tiny, text):
     said = finish(start(run, 2), code=1)
     assert "is ZeRO stage 3, and rows of text have boundaries of their own" in said
     assert "allowed: ZeRO stage 0, 1 or 2" in said
+
+
+MUON = {"lr_muon": 0.02, "grad_clip": None}
+TORCH = {"zero_force_ds_cpu_optimizer": False}  # torch's AdamW, which nothing has to compile for
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "settings", "change", "tolerance"),
+    [
+        ("zero2_offload", {}, TORCH, 1e-5),
+        ("zero3_offload", {}, TORCH, 1e-5),
+        ("zero2", {"dtype": "bfloat16"}, {}, 2e-3),
+        ("zero3", {"dtype": "bfloat16"}, {}, 2e-3),
+        # Newton-Schulz runs in bf16: a last bit of the gradient is a percent of an update.
+        ("zero1", MUON, {}, 1e-2),
+        ("zero2", MUON, {}, 1e-2),
+        ("zero3", MUON, {}, 1e-2),
+    ],
+)
+def test_other_ways_of_zero_are_one_process(tmp_path, tiny, name, settings, change, tolerance):
+    pytest.importorskip("deepspeed")
+    config = json.loads((ROOT / f"configs/deepspeed/{name}.json").read_text())
+    (tmp_path / "ds.json").write_text(json.dumps(config | change))
+    settings = {"lr_muon": None, "steps": 10, **settings}
+    train(tiny.run(tmp_path / "one", **settings), progress=False)
+    many = tiny.run(tmp_path / "many", deepspeed=str(tmp_path / "ds.json"), **settings)
+    finish(start(many, 2))
+    assert_near(losses(tmp_path / "many"), losses(tmp_path / "one"), tolerance)

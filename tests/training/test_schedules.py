@@ -1,0 +1,79 @@
+"""What changes from step to step of a run, and what must not change it."""
+
+import json
+
+import pytest
+
+from hybrid_sleep.training import train
+from hybrid_sleep.training.run import build_trainer
+
+
+def seen_by(trainer) -> list[tuple[int, int, int]]:
+    """Step, window and depth of each forward in training."""
+    seen, model = [], trainer.model
+    forward = model.forward
+
+    def watch(*arguments, **keywords):
+        if model.training:
+            step = trainer.state.global_step
+            seen.append((step, model.config.window, keywords["sleep_passes"]))
+        return forward(*arguments, **keywords)
+
+    model.forward = watch
+    return seen
+
+
+def test_windows_and_depths_follow_their_curricula(tmp_path, tiny):
+    run = tiny.run(tmp_path, windows={0: 2, 2: 3, 4: 4}, eval_every=3)
+    run.sleep_passes = type(run.sleep_passes)(1, 1)
+    trainer = build_trainer(run)
+    seen = seen_by(trainer)
+    trainer.train()
+    assert seen == [(0, 2, 1), (1, 2, 1), (2, 3, 1), (3, 3, 1), (4, 4, 1), (5, 4, 1)]
+    assert trainer.model.config.window == 4
+
+
+def test_a_run_through_curricula_is_resumed_where_it_was(tmp_path, tiny):
+    settings = {"windows": {0: 2, 3: 4}, "save_every": 2, "keep_checkpoints": 3}
+    settings |= {"backprop_passes": 1, "backprop_windows": 2, "activation_checkpointing": "window"}
+    whole = train(tiny.run(tmp_path / "whole", **settings), progress=False)
+    parts = tmp_path / "parts"
+    train(tiny.run(parts, **settings), progress=False)
+    (parts / "model.safetensors").unlink()
+    for late in ("checkpoint-4", "checkpoint-6"):
+        for path in (parts / late).iterdir():
+            path.unlink()
+        (parts / late).rmdir()
+    assert json.loads((parts / "checkpoint-2/config.json").read_text())["window"] == 4
+    resumed = train(tiny.run(parts, **settings), resume=True, progress=False)
+    tiny.assert_same(tiny.weights(resumed.model_dir), tiny.weights(whole.model_dir))
+    assert tiny.steps(parts) == tiny.steps(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"workers": 2},
+        {"accumulate": 2, "workers": 1},
+        {"activation_checkpointing": ["window", "block"]},
+        {"backprop_passes": 3},
+        {"tensorboard": True},
+    ],
+    ids=str,
+)
+def test_how_a_run_is_carried_out_changes_no_loss(tmp_path, tiny, settings):
+    plain = train(tiny.run(tmp_path / "plain", lr_muon=None), progress=False)
+    other = train(tiny.run(tmp_path / "other", lr_muon=None, **settings), progress=False)
+    losses = [[line["loss"] for line in tiny.steps(r.model_dir)] for r in (plain, other)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-6)
+    assert (tmp_path / "other/tensorboard").exists() == ("tensorboard" in settings)
+
+
+@pytest.mark.parametrize("settings", [{"backprop_passes": 1}, {"backprop_windows": 1}], ids=str)
+def test_truncation_changes_what_is_learned_but_not_the_first_loss(tmp_path, tiny, settings):
+    task = {"width": 4, "states": 3, "steps": 1}
+    plain = train(tiny.run(tmp_path / "plain", task=task, warmup=0), progress=False)
+    cut = train(tiny.run(tmp_path / "cut", task=task, warmup=0, **settings), progress=False)
+    losses = [[line["loss"] for line in tiny.steps(r.model_dir)] for r in (plain, cut)]
+    assert losses[0][0] == losses[1][0]
+    assert losses[0][-1] != losses[1][-1]
