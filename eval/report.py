@@ -21,7 +21,7 @@ BENCHMARKS = {
     "fallback": ("hybrid_sleep.kernels.benchmarks.fallback", "fallback.png"),
     "sleep": ("hybrid_sleep.eval.benchmarks.sleep", "sleep.png"),
     "training": ("hybrid_sleep.eval.benchmarks.training_report", "training.png"),
-    "ablation": ("hybrid_sleep.eval.ablation", "ablation.png"),
+    "ablation": ("hybrid_sleep.eval.ablation", "accuracy.png"),
 }
 
 

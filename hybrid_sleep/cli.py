@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+
+from hybrid_sleep.bench import bench
+from hybrid_sleep.commands import command, command_line, options
 
 app = typer.Typer(
     name="hybrid-sleep",
@@ -17,13 +17,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(
-    help="Benchmarks: each writes results.json, a Markdown table and a figure.",
-    no_args_is_help=True,
-)
 app.add_typer(bench, name="bench")
-
-_options = {"traceback": False}
 
 
 @app.callback()
@@ -32,59 +26,11 @@ def _main(
         bool, typer.Option(help="Show the whole traceback of an error instead of one line.")
     ] = False,
 ) -> None:
-    _options["traceback"] = traceback
-
-
-def _command(work: Callable[..., Any]) -> Callable[..., Any]:
-    """`work` as a command: bad input ends in one line and exit code 2, Ctrl-C in 130."""
-
-    @functools.wraps(work)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            work(*args, **kwargs)
-        except KeyboardInterrupt as interrupt:
-            # Work that can say what it saved raises with that text.
-            typer.echo(f"interrupted: {str(interrupt) or 'nothing more was written'}", err=True)
-            raise typer.Exit(130) from None
-        except (ValueError, OSError) as error:
-            if _options["traceback"]:
-                raise
-            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(2) from None
-
-    return run
-
-
-def _command_line() -> str:
-    """This call as someone else can repeat it: relative paths, no folder of this machine."""
-    return " ".join(["hybrid-sleep", *(_shown(word) for word in sys.argv[1:])])
-
-
-def _shown(word: str) -> str:
-    path = Path(word)
-    if not path.is_absolute():
-        return word
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return path.name
-
-
-def _report(result: dict[str, Any], out: Path) -> None:
-    """Write a benchmark's files, and show its table."""
-    from hybrid_sleep.eval import report
-
-    paths = report.save(result, out)
-    typer.echo(paths[1].read_text(encoding="utf-8"))
-    typer.echo("wrote " + ", ".join(str(path) for path in paths), err=True)
-    if result.get("ended") == "time is up":
-        typer.echo("the time is up; the same call goes on", err=True)
-    elif not result.get("complete", True):
-        raise KeyboardInterrupt("these files hold what was finished")
+    options["traceback"] = traceback
 
 
 @app.command()
-@_command
+@command
 def demo(
     seed: Annotated[int, typer.Option(help="Seed of the weights, the data and the depths.")] = 0,
     out: Annotated[
@@ -97,11 +43,11 @@ def demo(
     """
     from hybrid_sleep.eval.demo import run_demo
 
-    run_demo(seed=seed, out=out or Path("out") / f"demo-seed{seed}", command=_command_line())
+    run_demo(seed=seed, out=out or Path("out") / f"demo-seed{seed}", command=command_line())
 
 
 @app.command()
-@_command
+@command
 def train(
     config: Annotated[
         Path,
@@ -127,232 +73,11 @@ def train(
 
     run = training.load_run_config(config, overrides or [])
     result = training.train(run, resume=resume, overwrite=overwrite, progress=not quiet)
-    typer.echo(
-        f"trained {result.steps} steps in {result.seconds:.0f} s; model in {result.model_dir}"
-    )
-
-
-@bench.command("depth")
-@_command
-def bench_depth(
-    checkpoints: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="CHECKPOINT",
-            help="Trained models; several are taken as seeds of one recipe.",
-        ),
-    ],
-    depths: Annotated[str, typer.Option(help="Sleep depths, such as 1-8 or 1,2,4.")] = "1-8",
-    count: Annotated[int, typer.Option(help="Test examples at each depth.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Which test examples.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Examples in one forward.")] = 250,
-    device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
-    baseline: Annotated[
-        Path | None,
-        typer.Option(help="results.json of a model trained at one depth, to compare with."),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/bench-depth"),
-) -> None:
-    """Accuracy and cost against sleep depth, with the floor and the spread over checkpoints.
-
-    The task is the one each checkpoint was trained on (run.yaml beside its weights).
-    """
-    from hybrid_sleep.eval.depth import bench_checkpoints, parse_depths
-
-    result = bench_checkpoints(
-        checkpoints,
-        parse_depths(depths),
-        count=count,
-        seed=seed,
-        batch_size=batch_size,
-        device=device,
-        baseline=baseline,
-        command=_command_line(),
-    )
-    _report(result, out)
-
-
-@bench.command("generation")
-@_command
-def bench_generation(
-    windows: Annotated[int, typer.Option(help="Windows to generate.")] = 64,
-    window: Annotated[int, typer.Option(help="Tokens in a window.")] = 64,
-    passes: Annotated[int, typer.Option(help="Passes of each sleep.")] = 4,
-    repeats: Annotated[int, typer.Option(help="Runs, of which medians are taken.")] = 5,
-    state_space: Annotated[str, typer.Option(help="gated_deltanet or mamba2.")] = "gated_deltanet",
-    device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path(
-        "out/bench-generation"
-    ),
-) -> None:
-    """Seconds per token and memory of the last generated window against the first."""
-    from hybrid_sleep.eval.benchmarks import generation
-    from hybrid_sleep.eval.progress import progress_bar
-
-    with progress_bar("generate") as progress:
-        result = generation.run(
-            windows=windows,
-            window=window,
-            passes=passes,
-            repeats=repeats,
-            state_space=state_space,
-            device=device,
-            command=_command_line(),
-            progress=progress,
-        )
-    _report(result, out)
-
-
-@bench.command("sleep")
-@_command
-def bench_sleep(
-    repeats: Annotated[int, typer.Option(help="Paired runs of each shape and depth.")] = 9,
-    device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
-    minutes: Annotated[
-        float | None, typer.Option(help="Stop before these are over; the same call goes on.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for the results [default: out/bench-sleep[-cuda]].")
-    ] = None,
-) -> None:
-    """One sleep of depth N against N calls of the model, over window shapes.
-
-    On a CUDA device: sleeps from CUDA graphs, eager ones and calls, and single tokens before and
-    after 64 windows. What an earlier call finished in the folder, with the same code, versions and
-    device, is kept.
-    """
-    from hybrid_sleep.eval.benchmarks import sleep
-    from hybrid_sleep.eval.progress import progress_bar
-
-    out = out or Path("out") / ("bench-sleep-cuda" if device.startswith("cuda") else "bench-sleep")
-    with progress_bar("sleep") as progress:
-        result = sleep.run(
-            repeats=repeats,
-            device=device,
-            minutes=minutes,
-            out=out,
-            command=_command_line(),
-            progress=progress,
-        )
-    _report(result, out)
-
-
-@bench.command("kernels")
-@_command
-def bench_kernels(
-    ops: Annotated[
-        str | None,
-        typer.Option(metavar="OP,OP", help="Default: gated_delta_rule on a CPU, all on a GPU."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
-    base: Annotated[
-        str | None,
-        typer.Option(metavar="REV", help="Compare with this commit instead of with peers."),
-    ] = None,
-    repeats: Annotated[int, typer.Option(help="Rounds of each shape and direction at least.")] = 7,
-    minutes: Annotated[
-        float | None, typer.Option(help="Stop before these are over; the same call goes on.")
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for the results [default: out/bench-kernels[-cuda][-base]]."),
-    ] = None,
-) -> None:
-    """Kernels against their peers, in one run.
-
-    On a CPU the gated delta rule against the fallback inside transformers; on a GPU every op
-    against every peer there is, and the share of the roofline. What an earlier call finished in the
-    folder, with the same code, versions and device, is kept.
-    """
-    import torch
-
-    from hybrid_sleep.eval.progress import progress_bar
-    from hybrid_sleep.kernels.benchmarks import base as comparison
-    from hybrid_sleep.kernels.benchmarks import contenders, fallback, report, suite
-    from hybrid_sleep.provenance import check_device
-
-    kind = torch.device(check_device(device)).type
-    chosen = contenders.chosen(ops or ("gated_delta_rule" if kind == "cpu" else None))
-    if kind == "cpu" and base is None and ops not in (None, "gated_delta_rule"):
-        raise ValueError(f"ops={ops!r}: on a CPU, without base, it must be gated_delta_rule")
-    suffixes = ["" if kind == "cpu" else f"-{kind}", "-base" if base else ""]
-    out = out or Path("out") / "".join(["bench-kernels", *suffixes])
-    options = {"repeats": repeats, "minutes": minutes, "out": out, "command": _command_line()}
-    measured = 0
-    with progress_bar("kernels") as progress:
-
-        def step(done: int, total: int) -> None:
-            nonlocal measured
-            measured += 1
-            progress(done, total)
-
-        def row_done(row: dict[str, Any]) -> None:
-            step(measured + 1, len(fallback.SHAPES) * len(fallback.TARGETS))
-
-        try:
-            if base is not None:
-                shapes = fallback.SHAPES if kind == "cpu" else None
-                result = comparison.run(
-                    base, chosen, device=device, shapes=shapes, progress=step, **options
-                )
-            elif kind == "cpu":
-                result = fallback.run(progress=row_done, **options)
-            else:
-                result = suite.run(chosen, device=device, progress=step, **options)
-        except KeyboardInterrupt:
-            kept = f"{out / 'results.json'} holds what was finished, and the same call goes on"
-            raise KeyboardInterrupt(kept if measured else "nothing was finished") from None
-    save = fallback.save if result["benchmark"] == "fallback" else report.save
-    paths = save(result, out)
-    typer.echo(paths[1].read_text(encoding="utf-8"))
-    typer.echo("wrote " + ", ".join(str(path) for path in paths), err=True)
-    if not result["complete"]:
-        typer.echo("the time is up; the same call goes on", err=True)
-    elif not measured:
-        typer.echo(f"everything was there already; remove {paths[0]} to measure again", err=True)
-
-
-@bench.command("compiled")
-@_command
-def bench_compiled(
-    ops: Annotated[
-        list[str] | None, typer.Argument(metavar="OP", help="Default: all of them.")
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/bench-compiled"),
-) -> None:
-    """What the Triton kernels compile to for compute capability 9.0, without a GPU."""
-    from hybrid_sleep.kernels.benchmarks import compiled
-
-    result = compiled.run(
-        ops or tuple(compiled.INPUTS),
-        command=_command_line(),
-        progress=lambda row: typer.echo(row, err=True),
-    )
-    paths = compiled.save(result, out)
-    typer.echo(paths[1].read_text(encoding="utf-8"))
-    typer.echo("wrote " + ", ".join(map(str, paths)), err=True)
-    if broken := [row for row in result["rows"] if row["wrong"]]:
-        raise ValueError(f"{len(broken)} of {len(result['rows'])} break a limit: see {paths[1]}")
-
-
-@bench.command("render")
-@_command
-def bench_render(
-    results: Annotated[
-        list[Path],
-        typer.Argument(metavar="RESULTS_JSON", help="results.json files of any benchmark."),
-    ],
-) -> None:
-    """Rebuild the table and the figure beside each results.json, from it alone."""
-    from hybrid_sleep.eval import report
-
-    for path in results:
-        for written in report.render(path):
-            typer.echo(f"wrote {written}")
+    typer.echo(result.report())
 
 
 @app.command()
-@_command
+@command
 def doctor() -> None:
     """What this machine has, which path each op takes on it, and why."""
     from hybrid_sleep.doctor import render

@@ -37,6 +37,8 @@ LEVELS = (
     ("reading", "generation"),
     ("modeling",),
     ("doctor", "training", "eval"),
+    ("commands",),
+    ("bench",),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(LEVELS) for name in names}

@@ -23,10 +23,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
     given = parser.parse_intermixed_args(arguments)
     # The config is checked before torch and transformers take their seconds to load.
+    from hybrid_sleep.training import zero
     from hybrid_sleep.training.config import load_run_config
 
     try:
         run = load_run_config(given.config, given.overrides)
+        zero.choose_accelerator()
         from hybrid_sleep.training.run import train
 
         result = train(

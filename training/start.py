@@ -48,7 +48,8 @@ def initial_model(init: InitConfig, given: dict[str, Any]) -> dict[str, Any]:
             f"init.checkpoint={init.checkpoint!r} has model_type={saved.get('model_type')!r}; "
             f"allowed: {HybridSleepConfig.model_type!r}"
         )
-    model = {key: value for key, value in saved.items() if key in inherited()}
+    known = inherited()
+    model = {key: value for key, value in saved.items() if key in known}
     tied = model["tie_word_embeddings"]
     if given.get("tie_word_embeddings", tied) != tied:
         raise ValueError(

@@ -125,6 +125,18 @@ def offloads_adam(config: dict[str, Any]) -> bool:
     return offload.get("device", "none") != "none" and forced
 
 
+def choose_accelerator() -> None:
+    """Tell DeepSpeed that there is no GPU, where it is installed and there is none.
+
+    transformers imports it together with its Trainer, and it would warn of what it found.
+    """
+    if importlib.util.find_spec("deepspeed") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def prepare(config: dict[str, Any], device: str) -> None:
     """Import DeepSpeed so that it builds nothing that the run does not need.
 
@@ -137,8 +149,6 @@ def prepare(config: dict[str, Any], device: str) -> None:
             "train.deepspeed needs the package deepspeed; pip install 'hybrid-sleep[deepspeed]'"
         )
     on_cpu = device == "cpu"
-    if on_cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "RANK" not in os.environ:
         # One process without a launcher; DeepSpeed would look for MPI.
         with socket.socket() as probe:

@@ -1,0 +1,65 @@
+"""What the commands of `hybrid-sleep` share: how one ends, and how a benchmark reports."""
+
+from __future__ import annotations
+
+import functools
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from hybrid_sleep.training.zero import choose_accelerator
+
+options = {"traceback": False}
+
+
+def command(work: Callable[..., Any]) -> Callable[..., Any]:
+    """`work` as a command: bad input ends in one line and exit code 2, Ctrl-C in 130."""
+
+    @functools.wraps(work)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            choose_accelerator()
+            work(*args, **kwargs)
+        except KeyboardInterrupt as interrupt:
+            # Work that can say what it saved raises with that text.
+            typer.echo(f"interrupted: {str(interrupt) or 'nothing more was written'}", err=True)
+            raise typer.Exit(130) from None
+        except (ValueError, OSError) as error:
+            if options["traceback"]:
+                raise
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from None
+
+    return run
+
+
+def command_line() -> str:
+    """This call as someone else can repeat it: relative paths, no folder of this machine."""
+    return shlex.join(["hybrid-sleep", *(_shown(word) for word in sys.argv[1:])])
+
+
+def _shown(word: str) -> str:
+    path = Path(word)
+    if not path.is_absolute():
+        return word
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return path.name
+
+
+def report(result: dict[str, Any], out: Path) -> None:
+    """Write a benchmark's files, and show its table."""
+    from hybrid_sleep.eval.report import save
+
+    paths = save(result, out)
+    typer.echo(paths[1].read_text(encoding="utf-8"))
+    typer.echo("wrote " + ", ".join(str(path) for path in paths), err=True)
+    if result.get("ended") == "time is up":
+        typer.echo("the time is up; the same call goes on", err=True)
+    elif not result.get("complete", True):
+        raise KeyboardInterrupt("these files hold what was finished")
