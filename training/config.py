@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +24,7 @@ from hybrid_sleep.training.schema import (
     parse_overrides,
     set_key,
 )
-from hybrid_sleep.training.start import initial_model
+from hybrid_sleep.training.start import inherited, initial_model
 from hybrid_sleep.training.text.config import TextConfig
 
 Schedule = Literal["constant", "linear", "cosine", "trapezoid"]
@@ -156,7 +158,6 @@ class TrainConfig:
         demand(self.seed >= 0, "seed", "an integer >= 0")
 
 
-RESOLVED = {"vocab_size", "num_hidden_layers", "layer_types"}
 PARTS = {"task": TaskConfig, "text": TextConfig, "init": InitConfig, "train": TrainConfig}
 
 
@@ -193,7 +194,7 @@ class RunConfig:
             given = "neither" if self.task is None else "both"
             raise ValueError(f"task and text: {given} given; allowed: one of the two")
         # A model that is all there was resolved before, or is to come from an earlier stage.
-        resolved = self.init is None or self.model.keys() >= RESOLVED
+        resolved = self.init is None or self.model.keys() >= inherited()
         start = {} if resolved else initial_model(self.init, self.model)
         self.model = {**self._model_defaults(), **start, **self.model}
         self._check_training(self.model_config())
@@ -275,10 +276,13 @@ class RunConfig:
         """The runs of `stages` in their order; this run alone if it has none."""
         runs: list[RunConfig] = []
         config = self.model_config()
+        # As it would come back from a file, where a tuple is a list.
+        model = json.loads(json.dumps({key: getattr(config, key) for key in sorted(inherited())}))
         for number, changes in enumerate(self.stages, 1):
-            content = {**self.to_dict(), "stages": []}
+            # A copy, down to what dotted keys reach into: stages do not see each other's changes.
+            content = copy.deepcopy({**self.to_dict(), "stages": []})
             if runs:
-                content["model"] |= {key: getattr(config, key) for key in RESOLVED}
+                content["model"] |= model
                 content["init"] = {"checkpoint": runs[-1].output_dir}
             if number < len(self.stages):
                 content["output_dir"] = str(Path(self.output_dir) / f"stage-{number}")

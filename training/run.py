@@ -97,13 +97,13 @@ def train(
     stages = run.stage_runs()
     if resume and overwrite:
         raise ValueError("resume=True and overwrite=True; allowed: one of the two")
+    first = _first_left(stages) if resume and len(stages) > 1 else 0
+    if not resume:
+        for stage in stages:
+            _check_folder(Path(stage.output_dir), overwrite)
     results = []
-    for number, stage in enumerate(stages, 1):
-        going_on = resume
-        if resume and len(stages) > 1:
-            if number < len(stages) and _has_model(Path(stage.output_dir)):
-                continue
-            going_on = bool(checkpoints(stage.output_dir))
+    for number, stage in enumerate(stages[first:], first + 1):
+        going_on = resume and (len(stages) == 1 or bool(checkpoints(stage.output_dir)))
         if progress and len(stages) > 1 and _is_first():
             print(f"stage {number} of {len(stages)}: {stage.output_dir}", flush=True)
         results.append(_train(stage, resume=going_on, overwrite=overwrite, progress=progress))
@@ -257,14 +257,35 @@ def _has_model(folder: Path) -> bool:
     return any(folder.glob("*" + WEIGHTS))
 
 
+def _first_left(stages: list[RunConfig]) -> int:
+    """Index of the first stage that is not finished, after checking that those before are ours."""
+    for index, stage in enumerate(stages[:-1]):
+        out = Path(stage.output_dir)
+        if not _has_model(out):
+            if index == 0 and not checkpoints(out):
+                raise _nothing_to_resume(out)
+            return index
+        _check_same(stage, out)
+    return len(stages) - 1
+
+
+def _nothing_to_resume(out: Path) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"resume=True, but output_dir={str(out)!r} holds no checkpoint; allowed: a folder "
+        "with one (train.save_every, or an interrupted run), or resume=False"
+    )
+
+
 def _checkpoint_of(run: RunConfig, out: Path) -> Path:
     """The checkpoint that `run` goes on from, if it is one of the same run."""
     saved = checkpoints(out) if out.is_dir() else []
     if not saved:
-        raise FileNotFoundError(
-            f"resume=True, but output_dir={str(out)!r} holds no checkpoint; allowed: a folder "
-            "with one (train.save_every, or an interrupted run), or resume=False"
-        )
+        raise _nothing_to_resume(out)
+    _check_same(run, out)
+    return saved[-1]
+
+
+def _check_same(run: RunConfig, out: Path) -> None:
     before, now = _flat(load_run_config(out / RUN_FILE).to_dict()), _flat(run.to_dict())
     for key in sorted(before.keys() | now.keys()):
         if key not in FREE_ON_RESUME and before.get(key) != now.get(key):
@@ -272,7 +293,6 @@ def _checkpoint_of(run: RunConfig, out: Path) -> Path:
                 f"{key}={now.get(key)!r} to resume a run with {key}={before.get(key)!r}; "
                 f"allowed: the same run, in which only {', '.join(FREE_ON_RESUME)} may differ"
             )
-    return saved[-1]
 
 
 def _earlier(out: Path) -> list[Path]:

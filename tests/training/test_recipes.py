@@ -65,6 +65,47 @@ def test_a_task_is_learned_beyond_its_floor(tmp_path, name):
     assert (tmp_path / "run.png").stat().st_size > 0
 
 
+RINGS = "task.params={width: 5, states: 2, steps: %d}"
+
+
+@pytest.mark.parametrize(
+    ("base", "of_base", "name", "of_recipe", "margin"),
+    [
+        (
+            "rule110_cpu",
+            [RINGS % 1, "model.window=5", "train.batch_size=64", "train.steps=60"],
+            "finetune_cpu",
+            [RINGS % 2, "model.window=5", "train.steps=60"],
+            0.15,
+        ),
+        (
+            "attention_cpu",
+            [RINGS % 1, "model.window=13", "train.steps=150"],
+            "two_stage_cpu",
+            [
+                RINGS % 1,
+                "model.window=5",
+                "stages=[{train.steps: 40, train.trainable: new_layers, model.eviction: hard}, "
+                "{train.steps: 80}]",
+            ],
+            0.08,
+        ),
+    ],
+    ids=["finetune_cpu", "two_stage_cpu"],
+)
+def test_a_checkpoint_is_taken_beyond_its_floor(
+    tmp_path, base, of_base, name, of_recipe, margin
+):
+    start = tmp_path / "base"
+    more = ["train.eval_every=null", f"output_dir={start}"]
+    train(load_run_config(RUNS / f"{base}.yaml", [*of_base, *more]), progress=False)
+    more = [f"init.checkpoint={start}", "train.eval_every=20", "train.eval_depths=[2]"]
+    more += ["train.eval_examples=400", f"output_dir={tmp_path / 'out'}"]
+    run = load_run_config(RUNS / f"{name}.yaml", [*of_recipe, *more])
+    result = train(run, progress=False)
+    assert result.metrics["exact"][2] > run.load_task().floor()["exact"] + margin
+
+
 def test_text_is_predicted_better_than_its_letters(tmp_path, capsys):
     """Against the entropy of the held-out bytes themselves, which no guess without context beats;
     and the model goes on for several windows behind a prompt."""

@@ -162,3 +162,43 @@ def test_stages_also_start_from_chance(tmp_path, tiny):
     result = train(run_config(content), progress=False)
     assert HybridSleepForCausalLM.from_pretrained(result.model_dir).config.window == 2
     assert load_run_config(tmp_path / "out" / "run.yaml").model["hidden_size"] == 16
+
+
+def test_a_resumed_run_takes_no_stage_of_another_run_and_no_empty_folder(
+    tmp_path, monkeypatch, staged
+):
+    run = staged("out")
+    with pytest.raises(FileNotFoundError, match="stage-1.* holds no checkpoint"):
+        train(run, resume=True, progress=False)
+    with monkeypatch.context() as patch:
+        watch(patch, stop=(tmp_path / "out", 2))
+        with pytest.raises(KeyboardInterrupt):
+            train(run, progress=False)
+    other = staged("out", stages=[{**WARM_UP, "train.lr_muon": 0.5}, WHOLE])
+    with pytest.raises(ValueError, match="train.lr_muon=0.5 to resume a run with .*=0.02"):
+        train(other, resume=True, progress=False)
+
+
+def test_an_occupied_folder_is_refused_before_the_first_stage(tmp_path, staged):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"of an earlier run")
+    with pytest.raises(FileExistsError, match="holds model.safetensors of an earlier run"):
+        train(staged("out"), progress=False)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+
+
+def test_what_one_stage_changes_deep_down_stays_its_own(staged):
+    theta = {"model.rope_parameters.rope_theta": 5.0}
+    run = staged("out", stages=[theta, {"train.steps": 2}])
+    one, two = run.stage_runs()
+    assert one.model["rope_parameters"]["rope_theta"] == 5.0
+    assert two.model["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def test_layers_named_by_the_run_leave_the_rest_to_the_checkpoint(tmp_path, staged):
+    kinds = ["full_attention", "linear_attention"]
+    widths = {"intermediate_size": [24, 0], "loop": [0, 1]}
+    named = {"vocab_size": 3, "num_hidden_layers": 2, "layer_types": kinds, **widths}
+    run = staged("out", model=named)
+    assert run.model_config().hidden_size == 16 and run.model_config().window == 11
+    assert all(stage.model["loop"] == [0, 1] for stage in run.stage_runs())
