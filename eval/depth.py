@@ -171,11 +171,12 @@ def check_seeds_of_one_recipe(
 ) -> None:
     """ValueError unless the runs differ in their seeds, and otherwise in nothing that matters."""
     from hybrid_sleep.training.run import FREE_ON_RESUME
+    from hybrid_sleep.training.schema import flat
 
     may_differ = {"output_dir", "train.seed", "train.device", *FREE_ON_RESUME}
-    first, seeds = _flat(runs[0].to_dict()), {}
+    first, seeds = flat(runs[0].to_dict()), {}
     for checkpoint, run in zip(checkpoints, runs, strict=True):
-        name, settings = os.fspath(checkpoint), _flat(run.to_dict())
+        name, settings = os.fspath(checkpoint), flat(run.to_dict())
         for key in sorted((first.keys() | settings.keys()) - may_differ):
             if first.get(key) != settings.get(key):
                 raise ValueError(
@@ -189,14 +190,6 @@ def check_seeds_of_one_recipe(
                 f"{run.train.seed}; allowed: each seed once"
             )
         seeds[run.train.seed] = name
-
-
-def _flat(content: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in content.items():
-        name = f"{prefix}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return flat
 
 
 def load_model(checkpoint: str | os.PathLike, device: Any = "cpu") -> Any:

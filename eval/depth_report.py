@@ -86,7 +86,7 @@ def run_record(checkpoint: str | os.PathLike, run: RunConfig) -> dict[str, Any]:
     return {
         "checkpoint": folder.name if folder.is_absolute() else folder.as_posix(),
         "seed": run.train.seed,
-        "trained_depths": sorted(run.sleep_passes.probabilities()),
+        "trained_depths": list(run.sleep_passes.depths()),
         "mean_depth": run.sleep_passes.mean,
         "config": run.to_dict(),
     }

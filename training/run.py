@@ -22,6 +22,7 @@ from hybrid_sleep.training.callbacks import RunLog, StopOnSignal
 from hybrid_sleep.training.config import RunConfig, load_run_config
 from hybrid_sleep.training.display import Display
 from hybrid_sleep.training.finish import finish, held_out_table
+from hybrid_sleep.training.schema import flat
 from hybrid_sleep.training.tensorboard import TensorBoardLog
 from hybrid_sleep.training.text.batches import TextHeldOut
 from hybrid_sleep.training.trainer import (
@@ -286,7 +287,7 @@ def _checkpoint_of(run: RunConfig, out: Path) -> Path:
 
 
 def _check_same(run: RunConfig, out: Path) -> None:
-    before, now = _flat(load_run_config(out / RUN_FILE).to_dict()), _flat(run.to_dict())
+    before, now = flat(load_run_config(out / RUN_FILE).to_dict()), flat(run.to_dict())
     for key in sorted(before.keys() | now.keys()):
         if key not in FREE_ON_RESUME and before.get(key) != now.get(key):
             raise ValueError(
@@ -314,14 +315,3 @@ def _clear_folder(run: RunConfig, out: Path) -> None:
     for path in _earlier(out):
         shutil.rmtree(path) if path.is_dir() else os.remove(path)
     write_text_atomic(out / RUN_FILE, run.to_yaml())
-
-
-def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, by dotted key."""
-    flat = {}
-    for key, value in content.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

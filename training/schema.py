@@ -51,6 +51,15 @@ def set_key(content: dict[str, Any], key: str, value: Any) -> None:
     content[last] = value
 
 
+def flat(content: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        found |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return found
+
+
 def build(kind: type, content: Any, prefix: str) -> Any:
     """The dataclass `kind` from a mapping, each value checked; errors name `prefix` and key."""
     fields = {f.name for f in dataclasses.fields(kind)}

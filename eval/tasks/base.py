@@ -31,19 +31,34 @@ class Task(ABC):
     params: dict[str, Any]
     cell: ClassVar[int] = 128
 
-    @abstractmethod
     def examples(self, split: str, seed: int, count: int | None = None) -> Iterator[dict[str, Any]]:
         """Yield `count` examples (endlessly if None), the same ones for the same (split, seed).
 
         Each has `input_ids` and `labels` (lists of `length` ints; labels follow the transformers
         convention: -100 where unsupervised, shifted inside the model) and `meta` (what the
         example was made of, for slicing results). No example of one split is ever in another,
-        whatever the seeds.
+        whatever the seeds. Raises ValueError for arguments out of range, before the first.
         """
+        check_split(split)
+        check_int("seed", seed, 0)
+        if count is not None:
+            check_int("count", count, 0)
+        return self._examples(split, seed, count)
 
-    @abstractmethod
     def batch(self, split: str, seed: int, count: int) -> dict[str, torch.Tensor]:
         """The first `count` examples as `input_ids`, `labels`: LongTensors [count, length]."""
+        check_split(split)
+        check_int("seed", seed, 0)
+        check_int("count", count, 1)
+        return self._batch(split, seed, count)
+
+    @abstractmethod
+    def _examples(self, split: str, seed: int, count: int | None) -> Iterator[dict[str, Any]]:
+        """`examples`, arguments checked."""
+
+    @abstractmethod
+    def _batch(self, split: str, seed: int, count: int) -> dict[str, torch.Tensor]:
+        """`batch`, arguments checked."""
 
     @abstractmethod
     def floor(self) -> dict[str, Any]:

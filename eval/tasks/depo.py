@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hybrid_sleep.eval.tasks.base import IGNORED, SPLITS, Task, check_int, check_split
+from hybrid_sleep.eval.tasks.base import IGNORED, SPLITS, Task, check_int
 
 if TYPE_CHECKING:
     import torch
@@ -115,13 +115,6 @@ class Depo(Task):
         powers = {1 << power for power in range(self.hops.bit_length())}
         self.test_hops = sorted(powers | {self.hops} | ({24} if self.hops == 32 else set()))
 
-    def examples(self, split: str, seed: int, count: int | None = None) -> Iterator[dict[str, Any]]:
-        check_split(split)
-        check_int("seed", seed, 0)
-        if count is not None:
-            check_int("count", count, 0)
-        return self._examples(split, seed, count)
-
     def _examples(self, split: str, seed: int, count: int | None) -> Iterator[dict[str, Any]]:
         for input_ids, labels in self._rows(split, seed, count):
             for tokens, label in zip(input_ids.tolist(), labels.tolist(), strict=True):
@@ -130,12 +123,9 @@ class Depo(Task):
                 meta = {"task": self.name, **self.params, **meta}
                 yield {"input_ids": tokens, "labels": label, "meta": meta}
 
-    def batch(self, split: str, seed: int, count: int) -> dict[str, torch.Tensor]:
+    def _batch(self, split: str, seed: int, count: int) -> dict[str, torch.Tensor]:
         import torch
 
-        check_split(split)
-        check_int("seed", seed, 0)
-        check_int("count", count, 1)
         parts = zip(*self._rows(split, seed, count), strict=True)
         input_ids, labels = (torch.from_numpy(np.concatenate(part)) for part in parts)
         return {"input_ids": input_ids, "labels": labels}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hybrid_sleep.eval.tasks.base import IGNORED, SPLITS, Task, check_int, check_split
+from hybrid_sleep.eval.tasks.base import IGNORED, SPLITS, Task, check_int
 
 if TYPE_CHECKING:
     import torch
@@ -56,13 +56,6 @@ class Rule110(Task):
         self.length = self.states * self.width + 1 + self.states
         self.window = self.width
 
-    def examples(self, split: str, seed: int, count: int | None = None) -> Iterator[dict[str, Any]]:
-        check_split(split)
-        check_int("seed", seed, 0)
-        if count is not None:
-            check_int("count", count, 0)
-        return self._examples(split, seed, count)
-
     def _examples(self, split: str, seed: int, count: int | None) -> Iterator[dict[str, Any]]:
         for cells in self._contexts(split, seed, count):
             input_ids, labels = self._tokens(cells)
@@ -78,12 +71,9 @@ class Rule110(Task):
                     },
                 }
 
-    def batch(self, split: str, seed: int, count: int) -> dict[str, torch.Tensor]:
+    def _batch(self, split: str, seed: int, count: int) -> dict[str, torch.Tensor]:
         import torch
 
-        check_split(split)
-        check_int("seed", seed, 0)
-        check_int("count", count, 1)
         cells = np.concatenate(list(self._contexts(split, seed, count)))
         input_ids, labels = self._tokens(cells)
         return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}

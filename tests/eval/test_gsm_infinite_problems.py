@@ -193,45 +193,6 @@ SETTINGS = [
 ]
 
 
-def test_an_example_is_fill_text_cue_answer():
-    for params in (BARE, {**BARE, "question_first": False}, {**BARE, "solution": True, "windows": 1,
-                                                            "length": 200}):  # fmt: skip
-        task = load(**params)
-        words = task.vocabulary.tokens
-        assert tasks.load(task.name, **task.params).params == task.params
-        for example in task.examples("train", 3, 60):
-            meta, ids = example["meta"], example["input_ids"]
-            assert len(ids) == len(example["labels"]) == task.length
-            text = [words[i] for i in ids[: params["length"]]]
-            parts = [meta["question"], meta["problem"]]
-            if not task.question_first:
-                parts.reverse()
-            written = re.findall(r"[A-Za-z]+|\d|[^\w\s]", " ".join(parts))
-            assert text == ["<fill>"] * (params["length"] - len(written)) + written
-            assert meta["length"] == len(written)
-            tail = [words[i] for i in ids[params["length"] :]]
-            said = meta["solution"] if task.solution else str(meta["answer"])
-            cue = "Solution" if task.solution else "Answer"
-            answer = [*re.findall(r"[A-Za-z]+|\d|[^\w\s]", said), "<end>"]
-            assert tail[: 2 + len(answer)] == [cue, ":", *answer]
-            assert set(tail[2 + len(answer) :]) <= {"<fill>"}
-            first = params["length"] + 2
-            assert example["labels"][first : first + len(answer)] == ids[first:][: len(answer)]
-            assert sum(label != -100 for label in example["labels"]) == len(answer)
-            for part in (meta["problem"], meta["question"], meta["solution"]):
-                assert task.decode(task.encode(part)) == part
-            described = task.describe(example)
-            assert meta["question"] in described and meta["solution"] in described
-
-
-def test_windows_hold_text_or_the_answer_but_never_both():
-    task = load(length=512, windows=4)
-    assert (task.window, task.length) == (128, 519)
-    for example in task.examples("train", 0, 20):
-        supervised = {i // task.window for i, y in enumerate(example["labels"]) if y != -100}
-        assert supervised == {4}
-
-
 def test_the_solver_reads_a_problem_made_by_hand():
     problem = (
         "The number of pear trees in Amber Hill equals 3 times the sum of the number of fig trees "

@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from hybrid_sleep.eval.tasks.base import IGNORED, Task, check_int, check_split
+from hybrid_sleep.eval.tasks.base import IGNORED, Task, check_int
 from hybrid_sleep.eval.tasks.gsm_infinite.generator import (
     Problem,
     Recipe,
@@ -141,25 +141,15 @@ class GsmInfinite(Task):
         """The text of token ids, fill and end left out."""
         return self.vocabulary.decode(ids)
 
-    def examples(self, split: str, seed: int, count: int | None = None) -> Iterator[dict[str, Any]]:
-        check_split(split)
-        check_int("seed", seed, 0)
-        if count is not None:
-            check_int("count", count, 0)
-        return self._examples(split, seed, count)
-
     def _examples(self, split: str, seed: int, count: int | None) -> Iterator[dict[str, Any]]:
         for problem in itertools.islice(problems(self.recipe, split, seed), count):
             input_ids, labels = self._tokens(problem)
             meta = {"task": self.name, **asdict(problem)}
             yield {"input_ids": input_ids, "labels": labels, "meta": meta}
 
-    def batch(self, split: str, seed: int, count: int) -> dict[str, torch.Tensor]:
+    def _batch(self, split: str, seed: int, count: int) -> dict[str, torch.Tensor]:
         import torch
 
-        check_split(split)
-        check_int("seed", seed, 0)
-        check_int("count", count, 1)
         drawn = itertools.islice(problems(self.recipe, split, seed), count)
         rows = torch.tensor([self._tokens(problem) for problem in drawn])
         return {"input_ids": rows[:, 0].contiguous(), "labels": rows[:, 1].contiguous()}
