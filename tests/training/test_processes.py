@@ -107,20 +107,13 @@ def train_in_two(run, alone) -> None:
     assert {line["depth"] for line in lines if "depth" in line} == {1, 2, 3}
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_processes_are_one(tmp_path, tiny, alone, stage):
     train_in_two(tiny.run(tmp_path / "out", deepspeed=config_of(stage), **RUN), alone)
 
 
 @pytest.mark.parametrize(
-    "stage",
-    [
-        None,
-        pytest.param(0, marks=pytest.mark.slow),
-        pytest.param(1, marks=pytest.mark.slow),
-        2,
-        3,
-    ],
+    "stage", [None, *(pytest.param(stage, marks=pytest.mark.slow) for stage in range(4))]
 )
 def test_two_processes_killed_at_a_random_step_are_one(tmp_path, tiny, alone, stage):
     """After SIGKILL and --resume, losses and weights are those of the run that was not killed: to
