@@ -72,9 +72,9 @@ def recompute(function: Callable[..., Any], *arguments: Any) -> Any:
         given = iter(tensors)
         return function(*(map_tensors(lambda _: next(given), tree) for tree in holes))
 
-    # It stops where nothing more was saved. Run to the end, the hooks of DeepSpeed's ZeRO-3 would
-    # let go of parameters again that the backward has just gathered.
-    return checkpoint(run, *tensors, use_reentrant=False, early_stop=True)
+    # torch's early stop, its default, is needed: run to the end, the hooks of DeepSpeed's ZeRO-3
+    # would let go of parameters again that the backward has just gathered.
+    return checkpoint(run, *tensors, use_reentrant=False)
 
 
 def run_blocks(
