@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from hybrid_sleep.io import write_text_atomic
 from hybrid_sleep.training.display import Display, by_depth, memory_in_use
+from hybrid_sleep.training.ranks import over_ranks, ranks
 from hybrid_sleep.training.trainer import last_good, written
 
 if TYPE_CHECKING:
@@ -193,23 +194,6 @@ class StopOnSignal(TrainerCallback):
             self.requested = True
             control.should_save = True
             control.should_training_stop = True
-
-
-def ranks() -> int:
-    """How many processes train together."""
-    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if ready else 1
-
-
-def over_ranks(values: torch.Tensor, how: str) -> torch.Tensor:
-    """`values` (on the CPU), over all ranks reduced by `how` ("SUM", "MAX"); a collective call."""
-    if ranks() == 1:
-        return values
-    group = torch.distributed
-    device = "cpu" if "gloo" in group.get_backend() else torch.cuda.current_device()
-    values = values.to(device)
-    group.all_reduce(values, getattr(group.ReduceOp, how))
-    return values.cpu()
 
 
 def _up_to(path: Path, step: int) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -80,16 +81,16 @@ class TrainConfig:
 
     Reports: metrics every `log_every` steps; every `eval_every` steps (None: never) the exact
     accuracy, or the perplexity of held-out text, at `eval_depths` (None: every depth that training
-    draws) on `eval_examples` examples
-    drawn from the training split with a seed of their own. A checkpoint every `save_every` steps
-    (None: only when interrupted), of which the last `keep_checkpoints` are kept. `tensorboard`
-    writes event files into `output_dir/tensorboard` as well.
+    draws) on `eval_examples` examples drawn from the training split with a seed of their own, or
+    rows of that text. A checkpoint every `save_every` steps (None: only when interrupted), of which
+    the last `keep_checkpoints` are kept. `tensorboard` writes event files into
+    `output_dir/tensorboard` as well.
 
     Machine: `dtype` float32, or bfloat16 (autocast over fp32 weights); `device` auto or cpu;
     `deepspeed` is the path of a DeepSpeed JSON, such as those in configs/deepspeed; `workers`
     processes make batches ahead of time; `threads` of the processor for one operation (None:
-    torch's choice, one a core). A small model
-    that shares its cores with anything else trains several times faster with one.
+    torch's choice, one a core). A small model that shares its cores with anything else trains
+    several times faster with one.
     """
 
     steps: int
@@ -196,7 +197,7 @@ class RunConfig:
         # A model that is all there was resolved before, or is to come from an earlier stage.
         resolved = self.init is None or self.model.keys() >= inherited()
         start = {} if resolved else initial_model(self.init, self.model)
-        self.model = {**self._model_defaults(), **start, **self.model}
+        self.model = {**self._model_defaults, **start, **self.model}
         self._check_training(self.model_config())
         self.stage_runs()
 
@@ -235,10 +236,15 @@ class RunConfig:
 
     def load_tokenizer(self) -> Any:
         """The tokenizer of `text`; ValueError if it cannot be reached."""
+        return self._tokenizer
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
         from hybrid_sleep.training.text.tokenizer import load_tokenizer
 
         return load_tokenizer(self.text.tokenizer)
 
+    @functools.cached_property
     def _model_defaults(self) -> dict[str, Any]:
         if self.text is None:
             task = self.load_task()
@@ -258,7 +264,7 @@ class RunConfig:
             config = HybridSleepConfig(**self.model)
         except ValueError as error:
             raise ValueError(f"model: {error}") from error
-        least = self._model_defaults()["vocab_size"]
+        least = self._model_defaults["vocab_size"]
         if config.vocab_size < least:
             what = f"task {self.task.name!r}" if self.text is None else "text.tokenizer"
             raise ValueError(
@@ -274,6 +280,8 @@ class RunConfig:
 
     def stage_runs(self) -> list[RunConfig]:
         """The runs of `stages` in their order; this run alone if it has none."""
+        if not self.stages:
+            return [self]
         runs: list[RunConfig] = []
         config = self.model_config()
         # As it would come back from a file, where a tuple is a list.
@@ -295,7 +303,7 @@ class RunConfig:
                 runs.append(run_config(content))
             except ValueError as error:
                 raise ValueError(f"stages[{number - 1}]: {error}") from error
-        return runs or [self]
+        return runs
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `run_config` turns back into an equal RunConfig."""

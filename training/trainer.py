@@ -23,6 +23,7 @@ from hybrid_sleep.training.data import HeldOut, TaskBatches, derive_seed, only_i
 from hybrid_sleep.training.depth import DepthPolicy, parse_depth
 from hybrid_sleep.training.losses import LossByPosition
 from hybrid_sleep.training.optimizer import MuonAdamW, parameter_groups
+from hybrid_sleep.training.ranks import of_all_ranks
 from hybrid_sleep.training.text.batches import TextBatches, TextHeldOut, merge_positions
 
 STAGING = ".partial"
@@ -261,10 +262,7 @@ class SleepTrainer(Trainer):
 
     def _save_state(self, place: Path) -> None:
         """What a run needs to go on, beyond Trainer's own: collective."""
-        positions = [self._position]
-        if self.args.world_size > 1:
-            positions = [None] * self.args.world_size
-            torch.distributed.all_gather_object(positions, self._position)
+        positions = of_all_ranks(self._position)
         if self.args.should_save:
             text = None if self._position is None else merge_positions(positions)
             write_json_atomic(
@@ -325,11 +323,7 @@ def check_finite(model: torch.nn.Module, where: str) -> None:
         if not bool(torch.isfinite(held).all()):
             wrong = name
             break
-    found = [wrong]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        found = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(found, wrong)
-    for name in found:
+    for name in of_all_ranks(wrong):
         if name is not None:
             raise ValueError(
                 f"weight {name} is not finite at {where}, so nothing was saved; try a lower "
@@ -366,6 +360,6 @@ def publish(source: Path, place: Path) -> None:
     """Give the finished folder `source` its name `place` in one step, contents on disk first."""
     for path in source.rglob("*"):
         if path.is_file():
-            with open(path, "rb") as written:
-                os.fsync(written.fileno())
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
     os.replace(source, place)
