@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -22,9 +22,14 @@ class Task(ABC):
     `length` is the number of tokens of an example, `window` the window a model of the task is
     usually given, `params` what `load` needs to make the same task again. Training draws `cell`
     examples from one seed: fewer where drawing is slow and several processes share a batch.
+
+    `difficulty` names what makes a question harder. A question is right if all its labels are; its
+    labels are all of the `example`, one unbroken `run` of them, or a single `label` (`question`).
     """
 
     name: ClassVar[str]
+    difficulty: ClassVar[str]
+    question: ClassVar[Literal["example", "run", "label"]] = "example"
     vocab_size: int
     length: int
     window: int
@@ -36,8 +41,9 @@ class Task(ABC):
 
         Each has `input_ids` and `labels` (lists of `length` ints; labels follow the transformers
         convention: -100 where unsupervised, shifted inside the model) and `meta` (what the
-        example was made of, for slicing results). No example of one split is ever in another,
-        whatever the seeds. Raises ValueError for arguments out of range, before the first.
+        example was made of, for slicing results; its `difficulty` is an integer, or a list of one
+        for each question). No example of one split is ever in another, whatever the seeds. Raises
+        ValueError for arguments out of range, before the first.
         """
         check_split(split)
         check_int("seed", seed, 0)
@@ -61,8 +67,20 @@ class Task(ABC):
         """`batch`, arguments checked."""
 
     @abstractmethod
+    def parse(self, input_ids: Sequence[int]) -> dict[str, Any]:
+        """What a sequence says, read back from its tokens alone.
+
+        Raises ValueError if it is no sequence of this task.
+        """
+
+    @abstractmethod
     def floor(self) -> dict[str, Any]:
-        """What always guessing the most frequent label scores: `exact`, `per_label`."""
+        """What is right without any memory of the past, on the test split.
+
+        `exact`, `per_label`: always guessing the most frequent label. `chance`: the share of
+        questions that a uniform guess among their possible answers gets right. `by_difficulty`:
+        the share of questions of each difficulty that the best guess gets right.
+        """
 
     def describe(self, example: Mapping[str, Any]) -> str:
         """One example in words; by default its tokens."""
@@ -72,13 +90,15 @@ class Task(ABC):
         self,
         predictions: Any,
         examples: Sequence[Mapping[str, Any]] | Mapping[str, Any],
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """Accuracy of `predictions` [count, T] on a list of examples or on a `batch`.
 
         `predictions[i, t]` is the token predicted for `labels[i, t]`: a causal model's logits
         at t-1. Unsupervised positions are ignored. `exact` counts the examples with every label
-        right, `per_label` the labels. Raises ValueError if the shapes differ or if an example
-        has no label.
+        right, `per_question` the questions, `per_label` the labels. Examples that have `meta` also
+        give `by_difficulty`: the share of questions right by their difficulty, ascending, and
+        `questions`, how many of each there were. Raises ValueError if the shapes differ or if an
+        example has no label.
         """
         if isinstance(examples, Mapping):
             labels = np.asarray(examples["labels"])
@@ -96,10 +116,29 @@ class Task(ABC):
         if not supervised.any(axis=1).all():
             raise ValueError("examples: every example needs at least one label that is not -100")
         right = predictions == labels
-        return {
+        solved = self._solved(right, supervised)
+        scores: dict[str, Any] = {
             "exact": float((right | ~supervised).all(axis=1).mean()),
+            "per_question": float(solved.mean()),
             "per_label": float(right[supervised].mean()),
         }
+        if not isinstance(examples, Mapping) and all("meta" in example for example in examples):
+            levels = np.concatenate([np.ravel(e["meta"]["difficulty"]) for e in examples])
+            values, counts = np.unique(levels, return_counts=True)
+            shares = [float(solved[levels == value].mean()) for value in values]
+            scores["by_difficulty"] = dict(zip(values.tolist(), shares, strict=True))
+            scores["questions"] = dict(zip(values.tolist(), counts.tolist(), strict=True))
+        return scores
+
+    def _solved(self, right: np.ndarray, supervised: np.ndarray) -> np.ndarray:
+        """Whether each question is right, in reading order; both arguments are bool [count, T]."""
+        if self.question == "label":
+            return right[supervised]
+        if self.question == "example":
+            return (right | ~supervised).all(axis=1)
+        opens = supervised & ~np.pad(supervised, ((0, 0), (1, 0)))[:, :-1]
+        question = np.cumsum(opens).reshape(opens.shape)[supervised] - 1
+        return np.bincount(question, ~right[supervised]) == 0
 
 
 def check_int(name: str, value: Any, least: int) -> int:

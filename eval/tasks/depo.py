@@ -65,6 +65,9 @@ class Depo(Task):
     """
 
     name = "depo"
+    difficulty = "hops"
+    # A token of k stands between two answers, so each unbroken run of labels is one answer.
+    question = "run"
 
     def __init__(
         self,
@@ -119,7 +122,7 @@ class Depo(Task):
         for input_ids, labels in self._rows(split, seed, count):
             for tokens, label in zip(input_ids.tolist(), labels.tolist(), strict=True):
                 read = self.parse(tokens)
-                meta = {"n": len(read["edges"]), "asked": [k for k, _, _ in read["queries"]]}
+                meta = {"n": len(read["edges"]), "difficulty": [k for k, _, _ in read["queries"]]}
                 meta = {"task": self.name, **self.params, **meta}
                 yield {"input_ids": tokens, "labels": label, "meta": meta}
 
@@ -162,34 +165,6 @@ class Depo(Task):
             "edges": list(zip(printed[::2], printed[1::2], strict=True)),
             "queries": [(k[0] - self.asked, start, name) for k, start, _, name in queries],
         }
-
-    def score(
-        self,
-        predictions: Any,
-        examples: Sequence[Mapping[str, Any]] | Mapping[str, Any],
-    ) -> dict[str, Any]:
-        """As in Task; also `per_query`, the share of questions with every label right.
-
-        Where `input_ids` are given too, `by_hops` has that share by k: `{k: share}`.
-        """
-        scores: dict[str, Any] = super().score(predictions, examples)
-        if not isinstance(examples, Mapping):
-            keys = ("input_ids", "labels")
-            examples = {key: [example[key] for example in examples] for key in keys}
-        labels = np.asarray(examples["labels"])
-        supervised = labels != IGNORED
-        # A token of k stands between two answers, so each unbroken run of labels is one answer.
-        opens = supervised & ~np.pad(supervised, ((0, 0), (1, 0)))[:, :-1]
-        query = np.cumsum(opens).reshape(labels.shape)[supervised] - 1
-        wrong = (np.asarray(predictions) != labels)[supervised]
-        right = np.bincount(query, wrong) == 0
-        scores["per_query"] = float(right.mean())
-        if "input_ids" in examples:
-            tokens = np.asarray(examples["input_ids"])
-            asked = tokens[(tokens > self.asked) & (tokens < self.answer)] - self.asked
-            shares = {k: float(right[asked == k].mean()) for k in np.unique(asked).tolist()}
-            scores["by_hops"] = shares
-        return scores
 
     def floor(self) -> dict[str, Any]:
         """What always guessing one token scores on the test split, and `chance`; all exact.

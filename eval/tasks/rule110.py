@@ -36,29 +36,37 @@ class Rule110(Task):
     example is `states * width` cells, leftmost first, the separator, `states` labels; labels are
     -100 except for the last `states`, so the separator predicts the first label.
 
+    With several `steps`, each example has one of them, equally often, and its separator says which:
+    token 2 for the smallest number, 3 for the next. So what a sleep has to prepare is known only
+    when the past has gone.
+
     Train and test contexts are disjoint for any seeds: a 64-bit hash of all `states * width`
     cells of a context, which knows nothing of the labels, decides which split it belongs to
     (one in 16 is test), and a drawn context of the other split is passed over. Single rings do
     recur: what is new in the test split is the context, not each ring in it. Contexts are drawn
     with replacement, from raw Philox words, whose stream is the same in every numpy version.
 
-    Raises ValueError unless width >= 3, states >= 1, steps >= 0.
+    Raises ValueError unless width >= 3, states >= 1, and steps is an integer >= 0 or a list of
+    different ones.
     """
 
     name = "rule110"
-    vocab_size = 3
+    difficulty = "steps"
 
-    def __init__(self, width: int = 24, states: int = 4, steps: int = 8):
+    def __init__(self, width: int = 24, states: int = 4, steps: int | Sequence[int] = 8):
         self.width = check_int("width", width, 3)
         self.states = check_int("states", states, 1)
-        self.steps = check_int("steps", steps, 0)
-        self.params = {"width": self.width, "states": self.states, "steps": self.steps}
+        self.rollouts = _check_steps(steps)
+        self.steps = self.rollouts[-1]
+        kept = self.steps if len(self.rollouts) == 1 else list(self.rollouts)
+        self.params = {"width": self.width, "states": self.states, "steps": kept}
+        self.vocab_size = SEP + len(self.rollouts)
         self.length = self.states * self.width + 1 + self.states
         self.window = self.width
 
     def _examples(self, split: str, seed: int, count: int | None) -> Iterator[dict[str, Any]]:
-        for cells in self._contexts(split, seed, count):
-            input_ids, labels = self._tokens(cells)
+        for cells, which in self._contexts(split, seed, count):
+            input_ids, labels = self._tokens(cells, which)
             for row in range(len(cells)):
                 yield {
                     "input_ids": input_ids[row].tolist(),
@@ -66,6 +74,7 @@ class Rule110(Task):
                     "meta": {
                         "task": self.name,
                         **self.params,
+                        "difficulty": self.rollouts[which[row]],
                         "context": ["".join(map(str, ring)) for ring in cells[row].tolist()],
                         "answers": labels[row, -self.states :].tolist(),
                     },
@@ -74,12 +83,13 @@ class Rule110(Task):
     def _batch(self, split: str, seed: int, count: int) -> dict[str, torch.Tensor]:
         import torch
 
-        cells = np.concatenate(list(self._contexts(split, seed, count)))
-        input_ids, labels = self._tokens(cells)
+        parts = zip(*self._contexts(split, seed, count), strict=True)
+        cells, which = (np.concatenate(part) for part in parts)
+        input_ids, labels = self._tokens(cells, which)
         return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
 
     def rollout(self, bits: str | Sequence[int] | np.ndarray, steps: int | None = None) -> Any:
-        """The state `bits` after `steps` steps (default: the task's), in the form it came in.
+        """The state `bits` after `steps` steps (default: the task's most), in the form it came in.
 
         `bits` is a string of 0 and 1, a list, or an array [..., width]; leftmost cell first.
         Raises ValueError unless it has `width` cells, all 0 or 1, and steps >= 0.
@@ -100,6 +110,30 @@ class Rule110(Task):
             return ended.astype(bits.dtype)
         return ended.tolist()
 
+    def parse(self, input_ids: Sequence[int]) -> dict[str, Any]:
+        """`rings` (strings of cells), the `steps` asked for and the `answers`, one a ring."""
+        tokens = [int(token) for token in input_ids]
+        past, separator, answers = (
+            tokens[: self.states * self.width],
+            tokens[self.states * self.width : -self.states],
+            tokens[-self.states :],
+        )
+        if (
+            len(tokens) != self.length
+            or not {*past, *answers} <= {0, 1}
+            or not SEP <= separator[0] < self.vocab_size
+        ):
+            raise ValueError(
+                f"input_ids={tokens}; allowed: {self.states * self.width} cells 0 and 1, a "
+                f"separator {SEP}..{self.vocab_size - 1}, {self.states} labels 0 and 1"
+            )
+        rows = np.reshape(past, (self.states, self.width)).tolist()
+        return {
+            "rings": ["".join(map(str, row)) for row in rows],
+            "steps": self.rollouts[separator[0] - SEP],
+            "answers": answers,
+        }
+
     def floor(self) -> dict[str, Any]:
         """What always guessing the more frequent label scores, over all contexts.
 
@@ -107,12 +141,26 @@ class Rule110(Task):
         independent). P(label=1) = `ones` / `of` by enumeration of every ring: exact, with
         `standard_error` 0. Only min(width, 2*steps + 1) cells can reach the leftmost one; if
         that is more than 28, P comes from 2**24 random rings instead, and `standard_error` is
-        that of `per_label`.
+        that of `per_label`. `chance` is 2**-states, `by_difficulty` has `exact` by steps. With
+        several `steps`, `exact` and `per_label` are means of what the best guess for each scores,
+        and `by_steps` has the rest.
         """
+        by_steps = {steps: self._floor(steps) for steps in self.rollouts}
+        shared = {
+            "exact": sum(floor["exact"] for floor in by_steps.values()) / len(by_steps),
+            "per_label": sum(floor["per_label"] for floor in by_steps.values()) / len(by_steps),
+            "chance": 0.5**self.states,
+            "by_difficulty": {steps: floor["exact"] for steps, floor in by_steps.items()},
+        }
+        if len(by_steps) > 1:
+            return {**shared, "by_steps": by_steps}
+        return {**by_steps[self.steps], **shared}
+
+    def _floor(self, steps: int) -> dict[str, Any]:
         # The leftmost cell's light cone is all that matters, and a ring just as wide as the cone
         # first touches its own far side one step too late to be seen.
-        cells = min(self.width, max(3, 2 * self.steps + 1))
-        ones, of = _count_ones(cells, self.steps)
+        cells = min(self.width, max(3, 2 * steps + 1))
+        ones, of = _count_ones(cells, steps)
         share = max(ones, of - ones) / of
         exact = cells <= ENUMERATED_CELLS
         return {
@@ -126,20 +174,26 @@ class Rule110(Task):
 
     def describe(self, example: Mapping[str, Any]) -> str:
         """The rings of an example, what they become, and the labels asked for."""
-        tokens = example["input_ids"][: self.states * self.width]
+        read = self.parse(example["input_ids"])
         lines = []
-        for start in range(0, len(tokens), self.width):
-            ring = "".join(str(int(token)) for token in tokens[start : start + self.width])
-            ended = self.rollout(ring)
-            lines.append(f"{ring} becomes {ended} after {self.steps} steps: label {ended[0]}")
+        for ring in read["rings"]:
+            ended = self.rollout(ring, read["steps"])
+            lines.append(f"{ring} becomes {ended} after {read['steps']} steps: label {ended[0]}")
         return "\n".join(lines)
 
-    def _contexts(self, split: str, seed: int, count: int | None) -> Iterator[np.ndarray]:
-        """Contexts [n, states, width] of a split, `count` in all, however they are sliced."""
+    def _contexts(
+        self, split: str, seed: int, count: int | None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Contexts [n, states, width] of a split and which of `rollouts` [n] each is asked for.
+
+        `count` in all, however they are sliced.
+        """
         bits = self.states * self.width
         words = -(-bits // 64)
         spare = U64(64 * words - bits)
         stream = np.random.Philox(np.random.SeedSequence([SPLITS.index(split), seed]))
+        # A stream of its own, so that contexts do not depend on what is asked about them.
+        asked = np.random.Philox(np.random.SeedSequence([SPLITS.index(split), seed, len(SPLITS)]))
         share = 1 / TEST_SHARE if split == "test" else 1 - 1 / TEST_SHARE
         threshold = _test_threshold(bits)
         left = count
@@ -154,17 +208,32 @@ class Rule110(Task):
             if len(packed):
                 octets = packed.astype("<u8").view(np.uint8)
                 cells = np.unpackbits(octets, axis=1, count=bits, bitorder="little")
-                yield cells.reshape(-1, self.states, self.width)
+                which = asked.random_raw(len(packed)) % U64(len(self.rollouts))
+                yield cells.reshape(-1, self.states, self.width), which.astype(np.int64)
 
-    def _tokens(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`input_ids` and `labels`, int64 [n, length], of contexts [n, states, width]."""
+    def _tokens(self, cells: np.ndarray, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`input_ids` and `labels`, int64 [n, length], of what `_contexts` gives."""
         rows = len(cells)
-        answers = evolve(np.ascontiguousarray(np.moveaxis(cells, -1, 0)), self.steps)[0]
-        separator = np.full((rows, 1), SEP, dtype=np.int64)
+        answers = np.empty((rows, self.states), dtype=cells.dtype)
+        for number, steps in enumerate(self.rollouts):
+            asked = which == number
+            rings = np.ascontiguousarray(np.moveaxis(cells[asked], -1, 0))
+            answers[asked] = evolve(rings, steps)[0]
+        separator = (SEP + which)[:, None]
         input_ids = np.concatenate([cells.reshape(rows, -1), separator, answers], axis=1)
         labels = np.full_like(input_ids, IGNORED)
         labels[:, -self.states :] = answers
         return input_ids, labels
+
+
+def _check_steps(steps: Any) -> tuple[int, ...]:
+    """`steps` ascending; ValueError unless an integer >= 0 or a list of different ones."""
+    if not isinstance(steps, Sequence) or isinstance(steps, str):
+        return (check_int("steps", steps, 0),)
+    chosen = {check_int("steps", number, 0) for number in steps}
+    if not chosen or len(chosen) < len(steps):
+        raise ValueError(f"steps={steps!r}; allowed: an integer, or a list of different ones")
+    return tuple(sorted(chosen))
 
 
 def evolve(cells: np.ndarray, steps: int) -> np.ndarray:

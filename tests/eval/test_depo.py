@@ -79,7 +79,7 @@ def test_the_stream_never_changes():
     labels = [-100] * task.length
     labels[28:30], labels[33] = [2, 5], 6
     assert example["labels"] == labels
-    assert example["meta"] == {"task": "depo", **task.params, "n": 3, "asked": [3, 3]}
+    assert example["meta"] == {"task": "depo", **task.params, "n": 3, "difficulty": [3, 3]}
 
 
 @pytest.mark.parametrize("split", tasks.SPLITS)
@@ -108,7 +108,7 @@ def test_every_answer_is_where_a_walk_ends(params, split):
                 start = follows[start]
             assert start == target
             assert k in (task.test_hops if split == "test" else range(1, task.hops + 1))
-        assert example["meta"]["asked"] == [k for k, _, _ in questions]
+        assert example["meta"]["difficulty"] == [k for k, _, _ in questions]
         # What is supervised: the tokens of the answers, in order, and where the release has it so
         # the token before them.
         expected = []
@@ -342,22 +342,21 @@ def test_score_counts_questions_and_slices_them_by_steps(variant):
     for i, example in enumerate(examples):
         at = [t for t, label in enumerate(example["labels"]) if label != -100]
         size = len(at) // 2
-        for q, k in enumerate(example["meta"]["asked"]):
+        for q, k in enumerate(example["meta"]["difficulty"]):
             here = at[q * size : (q + 1) * size]
             missed = here[-2:] if k == 4 else here[-1:] if q == 0 and i % 2 else []
             predictions[i, missed] = 0
             asked[k] += 1
             right[k] += not missed
-        clean += 4 not in example["meta"]["asked"] and i % 2 == 0
+        clean += 4 not in example["meta"]["difficulty"] and i % 2 == 0
     shares = {k: right[k] / asked[k] for k in (1, 2, 4)}
     assert shares[4] == 0 < shares[1] < 1
-    for given in (examples, task.batch("test", 0, 40)):
-        score = task.score(predictions, given)
-        assert score["by_hops"] == shares
-        assert score["per_query"] == sum(right.values()) / 80
-        assert score["exact"] == clean / 40 > 0
-    labels_only = task.score(predictions, {"labels": task.batch("test", 0, 40)["labels"]})
-    assert labels_only == {k: v for k, v in score.items() if k != "by_hops"}
+    score = task.score(predictions, examples)
+    assert score.pop("by_difficulty") == shares
+    assert score.pop("questions") == asked
+    assert score["per_question"] == sum(right.values()) / 80
+    assert score["exact"] == clean / 40 > 0
+    assert task.score(predictions, task.batch("test", 0, 40)) == score
 
 
 @pytest.mark.parametrize(

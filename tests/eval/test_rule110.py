@@ -213,11 +213,50 @@ def test_score_counts_whole_examples_and_labels():
     examples = list(task.examples("test", 0, 4))
     predictions = torch.tensor([example["labels"] for example in examples])
     predictions[:, :9] = 7  # unsupervised positions may hold anything
-    assert task.score(predictions, examples) == {"exact": 1.0, "per_label": 1.0}
+    everything = {"exact": 1.0, "per_question": 1.0, "per_label": 1.0}
+    by_steps = {"by_difficulty": {1: 1.0}, "questions": {1: 4}}
+    assert task.score(predictions, examples) == {**everything, **by_steps}
     predictions[0, -1] = 1 - predictions[0, -1]
     predictions[1, -2:] = 1 - predictions[1, -2:]
-    assert task.score(predictions, examples) == {"exact": 0.5, "per_label": 5 / 8}
-    assert task.score(predictions, task.batch("test", 0, 4)) == {"exact": 0.5, "per_label": 5 / 8}
+    half = {"exact": 0.5, "per_question": 0.5, "per_label": 5 / 8}
+    by_steps = {"by_difficulty": {1: 0.5}, "questions": {1: 4}}
+    assert task.score(predictions, examples) == {**half, **by_steps}
+    assert task.score(predictions, task.batch("test", 0, 4)) == half
+
+
+def test_several_numbers_of_steps_are_told_apart_by_the_separator():
+    task = tasks.load("rule110", width=5, states=2, steps=[3, 0, 1])
+    assert task.vocab_size == 5
+    assert task.params["steps"] == [0, 1, 3]
+    examples = list(task.examples("test", 0, 300))
+    seen = dict.fromkeys((0, 1, 3), 0)
+    for example in examples:
+        read = task.parse(example["input_ids"])
+        steps = {2: 0, 3: 1, 4: 3}[example["input_ids"][10]]
+        assert read["steps"] == steps == example["meta"]["difficulty"]
+        assert read["rings"] == example["meta"]["context"]
+        for ring, answer, token in zip(
+            read["rings"], read["answers"], example["labels"][-2:], strict=True
+        ):
+            assert answer == token == int(naive(ring, steps)[0])
+        seen[steps] += 1
+    assert min(seen.values()) > 70
+    batch = task.batch("test", 0, 300)
+    assert batch["input_ids"].tolist() == [e["input_ids"] for e in examples]
+    assert batch["labels"].tolist() == [e["labels"] for e in examples]
+    # The same rings as with one number of steps: what is asked changes nothing of the past.
+    alone = tasks.load("rule110", width=5, states=2, steps=3).batch("test", 0, 300)["input_ids"]
+    assert (batch["input_ids"][:, :10] == alone[:, :10]).all()
+
+
+def test_floor_of_several_numbers_of_steps():
+    floor = tasks.load("rule110", width=5, states=2, steps=[0, 2]).floor()
+    rings = ["".join(bits) for bits in itertools.product("01", repeat=5)]
+    ones = sum(naive(ring, 2)[0] == "1" for ring in rings) / 32
+    assert floor["by_difficulty"] == {0: 0.25, 2: max(ones, 1 - ones) ** 2}
+    assert floor["exact"] == (0.25 + max(ones, 1 - ones) ** 2) / 2
+    assert floor["per_label"] == (0.5 + max(ones, 1 - ones)) / 2
+    assert floor["chance"] == 0.25
 
 
 @pytest.mark.parametrize(
@@ -230,6 +269,9 @@ def test_score_counts_whole_examples_and_labels():
         (lambda: tasks.load("rule110", states=0), r"states=0.*at least 1"),
         (lambda: tasks.load("rule110", steps=-1), r"steps=-1.*at least 0"),
         (lambda: tasks.load("rule110", steps=True), r"steps=True.*integer"),
+        (lambda: tasks.load("rule110", steps=[2, 2]), r"steps=\[2, 2\].*different"),
+        (lambda: tasks.load("rule110", steps=[]), r"steps=\[\].*different"),
+        (lambda: TASK.parse([0, 1, 2]), r"input_ids=\[0, 1, 2\].*separator"),
         (lambda: TASK.examples("dev", 0, 1), r"split='dev'.*train, test"),
         (lambda: TASK.examples("test", -1, 1), r"seed=-1.*at least 0"),
         (lambda: TASK.batch("test", 0, 0), r"count=0.*at least 1"),

@@ -14,13 +14,14 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from hybrid_sleep.eval.tasks.base import IGNORED, Task, check_int
+from hybrid_sleep.eval.tasks.gsm_infinite.answers import parse_answer
 from hybrid_sleep.eval.tasks.gsm_infinite.generator import (
     Problem,
     Recipe,
     draw_draft,
     problems,
 )
-from hybrid_sleep.eval.tasks.gsm_infinite.graph import LARGEST_OP
+from hybrid_sleep.eval.tasks.gsm_infinite.graph import LARGEST_OP, LARGEST_VALUE
 from hybrid_sleep.eval.tasks.gsm_infinite.sentences import Vocabulary
 from hybrid_sleep.eval.tasks.gsm_infinite.stream import Stream
 from hybrid_sleep.eval.tasks.gsm_infinite.themes import THEMES
@@ -68,6 +69,7 @@ class GsmInfinite(Task):
     """
 
     name = "gsm_infinite"
+    difficulty = "op"
     cell = 16
     themes = THEMES
 
@@ -144,7 +146,7 @@ class GsmInfinite(Task):
     def _examples(self, split: str, seed: int, count: int | None) -> Iterator[dict[str, Any]]:
         for problem in itertools.islice(problems(self.recipe, split, seed), count):
             input_ids, labels = self._tokens(problem)
-            meta = {"task": self.name, **asdict(problem)}
+            meta = {"task": self.name, "difficulty": problem.op, **asdict(problem)}
             yield {"input_ids": input_ids, "labels": labels, "meta": meta}
 
     def _batch(self, split: str, seed: int, count: int) -> dict[str, torch.Tensor]:
@@ -164,7 +166,17 @@ class GsmInfinite(Task):
         and theme, and its length something of its op). With `solution`, `exact` and `per_label` are
         those of solution and answer together, `slices` of the answer alone.
         """
-        return copy.deepcopy(_floor(self.recipe, self.solution))
+        floor = copy.deepcopy(_floor(self.recipe, self.solution))
+        by_op = {int(op): share for op, share in floor["slices"]["op"].items()}
+        return {**floor, "chance": 1 / LARGEST_VALUE, "by_difficulty": dict(sorted(by_op.items()))}
+
+    def parse(self, input_ids: Sequence[int]) -> dict[str, Any]:
+        """`text` (question and problem), the `reply` after the cue, and its `answer`."""
+        ids = [int(token) for token in input_ids]
+        text, reply = self.decode(ids[: self._text]), self.decode(ids[self._text :])
+        if len(ids) != self.length:
+            raise ValueError(f"input_ids has {len(ids)} tokens; allowed: {self.length}")
+        return {"text": text, "reply": reply, "answer": parse_answer(reply)}
 
     def describe(self, example: Mapping[str, Any]) -> str:
         """An example's question and problem, how it is solved, and its answer."""
