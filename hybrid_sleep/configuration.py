@@ -41,6 +41,10 @@ class HybridSleepConfig(PreTrainedConfig):
         linear_conv_kernel_dim: width W of the short convolution, at least 2.
         intermediate_size: width of the SwiGLU MLP behind each mixer, or a list with one for each
             layer; 0 leaves the MLP out.
+        distinct_layers: how many layers have weights of their own; layer i is applied with those of
+            layer i % distinct_layers, and a memory of its own. A divisor of `num_hidden_layers`,
+            after which `layer_types` and widths repeat. None: all. Half as many make a model that
+            loops twice over its layers for every token, awake as in a sleep.
 
     Sleep (DESIGN meanings; Lee et al., arXiv 2605.26099, Algorithm 1):
         window: L, tokens that attention sees at a time, at least 1.
@@ -65,6 +69,7 @@ class HybridSleepConfig(PreTrainedConfig):
     intermediate_size: int | list[int] = 1408
     num_hidden_layers: int = 8
     layer_types: list[str] | None = None
+    distinct_layers: int | None = None
     num_attention_heads: int = 8
     num_key_value_heads: int | None = None
     head_dim: int | None = None
@@ -136,6 +141,7 @@ class HybridSleepConfig(PreTrainedConfig):
             )
         for i, layer_type in enumerate(self.layer_types):
             check_choice(f"layer_types[{i}]", layer_type, LAYER_TYPES)
+        self._check_distinct_layers()
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads must divide num_attention_heads="
@@ -170,6 +176,21 @@ class HybridSleepConfig(PreTrainedConfig):
             )
         for i, width in enumerate(widths):
             check_count(f"intermediate_size[{i}]", width, minimum=0)
+
+    def _check_distinct_layers(self) -> None:
+        count, layers = self.distinct_layers, self.num_hidden_layers
+        if count is None:
+            return
+        if layers % check_count("distinct_layers", count):
+            raise ValueError(
+                f"distinct_layers must be None or divide num_hidden_layers={layers}, got {count}"
+            )
+        repeating = {"layer_types": self.layer_types, "intermediate_size": self.mlp_widths}
+        for name, values in repeating.items():
+            if any(values[i] != values[i % count] for i in range(layers)):
+                raise ValueError(
+                    f"{name} must repeat after distinct_layers={count} layers, got {values}"
+                )
 
     def _check_sleep(self) -> None:
         check_count("window", self.window)

@@ -27,7 +27,7 @@ import contextlib
 import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Protocol
 
@@ -84,7 +84,7 @@ class Backbone(Protocol):
     """What the engine needs of a model."""
 
     config: HybridSleepConfig
-    layers: nn.ModuleList
+    blocks: Sequence[nn.Module]
     engine: SleepEngine | None
 
 
@@ -321,7 +321,7 @@ def _inspect(backbone: Backbone, device: torch.device) -> tuple[str | None, Hash
         return "forward hooks on every module, which a graph would skip", None
     dropout, places = backbone.config.attention_dropout, []
     # `modules()` names what it finds and takes several times as long, with the device idle.
-    found = list(backbone.layers)[backbone.config.loop_range[0] :]
+    found = list(backbone.blocks)[backbone.config.loop_range[0] :]
     for module in found:
         found.extend(child for child in module._modules.values() if child is not None)
         if dropout and module.training:

@@ -53,13 +53,20 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
     def __init__(self, config: HybridSleepConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        distinct = config.distinct_layers or config.num_hidden_layers
+        self.layers = nn.ModuleList(Block(config, i) for i in range(distinct))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary = Rotary(config)
         self.checkpointing = Checkpointing()
         self.truncation = Truncation()
         self.engine: SleepEngine | None = SleepEngine()
         self.post_init()
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers in the order in which they are applied, the same one again where shared."""
+        distinct = len(self.layers)
+        return [self.layers[i % distinct] for i in range(self.config.num_hidden_layers)]
 
     def _apply(self, *args: Any, **kwargs: Any) -> HybridSleepModel:
         # Graphs hold memory on the device that the parameters may be about to leave.

@@ -175,7 +175,7 @@ def _read(
         h,
         sleeping=False,
     )
-    layers, group = backbone.layers, backbone.checkpointing.group
+    layers, group = backbone.blocks, backbone.checkpointing.group
     _, end = backbone.config.loop_range
     memory = {i: m for i, m in enumerate(cache.memory) if m is not None}
     h, after = run_blocks(layers, range(end), h, memory, context, group=group)

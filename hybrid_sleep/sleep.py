@@ -236,7 +236,7 @@ def _pass(
     for i, S in night.S.items():
         entering[i] = entering.get(i, FastWeights(None))._replace(S=S)
     h, after = run_blocks(
-        backbone.layers,
+        backbone.blocks,
         range(*backbone.config.loop_range),
         night.h,
         entering,
@@ -264,7 +264,7 @@ def _cut(night: Night) -> dict[str, Any]:
 def _coda(backbone: Backbone, writer: int, night: Night) -> dict[str, Any]:
     """`S <- Coda(h, S)` from the window's start, the last block only as far as it writes."""
     _, left = run_blocks(
-        backbone.layers,
+        backbone.blocks,
         range(backbone.config.loop_range[1], backbone.config.num_hidden_layers),
         night.h,
         night.entering,

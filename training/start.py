@@ -70,6 +70,11 @@ def initial_model(init: InitConfig, given: dict[str, Any]) -> dict[str, Any]:
             f"init.new_layers shift the layers that the checkpoint's loop={model['loop']} names; "
             "allowed: to give model.loop as well"
         )
+    if model["distinct_layers"] is not None:
+        raise ValueError(
+            f"init.new_layers with the checkpoint's distinct_layers={model['distinct_layers']}; "
+            "allowed: a checkpoint whose layers share no weights"
+        )
     width = model["intermediate_size"]
     widths = iter(width if isinstance(width, list) else [width] * len(old))
     kinds = iter(old)
