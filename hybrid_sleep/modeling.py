@@ -206,9 +206,7 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
         real = real_tokens(attention_mask, batch, columns)
         cache = SleepCache(self.config) if past_key_values is None else past_key_values
         if not isinstance(cache, SleepCache):
-            raise ValueError(
-                f"past_key_values must be a SleepCache, got {type(cache).__name__}"
-            )
+            raise ValueError(f"past_key_values must be a SleepCache, got {type(cache).__name__}")
         if past_key_values is not None:
             cache.check(Owner.of(self) if owner is None else owner)
         elif use_cache:
@@ -230,9 +228,7 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
 class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
     """The backbone with a language-modelling head: train it, let it sleep, generate with it."""
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {
-        "lm_head.weight": "model.embed_tokens.weight"
-    }
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: HybridSleepConfig):
         super().__init__(config)
