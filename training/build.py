@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -155,6 +156,7 @@ def _data(
         task,
         length=settings.steps * settings.accumulate,
         size=arguments.per_device_train_batch_size,
+        difficulty=partial(run.sleep_passes.difficulty, settings.seed),
         **shared,
     )
     count = settings.eval_examples

@@ -204,6 +204,11 @@ class RunConfig:
     def _check_training(self, config: Any) -> None:
         from hybrid_sleep.layers.stack import parse_granularity
 
+        for difficulty in self.sleep_passes.difficulties():
+            try:
+                self.load_task().only(difficulty)
+            except ValueError as error:
+                raise ValueError(f"sleep_passes.by_difficulty: {error}") from error
         if self.train.windows is not None:
             parse_windows(self.train.windows).check(config.window, self.train.steps)
         if self.train.trainable == "new_layers" and not (self.init and self.init.new_layers):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,8 @@ class TaskBatches(Dataset):
     else: they are drawn in cells of `task.cell` examples, each from a seed of its own, and a rank
     draws the cells that its rows lie in. So ranks and worker processes read apart, any number of
     them reads the same steps, and a resumed run goes on without drawing what it has read.
-    `length`: number of items. Raises IndexError past the end.
+    `length`: number of items. `difficulty(step)`: what all examples of a step are limited to, see
+    `Task.only`; None: to nothing. Raises IndexError past the end.
     """
 
     def __init__(
@@ -36,7 +37,9 @@ class TaskBatches(Dataset):
         rank: int = 0,
         world: int = 1,
         accumulate: int = 1,
+        difficulty: Callable[[int], int | None] = lambda step: None,
     ):
+        self.difficulty = difficulty
         self.task, self.length, self.size, self.seed = task, length, size, seed
         self.rank, self.world, self.accumulate = rank, world, accumulate
         self.rows = size * world * accumulate
@@ -62,7 +65,9 @@ class TaskBatches(Dataset):
             self._cells = {key: rows for key, rows in self._cells.items() if key[0] == step}
             count = min(self.task.cell, self.rows - number * self.task.cell)
             seed = derive_seed("train", self.seed, step, number)
-            self._cells[step, number] = self.task.batch(TRAIN_SPLIT, seed, count)
+            difficulty = self.difficulty(step)
+            task = self.task if difficulty is None else self.task.only(difficulty)
+            self._cells[step, number] = task.batch(TRAIN_SPLIT, seed, count)
         return self._cells[step, number]
 
 

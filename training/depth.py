@@ -15,7 +15,8 @@ from hybrid_sleep.training.curriculum import check_starts, stage_at
 
 FORMS = (
     "an integer >= 1, {uniform: [low, high]}, {choice: {depth: weight, ...}}, "
-    "{lognormal_poisson: {mean: m, sigma: s, max: n}} or {stages: {0: policy, step: policy, ...}}"
+    "{lognormal_poisson: {mean: m, sigma: s, max: n}}, {by_difficulty: {difficulty: depth, ...}} "
+    "or {stages: {0: policy, step: policy, ...}}"
 )
 MAX_SIGMA = 4
 
@@ -41,6 +42,14 @@ class DepthPolicy(ABC):
     def at(self, step: int) -> DepthPolicy:
         """The policy that training step `step` draws from."""
         return self
+
+    def difficulty(self, seed: int, step: int) -> int | None:
+        """What difficulty all examples of training step `step` have; None: any."""
+        return None
+
+    def difficulties(self) -> tuple[int, ...]:
+        """Every difficulty that `difficulty` ever gives, ascending."""
+        return ()
 
     @abstractmethod
     def probabilities(self) -> dict[int, float]:
@@ -127,6 +136,45 @@ class Choice(DepthPolicy):
 
 
 @dataclass(frozen=True)
+class ByDifficulty(DepthPolicy):
+    """`depths_of`: pairs of difficulty and depth (>= 1). A step has examples of one difficulty.
+
+    Difficulties are drawn equally often. What a difficulty is, the task says: steps, hops, op.
+    """
+
+    depths_of: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        if not self.depths_of:
+            raise ValueError(
+                "sleep_passes.by_difficulty is empty; allowed: at least one difficulty: depth"
+            )
+        for difficulty, depth in self.depths_of:
+            check_count("sleep_passes.by_difficulty difficulty", difficulty, minimum=0)
+            check_count(f"sleep_passes.by_difficulty depth of {difficulty}", depth)
+        object.__setattr__(self, "depths_of", tuple(sorted(self.depths_of)))
+
+    def difficulty(self, seed: int, step: int) -> int:
+        return self._pair(seed, step)[0]
+
+    def difficulties(self) -> tuple[int, ...]:
+        return tuple(difficulty for difficulty, _ in self.depths_of)
+
+    def draw(self, seed: int, step: int) -> int:
+        return self._pair(seed, step)[1]
+
+    def _pair(self, seed: int, step: int) -> tuple[int, int]:
+        return self.depths_of[int(_uniform(seed, step) * len(self.depths_of))]
+
+    def probabilities(self) -> dict[int, float]:
+        depths = [depth for _, depth in self.depths_of]
+        return {depth: depths.count(depth) / len(depths) for depth in sorted(set(depths))}
+
+    def to_config(self) -> dict[str, dict[int, int]]:
+        return {"by_difficulty": dict(self.depths_of)}
+
+
+@dataclass(frozen=True)
 class LognormalPoisson(DepthPolicy):
     """Depth 1 + Poisson(rate), rate ~ LogNormal(ln(target - 1) - sigma^2 / 2, sigma).
 
@@ -182,6 +230,15 @@ class Stages(DepthPolicy):
     def at(self, step: int) -> DepthPolicy:
         return stage_at(self.stages, step)
 
+    def draw(self, seed: int, step: int) -> int:
+        return self.at(step).draw(seed, step)
+
+    def difficulty(self, seed: int, step: int) -> int | None:
+        return self.at(step).difficulty(seed, step)
+
+    def difficulties(self) -> tuple[int, ...]:
+        return tuple(sorted({d for _, policy in self.stages for d in policy.difficulties()}))
+
     def probabilities(self) -> dict[int, float]:
         return self.stages[-1][1].probabilities()
 
@@ -221,6 +278,14 @@ def _parse_choice(detail: Any) -> Choice:
     return Choice(tuple(detail.items()))
 
 
+def _parse_by_difficulty(detail: Any) -> ByDifficulty:
+    if not isinstance(detail, Mapping):
+        raise ValueError(
+            f"sleep_passes.by_difficulty={detail!r}; allowed: {{difficulty: depth, ...}}"
+        )
+    return ByDifficulty(tuple(detail.items()))
+
+
 def _parse_lognormal_poisson(detail: Any) -> LognormalPoisson:
     if not isinstance(detail, Mapping) or set(detail) != {"mean", "sigma", "max"}:
         raise ValueError(
@@ -244,6 +309,7 @@ def _parse_stages(detail: Any) -> Stages:
 _PARSERS = {
     "uniform": _parse_uniform,
     "choice": _parse_choice,
+    "by_difficulty": _parse_by_difficulty,
     "lognormal_poisson": _parse_lognormal_poisson,
     "stages": _parse_stages,
 }

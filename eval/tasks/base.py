@@ -82,6 +82,16 @@ class Task(ABC):
         the share of questions of each difficulty that the best guess gets right.
         """
 
+    def only(self, difficulty: int) -> Task:
+        """This task limited to examples of one difficulty, in the same tokens and layout.
+
+        Raises ValueError for a difficulty it does not have, and where examples mix several.
+        """
+        raise ValueError(
+            f"difficulty={difficulty!r}; allowed: a task whose examples can be limited to one "
+            f"difficulty, which those of {self.name!r} cannot"
+        )
+
     def describe(self, example: Mapping[str, Any]) -> str:
         """One example in words; by default its tokens."""
         return " ".join(str(token) for token in example["input_ids"])

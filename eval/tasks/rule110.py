@@ -7,6 +7,7 @@ so that a constant guess would be right nearly always.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,7 @@ class Rule110(Task):
         self.states = check_int("states", states, 1)
         self.rollouts = _check_steps(steps)
         self.steps = self.rollouts[-1]
+        self.asked = np.arange(len(self.rollouts))
         kept = self.steps if len(self.rollouts) == 1 else list(self.rollouts)
         self.params = {"width": self.width, "states": self.states, "steps": kept}
         self.vocab_size = SEP + len(self.rollouts)
@@ -145,7 +147,7 @@ class Rule110(Task):
         several `steps`, `exact` and `per_label` are means of what the best guess for each scores,
         and `by_steps` has the rest.
         """
-        by_steps = {steps: self._floor(steps) for steps in self.rollouts}
+        by_steps = {steps: self._floor(steps) for steps in self._asked_steps}
         shared = {
             "exact": sum(floor["exact"] for floor in by_steps.values()) / len(by_steps),
             "per_label": sum(floor["per_label"] for floor in by_steps.values()) / len(by_steps),
@@ -154,7 +156,20 @@ class Rule110(Task):
         }
         if len(by_steps) > 1:
             return {**shared, "by_steps": by_steps}
-        return {**by_steps[self.steps], **shared}
+        (only,) = by_steps.values()
+        return {**only, **shared}
+
+    @property
+    def _asked_steps(self) -> list[int]:
+        return [self.rollouts[number] for number in self.asked]
+
+    def only(self, difficulty: int) -> Rule110:
+        """The same rings and separators, `difficulty` steps asked for in every example."""
+        if difficulty not in self.rollouts:
+            raise ValueError(f"difficulty={difficulty!r}; allowed: steps={list(self.rollouts)}")
+        task = copy.copy(self)
+        task.asked = np.array([self.rollouts.index(difficulty)])
+        return task
 
     def _floor(self, steps: int) -> dict[str, Any]:
         # The leftmost cell's light cone is all that matters, and a ring just as wide as the cone
@@ -208,8 +223,8 @@ class Rule110(Task):
             if len(packed):
                 octets = packed.astype("<u8").view(np.uint8)
                 cells = np.unpackbits(octets, axis=1, count=bits, bitorder="little")
-                which = asked.random_raw(len(packed)) % U64(len(self.rollouts))
-                yield cells.reshape(-1, self.states, self.width), which.astype(np.int64)
+                which = self.asked[asked.random_raw(len(packed)) % U64(len(self.asked))]
+                yield cells.reshape(-1, self.states, self.width), which
 
     def _tokens(self, cells: np.ndarray, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """`input_ids` and `labels`, int64 [n, length], of what `_contexts` gives."""

@@ -26,6 +26,7 @@ CONFIGS = [
     {"choice": {1: 0.5, 2: 0.3, 8: 0.2}},
     {"choice": {2: 7}},
     LOGNORMAL,
+    {"by_difficulty": {1: 1, 2: 2, 4: 2}},
 ]
 
 
@@ -135,6 +136,10 @@ def lognormal(**changed):
         (lognormal(sigma=-1), "sigma is -1; allowed: a number of at least 0 and at most 4"),
         (lognormal(sigma="x"), "sigma is 'x'"),
         (lognormal(max=2.0), "max must be an integer of at least 1"),
+        ({"by_difficulty": 3}, "by_difficulty=3; allowed: {difficulty: depth"),
+        ({"by_difficulty": {}}, "by_difficulty is empty; allowed: at least one"),
+        ({"by_difficulty": {-1: 2}}, "by_difficulty difficulty must be an integer of at least 0"),
+        ({"by_difficulty": {2: 0}}, "depth of 2 must be an integer of at least 1, got 0"),
         ({"stages": [1, 2]}, "sleep_passes.stages=.*allowed: {0: policy"),
         ({"stages": {}}, "sleep_passes.stages is empty; allowed: a first stage at step 0"),
         ({"stages": {5: 1}}, "sleep_passes.stages starts at step 5; allowed"),
@@ -216,3 +221,17 @@ def test_stages_draw_what_each_stage_alone_would():
     falling = Stages(((0, Fixed(5)), (9, Fixed(2))))
     assert (falling.deepest, falling.mean, falling.depths()) == (5, 2, (2, 5))
     assert Fixed(2).at(7) == Fixed(2)
+
+
+def test_depth_and_difficulty_of_a_step_belong_together():
+    pairs = {1: 1, 2: 3, 7: 2}
+    policy = parse_depth({"stages": {0: {"by_difficulty": pairs}, 3000: 4}})
+    counts = Counter()
+    for step in range(3000):
+        difficulty = policy.difficulty(0, step)
+        assert policy.draw(0, step) == pairs[difficulty]
+        counts[difficulty] += 1
+    assert all(abs(count - 1000) < 5 * (3000 * 2 / 9) ** 0.5 for count in counts.values())
+    assert policy.difficulties() == (1, 2, 7)
+    assert policy.difficulty(0, 3000) is None
+    assert policy.draw(0, 3000) == 4

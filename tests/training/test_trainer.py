@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from hybrid_sleep import HybridSleepForCausalLM
 from hybrid_sleep.eval import tasks
-from hybrid_sleep.training.config import load_run_config
+from hybrid_sleep.training.config import load_run_config, run_config
 from hybrid_sleep.training.data import HeldOut, TaskBatches
 from hybrid_sleep.training.depth import Uniform
 from hybrid_sleep.training.run import build_trainer, train
@@ -30,6 +30,26 @@ def test_a_step_trains_at_the_depth_of_its_seed_and_number(tmp_path, tiny):
     assert [depth for depth, _ in seen] == [Uniform(1, 3).draw(3, step) for step in range(6)]
     batches = TaskBatches(run.load_task(), length=6, size=8, seed=3)
     assert all(torch.equal(ids, batches[i]["input_ids"]) for i, (_, ids) in enumerate(seen))
+
+
+def test_depth_tied_to_difficulty_trains_each_step_on_one_difficulty(tmp_path, tiny):
+    params = {"width": 4, "states": 2, "steps": [0, 1, 2]}
+    content = tiny.run(tmp_path, task=params, seed=3).to_dict()
+    run = run_config({**content, "sleep_passes": {"by_difficulty": {0: 1, 2: 3}}})
+    task = run.load_task()
+    seen = []
+    trainer = build_trainer(run)
+    forward = trainer.model.forward
+    trainer.model.forward = lambda *args, **kwargs: (
+        seen.append((kwargs["sleep_passes"], kwargs["input_ids"].clone())) or forward(**kwargs)
+    )
+    trainer.train()
+    for depth, ids in seen:
+        assert {task.parse(row)["steps"] for row in ids.tolist()} == {0 if depth == 1 else 2}
+    assert {depth for depth, _ in seen} == {1, 3}
+    message = r"by_difficulty: difficulty=3; allowed: steps=\[0, 1, 2\]"
+    with pytest.raises(ValueError, match=message):
+        run_config({**content, "sleep_passes": {"by_difficulty": {3: 1}}})
 
 
 def test_micro_batches_of_a_step_are_one_batch(tmp_path, tiny):
