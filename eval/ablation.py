@@ -1,111 +1,31 @@
 """Variants of one run side by side: what does each change do to accuracy, over the same seeds?
 
 Every variant is trained with every seed and asked at the same depths, on the same test examples.
-Seeds are compared in pairs, because variants of one seed share more than luck: the data, the first
-weights, often the checkpoint that they start from.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from hybrid_sleep.eval.benchmarks.slices import Row, collect, record_of
-from hybrid_sleep.eval.depth import load_model, measure_depth, parse_depths
-from hybrid_sleep.eval.plots import BLUE, GREEN, GREY, ORANGE, SKY, VERMILLION, new_figure
+from hybrid_sleep.eval.benchmarks.slices import record_of
+from hybrid_sleep.eval.depth import parse_depths
+from hybrid_sleep.eval.plots import GREY, STYLES, new_figure
 from hybrid_sleep.eval.tasks.base import check_int
+from hybrid_sleep.eval.variants import (
+    device_of,
+    parse_seeds,
+    parse_variant,
+    runs_of,
+    train_and_measure,
+)
 from hybrid_sleep.provenance import describe
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from hybrid_sleep.training import RunConfig
-
-NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
-OPENING, CLOSING = "[{(", "]})"
-SEED = "{seed}"
-STYLES = (
-    (BLUE, "o", "-"),
-    (VERMILLION, "D", "--"),
-    (GREEN, "s", "-."),
-    (ORANGE, "^", ":"),
-    (SKY, "v", "-"),
-    (GREY, "P", "--"),
-)
-
-
-def parse_variant(text: str) -> tuple[str, list[str]]:
-    """Name and overrides of `NAME:key=value,key=value`; a name alone changes nothing.
-
-    A comma inside brackets or quotes belongs to the value. ValueError for anything else.
-    """
-    name, _, rest = text.partition(":")
-    if not NAME.fullmatch(name):
-        raise ValueError(
-            f"variant {text!r}; allowed: NAME:key=value,key=value, the name of letters, digits "
-            "and any of _.-"
-        )
-    parts, depth, quote = [""], 0, ""
-    for sign in rest:
-        if quote:
-            quote = "" if sign == quote else quote
-        elif sign in "'\"":
-            quote = sign
-        depth += 0 if quote else (sign in OPENING) - (sign in CLOSING)
-        if sign == "," and not depth and not quote:
-            parts.append("")
-        else:
-            parts[-1] += sign
-    changes = [part.strip() for part in parts] if rest.strip() else []
-    if depth or quote or not all("=" in change for change in changes):
-        raise ValueError(f"variant {text!r}; allowed: NAME:key=value,key=value, brackets closed")
-    return name, changes
-
-
-def parse_seeds(text: str) -> list[int]:
-    """Seeds from text such as `0,1,2`; ValueError for anything else."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
-        raise ValueError(f"seeds={text!r}; allowed: such as 0,1,2, each once")
-    return [int(part) for part in parts]
-
-
-def runs_of(
-    config: str | os.PathLike,
-    overrides: Sequence[str],
-    variants: Sequence[tuple[str, Sequence[str]]],
-    seeds: Sequence[int],
-) -> dict[tuple[str, int], RunConfig]:
-    """The run of every variant and seed, each with a folder of its own in the config's output_dir.
-
-    `{seed}` in an override stands for the seed. Raises ValueError if a name comes twice and,
-    naming the variant, for an impossible run or one that does not learn the task of the others.
-    """
-    from hybrid_sleep.training import load_run_config
-
-    names = [name for name, _ in variants]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"variants={names}; allowed: one or more, with different names")
-    runs = {}
-    for seed in seeds:
-        for name, changes in variants:
-            texts = [text.replace(SEED, str(seed)) for text in (*overrides, *changes)]
-            try:
-                out = Path(load_run_config(config, texts).output_dir) / name / f"seed{seed}"
-                run = load_run_config(config, [*texts, f"train.seed={seed}", f"output_dir={out}"])
-                if run.task != next(iter(runs.values()), run).task or run.task is None:
-                    raise ValueError(f"task={run.task}; allowed: one task for all variants")
-            except (ValueError, FileNotFoundError) as error:
-                raise type(error)(f"variant {name!r}: {error}") from error
-            runs[name, seed] = run
-    return runs
-
 
 def run(
     config: str | os.PathLike,
@@ -115,6 +35,7 @@ def run(
     seeds: str = "0,1,2",
     depths: str = "1-4",
     count: int = 2000,
+    jobs: int = 1,
     out: Path | None = None,
     command: str | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -132,7 +53,7 @@ def run(
     variants = [parse_variant(text) for text in variants]
     runs = runs_of(config, overrides, variants, parse_seeds(seeds))
     first = next(iter(runs.values()))
-    device = _device(first)
+    device = device_of(first)
     task = first.load_task()
     floor = task.floor()
     result = {
@@ -149,56 +70,16 @@ def run(
         "command": command,
         "provenance": record_of(device),
     }
-    wanted = {
-        (name, seed): {
-            "variant": name,
-            "seed": seed,
-            "depths": depths,
-            "examples": count,
-            "config": run.to_dict(),
-            "first_weights": None if run.init is None else _digest(run.init.checkpoint),
-        }
-        for (name, seed), run in runs.items()
-    }
-
-    def measure(names: Row) -> Row:
-        return _train_and_measure(runs[names["variant"], names["seed"]], depths, count)
-
-    return collect(
-        result, list(wanted.values()), measure, finish=summarise, out=out, progress=progress
+    return train_and_measure(
+        result,
+        runs,
+        dict.fromkeys(result["changes"], depths),
+        count,
+        jobs=jobs,
+        finish=summarise,
+        out=out,
+        progress=progress,
     )
-
-
-def _train_and_measure(run: RunConfig, depths: list[int], count: int) -> Row:
-    from hybrid_sleep.training import train
-    from hybrid_sleep.training.run import threads
-
-    device, task = _device(run), run.load_task()
-    clock = time.process_time if device == "cpu" else time.perf_counter
-    began = clock()
-    trained = train(run, overwrite=True, progress=False)
-    seconds = clock() - began
-    with threads(run.train.threads):
-        measured = measure_depth(load_model(trained.model_dir, device), task, depths, count)
-    return {
-        "steps": trained.steps,
-        "seconds": seconds,
-        "exact": {str(depth): measured.exact[depth] for depth in depths},
-        "per_label": {str(depth): measured.per_label[depth] for depth in depths},
-    }
-
-
-def _device(run: RunConfig) -> str:
-    import torch
-
-    return "cuda" if run.train.device == "auto" and torch.cuda.is_available() else "cpu"
-
-
-def _digest(checkpoint: str) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(Path(checkpoint).glob("*.safetensors")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def summarise(result: dict[str, Any]) -> None:

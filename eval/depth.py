@@ -33,15 +33,19 @@ SPLIT = "test"
 class DepthResult:
     """One checkpoint measured at several depths, on `count` examples each.
 
-    `exact` is the share of examples with every label right, `per_label` the share of labels,
-    `seconds` the time of all forwards; each by depth.
+    `exact` is the share of examples with every label right, `per_question` that of questions,
+    `per_label` that of labels, `by_difficulty` that of questions by their difficulty, `seconds` the
+    time of all forwards; each by depth. `questions`: how many there were, by difficulty.
     """
 
     count: int
     eval_seed: int
     split: str = SPLIT
     exact: dict[int, float] = field(default_factory=dict)
+    per_question: dict[int, float] = field(default_factory=dict)
     per_label: dict[int, float] = field(default_factory=dict)
+    by_difficulty: dict[int, dict[int, float]] = field(default_factory=dict)
+    questions: dict[int, int] = field(default_factory=dict)
     seconds: dict[int, float] = field(default_factory=dict)
 
     @property
@@ -71,7 +75,8 @@ def measure_depth(
     check_int("count", count, 1)
     check_int("batch_size", batch_size, 1)
     check_int("seed", seed, 0)
-    data = task.batch(SPLIT, seed, count)
+    examples = list(task.examples(SPLIT, seed, count))
+    tokens = torch.tensor([example["input_ids"] for example in examples])
     device = next(model.parameters()).device
     result = DepthResult(count=count, eval_seed=seed)
     predictions = {depth: [] for depth in depths}
@@ -82,9 +87,9 @@ def measure_depth(
     try:
         with torch.no_grad():
             # The first call pays for allocations and caches that belong to no depth.
-            predict(model, data["input_ids"][:batch_size].to(device), 1)
+            predict(model, tokens[:batch_size].to(device), 1)
             for start in range(0, count, batch_size):
-                input_ids = data["input_ids"][start : start + batch_size].to(device)
+                input_ids = tokens[start : start + batch_size].to(device)
                 for depth in depths:
                     began = time.perf_counter()
                     predictions[depth].append(predict(model, input_ids, depth).cpu())
@@ -95,9 +100,10 @@ def measure_depth(
     finally:
         model.train(training)
     for depth in depths:
-        score = task.score(torch.cat(predictions[depth]), data)
-        result.exact[depth] = score["exact"]
-        result.per_label[depth] = score["per_label"]
+        score = task.score(torch.cat(predictions[depth]), examples)
+        for name in ("exact", "per_question", "per_label", "by_difficulty"):
+            getattr(result, name)[depth] = score[name]
+        result.questions = score["questions"]
         result.seconds[depth] = seconds[depth]
     return result
 

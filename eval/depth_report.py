@@ -9,10 +9,10 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
-from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybrid_sleep.eval.statistics import wilson
 from hybrid_sleep.eval.tasks import Task
 from hybrid_sleep.provenance import describe, provenance
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from hybrid_sleep.eval.depth import DepthResult
     from hybrid_sleep.training import RunConfig
 
-Z95 = 1.959963984540054
 EQUAL_WITHIN = 0.02
 
 
@@ -95,15 +94,6 @@ def run_record(checkpoint: str | os.PathLike, run: RunConfig) -> dict[str, Any]:
 def best_depth(accuracy: dict[int, float]) -> int:
     """The smallest depth with the highest accuracy."""
     return max(sorted(accuracy), key=lambda depth: accuracy[depth])
-
-
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a share seen in `count` independent trials."""
-    centre = share + Z95**2 / (2 * count)
-    spread = Z95 * sqrt(share * (1 - share) / count + Z95**2 / (4 * count**2))
-    scale = 1 + Z95**2 / count
-    # At 0 and 1 the bound is exact; rounding must not push it outside.
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
 def _keyed(by_depth: dict[int, Any]) -> dict[str, Any]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import hybrid_sleep
+from hybrid_sleep.eval.tasks.base import check_int
 from hybrid_sleep.io import write_json_atomic
 from hybrid_sleep.kernels.benchmarks.resume import Budget, record, rows_of
 
@@ -34,6 +37,7 @@ def collect(
     *,
     finish: Callable[[dict[str, Any]], None],
     minutes: float | None = None,
+    jobs: int = 1,
     out: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -43,7 +47,10 @@ def collect(
     `finish(result)` brings sums up to date, and the whole is written there. `minutes`: stop before
     a row as long as the longest so far would end later. Interrupted, it returns what it has, and
     raises if that is nothing. `ended` says how it was: "done", "time is up" or "interrupted".
+    jobs: rows measured side by side, each in a process of its own if more than one; `measure` and
+    what it returns must then be picklable.
     """
+    check_int("jobs", jobs, 1)
     budget = Budget(minutes)
     wanted = [json.loads(json.dumps(names)) for names in wanted]
     before = rows_of(out, result["benchmark"], result["provenance"])
@@ -54,26 +61,51 @@ def collect(
         result["ended"], result["complete"] = ended, ended == "done"
         finish(result)
 
+    pending = [names for names in wanted if _name(names) not in there]
     ended = "done"
     try:
-        for names in wanted:
-            if _name(names) in there:
-                continue
-            if budget.over():
-                ended = "time is up"
-                break
-            there[_name(names)] = {**names, **measure(names)}
+        for names, row in _measured(pending, measure, jobs, budget):
+            there[_name(names)] = {**names, **row}
             update("interrupted")
             if out is not None:
                 write_json_atomic(out / "results.json", result)
             if progress is not None:
                 progress(len(there), len(wanted))
+        if len(there) < len({_name(names) for names in wanted}):
+            ended = "time is up"
     except KeyboardInterrupt:
         if not there:
             raise
         ended = "interrupted"
     update(ended)
     return result
+
+
+def _measured(
+    pending: Sequence[Row], measure: Callable[[Row], Row], jobs: int, budget: Budget
+) -> Iterator[tuple[Row, Row]]:
+    """Names and what was measured, as rows are done, until the time is up."""
+    if jobs == 1:
+        for names in pending:
+            if budget.over():
+                return
+            yield names, measure(names)
+        return
+    # Forked, a process would share torch's threads in whatever state they were.
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        queue, running = list(pending), {}
+        try:
+            while queue or running:
+                while queue and len(running) < jobs and not budget.over():
+                    names = queue.pop(0)
+                    running[pool.submit(measure, names)] = names
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(future), future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _name(names: Row) -> str:

@@ -6,6 +6,7 @@ import pytest
 
 from hybrid_sleep import HybridSleepForCausalLM
 from hybrid_sleep.eval import ablation
+from hybrid_sleep.eval.variants import parse_seeds, parse_variant, runs_of
 from hybrid_sleep.eval.depth import measure_depth
 from hybrid_sleep.training import load_run_config, train
 
@@ -38,24 +39,24 @@ def config(tmp_path):
     ],
 )
 def test_a_variant_is_a_name_and_changes(text, expected):
-    assert ablation.parse_variant(text) == expected
+    assert parse_variant(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", ":x=1", "../a:x=1", "a:x", "a:x=1,", "a:x=[1", "a:x='1"])
 def test_what_is_no_variant_is_refused(text):
     with pytest.raises(ValueError, match="variant .*; allowed: NAME:key=value"):
-        ablation.parse_variant(text)
+        parse_variant(text)
 
 
 @pytest.mark.parametrize("text", ["", "1,", "a", "1,1", "-1"])
 def test_what_are_no_seeds_is_refused(text):
     with pytest.raises(ValueError, match="seeds=.*; allowed: such as 0,1,2"):
-        ablation.parse_seeds(text)
+        parse_seeds(text)
 
 
 def test_every_variant_and_seed_is_a_run_in_a_folder_of_its_own(tmp_path, config):
     variants = [("one", []), ("two", ["train.lr_muon=0.{seed}5", "train.steps=4"])]
-    runs = ablation.runs_of(config, ["train.batch_size=16"], variants, [3, 1])
+    runs = runs_of(config, ["train.batch_size=16"], variants, [3, 1])
     assert list(runs) == [("one", 3), ("two", 3), ("one", 1), ("two", 1)]
     for (name, seed), run in runs.items():
         assert run.output_dir == str(tmp_path / "models" / name / f"seed{seed}")
@@ -76,7 +77,7 @@ def test_every_variant_and_seed_is_a_run_in_a_folder_of_its_own(tmp_path, config
 )
 def test_impossible_variants_are_refused_by_name(config, variants, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        ablation.runs_of(config, [], variants, [0])
+        runs_of(config, [], variants, [0])
 
 
 def made_up():

@@ -1,0 +1,254 @@
+"""FLOPs, parameters and bytes of a HybridSleepConfig, counted on paper: no model, no torch.
+
+Counted, at 2 for each multiply-add: every matrix product (projections, MLPs, logits), attention
+over the pairs of tokens that see each other (`q k` and `weights v`), and the recurrences of
+state-space layers token by token: the gated delta rule reads with k, writes and reads with q,
+Mamba-2 writes and reads with q; each touches all of `S: [H, K, V]`.
+
+Not counted: embeddings, norms, rotary angles, softmax, activations, gates, decays, skip connections
+and short convolutions: a few operations a channel, where a product takes `hidden_size` or more.
+Kernels may compute more than this: attention the pairs that it masks, chunked recurrences some more
+products in exchange for fewer steps.
+
+All counts are of one row of a batch, without pads.
+"""
+
+from __future__ import annotations
+
+from hybrid_sleep.configuration import HybridSleepConfig, check_count
+
+RECURRENCE = {"gated_deltanet": 3, "mamba2": 2}  # products with S a token; the last one reads
+
+
+def visible_pairs(
+    tokens: int, past: int = 0, *, reach: int | None = None, bidirectional: bool = False
+) -> int:
+    """How many (query, key) pairs `tokens` new tokens make behind `past` older ones.
+
+    A query sees what lies before it and itself, at most `reach` of them (None: all), and with
+    `bidirectional` the new tokens behind it as well.
+    """
+    total = past + tokens
+    seen = tokens * total if bidirectional else tokens * past + tokens * (tokens + 1) // 2
+    if reach is None:
+        return seen
+    return seen - _triangle(total - reach) + _triangle(past - reach)
+
+
+def pass_flops(
+    config: HybridSleepConfig,
+    tokens: int,
+    *,
+    bidirectional: bool = False,
+    past: int = 0,
+    first: int = 0,
+    last: int | None = None,
+    write_only_last: bool = False,
+) -> int:
+    """Blocks `first`..`last` - 1 (None: up to the last) once over `tokens` new tokens.
+
+    past: tokens before them whose keys and values are held; under sliding eviction a token sees
+    the `window` last ones only. bidirectional: as attention in a sleep may be. write_only_last: the
+    last block leaves its memory and nothing else, as in the last pass of a sleep.
+    """
+    check_count("tokens", tokens)
+    check_count("past", past, minimum=0)
+    layers = config.num_hidden_layers
+    last = layers if last is None else last
+    if not 0 <= check_count("first", first, minimum=0) < check_count("last", last) <= layers:
+        raise ValueError(
+            f"first, last must be 0 <= first < last <= {layers}, got {first}, {last}"
+        )
+    reach = config.window if config.eviction == "sliding" else None
+    pairs = visible_pairs(tokens, past, reach=reach, bidirectional=bidirectional)
+    flops = 0
+    for layer in range(first, last):
+        write_only = write_only_last and layer == last - 1
+        flops += 2 * tokens * _products_per_token(config, layer, write_only)
+        if config.layer_types[layer] == "full_attention" and not write_only:
+            flops += 4 * pairs * config.num_attention_heads * config.head_dim
+    return flops
+
+
+def sleep_flops(config: HybridSleepConfig, tokens: int, passes: int, *, past: int = 0) -> int:
+    """Passes 2..`passes` over a window of `tokens`, as `model.sleep` runs them; 0 for one pass.
+
+    Looped blocks every pass, the coda behind the last one. The last pass ends where nothing later
+    leaves anything at the boundary, and that block only writes. past: tokens from before the window
+    that are still seen (sliding eviction).
+    """
+    check_count("tokens", tokens)
+    check_count("passes", passes)
+    start, end = config.loop_range
+    kinds = ("linear_attention", "full_attention")[: 2 if config.eviction == "sliding" else 1]
+    writers = [i for i, kind in enumerate(config.layer_types) if i >= start and kind in kinds]
+    if passes == 1 or not writers:
+        return 0
+    seen = {"past": past, "bidirectional": config.sleep_attention == "bidirectional"}
+    whole = pass_flops(config, tokens, first=start, last=end, **seen)
+    closing = {"last": writers[-1] + 1, "write_only_last": True, **seen}
+    if writers[-1] < end:
+        return (passes - 2) * whole + pass_flops(config, tokens, first=start, **closing)
+    return (passes - 1) * whole + pass_flops(config, tokens, first=end, **closing)
+
+
+def token_flops(config: HybridSleepConfig, past: int) -> int:
+    """One token awake behind `past` tokens that are held, its logits included.
+
+    A model that sleeps holds those of its open window; one that keeps its whole KV cache, all.
+    """
+    return pass_flops(config, 1, past=past) + logit_flops(config)
+
+
+def logit_flops(config: HybridSleepConfig, tokens: int = 1) -> int:
+    """Logits of `tokens` tokens."""
+    return 2 * tokens * config.hidden_size * config.vocab_size
+
+
+def sequence_flops(
+    config: HybridSleepConfig,
+    tokens: int,
+    passes: int,
+    sleeps: int | None = None,
+    *,
+    logits: int | None = None,
+) -> int:
+    """A sequence of `tokens` tokens read from its start: pass 1 of every window, and the sleeps.
+
+    sleeps: how many of the first windows sleep (0 or more, `passes` deep); the others only evict.
+    None: all that are full when another token comes. logits: of how many tokens; None for all.
+    """
+    check_count("tokens", tokens)
+    check_count("passes", passes)
+    window = config.window
+    full = (tokens - 1) // window
+    sleeps = full if sleeps is None else min(full, check_count("sleeps", sleeps, minimum=0))
+    logits = tokens if logits is None else check_count("logits", logits, minimum=0)
+    flops = logit_flops(config, logits)
+    for index in range(full + 1):
+        length = window if index < full else tokens - full * window
+        past = min(index * window, window - 1) if config.eviction == "sliding" else 0
+        flops += pass_flops(config, length, past=past)
+        if index < sleeps:
+            flops += sleep_flops(config, length, passes, past=past)
+    return flops
+
+
+def past_flops(config: HybridSleepConfig, tokens: int, passes: int) -> int:
+    """`tokens`, a multiple of the window, read and slept over, the last window too.
+
+    With the logits of one token, which a forward computes in any case.
+    """
+    window = config.window
+    if check_count("tokens", tokens) % window:
+        raise ValueError(f"tokens must be a multiple of the window, {window}, got {tokens}")
+    before = min(tokens - window, window - 1) if config.eviction == "sliding" else 0
+    read = sequence_flops(config, tokens, passes, logits=1)
+    return read + sleep_flops(config, window, passes, past=before)
+
+
+def training_flops(
+    config: HybridSleepConfig, tokens: int, passes: int, sleeps: int | None = None
+) -> int:
+    """Forward and backward over one sequence: 3 times `sequence_flops`, a backward being twice it.
+
+    torch computes more where activations are recomputed (up to one forward more, two with
+    `("window", ...)`), and less where no loss depends on a result: truncated passes, the coda and
+    the logits of windows that only hold context.
+    """
+    return 3 * sequence_flops(config, tokens, passes, sleeps)
+
+
+def parameters(config: HybridSleepConfig) -> int:
+    """Parameters of a HybridSleepForCausalLM; layers that share weights count once."""
+    hidden, count = config.hidden_size, config.hidden_size * (1 + config.vocab_size)
+    if not config.tie_word_embeddings:
+        count += hidden * config.vocab_size
+    distinct = getattr(config, "distinct_layers", None) or config.num_hidden_layers
+    for layer in range(distinct):
+        count += _weights(config, layer, False) + hidden * (1 + bool(config.mlp_widths[layer]))
+        if config.layer_types[layer] == "full_attention":
+            count += 2 * config.head_dim
+            continue
+        heads = config.linear_num_value_heads
+        count += _channels(config) * config.linear_conv_kernel_dim
+        count += 2 * heads + config.linear_value_head_dim
+        count += heads * (config.state_space == "mamba2")
+    return count
+
+
+def kv_bytes(config: HybridSleepConfig, itemsize: int = 4) -> int:
+    """Bytes of keys and values of one token, over all attention layers."""
+    layers = sum(kind == "full_attention" for kind in config.layer_types)
+    return 2 * itemsize * layers * config.num_key_value_heads * config.head_dim
+
+
+def cache_bytes(
+    config: HybridSleepConfig,
+    tokens: int,
+    *,
+    past: int = 0,
+    slept: bool = False,
+    itemsize: int = 4,
+) -> int:
+    """What `SleepCache.nbytes()` says of one row with `tokens` in its open window.
+
+    Fast weights (fp32), keys and values of the window and of `past` tokens before it (sliding
+    eviction), pass-1 hidden states, convolution tails, and, once the row has `slept`, what the coda
+    (and under sliding eviction every looped layer) started the window from. itemsize: bytes of an
+    element of the model's dtype, at most 4. At `tokens` = 0 it is what stays behind a boundary.
+    """
+    check_count("tokens", tokens, minimum=0)
+    sliding = config.eviction == "sliding"
+    start, end = config.loop_range
+    spaces = [i for i, kind in enumerate(config.layer_types) if kind == "linear_attention"]
+    heads, dim = config.linear_num_value_heads, config.linear_key_head_dim
+    state = 4 * heads * dim * config.linear_value_head_dim
+    tail = itemsize * (config.linear_conv_kernel_dim - 1) * _channels(config)
+    size = len(spaces) * (state + tail * bool(tokens or sliding))
+    size += (tokens + past) * kv_bytes(config, itemsize)
+    size += itemsize * tokens * config.hidden_size
+    if slept:
+        size += state * sum(i >= end for i in spaces)
+        size += tail * sum(i >= start for i in spaces) * sliding
+    return size
+
+
+def _products_per_token(config: HybridSleepConfig, layer: int, write_only: bool) -> int:
+    """Multiply-adds of a block for each token, attention's pairs apart."""
+    count = _weights(config, layer, write_only)
+    if config.layer_types[layer] == "full_attention":
+        return count
+    touched = RECURRENCE[config.state_space] - write_only
+    heads, dim = config.linear_num_value_heads, config.linear_key_head_dim
+    return count + touched * heads * dim * config.linear_value_head_dim
+
+
+def _weights(config: HybridSleepConfig, layer: int, write_only: bool) -> int:
+    """Elements of the matrices of a block that a token is multiplied with."""
+    hidden = config.hidden_size
+    mlp = 0 if write_only else 3 * config.mlp_widths[layer]
+    if config.layer_types[layer] == "full_attention":
+        keys = 2 * config.num_key_value_heads * config.head_dim
+        read = 0 if write_only else 2 * config.num_attention_heads * config.head_dim
+        return hidden * (keys + read + mlp)
+    heads = config.linear_num_value_heads
+    keys = config.linear_num_key_heads * config.linear_key_head_dim
+    values = heads * config.linear_value_head_dim
+    gates = heads * (2 if config.state_space == "gated_deltanet" else 1)
+    written = keys + values + gates
+    # Under sliding eviction queries are computed for their convolution's tail, even if unread.
+    queries = keys * (not write_only or config.eviction == "sliding")
+    read = 0 if write_only else 2 * values
+    return hidden * (written + queries + read + mlp)
+
+
+def _channels(config: HybridSleepConfig) -> int:
+    """Channels of q, k and v in a state-space layer, which are what it convolves."""
+    keys = config.linear_num_key_heads * config.linear_key_head_dim
+    return 2 * keys + config.linear_num_value_heads * config.linear_value_head_dim
+
+
+def _triangle(n: int) -> int:
+    """1 + 2 + ... + n, 0 for n < 1."""
+    return n * (n + 1) // 2 if n > 0 else 0
