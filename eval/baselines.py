@@ -33,15 +33,18 @@ OTHER = {
 class Variant:
     """A run beside the reference: its name, in words, what it changes, and where it is asked.
 
+    Compared at the depth `asked`, which is decided by the training and not by what turns out best.
     equal: "compute", "tokens" or "both", what its training has in common with the reference's.
+    tied: the depth of each difficulty, where training ties them.
     """
 
     name: str
     label: str
     changes: dict[str, Any]
     depths: list[int]
+    asked: int
     role: str
-    equal: str = ""
+    equal: str
     tied: dict[int, int] = field(default_factory=dict)
 
 
@@ -72,12 +75,17 @@ def baselines_of(run: RunConfig, names: Sequence[str]) -> list[Variant]:
         longer = {**changes, "train.steps": max(1, steps)}
         longer["train.warmup"] = min(run.train.warmup, longer["train.steps"])
         if abs(steps / run.train.steps - 1) < EQUAL_WITHIN:
-            variants.append(Variant(name, label, longer, [1], "baseline", "both"))
+            variants.append(Variant(name, label, longer, [1], 1, "baseline", "both"))
         else:
-            variants.append(Variant(name, label, longer, [1], "baseline", "compute"))
+            variants.append(Variant(name, label, longer, [1], 1, "baseline", "compute"))
             same = f"{name}_tokens"
-            variants.append(Variant(same, label, changes, [1], "baseline", "tokens"))
+            variants.append(Variant(same, label, changes, [1], 1, "baseline", "tokens"))
     return variants
+
+
+def asked_at(run: RunConfig, depths: Sequence[int]) -> int:
+    """Where a run is compared: the deepest of `depths` that it trained at, else the shallowest."""
+    return max((d for d in depths if d in run.sleep_passes.depths()), default=min(depths))
 
 
 def _changed(run: RunConfig, changes: dict[str, Any]) -> RunConfig:
@@ -162,8 +170,9 @@ def ablations_of(run: RunConfig, names: Sequence[str], depths: list[int]) -> lis
             full = f"{name}_{suffix}" if suffix else name
             tied = changes.get("sleep_passes")
             tied = tied.get("by_difficulty", {}) if isinstance(tied, dict) else {}
+            asked = asked_at(run if not tied else _changed(run, changes), depths)
             variants.append(
-                Variant(full, label, changes, depths, "ablation", "tokens", dict(tied))
+                Variant(full, label, changes, depths, asked, "ablation", "tokens", dict(tied))
             )
     return variants
 

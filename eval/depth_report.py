@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybrid_sleep.eval.statistics import wilson
+from hybrid_sleep.eval.statistics import over_seeds, wilson
 from hybrid_sleep.eval.tasks import Task
 from hybrid_sleep.provenance import describe, provenance
 
@@ -37,13 +37,15 @@ def summarise(
     """What goes into results.json: one entry a checkpoint, their mean and spread, the floor.
 
     `runs[i]` is the `run_record` of the checkpoint behind `results[i]`. `accuracy` is the mean of
-    the checkpoints by depth, `spread` their lowest and highest; `interval` of a run is the 95 %
-    interval of its own accuracy, given how many examples it saw. `baseline`: see `read_baseline`.
+    the checkpoints by depth, `spread` their lowest and highest, `interval` its 95 % interval over
+    them (see `over_seeds`); `interval` of a run is that of its own accuracy, given how many
+    examples it saw. `by_difficulty`: mean shares of questions right. `baseline`: see
+    `read_baseline`.
     """
     depths = results[0].depths
     floor = task.floor()
     mean = {}
-    for name in ("exact", "per_label", "seconds"):
+    for name in ("exact", "per_question", "per_label", "seconds"):
         by_run = [getattr(result, name) for result in results]
         mean[name] = {d: sum(values[d] for values in by_run) / len(results) for d in depths}
     exact = {d: [result.exact[d] for result in results] for d in depths}
@@ -52,7 +54,22 @@ def summarise(
         "task": {"name": task.name, "params": task.params},
         "floor": floor["exact"],
         "floor_per_label": floor["per_label"],
+        "floor_by_difficulty": _keyed(floor["by_difficulty"]),
+        "chance": floor["chance"],
         "accuracy": _keyed(mean["exact"]),
+        "interval": _keyed({d: over_seeds(exact[d]) for d in depths}),
+        "per_question": _keyed(mean["per_question"]),
+        "difficulty": task.difficulty,
+        "by_difficulty": _keyed(
+            {
+                d: {
+                    level: sum(result.by_difficulty[d][level] for result in results) / len(results)
+                    for level in results[0].questions
+                }
+                for d in depths
+            }
+        ),
+        "questions": _keyed(results[0].questions),
         "per_label": _keyed(mean["per_label"]),
         "spread": _keyed({d: [min(exact[d]), max(exact[d])] for d in depths}),
         "seconds_per_example": _keyed({d: mean["seconds"][d] / results[0].count for d in depths}),
@@ -96,8 +113,12 @@ def best_depth(accuracy: dict[int, float]) -> int:
     return max(sorted(accuracy), key=lambda depth: accuracy[depth])
 
 
-def _keyed(by_depth: dict[int, Any]) -> dict[str, Any]:
-    return {str(depth): value for depth, value in by_depth.items()}
+def _keyed(by_number: dict[int, Any]) -> dict[str, Any]:
+    """Keys as a file would have them."""
+    return {
+        str(number): _keyed(value) if isinstance(value, dict) else value
+        for number, value in by_number.items()
+    }
 
 
 def read_baseline(path: str | os.PathLike | Any, run: RunConfig) -> dict[str, Any]:
@@ -186,7 +207,8 @@ def markdown(result: dict[str, Any]) -> str:
     """The table of a depth result, with the floor, what was asked, and where it came from."""
     several = len(result["runs"]) > 1
     seeds = [f"seed {run['seed']}" for run in result["runs"]] if several else []
-    spread = ["lowest to highest"] if several else ["95 % interval"]
+    spread = ["lowest to highest", "95 % interval"] if several else ["95 % interval"]
+    intervals = result.get("interval", {})
     head = ["depth N", "exact", *spread, *seeds, "per label", "ms per example", "cost"]
     lines = [f"| {' | '.join(head)} |", "|" + "---:|" * len(head)]
     first = result["seconds_per_example"][min(result["accuracy"], key=int)]
@@ -198,6 +220,7 @@ def markdown(result: dict[str, Any]) -> str:
             depth,
             f"**{exact}**" if int(depth) == result["best_depth"] else exact,
             f"{low:.3f} to {high:.3f}",
+            *(_between(intervals.get(depth)) for _ in spread[1:]),
             *(f"{run['exact'][depth]:.3f}" for run in result["runs"] if several),
             f"{result['per_label'][depth]:.3f}",
             f"{1000 * seconds:.2f}",
@@ -205,11 +228,13 @@ def markdown(result: dict[str, Any]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     params = ", ".join(f"{name}={value}" for name, value in result["task"]["params"].items())
+    lines += _by_difficulty(result)
+    chance = f"; chance {result['chance']:.4f}" if "chance" in result else ""
     lines += [
         "",
         f"Task: {result['task']['name']} ({params}); {result['examples']} test examples a depth, "
         f"evaluation seed {result['eval_seed']}. Floor (always the most frequent label): "
-        f"exact {result['floor']:.4f}, per label {result['floor_per_label']:.4f}.",
+        f"exact {result['floor']:.4f}, per label {result['floor_per_label']:.4f}{chance}.",
     ]
     if not result["complete"]:
         lines += ["", f"Interrupted after {len(result['runs'])} checkpoint(s)."]
@@ -219,6 +244,24 @@ def markdown(result: dict[str, Any]) -> str:
     if result["command"]:
         lines += ["", f"`{result['command']}`"]
     return "\n".join(lines) + "\n"
+
+
+def _between(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
+
+
+def _by_difficulty(result: dict[str, Any]) -> list[str]:
+    """The share of questions right by depth and difficulty, where there is more than one."""
+    levels = list(result.get("questions", {}))
+    if len(levels) < 2:
+        return []
+    head = [f"questions right, {result['difficulty']}:", *levels]
+    lines = ["", f"| {' | '.join(head)} |", "|:---|" + "---:|" * len(levels)]
+    for depth, shares in result["by_difficulty"].items():
+        cells = [f"depth {depth}", *(f"{shares[level]:.3f}" for level in levels)]
+        lines.append(f"| {' | '.join(cells)} |")
+    floors = [f"{result['floor_by_difficulty'][level]:.3f}" for level in levels]
+    return [*lines, f"| without memory | {' | '.join(floors)} |"]
 
 
 def figure(result: dict[str, Any]) -> Figure:

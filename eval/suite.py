@@ -20,6 +20,7 @@ from hybrid_sleep.eval.baselines import (
     REFERENCE,
     Variant,
     ablations_of,
+    asked_at,
     baselines_of,
 )
 from hybrid_sleep.eval.benchmarks.slices import Row, record_of
@@ -56,10 +57,22 @@ def variants_of(
     tied = tied.get("by_difficulty", {}) if isinstance(tied, dict) else {}
     changed = [name for name in ablations if name != ADAPTIVE]
     return [
-        Variant(REFERENCE, label, {}, depths, "reference", "both", tied),
+        Variant(REFERENCE, label, {}, depths, asked_at(run, depths), "reference", "both", tied),
         *baselines_of(run, baselines),
         *ablations_of(run, changed, depths),
     ]
+
+
+def _applicable(run: Any, names: list[str], depths: list[int]) -> tuple[list[str], dict[str, str]]:
+    """Those of `names` that change something of `run`, and why the others do not."""
+    kept, left_out = [], {}
+    for name in names:
+        try:
+            ablations_of(run, [name] if name != ADAPTIVE else [], depths)
+            kept.append(name)
+        except ValueError as error:
+            left_out[name] = str(error)
+    return kept, left_out
 
 
 def run(
@@ -80,9 +93,10 @@ def run(
     """Train and measure the run of `config`, its baselines and its ablations with every seed.
 
     depths: where the reference and its ablations are asked (default: 1 to the deepest in training);
-    baselines are asked at 1. baselines, ablations: names (`parse_names`). jobs: trainings side by
-    side. Interrupted after the first row, it returns what it has, with `complete` False; rows that
-    `out` has from the same code, machine and config are kept. Raises ValueError or
+    baselines are asked at 1. baselines, ablations: names (`parse_names`); of "all" ablations those
+    that would change nothing of this run are left out, and `left_out` says why. jobs: trainings
+    side by side. Interrupted after the first row, it returns what it has, with `complete` False;
+    rows that `out` has from the same code, machine and config are kept. Raises ValueError or
     FileNotFoundError before anything is trained, also for fewer than 3 seeds.
     """
     from hybrid_sleep.training import load_run_config
@@ -96,6 +110,9 @@ def run(
     first = load_run_config(config, [*overrides, f"train.seed={numbers[0]}"])
     levels = list(range(1, first.sleep_passes.deepest + 1))
     levels = levels if depths is None else parse_depths(depths)
+    left_out: dict[str, str] = {}
+    if ablations == "all":
+        asked, left_out = _applicable(first, asked, levels)
     variants = variants_of(first, levels, compared, asked)
     runs = runs_of(config, overrides, [(v.name, v.changes) for v in variants], numbers)
     task, device = first.load_task(), device_of(first)
@@ -111,6 +128,7 @@ def run(
         "split": "test",
         "clock": "processor" if device == "cpu" else "wall",
         "plan": {v.name: {**vars(v), "tied": _texts(v.tied)} for v in variants},
+        "left_out": left_out,
         "rows": [],
         "command": command,
         "provenance": record_of(device),
@@ -149,8 +167,8 @@ def summarise(result: dict[str, Any]) -> None:
     """Put `variants` into `result`: shares of questions right, over seeds, with 95 % intervals.
 
     `per_question` and `by_difficulty` have `mean`, `interval` (None for one seed) and `seeds`, by
-    depth; `ahead` is what the reference at its best depth has more than the variant at its own,
-    seed by seed: mean, lowest, highest. `tied`: each difficulty at its own depth.
+    depth; `ahead` is what the reference has more than the variant, each asked at its own depth,
+    seed by seed: mean, lowest, highest. `tied`: each difficulty at the depth it trained at.
     """
     result["variants"] = {}
     by_name = {
@@ -164,6 +182,7 @@ def summarise(result: dict[str, Any]) -> None:
         levels = next(iter(rows.values()))["questions"]
         variant = {
             **{key: plan[key] for key in ("label", "role", "equal")},
+            "asked": str(plan["asked"]),
             "seeds": list(rows),
             "seconds": mean(row["seconds"] for row in rows.values()),
             "cost": {
@@ -190,10 +209,10 @@ def summarise(result: dict[str, Any]) -> None:
         result["variants"][name] = variant
     if REFERENCE not in result["variants"]:
         return
-    at = best_depth(result["variants"][REFERENCE])
+    at = result["variants"][REFERENCE]["asked"]
     first = by_name[REFERENCE]
     for name, variant in result["variants"].items():
-        own = best_depth(variant)
+        own = variant["asked"]
         gaps = [
             first[seed]["per_question"][at] - row["per_question"][own]
             for seed, row in by_name[name].items()
@@ -220,12 +239,6 @@ def _over(shares: list[float]) -> dict[str, Any]:
         "interval": None if interval is None else list(interval),
         "seeds": shares,
     }
-
-
-def best_depth(variant: dict[str, Any]) -> str:
-    """The smallest depth with the highest mean share of questions right."""
-    shares = variant["per_question"]
-    return max(sorted(shares, key=int), key=lambda depth: shares[depth]["mean"])
 
 
 def floor_of(result: dict[str, Any]) -> float:

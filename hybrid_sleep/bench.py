@@ -1,4 +1,4 @@
-"""`hybrid-sleep bench`: one command a benchmark."""
+"""`hybrid-sleep bench`: one command a benchmark; those of accuracy are in `compare`."""
 
 from __future__ import annotations
 
@@ -13,46 +13,6 @@ bench = typer.Typer(
     help="Benchmarks: each writes results.json, a Markdown table and a figure.",
     no_args_is_help=True,
 )
-
-
-@bench.command("depth")
-@command
-def bench_depth(
-    checkpoints: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="CHECKPOINT",
-            help="Trained models; several are taken as seeds of one recipe.",
-        ),
-    ],
-    depths: Annotated[str, typer.Option(help="Sleep depths, such as 1-8 or 1,2,4.")] = "1-8",
-    count: Annotated[int, typer.Option(help="Test examples at each depth.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Which test examples.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Examples in one forward.")] = 250,
-    device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
-    baseline: Annotated[
-        Path | None,
-        typer.Option(help="results.json of a model trained at one depth, to compare with."),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/bench-depth"),
-) -> None:
-    """Accuracy and cost against sleep depth, with the floor and the spread over checkpoints.
-
-    The task is the one each checkpoint was trained on (run.yaml beside its weights).
-    """
-    from hybrid_sleep.eval.depth import bench_checkpoints, parse_depths
-
-    result = bench_checkpoints(
-        checkpoints,
-        parse_depths(depths),
-        count=count,
-        seed=seed,
-        batch_size=batch_size,
-        device=device,
-        baseline=baseline,
-        command=command_line(),
-    )
-    report(result, out)
 
 
 @bench.command("generation")
@@ -226,45 +186,6 @@ def bench_kernels(
         typer.echo("the time is up; the same call goes on", err=True)
     elif not measured:
         typer.echo(f"everything was there already; remove {paths[0]} to measure again", err=True)
-
-
-@bench.command("ablate")
-@command
-def bench_ablate(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A run's YAML file.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Changes to all; {seed} is the seed."),
-    ] = None,
-    variant: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME:KEY=VALUE,...", help="The first is what others are held to."),
-    ] = None,
-    seeds: Annotated[str, typer.Option(help="Seeds, such as 0,1,2.")] = "0,1,2",
-    depths: Annotated[str, typer.Option(help="Sleep depths, such as 1-4 or 1,2,4.")] = "1-4",
-    count: Annotated[int, typer.Option(help="Test examples at each depth.")] = 2000,
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/bench-ablate"),
-) -> None:
-    """Train variants of a run with several seeds: accuracy by sleep depth, seed against seed.
-
-    Models go to output_dir/NAME/seedSEED. Rows in the folder from the same code are kept.
-    """
-    from hybrid_sleep.eval import ablation
-    from hybrid_sleep.eval.progress import progress_bar
-
-    with progress_bar("ablate") as progress:
-        result = ablation.run(
-            config,
-            variant or [],
-            overrides=overrides or [],
-            seeds=seeds,
-            depths=depths,
-            count=count,
-            out=out,
-            command=command_line(),
-            progress=progress,
-        )
-    report(result, out)
 
 
 @bench.command("compiled")

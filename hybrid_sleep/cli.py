@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hybrid_sleep.bench import bench
+from hybrid_sleep import compare
 from hybrid_sleep.commands import command, command_line, options
 
 app = typer.Typer(
@@ -17,7 +17,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(bench, name="bench")
+app.add_typer(compare.bench, name="bench")
 
 
 @app.callback()

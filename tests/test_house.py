@@ -39,6 +39,7 @@ LEVELS = (
     ("doctor", "training", "eval"),
     ("commands",),
     ("bench",),
+    ("compare", "evaluate"),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(LEVELS) for name in names}
