@@ -11,6 +11,7 @@ import torch
 
 from hybrid_sleep import HybridSleepConfig, HybridSleepForCausalLM, training
 from hybrid_sleep.eval import depth, depth_report, report, tasks
+from hybrid_sleep.eval.statistics import over_seeds, wilson
 from hybrid_sleep.training.config import TaskConfig, TrainConfig
 
 TASK = tasks.load("rule110", width=6, states=2, steps=3)
@@ -139,7 +140,8 @@ BASE = {
 def made_up(shift=0.0):
     exact = {1: 0.4 + shift, 2: 0.9 + shift, 3: 0.9 + shift, 4: 0.5 + shift}
     return depth.DepthResult(
-        count=200, eval_seed=0, exact=exact, per_label={d: 0.9 for d in exact},
+        count=200, eval_seed=0, exact=exact, per_question=exact, per_label={d: 0.9 for d in exact},
+        by_difficulty={d: {2: share} for d, share in exact.items()}, questions={2: 200},
         seconds={d: 0.1 * d for d in exact},
     )  # fmt: skip
 
@@ -162,8 +164,50 @@ def test_summary_of_several_checkpoints():
     for key in ("torch", "transformers", "python", "device", "date", "commit", "hybrid_sleep"):
         assert key in result["provenance"]
     text = depth_report.markdown(json.loads(json.dumps(result)))
-    assert "| 2 | **0.890** | 0.840 to 0.930 | 0.840 | 0.900 | 0.930 |" in text
+    # .84, .90, .93: deviation .0458, and 4.303 of it over the root of 3 on either side, up to 1.
+    assert "| 2 | **0.890** | 0.840 to 0.930 | 0.776 to 1.000 | 0.840 | 0.900 | 0.930 |" in text
     assert f"{TASK.floor()['exact']:.4f}" in text
+
+
+def test_accuracy_by_difficulty_is_the_mean_over_checkpoints():
+    task = tasks.load("rule110", width=5, states=1, steps=[0, 1])
+    results = [
+        depth.DepthResult(
+            count=8, eval_seed=0, exact={1: 0.5}, per_question={1: 0.5}, per_label={1: 0.5},
+            by_difficulty={1: {0: share, 1: 0.25}}, questions={0: 4, 1: 4}, seconds={1: 1.0},
+        )
+        for share in (0.5, 0.75)
+    ]  # fmt: skip
+    result = depth_report.summarise(task, results, [record(0), record(1)])
+    text = depth_report.markdown(json.loads(json.dumps(result)))
+    assert "| questions right, steps: | 0 | 1 |" in text
+    assert "| depth 1 | 0.625 | 0.250 |" in text
+    # Cells start on or off alike; after a step 20 of 32 rings begin with 1.
+    assert "| without memory | 0.500 | 0.625 |" in text
+    assert "chance 0.5000" in text
+
+
+@pytest.mark.parametrize(
+    ("shares", "interval"),
+    [
+        ([0.5], None),
+        ([0.4, 0.6], (0.0, 1.0)),
+        # Deviation .1; t = 4.303 for three.
+        ([0.4, 0.5, 0.6], (0.5 - 4.303 * 0.1 / 3**0.5, 0.5 + 4.303 * 0.1 / 3**0.5)),
+        ([1.0, 1.0, 1.0], (1.0, 1.0)),
+    ],
+)
+def test_interval_over_seeds_is_student_s(shares, interval):
+    found = over_seeds(shares)
+    assert found == (None if interval is None else pytest.approx(interval))
+
+
+def test_interval_over_many_seeds_nears_the_normal_one():
+    shares = [0.4, 0.6] * 50
+    low, high = over_seeds(shares)
+    assert (low + high) / 2 == pytest.approx(0.5)
+    # 100 values at .1 from their mean, by scipy's t.ppf(.975, 99) = 1.98422.
+    assert (high - low) / 2 == pytest.approx(1.98422 * 0.1 / 99**0.5, rel=1e-4)
 
 
 @pytest.mark.parametrize("checkpoints", [1, 3])
@@ -237,7 +281,8 @@ def saved_baseline(tmp_path, passes=2, depths=(1, 2), **changes):
     results = [
         depth.DepthResult(
             count=9, eval_seed=0, **{name: {d: values[d] for d in depths} for name in
-                                     ("exact", "per_label", "seconds")}
+                                     ("exact", "per_question", "per_label", "seconds")},
+            by_difficulty={d: {2: values[d]} for d in depths}, questions={2: 9},
         )
         for values in exact.values()
     ]  # fmt: skip
@@ -280,7 +325,7 @@ def test_a_baseline_of_several_depths_is_refused(tmp_path):
 @pytest.mark.parametrize("share, count", [(0.0, 50), (0.43, 200), (0.99, 2000), (1.0, 10)])
 def test_wilson_interval_solves_its_equation(share, count):
     """The bounds are the p at which the observed share lies 1.96 standard errors away."""
-    for bound in depth_report.wilson(share, count):
+    for bound in wilson(share, count):
         if 1e-12 < bound < 1 - 1e-12:
             error = math.sqrt(bound * (1 - bound) / count)
             assert abs(share - bound) / error == pytest.approx(1.959964, rel=1e-6)
