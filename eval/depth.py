@@ -198,8 +198,11 @@ def check_seeds_of_one_recipe(
         seeds[run.train.seed] = name
 
 
-def load_model(checkpoint: str | os.PathLike, device: Any = "cpu") -> Any:
-    """The model saved in `checkpoint`, without transformers' bar for its few weights."""
+def load_model(checkpoint: str | os.PathLike, device: Any = "cpu", **given: Any) -> Any:
+    """The model saved in `checkpoint`, without transformers' bar for its few weights.
+
+    given: what `from_pretrained` takes besides, such as `dtype`.
+    """
     from transformers.utils import logging
 
     from hybrid_sleep import HybridSleepForCausalLM
@@ -207,7 +210,7 @@ def load_model(checkpoint: str | os.PathLike, device: Any = "cpu") -> Any:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        return HybridSleepForCausalLM.from_pretrained(os.fspath(checkpoint)).to(device)
+        return HybridSleepForCausalLM.from_pretrained(os.fspath(checkpoint), **given).to(device)
     finally:
         if shown:
             logging.enable_progress_bar()

@@ -22,6 +22,7 @@ BENCHMARKS = {
     "sleep": ("hybrid_sleep.eval.benchmarks.sleep", "sleep.png"),
     "training": ("hybrid_sleep.eval.benchmarks.training_report", "training.png"),
     "ablation": ("hybrid_sleep.eval.ablation", "accuracy.png"),
+    "harness": ("hybrid_sleep.eval.harness.report", "accuracy.png"),
     "map": ("hybrid_sleep.eval.depth_map", "map.png"),
     "suite": ("hybrid_sleep.eval.suite_report", "accuracy.png"),
 }

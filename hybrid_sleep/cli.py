@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hybrid_sleep import compare
+from hybrid_sleep import compare, evaluate
 from hybrid_sleep.commands import command, command_line, options
 
 app = typer.Typer(
@@ -18,6 +18,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(compare.bench, name="bench")
+app.add_typer(evaluate.tasks, name="tasks")
+app.command("eval")(evaluate.evaluate)
 
 
 @app.callback()

@@ -10,12 +10,31 @@ from typing import Any
 
 from hybrid_sleep.eval.tasks.base import IGNORED, SPLITS, Task
 from hybrid_sleep.eval.tasks.depo import Depo
-from hybrid_sleep.eval.tasks.gsm_infinite import GsmInfinite
+from hybrid_sleep.eval.tasks.gsm_infinite import GsmInfinite, GsmSymbolic
+from hybrid_sleep.eval.tasks.mqar import Mqar
+from hybrid_sleep.eval.tasks.parity import Parity
 from hybrid_sleep.eval.tasks.rule110 import Rule110
+from hybrid_sleep.eval.tasks.word_problem import WordProblem
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Depo, GsmInfinite, Rule110)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task
+    for task in (Depo, GsmInfinite, GsmSymbolic, Mqar, Parity, Rule110, WordProblem)
+}
 
-__all__ = ["IGNORED", "SPLITS", "TASKS", "Depo", "GsmInfinite", "Rule110", "Task", "load"]
+__all__ = [
+    "IGNORED",
+    "SPLITS",
+    "TASKS",
+    "Depo",
+    "GsmInfinite",
+    "GsmSymbolic",
+    "Mqar",
+    "Parity",
+    "Rule110",
+    "Task",
+    "WordProblem",
+    "load",
+]
 
 
 def load(name: str, **params: Any) -> Task:

@@ -7,6 +7,7 @@ k steps must be prepared in a sleep.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,17 +17,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hybrid_sleep.eval.tasks.base import IGNORED, SPLITS, Task, check_int
+from hybrid_sleep.eval.tasks.depo_floor import ENUMERATED_NODES, best_guess
+from hybrid_sleep.eval.tasks.draws import TEST_SHARE, U64, mix
 
 if TYPE_CHECKING:
     import torch
 
 PAD = 0
 CONTEXT_WINDOWS = 4
-TEST_SHARE = 16  # one cycle in this many is a test cycle
 FEWEST_CYCLES = 1024  # fewer longest cycles than this might leave the test split empty
 LARGEST_NUMBER = 1 << 32
 WORDS_AT_ONCE = 1 << 20
-U64 = np.uint64
 
 VARIANTS = {
     "paper": {"nodes": 75, "hops": 16, "queries": 10, "alphabet": 50, "shortest": 1, "longest": 2},
@@ -117,6 +118,7 @@ class Depo(Task):
         self.length = self.context + questions
         powers = {1 << power for power in range(self.hops.bit_length())}
         self.test_hops = sorted(powers | {self.hops} | ({24} if self.hops == 32 else set()))
+        self.train_hops = list(range(1, self.hops + 1))
 
     def _examples(self, split: str, seed: int, count: int | None) -> Iterator[dict[str, Any]]:
         for input_ids, labels in self._rows(split, seed, count):
@@ -167,14 +169,19 @@ class Depo(Task):
         }
 
     def floor(self) -> dict[str, Any]:
-        """What always guessing one token scores on the test split, and `chance`; all exact.
+        """What always guessing one token scores on the test split, and what guesses without memory.
 
         `per_label`: the share among all labels of the most frequent one, `majority` (of letters,
         equally frequent, the first). `exact`: P(every label of an example is the same given last
         letter), which needs one-letter names and all questions to meet in one node. `chance`: the
-        share of first questions right for a model that knows the nodes, but not their order. Later
-        ones are easier without any memory, as the answers before them are given: hardly with
-        75 nodes, but 4 questions on 8 nodes, up to 4 steps, can be .23 right on average.
+        share of first questions right for a model that knows the nodes, but not their order.
+
+        `by_difficulty`: by k, the share of questions right for one that besides knows the questions
+        and answers before. Up to 8 nodes it is the best guess, by enumeration of all cycles and,
+        where that is short, of all k: `standard_error` is then 0, and otherwise the largest of the
+        shares', over 512 drawn sequences of k. With more nodes it is that of first questions, and
+        `standard_error` None; later ones are hardly easier with 10 questions on 75 nodes, but much
+        easier where most nodes are asked about. All but this sample is exact.
         """
         shares = _length_shares(self.nodes, self.alphabet, self.lengths)
         letters = sum(share * length for share, length in zip(shares, self.lengths, strict=True))
@@ -193,12 +200,28 @@ class Depo(Task):
             one_node = differ * self.nodes / math.comb(self.nodes, queries)
             exact = shares[0] / self.alphabet * one_node
         elsewhere = sum(residue != 0 for residue in residues) / len(residues)
+        # Once round the cycle lies the start itself.
+        first = {k: 1 / (self.nodes - 1) if k % self.nodes else 1.0 for k in self.test_hops}
+        by_hops, error = first, None
+        if self.nodes <= ENUMERATED_NODES:
+            questions = min(self.queries, self.nodes)
+            by_hops, error = best_guess(self.nodes, questions, tuple(self.test_hops))
         return {
             "exact": exact,
             "per_label": kinds[majority] / (letters + self.original),
             "majority": majority,
             "chance": 1 - elsewhere + elsewhere / (self.nodes - 1),
+            "by_difficulty": dict(by_hops),
+            "standard_error": error,
         }
+
+    def only(self, difficulty: int) -> Depo:
+        """The same cycles and tokens, `difficulty` steps asked for in every question."""
+        if difficulty not in self.train_hops:
+            raise ValueError(f"difficulty={difficulty!r}; allowed: hops={self.train_hops}")
+        task = copy.copy(self)
+        task.test_hops = task.train_hops = [difficulty]
+        return task
 
     def describe(self, example: Mapping[str, Any]) -> str:
         """The cycle of an example in its order, and each question with its answer."""
@@ -210,7 +233,8 @@ class Depo(Task):
             cycle.append(follows[cycle[-1]])
         lines = [f"cycle of {len(cycle)}: {' > '.join(words[name] for name in cycle)}"]
         for k, start, answer in read["queries"]:
-            lines.append(f"{k} steps from {words[start]}: {words[answer]}")
+            steps = "step" if k == 1 else "steps"
+            lines.append(f"{k} {steps} from {words[start]}: {words[answer]}")
         return "\n".join(lines)
 
     def _rows(
@@ -253,7 +277,7 @@ class Depo(Task):
             if (rank[:, -1] >= sizes).all():
                 break
             # Some cycle ran out of different names: go on with words made of its own.
-            fresh = _mix(fresh)
+            fresh = mix(fresh)
             ids = np.concatenate([ids, self._number(fresh)], axis=1)
         row, column = np.nonzero(new & (rank <= sizes[:, None]))
         names = np.zeros((len(words), self.nodes), dtype=U64)
@@ -280,9 +304,9 @@ class Depo(Task):
         """A 64-bit hash of each cycle [n], the same from whichever node it is told."""
         slots = np.arange(self.nodes)
         after = np.take_along_axis(names, (slots + 1) % sizes[:, None], axis=1)
-        edges = _mix((names << U64(32)) | after)
+        edges = mix((names << U64(32)) | after)
         edges[slots >= sizes[:, None]] = 0
-        return _mix(edges.sum(axis=1, dtype=U64))
+        return mix(edges.sum(axis=1, dtype=U64))
 
     def _tokens(
         self, split: str, names: np.ndarray, sizes: np.ndarray, words: np.ndarray
@@ -303,7 +327,7 @@ class Depo(Task):
         if self.original:
             printed = np.pad(printed, ((0, 0), (1, 0)), constant_values=self.bos)
 
-        allowed = self.test_hops if split == "test" else range(1, self.hops + 1)
+        allowed = self.test_hops if split == "test" else self.train_hops
         starts = _shuffled(starts, sizes)[:, : self.queries]
         which = (hops[:, : starts.shape[1]] % U64(len(allowed))).astype(np.int64)
         hops = np.array(allowed)[which]
@@ -332,14 +356,6 @@ def _shuffled(keys: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """A permutation of each row's slots [n, nodes] that keeps the first `size` first."""
     beyond = np.arange(keys.shape[1]) >= sizes[:, None]
     return np.argsort(np.where(beyond, ~U64(0), keys >> U64(1)), axis=1, kind="stable")
-
-
-def _mix(words: np.ndarray) -> np.ndarray:
-    """Stafford's Mix13 finaliser of each word, after an odd constant is added."""
-    mixed = words + U64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> U64(30))) * U64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> U64(27))) * U64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> U64(31))
 
 
 @lru_cache(maxsize=64)

@@ -193,7 +193,8 @@ class Rule110(Task):
         lines = []
         for ring in read["rings"]:
             ended = self.rollout(ring, read["steps"])
-            lines.append(f"{ring} becomes {ended} after {read['steps']} steps: label {ended[0]}")
+            after = f"{read['steps']} step{'s' * (read['steps'] != 1)}"
+            lines.append(f"{ring} becomes {ended} after {after}: label {ended[0]}")
         return "\n".join(lines)
 
     def _contexts(

@@ -6,8 +6,8 @@ import pytest
 
 from hybrid_sleep import HybridSleepForCausalLM
 from hybrid_sleep.eval import ablation
-from hybrid_sleep.eval.variants import parse_seeds, parse_variant, runs_of
 from hybrid_sleep.eval.depth import measure_depth
+from hybrid_sleep.eval.variants import parse_seeds, parse_variant, runs_of
 from hybrid_sleep.training import load_run_config, train
 
 CONFIG = """

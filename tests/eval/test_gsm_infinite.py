@@ -1,18 +1,18 @@
-"""GSM-Infinite as a task: layout, floor, free-text answers, bad parameters."""
+"""GSM-Infinite as a task: layout, floor, reading back, bad parameters."""
 
 from __future__ import annotations
 
 import itertools
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
 from hybrid_sleep.eval import tasks
-from hybrid_sleep.eval.tasks.gsm_infinite import official_problems, parse_answer
 from hybrid_sleep.eval.tasks.gsm_infinite import task as task_module
-from hybrid_sleep.eval.tasks.gsm_infinite.generator import solve
+from hybrid_sleep.eval.tasks.gsm_infinite.generator import problems, solve
 from hybrid_sleep.eval.tasks.gsm_infinite.graph import Definition, Quantity
 
 
@@ -21,12 +21,7 @@ def load(**params):
 
 
 BARE = {"ops": [1, 2, 3], "length": 72, "windows": 2, "noise": False}
-SETTINGS = [
-    BARE,
-    {"ops": list(range(1, 9)), "d": 3, "length": 300, "windows": 1, "noise": False},
-    {"ops": [2, 4, 6, 8], "length": 512},
-    {"ops": [2, 5, 9], "d": 3, "length": 600},
-]
+NOISE = {"ops": [2, 4, 6, 8], "length": 512}
 
 
 def test_an_example_is_fill_text_cue_answer():
@@ -69,7 +64,7 @@ def test_windows_hold_text_or_the_answer_but_never_both():
 
 
 @pytest.mark.parametrize("split", tasks.SPLITS)
-@pytest.mark.parametrize("params", SETTINGS[::2], ids=["bare", "noise"])
+@pytest.mark.parametrize("params", [BARE, NOISE], ids=["bare", "noise"])
 def test_a_batch_is_the_same_examples(split, params):
     task = load(**params)
     batch = task.batch(split, 11, 60)
@@ -88,7 +83,8 @@ def test_noise_and_layout_leave_the_questions_alone():
         base = {**BARE, "ops": [1, 2], "windows": 1, "length": 400}
         one, other = load(**base), load(**{**base, **changed})
         for a, b in zip(one.examples("test", 4, 40), other.examples("test", 4, 40), strict=True):
-            assert a["meta"] == b["meta"]
+            told = [{**e["meta"], "messages": None} for e in (a, b)]
+            assert told[0] == told[1]
     counts = []
     for noise in (False, True):
         task = load(ops=[3], length=150, windows=1, noise=noise, modes=["forward"])
@@ -137,6 +133,110 @@ def test_floor_is_what_guessing_scores(monkeypatch):
     assert floor["per_label"] == best / sum(labels.values())
 
 
+def test_floors_are_of_problems_that_distractors_can_fill(monkeypatch):
+    """At 62 tokens they cannot fill all; sums of sentences of 11, 18 and 20 tokens must do."""
+    monkeypatch.setattr(task_module, "SAMPLED", 3000)
+    task_module._floor.cache_clear()
+    task = load(ops=[2], length=62, windows=1)
+    floor = task.floor()
+    task_module._floor.cache_clear()
+    drawn = [*itertools.islice(problems(replace(task.recipe, noise=False), "train", 0), 3000)]
+    sums = {sum(parts) for n in range(5) for parts in itertools.product((11, 18, 20), repeat=n)}
+    reached = {room for room in range(62) if any(0 <= room - total <= 3 for total in sums)}
+    assert {62 - problem.length for problem in drawn} <= reached
+    free = [*itertools.islice(load(**task.params | {"noise": False}).examples("train", 0), 300)]
+    assert not {62 - example["meta"]["length"] for example in free} <= reached
+    answers = Counter(problem.answer for problem in drawn)
+    assert floor["exact"] == max(answers.values()) / 3000
+
+
+def test_only_keeps_tokens_and_layout():
+    task = load(**{**BARE, "solution": True, "length": 400})
+    one = task.only(2)
+    assert (one.length, one.window, one.vocab_size) == (task.length, task.window, task.vocab_size)
+    assert {e["meta"]["op"] for e in one.examples("test", 0, 20)} == {2}
+    with pytest.raises(ValueError, match=r"difficulty=4.*ops=\[1, 2, 3\]"):
+        task.only(4)
+
+
+def test_themes_say_how_counts_averages_and_totals_are_called():
+    themes = load().themes
+    assert list(themes) == ["orchard", "harbour", "library"]
+    for theme in themes.values():
+        assert set(theme.phrases) == {"count", "average", "total", "grand"}
+        assert len(set(theme.kinds)) == 16 and theme.places == 128
+    assert themes["orchard"].phrases == {
+        "count": "number of {kind} trees in {place}",
+        "average": "average number of nests per {kind} tree in {place}",
+        "total": "total number of trees in {place}",
+        "grand": "total number of nests in {place}",
+    }
+    for theme in themes:
+        drawn = load(themes=[theme], d=3).examples("train", 0, 9)
+        text = " ".join(example["meta"]["problem"] for example in drawn)
+        for other, words in themes.items():
+            assert (f"{words.parts} per " in text) == (theme == other)
+
+
+PUBLISHED = {"problem", "question", "solution", "op", "id", "template", "mode", "length", "d"}
+
+
+def test_meta_has_the_fields_of_the_published_problems():
+    for example in load(**NOISE).examples("train", 0, 20):
+        meta = example["meta"]
+        assert set(meta) >= PUBLISHED | {"answer", "messages"}
+        assert meta["template"] == meta["theme"]
+        (message,) = meta["messages"]
+        assert message == {"role": "user", "content": f"{meta['question']}\n{meta['problem']}"}
+    assert len({e["meta"]["id"] for e in load(**NOISE).examples("train", 0, 200)}) == 200
+
+
+@pytest.mark.parametrize(
+    "params",
+    [BARE, {**NOISE, "question_first": False, "d": 3}, {**BARE, "solution": True, "length": 600}],
+    ids=["bare", "noise", "solution"],
+)
+def test_a_sequence_is_read_back(params):
+    task = load(**params)
+    for example in task.examples("test", 2, 60):
+        meta, read = example["meta"], task.parse(example["input_ids"])
+        assert {key: read[key] for key in ("question", "problem", "answer")} == {
+            key: meta[key] for key in ("question", "problem", "answer")
+        }
+        said = [
+            f"The {name} exists, and its number is greater than 0."
+            if right is None
+            else f"The {name} equals {right}."
+            for name, right in read["statements"]
+        ]
+        assert " ".join(said) == meta["problem"]
+        assert (meta["mode"] == "reverse") == any(r is None for _, r in read["statements"])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda text, tail: (text[1:], tail), r"\d+ tokens, not"),
+        (lambda text, tail: (["<fill>" if w == "equals" else w for w in text], tail), r"fill or"),
+        (lambda text, tail: ([*text[:-1], "+"], tail), r"a problem that ends in"),
+        (lambda text, tail: (["What" if w == "How" else w for w in text], tail), r"question"),
+        (lambda text, tail: (["plus" if w == "equals" else w for w in text], tail), r"sentence"),
+        (lambda text, tail: (text, tail[1:] + ["<fill>"]), r"the end"),
+        (lambda text, tail: (text, ["<fill>" if w == "<end>" else w for w in tail]), r"the end"),
+        (lambda text, tail: (text, [*tail[:3], "equals", "<end>", *tail[5:]]), r"reply"),
+    ],
+)
+def test_what_is_no_sequence_is_refused(change, message):
+    task = load(**{**BARE, "modes": ["forward"]})
+    example = next(e for e in task.examples("train", 0) if e["meta"]["question"][:3] == "How")
+    words = [task.vocabulary.tokens[i] for i in example["input_ids"]]
+    changed = [task.vocabulary.ids[w] for part in change(words[:72], words[72:]) for w in part]
+    with pytest.raises(ValueError, match=rf"input_ids.*{message}.*allowed.*gsm_infinite"):
+        task.parse(changed)
+    with pytest.raises(ValueError, match=r"outside 0\.\.\d+"):
+        task.parse([task.vocab_size] * task.length)
+
+
 def test_solve_refuses_what_has_no_single_answer():
     a, b, total = Quantity("count", 0, 0), Quantity("count", 0, 1), Quantity("total", 0)
     leaf = Definition(2, "", "", ())
@@ -161,90 +261,6 @@ def test_solve_refuses_what_has_no_single_answer():
 
 
 @pytest.mark.parametrize(
-    "reply, answer",
-    [
-        ("Answer: 12.", 12),
-        ("**Answer:** 12", 12),
-        ("answer = 7", 7),
-        ("The answer is 12", 12),
-        ("the final answer is: **1,000**", 1000),
-        (r"so \boxed{12}", 12),
-        (r"\boxed{1{,}000} is it", 1000),
-        (r"first \boxed{3}, no, \boxed{4}. Answer: 5", 4),
-        ("\boxed{6}", 6),
-        ("Solution: 9", 9),
-        ("A = 2; so B = 4. Answer: 4. I hope 99 helps", 4),
-        ("Answer: 3. Wait. Answer: 5.", 5),
-        ("It has 3 and 4, so the total is 7 of them", 7),
-        ("x = 3, y = 8", 8),
-        ("12", 12),
-        ("there are 3 here and 15 there", 15),
-        ("Answer: 12.0", 12),
-        ("Answer: 12.5", None),
-        ("Answer: -3", -3),
-        ("Answer: $12$", 12),
-        ("Answer: x = 12", 12),
-        ("is 1, 2 or 3", 1),
-        ("Answer: 1,2", 1),
-        ("no idea", None),
-        ("", None),
-    ],
-)
-def test_free_text_replies(reply, answer):
-    assert parse_answer(reply) == answer
-
-
-def test_written_solutions_parse_to_their_answers():
-    for example in load(**BARE).examples("train", 8, 100):
-        assert parse_answer(example["meta"]["solution"]) == example["meta"]["answer"]
-
-
-def published(**changed):
-    return {
-        "problem": "The number of adult crow in Oak Ranch equals 2.",
-        "question": "What is the total number of adult animals in Oak Ranch?",
-        "solution": "Define adult crow in Oak Ranch as A; so A = 2. Answer: 2.",
-        "op": 2,
-        "id": 7,
-        "template": "crazy_zootopia",
-        "mode": "normalforward",
-        "length": "zero_context",
-        "d": 2,
-        **changed,
-    }
-
-
-def test_published_problems_are_read_from_a_local_copy(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    unsound = "The number of A exists, and its number is greater than 0."
-    rows = [
-        published(),
-        published(problem=f"{unsound} {unsound}", solution="Answer: 3. No, Answer: 14."),
-    ]
-    (tmp_path / "data").mkdir()
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "data/ops_2-00000-of-00001.parquet")
-    lost = datasets.Dataset.from_list([published(solution="Define A; so A = 2.")])
-    lost.to_parquet(tmp_path / "data/ops_3-00000-of-00001.parquet")
-    first, second = official_problems(tmp_path, 2)
-    assert (first["answer"], first["sound"], first["op"], first["d"]) == (2, True, 2, 2)
-    content = f"{rows[0]['problem']}\n{rows[0]['question']}"
-    assert first["messages"] == [{"role": "user", "content": content}]
-    assert (second["answer"], second["sound"]) == (14, False)
-    assert official_problems(tmp_path, 2, limit=1) == [first]
-    with pytest.raises(ValueError, match=r"ops_3, row 0.*Answer"):
-        official_problems(tmp_path, 3)
-    with pytest.raises(ValueError, match=r"op=0"):
-        official_problems(tmp_path, 0)
-    symbolic = tmp_path / "symbolic/data"
-    symbolic.mkdir(parents=True)
-    row = {"problem": "assign V1 = 2.", "question": "?", "answer_list": ["V1"]}
-    datasets.Dataset.from_list([row]).to_parquet(symbolic / "ops_1-00000-of-00001.parquet")
-    with pytest.raises(ValueError, match=r"lacks solution, op.*medium or hard"):
-        official_problems(symbolic.parent, 1)
-
-
-@pytest.mark.parametrize(
     "call, message",
     [
         (lambda: load(ops=[]), r"ops=\[\].*1\.\.30"),
@@ -256,6 +272,10 @@ def test_published_problems_are_read_from_a_local_copy(tmp_path, monkeypatch):
         (lambda: load(d=4), r"d=4.*2 or 3"),
         (lambda: load(d=1), r"d=1"),
         (lambda: load(length=0), r"length=0"),
+        (
+            lambda: load(ops=[3], modes=["forward"], length=50, windows=1),
+            r"length=50 .*noise=false.* \d+$",
+        ),
         (lambda: load(length=65536), r"length=65536.*32768"),
         (lambda: load(length=40, windows=1), r"length=40 is too short for op=8.*at least \d+"),
         (lambda: load(length=512, windows=3), r"windows=3.*length=512.*divisor"),

@@ -149,7 +149,10 @@ class Reading:
         return known[self.asked][at].tolist()
 
     def core(self) -> tuple:
-        """The needed definitions, operands of sums in order, values of what is hidden filled in."""
+        """The last quantity and the definitions it needs, as if nothing were hidden.
+
+        Operands of sums are in order.
+        """
         (answer,) = self.answers()
         said = []
         for name in self.needed():
@@ -159,7 +162,8 @@ class Reading:
                 *left, names = self.rules[name]
                 names = names if left[2] == "difference" else tuple(sorted(names))
                 said.append((name, str((*left, names))))
-        return tuple(sorted(said))
+        (last,) = self.given or [self.asked]
+        return last, *sorted(said)
 
     def without_noise(self) -> str:
         """The problem with needed sentences only."""
@@ -180,13 +184,17 @@ def check(meta: dict) -> Reading:
     return reading
 
 
+def reached(length: int, target: int) -> bool:
+    """Whether a length is within 5 % of its target, and lacks less than the shortest sentence."""
+    return 0.95 * target <= length <= target and target - length < 11
+
+
 def load(**params):
     return tasks.load("gsm_infinite", **params)
 
 
-BARE = {"ops": [1, 2, 3], "length": 72, "windows": 2, "noise": False}
 SETTINGS = [
-    BARE,
+    {"ops": [1, 2, 3], "length": 72, "windows": 2, "noise": False},
     {"ops": list(range(1, 9)), "d": 3, "length": 300, "windows": 1, "noise": False},
     {"ops": [2, 4, 6, 8], "length": 512},
     {"ops": [2, 5, 9], "d": 3, "length": 600},
@@ -235,8 +243,7 @@ def test_every_problem_has_one_answer_of_so_many_operations(params):
         reading = check(meta)
         if task.recipe.noise:
             assert reading.without_noise() != meta["problem"]
-            assert 0.95 * params["length"] <= meta["length"] <= params["length"]
-            assert meta["length"] > params["length"] - 11  # the shortest sentence
+            assert reached(meta["length"], params["length"])
     for key, expected in (
         ("op", set(params["ops"])),
         ("theme", set(task.themes)),
@@ -246,19 +253,63 @@ def test_every_problem_has_one_answer_of_so_many_operations(params):
         assert {example["meta"][key] for example in examples} == expected
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("d", [2, 3])
-def test_ten_thousand_problems_have_one_answer(d):
-    for params, count in (
-        ({"ops": list(range(1, 13)), "length": 400, "windows": 1, "noise": False}, 3000),
-        ({"ops": list(range(2, 9)), "length": 512}, 1600),
-        ({"ops": list(range(10, 31, 5)), "length": 3000, "windows": 1}, 400),
-        ({"ops": [8], "length": 32768, "windows": 1}, 4),
-    ):
-        for example in load(d=d, **params).examples("train", 1, count):
-            check(example["meta"])
-            if params.get("noise", True):
-                assert example["meta"]["length"] > params["length"] - 11
+@pytest.mark.parametrize("length", [75, 96, 110, 150, 215])
+def test_short_targets_are_reached_within_five_percent(length, d):
+    task = load(ops=[1, 2, 3], d=d, length=length, windows=1)
+    for example in task.examples("train", 5, 60):
+        check(example["meta"])
+        assert reached(example["meta"]["length"], length)
+
+
+SWEEP = (
+    # Ops, length, and how many problems of each d, split and place of the question.
+    (range(1, 13), 512, 400),
+    (range(1, 4), 96, 400),
+    (range(2, 9), 512, 400),
+    (range(10, 31, 5), 2048, 120),
+    (range(2, 9), 3300, 30),
+    ([8], 32768, 1),
+)
+
+
+def sweep(d: int, share: float, **params) -> tuple[int, dict[str, set], set[str]]:
+    """How many problems of a sweep were right, their kinds, and cores of the two splits."""
+    total, kinds, cores = 0, {}, {split: set() for split in tasks.SPLITS}
+    for index, (ops, length, count) in enumerate(SWEEP):
+        noise = index > 0
+        task = load(ops=[*ops], d=d, length=length, windows=1, noise=noise, **params)
+        for split in tasks.SPLITS:
+            drawn = Counter()
+            for example in task.examples(split, 1, max(1, round(share * count))):
+                meta = example["meta"]
+                reading = check(meta)
+                assert not noise or reached(meta["length"], length)
+                cores[split].add(reading.core())
+                drawn[meta["op"]] += 1
+                total += 1
+                for key in ("theme", "mode", "d"):
+                    kinds.setdefault(key, set()).add(meta[key])
+            assert share < 1 or set(drawn) == set(ops)
+    return total, kinds, cores["train"] & cores["test"]
+
+
+@pytest.mark.parametrize("d", [2, 3])
+def test_problems_of_all_lengths_have_one_answer(d):
+    total, kinds, shared = sweep(d, 0.05)
+    assert total >= 130 and not shared
+    assert kinds == {"theme": set(load().themes), "mode": {"forward", "reverse"}, "d": {d}}
+
+
+@pytest.mark.slow
+def test_ten_thousand_problems_have_one_answer():
+    total = 0
+    for d, question_first in itertools.product((2, 3), (True, False)):
+        count, kinds, shared = sweep(d, 1, question_first=question_first)
+        assert kinds == {"theme": set(load().themes), "mode": {"forward", "reverse"}, "d": {d}}
+        assert not shared
+        total += count
+    assert total >= 10_000
 
 
 @pytest.mark.parametrize("params", SETTINGS[1:3], ids=["d3", "d2"])

@@ -40,6 +40,33 @@ SHORT = {
         ],
         0.3,
     ),
+    "mqar_cpu": (
+        [
+            "task.params={vocab_size: 32, length: 16, pairs: 4}",
+            "train.steps=100",
+            "train.eval_every=100",
+            "train.eval_depths=[2]",
+        ],
+        0.4,
+    ),
+    "parity_cpu": (
+        [
+            "task.params.prefixes=[1, 2]",
+            "train.steps=60",
+            "train.eval_every=60",
+            "train.eval_depths=[2]",
+        ],
+        0.3,
+    ),
+    "word_problem_cpu": (
+        [
+            "task.params={group: S3, elements: 6, prefixes: [1, 2]}",
+            "train.steps=80",
+            "train.eval_every=80",
+            "train.eval_depths=[2]",
+        ],
+        0.4,
+    ),
     "gsm_infinite_cpu": (
         [
             "model.num_hidden_layers=2",

@@ -1,39 +1,155 @@
-"""The answer in a free-text reply."""
+"""The answer in a free-text reply: an integer, or a set of variables."""
 
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections.abc import Iterator
 
-_NUMBER = r"(?P<sign>-?)\$?(?P<whole>\d{1,3}(?:(?:,|\{,\})\d{3})+(?!\d)|\d+)(?P<rest>\.\d+)?"
-_BETWEEN = r"[\s*_$\\(\[]*"
-_LINK = r"(?:is|was|equals|=|:)"
-_RULES = tuple(
-    re.compile(rule, re.IGNORECASE)
-    for rule in (
-        rf"oxed\{{{_BETWEEN}{_NUMBER}",
-        rf"\b(?:answer|solution)\b{_BETWEEN}(?:{_LINK}{_BETWEEN})+(?:\w+\s*=\s*)?{_NUMBER}",
-        rf"(?:\b(?:is|equals)\b|=){_BETWEEN}(?:equal\s+to\s+)?{_NUMBER}",
-        _NUMBER,
-    )
+MOST_DIGITS = 1000  # of an answer; Python itself reads no more than 4300
+
+# A sign belongs to a number unless something to subtract from stands before it.
+_NUMBER = re.compile(
+    r"(?<![A-Za-z\d.])(?P<sign>(?<![)\]}])-)?\$?"
+    r"(?P<whole>\d{1,3}(?:(?:,|\{,\}|\\,)\d{3})+(?!\d)|\d+)"
+    r"(?P<rest>\.\d+|\s*[/⁄]\s*\d+|[eE][+-]?\d+)?"
 )
+_BETWEEN = r"(?:\\(?:text|textbf|mathrm|mathbf|mathit)|[\s*_$\\(\[{`\"'>~≈])*"
+_CUE = re.compile(
+    rf"(?<![a-z])(?:answer|solution)(?![a-z]){_BETWEEN}"
+    rf"(?P<link>(?:(?:\b(?:is|are|was|were|equals)\b|=|:){_BETWEEN})*)",
+    re.IGNORECASE,
+)
+_STATED = re.compile(
+    rf"(?:\b(?:is|equals)\b(?:\s+equal\s+to\b)?|=){_BETWEEN}(?P<number>{_NUMBER.pattern})",
+    re.IGNORECASE,
+)
+_DENIED = re.compile(rf"\bnot\b{_BETWEEN}{_NUMBER.pattern}", re.IGNORECASE)
+_WORDS = re.compile(r"[A-Za-z]{3}|[,;:]|\.\s")
+_SENTENCE = re.compile(r"(?:[^.\n]|\.(?=\d))*")
+_THIN_SPACE = re.compile("(?<=\\d)[\u00a0\u2009\u202f](?=\\d{3}(?!\\d))")
+
+_NAME = r"V_?\{?\d+\}?(?!\w)"
+_APART = (
+    r"(?:\s*=\s*-?\d+(?!\w))?"
+    r"(?:\\text|\\mathrm|[\s,;&*•`'\"$\\(){}\[\]<>+-]|\band\b|(?<=\s)\d+[.)](?=\s))*"
+)
+_NAMES = re.compile(rf"(?<![A-Za-z\d])(?:{_NAME}{_APART})+", re.IGNORECASE)
+_NOTHING = re.compile(r"\b(?:none|nothing|no variables?|empty|emptyset)\b|∅|\{\s*\}", re.IGNORECASE)
 
 
 def parse_answer(reply: str) -> int | None:
     r"""The integer that a reply gives as its answer, or None.
 
     The first rule that finds anything decides, and of several finds the last one counts:
-    1. `\boxed{12}` (or `oxed{12}`, as an escaped `\b` leaves it);
-    2. `answer` or `solution`, then `:`, `=`, `is`, `was` or `equals`, then a number;
+    1. `\boxed{12}` (or `oxed{12}`, as an escaped `\b` leaves it): the one number after its last
+       `=`, or None if there are several or none;
+    2. `answer` or `solution` and a number right after it, or after the `=` of an equation there;
+       with `:`, `=`, `is` or the like in between also further on in the sentence, the first one
+       or the last after `=`, `is` or `equals`. None if only words follow to the reply's end;
     3. `is`, `equals` or `=`, then a number;
     4. any number.
-    Case, spaces, `*`, `_`, `$` and opening brackets in between are ignored. `1,000` and `1{,}000`
-    are 1000, `12.` and `12.0` are 12; a find that is no integer, such as `12.5`, is None.
+    Case, units, emphasis, quotes and brackets are ignored, and so is a number after `not`. `1,000`
+    and `1{,}000` are 1000, `12.` and `12.0` are 12; what is no integer, such as `12.5` or `1/2`, is
+    None, and so is a number in words.
     """
-    for rule in _RULES:
-        finds = list(rule.finditer(reply))
-        if finds:
-            found = finds[-1]
-            if (found["rest"] or "").strip(".0"):
+    text = _DENIED.sub(",", _plain(reply))
+    box = _last_box(text)
+    if box is not None:
+        found = list(_NUMBER.finditer(box.rpartition("=")[2]))
+        return _integer(found[0]) if len(found) == 1 else None
+    for cue, after in _cues(text):
+        found = _direct(after)
+        if found is None and cue["link"]:
+            sentence = _SENTENCE.match(after)[0]
+            found = _last_stated(sentence) or _NUMBER.search(sentence)
+            if found is None and re.search("[A-Za-z]", after) and not _NUMBER.search(after):
                 return None
-            return int(found["sign"] + re.sub(r"\D", "", found["whole"]))
-    return None
+        if found is not None:
+            return _integer(found)
+    found = _last_stated(text) or next(reversed(list(_NUMBER.finditer(text))), None)
+    return found and _integer(found)
+
+
+def parse_set(reply: str) -> frozenset[str] | None:
+    r"""The variables `V12` that a reply gives as its answer, or None if it gives no answer.
+
+    Names next to each other, with commas, spaces, line breaks, `and`, bullets, brackets or `= 4`
+    between them, are one list. The first rule that finds anything decides:
+    1. the names in the last `\boxed{...}`;
+    2. the first list after the last `answer` or `solution` (with `:`, `is`, `are` or the like)
+       after which there is one in the sentence or at the next line's start;
+    3. the last list.
+    `none`, `no variable`, `empty` or `{}` in its place is the empty set. Order, repetition and
+    case make no difference; `V_{12}` is `V12`, but `V012` is another name.
+    """
+    text = _plain(reply)
+    box = _last_box(text)
+    if box is not None:
+        names = _names(box)
+        return names if names or _NOTHING.search(box) or not box.strip() else None
+    for cue, rest in _cues(text):
+        if cue["link"]:
+            after = cue["link"] + rest
+            sentence = _SENTENCE.match(after.lstrip(": \n*"))[0]
+            listed = _NAMES.search(after)
+            if listed and (listed[0].split()[0] in sentence or sentence.rstrip().endswith(":")):
+                return _names(listed[0])
+            if _NOTHING.search(after):
+                return frozenset()
+    listed = list(_NAMES.finditer(text))
+    if listed:
+        return _names(listed[-1][0])
+    return frozenset() if _NOTHING.search(text) else None
+
+
+def _plain(reply: str) -> str:
+    """`reply` in plain characters: one minus sign, one kind of digit and space."""
+    text = unicodedata.normalize("NFKC", _THIN_SPACE.sub(",", reply))
+    return re.sub("[\u2212\u2013\u2012\ufe63]", "-", text)
+
+
+def _cues(text: str) -> Iterator[tuple[re.Match[str], str]]:
+    """Every `answer` or `solution` and what follows up to the next one, the last first."""
+    end = len(text)
+    for cue in reversed(list(_CUE.finditer(text))):
+        yield cue, text[cue.end() : end]
+        end = cue.start()
+
+
+def _last_box(text: str) -> str | None:
+    """What the last `oxed{...}` holds, inner braces included; to the end if it is never closed."""
+    at = text.rfind("oxed{")
+    if at < 0:
+        return None
+    content, depth = text[at + len("oxed{") :], 1
+    for end, character in enumerate(content):
+        depth += (character == "{") - (character == "}")
+        if not depth:
+            return content[:end]
+    return content
+
+
+def _direct(after: str) -> re.Match[str] | None:
+    """The number that `after` begins with, or that the equation does that it begins with."""
+    start = re.match(_BETWEEN, after).end()
+    line = after[start:].partition("\n")[0]
+    while "=" in line and not _WORDS.search(line.partition("=")[0]):
+        line = line.partition("=")[2]
+    return re.compile(_BETWEEN + _NUMBER.pattern).match(line)
+
+
+def _last_stated(text: str) -> re.Match[str] | None:
+    return next(reversed(list(_STATED.finditer(text))), None)
+
+
+def _integer(found: re.Match[str]) -> int | None:
+    digits = re.sub(r"\D", "", found["whole"])
+    if (found["rest"] or "").strip(".0") or len(digits) > MOST_DIGITS:
+        return None
+    return int((found["sign"] or "") + digits)
+
+
+def _names(text: str) -> frozenset[str]:
+    found = re.findall(rf"(?<![A-Za-z\d]){_NAME}", text, re.IGNORECASE)
+    return frozenset("V" + re.sub(r"\D", "", name) for name in found)

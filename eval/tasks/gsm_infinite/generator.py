@@ -9,6 +9,7 @@ from functools import cached_property
 
 from hybrid_sleep.eval.tasks.base import SPLITS
 from hybrid_sleep.eval.tasks.gsm_infinite import sentences
+from hybrid_sleep.eval.tasks.gsm_infinite.filling import fillable
 from hybrid_sleep.eval.tasks.gsm_infinite.graph import (
     AVERAGE,
     COUNT,
@@ -24,7 +25,7 @@ from hybrid_sleep.eval.tasks.gsm_infinite.graph import (
     forms_of,
     hide,
 )
-from hybrid_sleep.eval.tasks.gsm_infinite.noise import distractors
+from hybrid_sleep.eval.tasks.gsm_infinite.noise import distractors, sure_definitions
 from hybrid_sleep.eval.tasks.gsm_infinite.stream import Stream
 from hybrid_sleep.eval.tasks.gsm_infinite.themes import THEMES, Naming, Theme
 
@@ -50,8 +51,8 @@ class Problem:
 class Recipe:
     """What to draw: each of `ops`, `themes` and `modes` as often as the others, `length` at most.
 
-    What is longer is drawn anew. With `noise`, distractors bring problem and question to `length`,
-    less at most one short sentence.
+    What is longer is drawn anew, and so is what distractors cannot bring to `length` less `slack`
+    (None: they need not). With `noise` they are there.
     """
 
     ops: tuple[int, ...]
@@ -59,6 +60,7 @@ class Recipe:
     themes: tuple[str, ...]
     modes: tuple[str, ...]
     length: int
+    slack: int | None
     noise: bool
 
 
@@ -104,6 +106,21 @@ class Draft:
         text = [*self.statements(naming), sentences.question(self.asked, naming)]
         return sum(len(sentences.split_tokens(sentence)) for sentence in text)
 
+    @cached_property
+    def costs(self) -> tuple[int, ...]:
+        """Tokens of the distractors that can always be drawn."""
+        naming = self.naming(tuple(range(self.core.places)), tuple(range(self.core.items)))
+        other = next(q for q in self.core.definitions if q.item >= 0)._replace(sort=COUNT)
+        return tuple(
+            len(sentences.split_tokens(sentences.stated(other, definition, naming)))
+            for definition in sure_definitions(self.core)
+        )
+
+    def fits(self, recipe: Recipe) -> bool:
+        """Whether it is as long as `recipe` allows, and can be filled up to what it wants."""
+        room = recipe.length - self.tokens
+        return room >= 0 if recipe.slack is None else fillable(room, recipe.slack, self.costs)
+
     def forms(self) -> dict[Quantity, Form]:
         """Every quantity in the unknown, or as a number."""
         return forms_of(self.core.definitions, self.hidden)
@@ -117,7 +134,7 @@ def draw_draft(stream: Stream, recipe: Recipe) -> Draft:
         core = draw_core(stream, op, recipe.d)
         hidden = hide(stream, core) if mode == "reverse" else None
         draft = Draft(theme, mode, core, hidden)
-        if (mode == "forward" or hidden is not None) and draft.tokens <= recipe.length:
+        if (mode == "forward" or hidden is not None) and draft.fits(recipe):
             return draft
 
 
@@ -174,7 +191,9 @@ def _written(stream: Stream, recipe: Recipe, draft: Draft, naming: Naming) -> Pr
             return len(sentences.split_tokens(sentences.stated(quantity, definition, naming)))
 
         room = recipe.length - length
-        extra = distractors(stream, core, recipe.d, places, kinds, room, cost)
+        extra = distractors(
+            stream, core, recipe.d, places, kinds, room, cost, recipe.slack, draft.costs
+        )
         noise = [sentences.stated(*pair, naming) for pair in extra.items()]
         length += sum(len(sentences.split_tokens(sentence)) for sentence in noise)
         said += noise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from hybrid_sleep.eval.tasks.gsm_infinite.filling import fillable
 from hybrid_sleep.eval.tasks.gsm_infinite.graph import (
     AVERAGE,
     COUNT,
@@ -29,12 +30,15 @@ def distractors(
     items: int,
     room: int,
     cost: Callable[[Quantity, Definition], int],
+    slack: int,
+    costs: tuple[int, ...],
 ) -> dict[Quantity, Definition]:
-    """Definitions of other quantities, of `room` tokens less at most one short sentence.
+    """Definitions of other quantities, of `room` tokens less at most `slack`.
 
     Each reads one or two of the core's quantities or of the ones before it, or is a constant. None
     is a total, and none lies at a place whose total the core reads, so that nothing in the core
     changes. `places` and `items` are how many names there are; `cost` counts a sentence's tokens.
+    `costs`: those of `sure_definitions` for a count, with which `room` must be fillable.
     """
     names = _Names(stream, core, d, places, items)
     values = {quantity: Form(0, value) for quantity, value in core.values.items()}
@@ -42,14 +46,15 @@ def distractors(
     while (quantity := names.draw(names.sorts)) is not None:
         definition = _reading(stream, needed, list(drawn), values)
         spent = cost(quantity, definition)
-        if spent > room:
+        if not fillable(room - spent, slack, costs):
             quantity = names.draw((COUNT,))
             if quantity is None:
                 break
-            definition = Definition(draw_constant(stream, ""), "", "", ())
-            spent = cost(quantity, definition)
-            if spent > room:
+            sure = (_leaf(stream), *sure_definitions(core)[1:])
+            ends = [fillable(room - spent, slack, costs) for spent in costs]
+            if not any(ends):
                 break
+            definition, spent = sure[ends.index(True)], costs[ends.index(True)]
         room -= spent
         drawn[quantity] = definition
         values[quantity] = form(definition, values)
@@ -74,6 +79,20 @@ def _reading(
         definition = Definition(constant, sign, join, tuple(operands))
         if 1 <= form(definition, values).level <= LARGEST_VALUE:
             return definition
+    return _leaf(stream)
+
+
+def sure_definitions(core: Core) -> tuple[Definition, ...]:
+    """Definitions of three lengths, the shortest first, that any distractor can have."""
+    leaf = next(q for q, definition in core.definitions.items() if not definition.operands)
+    return (
+        Definition(1, "", "", ()),
+        Definition(0, "", "", (leaf,)),
+        Definition(1, "plus", "", (leaf,)),
+    )
+
+
+def _leaf(stream: Stream) -> Definition:
     return Definition(draw_constant(stream, ""), "", "", ())
 
 

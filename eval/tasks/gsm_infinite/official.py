@@ -4,56 +4,124 @@ from __future__ import annotations
 
 import os
 import re
+import urllib.error
+import urllib.request
+from pathlib import Path
 from typing import Any
 
 from hybrid_sleep.eval.tasks.base import check_int
 
 FIELDS = ("problem", "question", "solution", "op", "template", "mode", "length", "d")
+SYMBOLIC_FIELDS = (
+    "problem", "question", "solution", "op", "n", "length", "d", "answer_q", "answer_list",
+)  # fmt: skip
+REACHED_WITHIN = 5.0  # seconds
 _KEY = re.compile(r"Answer: (\d+)")
+_NAME = re.compile(r"V\d+")
 
 
 def official_problems(
     source: str | os.PathLike, op: int, limit: int | None = None
 ) -> list[dict[str, Any]]:
-    """The split `ops_{op}` of a realistic subset (medium or hard), its first `limit` problems.
+    """The split `ops_{op}` of a subset (symbolic, medium or hard), its first `limit` problems.
 
     source: a name on the hub, such as `InfiniAILab/gsm_infinite_medium_0`, or a folder that
-    `datasets` reads; needs that package. Each problem has the published fields (problem, question,
-    solution, op, template, mode, length, d), `messages` (what to send a chat model; the question
-    after the problem where the data has none), `answer` as an integer out of the solution, and
-    `sound`: False where a second quantity is said to exist in place of its definition, a fault of
-    the published generator that leaves the answer open.
+    `datasets` reads; needs that package. Each problem has the published fields and `messages`:
+    what to send a chat model (the question after the problem where the data has none).
 
-    Compare replies by `parse_answer(reply) == problem["answer"]`. Raises ValueError for another
-    subset, and for a solution without an answer, naming its place.
+    Medium and hard (problem, question, solution, op, template, mode, length, d) also have `answer`,
+    an integer out of the solution, and `sound`: False where a second quantity is said to exist in
+    place of its definition, a fault of the published generator that leaves the answer open. Compare
+    replies by `parse_answer(reply) == problem["answer"]`. For symbolic ones (problem, question,
+    solution, op, n, length, d, answer_q, answer_list) it is
+    `parse_set(reply) == set(problem["answer_list"])`.
+
+    Raises ValueError for what cannot be reached or loaded, for another data set, and for a problem
+    without an answer, naming its place; FileNotFoundError for a folder that does not exist.
     """
-    from datasets import load_dataset
-
+    if not isinstance(source, (str, os.PathLike)):
+        raise ValueError(f"source={source!r}; allowed: a name on the hub, or a folder")
     check_int("op", op, 1)
-    rows = load_dataset(os.fspath(source), split=f"ops_{op}")
-    lacking = [field for field in FIELDS if field not in rows.column_names]
+    if limit is not None:
+        check_int("limit", limit, 1)
+    rows = _load(source, f"ops_{op}")
+    symbolic = "answer_list" in rows.column_names
+    fields = SYMBOLIC_FIELDS if symbolic else FIELDS
+    lacking = [field for field in fields if field not in rows.column_names]
     if lacking:
         raise ValueError(
-            f"source={os.fspath(source)!r} lacks {', '.join(lacking)}; allowed: a medium or hard "
-            "subset of GSM-Infinite"
+            f"source={os.fspath(source)!r} lacks {', '.join(lacking)}; allowed: a symbolic, medium "
+            "or hard subset of GSM-Infinite"
         )
     if limit is not None:
-        rows = rows.select(range(min(check_int("limit", limit, 1), len(rows))))
+        rows = rows.select(range(min(limit, len(rows))))
     found = []
     for index, row in enumerate(rows):
-        keys = _KEY.findall(row["solution"])
-        if not keys:
-            raise ValueError(
-                f"source={os.fspath(source)!r}, ops_{op}, row {index}: its solution has no "
-                "`Answer: ` and an integer"
-            )
         asked = [{"role": "user", "content": f"{row['problem']}\n{row['question']}"}]
-        found.append(
-            {
-                **{field: row[field] for field in FIELDS},
-                "messages": row.get("messages") or asked,
-                "answer": int(keys[-1]),
-                "sound": row["problem"].count("greater than 0") < 2,
-            }
-        )
+        answer = _names(row) if symbolic else _integer(row)
+        if answer is None:
+            wanted = "list of names `V12`" if symbolic else "`Answer: ` and an integer"
+            raise ValueError(
+                f"source={os.fspath(source)!r}, ops_{op}, row {index}: its "
+                f"{'answer_list' if symbolic else 'solution'} has no {wanted}"
+            )
+        problem = {field: row[field] for field in fields}
+        found.append({**problem, "messages": row.get("messages") or asked, **answer})
     return found
+
+
+def _integer(row: dict[str, Any]) -> dict[str, Any] | None:
+    keys = _KEY.findall(row["solution"])
+    sound = row["problem"].count("greater than 0") < 2
+    return {"answer": int(keys[-1]), "sound": sound} if keys else None
+
+
+def _names(row: dict[str, Any]) -> dict[str, Any] | None:
+    names = row["answer_list"]
+    named = isinstance(names, list) and all(_NAME.fullmatch(str(name)) for name in names)
+    return {} if named else None
+
+
+def _load(source: str | os.PathLike, split: str) -> Any:
+    """The rows of a split; ValueError or FileNotFoundError at once if there is no way to them."""
+    try:
+        from datasets import config, load_dataset
+    except ImportError as error:
+        raise ValueError(
+            "official_problems needs the package datasets, which is not installed; allowed: "
+            "pip install 'hybrid-sleep[train]'"
+        ) from error
+    name = os.fspath(source)
+    if not name or not Path(name).is_dir():
+        if isinstance(source, os.PathLike) or not re.fullmatch(r"[\w.-]*\w/[\w.-]+", name):
+            raise FileNotFoundError(
+                f"source={name!r} is no folder; allowed: a folder that datasets reads, or a name "
+                "on the hub such as InfiniAILab/gsm_infinite_medium_0"
+            )
+        # The library itself tries again for half a minute or more.
+        if not config.HF_HUB_OFFLINE and (reason := _unreachable(config.HF_ENDPOINT)):
+            raise ValueError(
+                f"source={name!r}: {config.HF_ENDPOINT} cannot be reached ({reason}); allowed: a "
+                "folder, or HF_HUB_OFFLINE=1 for what was loaded before"
+            )
+    try:
+        return load_dataset(name, split=split)
+    except Exception as error:  # builders, file formats and the hub all raise their own
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"source={name!r}, split {split!r} cannot be loaded ({reason}); allowed: what "
+            "datasets.load_dataset loads, with splits ops_1, ops_2 and so on"
+        ) from error
+
+
+def _unreachable(endpoint: str) -> str:
+    """Why `endpoint` does not answer; empty if it does, whatever it says."""
+    try:
+        urllib.request.urlopen(
+            urllib.request.Request(endpoint, method="HEAD"), timeout=REACHED_WITHIN
+        ).close()
+    except urllib.error.HTTPError:
+        return ""
+    except OSError as error:
+        return str(getattr(error, "reason", error))
+    return ""

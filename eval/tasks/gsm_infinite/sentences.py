@@ -109,25 +109,29 @@ def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])}, and {names[-1]}"
 
 
+def all_words() -> list[str]:
+    """Marks, letters, and the words of all themes in alphabetical order, whatever a task uses."""
+    words = {*_OTHER_WORDS.split(), *FIRST_NAMES}
+    for theme in THEMES.values():
+        words |= {*theme.kinds, *theme.sites}
+        for phrase in theme.phrases.values():
+            words |= set(phrase.format(kind="", place="").split())
+    return [*".,?;:()=+-*", *LETTERS, *sorted(words)]
+
+
 def split_tokens(text: str) -> list[str]:
     """The tokens of a text: words, single digits, single marks."""
     return _TOKEN.findall(text)
 
 
 class Vocabulary:
-    """Words, digits and marks of all themes, with ids 0..size-1; `encode` and `decode` texts.
+    """`<fill>`, `<end>`, digits (a number is read digit by digit), and `words`, in that order.
 
-    Ids do not depend on a task's parameters: `<fill>`, `<end>`, digits (a number is read digit by
-    digit), marks, letters, words in alphabetical order.
+    `encode` and `decode` turn texts into ids 0..size-1 and back.
     """
 
-    def __init__(self) -> None:
-        words = {*_OTHER_WORDS.split(), *FIRST_NAMES}
-        for theme in THEMES.values():
-            words |= {*theme.kinds, *theme.sites}
-            for phrase in theme.phrases.values():
-                words |= set(phrase.format(kind="", place="").split())
-        self.tokens = (FILL, END, *"0123456789", *".,?;:()=+-*", *LETTERS, *sorted(words))
+    def __init__(self, words: Iterable[str]):
+        self.tokens = (FILL, END, *"0123456789", *words)
         self.ids = {token: i for i, token in enumerate(self.tokens)}
         self.fill, self.end = self.ids[FILL], self.ids[END]
 

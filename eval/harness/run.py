@@ -1,0 +1,292 @@
+"""`hybrid-sleep eval`: a checkpoint on tasks of lm-evaluation-harness, at several sleep depths."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hybrid_sleep.eval.depth import check_depths, parse_depths
+from hybrid_sleep.eval.tasks.base import check_int
+
+if TYPE_CHECKING:
+    from hybrid_sleep.training import RunConfig
+
+BOOTSTRAP = 1000  # lm-eval's 100,000 take minutes for metrics whose error has no formula
+OFFLINE = "a YAML file of your own (include_path) over local files"
+
+
+@dataclass(kw_only=True)
+class _Asked:
+    """What is evaluated: each name with what lm-eval made of it, and the task if it is ours."""
+
+    loaded: dict[str, Any]
+    ours: dict[str, Any]
+    text: bool
+
+
+def run(
+    checkpoint: str | os.PathLike,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    batch_size: int | str = 1,
+    sleep_passes: str | Iterable[int] | None = None,
+    sleep_options: Mapping[str, Any] | None = None,
+    num_fewshot: int | None = None,
+    include_path: str | os.PathLike | None = None,
+    task_params: Mapping[str, Mapping[str, Any]] | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: str = "auto",
+    out: Path | None = None,
+    command: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """The scores of the model in `checkpoint` on each of `tasks` at each depth, for results.json.
+
+    tasks: names that lm-eval knows, those in `include_path` (a folder of YAML files), and ours,
+        `hybrid_sleep_<name>`. A model trained on a task is asked that one, in its tokens; one that
+        reads text those that have text.
+    limit: documents of each task; None takes all, and 2000 of ours. sleep_passes: depths, such as
+        "1,2,4"; None takes the config's. sleep_options: `window`, `loop`, `eviction` or
+        `sleep_attention` in place of the config's. task_params: of ours, by name without prefix;
+        what is not given is as the checkpoint was trained. seed: which examples of ours, which
+        few-shot examples, and what is sampled. batch_size, dtype: see `SleepRequests`.
+
+    `progress(done, total)` counts pairs of task and depth. Interrupted after the first one it
+    returns what it has, with `complete` False; those that `out`/results.json has of the same code,
+    weights, documents and settings are kept.
+
+    Raises ValueError or FileNotFoundError, before anything is evaluated, for a checkpoint that is
+    none, a task that is not known, that does not suit the model or whose data are out of reach, and
+    for any argument out of range.
+    """
+    from hybrid_sleep.eval.benchmarks.slices import Row, collect, record_of
+    from hybrid_sleep.eval.harness import HybridSleepLM
+    from hybrid_sleep.eval.harness.loading import check_sleep_options, find_run
+    from hybrid_sleep.eval.harness.scores import scores
+
+    if isinstance(tasks, str) or not tasks or len(set(tasks)) < len(tasks):
+        raise ValueError(f"tasks={tasks!r}; allowed: a list of one or more names, each once")
+    for name, value, least in (("limit", limit, 1), ("num_fewshot", num_fewshot, 0)):
+        if value is not None:
+            check_int(name, value, least)
+    check_int("seed", seed, 0)
+    if isinstance(sleep_passes, str):
+        sleep_passes = parse_depths(sleep_passes)
+    check_sleep_options(sleep_options or {})
+    lm = HybridSleepLM(
+        checkpoint, batch_size=batch_size, device=device, dtype=dtype, **(sleep_options or {})
+    )
+    depths = check_depths([lm.sleep_passes] if sleep_passes is None else sleep_passes)
+    folder = Path(checkpoint)
+    trained = find_run(folder)
+    asked = _load_tasks(
+        tasks, trained, task_params or {}, include_path, limit=limit, seed=seed, shots=num_fewshot
+    )
+    settings = {
+        "limit": limit,
+        "seed": seed,
+        "num_fewshot": num_fewshot,
+        "dtype": str(lm.model.dtype).removeprefix("torch."),
+        "batch_size": lm.batch_size,
+        "sleep_options": dict(sleep_options or {}),
+    }
+    result = {
+        "benchmark": "harness",
+        "checkpoint": folder.name if folder.is_absolute() else folder.as_posix(),
+        "parameters": lm.model.num_parameters(),
+        "trained_depths": None if trained is None else list(trained.sleep_passes.depths()),
+        "config": None if trained is None else trained.to_dict(),
+        "tasks": {
+            name: {
+                "params": asked.ours[name].params if name in asked.ours else None,
+                "in_words": asked.text if name in asked.ours else None,
+                "difficulty": asked.ours[name].difficulty if name in asked.ours else None,
+                "floor": _plain(asked.ours[name].floor()) if name in asked.ours else None,
+            }
+            for name in tasks
+        },
+        "depths": depths,
+        **settings,
+        "rows": [],
+        "command": command,
+        "provenance": {**record_of(device), **_versions()},
+    }
+    weights = _digest_weights(folder)
+    wanted = [
+        {"task": name, "depth": depth, "inputs": _digest([weights, settings, *documents])}
+        for name, documents in ((name, _documents(asked.loaded[name], limit)) for name in tasks)
+        for depth in depths
+    ]
+
+    def measure(names: Row) -> Row:
+        name = names["task"]
+        lm.sleep_passes = names["depth"]
+        began = time.perf_counter()
+        found = _evaluate(lm, asked.loaded[name], limit=limit, shots=num_fewshot, seed=seed)
+        seconds = time.perf_counter() - began
+        floor = result["tasks"][name]["floor"] or {}
+        return {"seconds": seconds, **scores(found, floor)}
+
+    return collect(
+        result, wanted, measure, finish=lambda _: None, out=out, progress=progress
+    )
+
+
+def parse_task_params(text: str) -> dict[str, dict[str, Any]]:
+    """`{task: {parameter: value}}` from YAML (or JSON), such as `rule110: {steps: 4}`.
+
+    Raises ValueError for anything else.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError:
+        content = None
+    if not isinstance(content, dict) or not all(isinstance(x, dict) for x in content.values()):
+        raise ValueError(f"task_params={text!r}; allowed: such as 'rule110: {{steps: 4}}'")
+    return content
+
+
+def parse_sleep_options(texts: Sequence[str]) -> dict[str, Any]:
+    """Options from texts such as `window=256` or `loop=[1, 3]`; ValueError for anything else."""
+    import yaml
+
+    from hybrid_sleep.eval.harness.loading import check_sleep_options
+
+    options = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"sleep={text!r}; allowed: such as window=256")
+        options[name.strip()] = yaml.safe_load(value)
+    return check_sleep_options(options)
+
+
+def _load_tasks(
+    names: Sequence[str],
+    trained: RunConfig | None,
+    params: Mapping[str, Mapping[str, Any]],
+    include_path: str | os.PathLike | None,
+    *,
+    limit: int | None,
+    seed: int,
+    shots: int | None,
+) -> _Asked:
+    from hybrid_sleep.eval.harness import tasks
+
+    ours = [name for name in names if name in tasks.names()]
+    for name in params:
+        if tasks.PREFIX + name not in ours:
+            raise ValueError(
+                f"task_params names {name!r}; allowed: tasks of ours that are evaluated"
+                + "".join(f", {name.removeprefix(tasks.PREFIX)}" for name in ours)
+            )
+    # A model of a task has no tokenizer but that of the task.
+    text = trained is None or trained.text is not None
+    if not text:
+        own = tasks.PREFIX + trained.task.name
+        for name in ours:
+            if name != own:
+                raise ValueError(
+                    f"tasks has {name!r}, and the checkpoint was trained on {trained.task.name}, "
+                    f"of which it has the tokens; allowed of ours: {own}"
+                )
+        if ours and shots:
+            raise ValueError(
+                f"num_fewshot={shots} with {own}; allowed: 0, as the model was trained"
+            )
+        params = {trained.task.name: {**trained.task.params, **params.get(trained.task.name, {})}}
+    if include_path is not None and not Path(include_path).is_dir():
+        raise FileNotFoundError(f"include_path={str(include_path)!r}; allowed: a folder")
+    options = {"count": limit or tasks.COUNT, "seed": seed, "text": text}
+    options["include_path"] = None if include_path is None else os.fspath(include_path)
+    manager = tasks.task_manager(params, include_defaults=False, **options)
+    if not all(name in manager.task_index for name in names):
+        manager = tasks.task_manager(params, include_defaults=True, **options)
+    loaded = {name: _load(manager, name) for name in names}
+    found = {name: loaded[name]["tasks"][name].task for name in ours}
+    return _Asked(loaded=loaded, ours=found, text=text)
+
+
+def _load(manager: Any, name: str) -> Any:
+    from hybrid_sleep.eval.harness import tasks
+
+    own = ", ".join(tasks.names())
+    if name not in manager.task_index:
+        raise ValueError(
+            f"tasks has {name!r}, which is no task; allowed: {own}; those in include_path (lm-eval "
+            "leaves out a file that it cannot read); and lm-eval's own, which `lm-eval ls tasks` "
+            "lists"
+        )
+    try:
+        return manager.load([name])
+    except Exception as error:  # datasets, huggingface_hub and tasks all raise their own
+        if name in tasks.names():
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"tasks has {name!r}, which cannot be loaded ({type(error).__name__}: {reason}); "
+            f"most of lm-eval's tasks fetch their data from the hub; without it there are {own}, "
+            f"{OFFLINE}, and what was fetched before"
+        ) from error
+
+
+def _evaluate(lm: Any, loaded: Any, *, limit: int | None, shots: int | None, seed: int) -> Any:
+    """lm-eval's own result, seeded, in greater detail than it shows."""
+    import random
+
+    import numpy as np
+    import torch
+    from lm_eval.evaluator import evaluate
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    for task in loaded["tasks"].values():
+        given = task.get_config("num_fewshot")
+        # As lm-eval has it: a task that says 0 means it.
+        if given is None or (shots is not None and given != 0):
+            task.set_config("num_fewshot", shots or 0)
+        task.set_fewshot_seed(seed=seed)
+    return evaluate(lm, loaded, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=True)
+
+
+def _plain(content: Any) -> Any:
+    """As it comes back from JSON."""
+    return json.loads(json.dumps(content))
+
+
+def _versions() -> dict[str, str]:
+    from importlib import metadata
+
+    return {name: metadata.version(name) for name in ("lm_eval", "datasets")}
+
+
+def _documents(loaded: Any, limit: int | None) -> list[Any]:
+    """The documents that are asked about, with the settings of their tasks."""
+    found = []
+    for name, task in loaded["tasks"].items():
+        docs = task.eval_docs
+        kept = [docs[i] for i in range(min(limit or len(docs), len(docs)))]
+        found.append([name, task.dump_config(), kept])
+    return found
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:12]
+
+
+def _digest_weights(folder: Path) -> str:
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("token*")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]

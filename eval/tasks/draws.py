@@ -1,0 +1,64 @@
+"""Drawing many examples at once from raw Philox words, each for the split that its hash names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from hybrid_sleep.eval.tasks.base import SPLITS
+
+TEST_SHARE = 16  # one context in this many is a test context
+WORDS_AT_ONCE = 1 << 18
+CARDS_AT_ONCE = 1 << 20
+U64 = np.uint64
+
+
+def draw(
+    split: str,
+    seed: int,
+    count: int | None,
+    words: int,
+    read: Callable[[np.ndarray], tuple[np.ndarray, ...]],
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """Examples of a split, `count` in all (None: endlessly), the same however they are sliced.
+
+    Each is made of `words` raw words. `read(block [n, words])` returns arrays of n rows, first a
+    64-bit hash of each context; the others are yielded, without the rows of the other split.
+    """
+    stream = np.random.Philox(np.random.SeedSequence([SPLITS.index(split), seed]))
+    share = 1 / TEST_SHARE if split == "test" else 1 - 1 / TEST_SHARE
+    left = count
+    while left is None or left > 0:
+        wanted = 256 if left is None else left
+        drawn = min(int(wanted / share * 1.05) + 8, max(WORDS_AT_ONCE // words, 1))
+        hashes, *arrays = read(stream.random_raw(drawn * words).reshape(drawn, words))
+        is_test = hashes < U64(2**64 // TEST_SHARE)
+        kept = np.flatnonzero(is_test == (split == "test"))[:left]
+        if left is not None:
+            left -= len(kept)
+        if len(kept):
+            yield tuple(array[kept] for array in arrays)
+
+
+def distinct(words: np.ndarray, options: int) -> np.ndarray:
+    """As many different integers of 0..options-1 a row as it has words [n, k], in random order."""
+    drawn = np.empty(words.shape, dtype=np.int64)
+    at_once = max(CARDS_AT_ONCE // options, 1)
+    for start in range(0, len(words), at_once):
+        part = words[start : start + at_once]
+        rows = np.arange(len(part))
+        deck = np.tile(np.arange(options), (len(part), 1))
+        for place in range(words.shape[1]):
+            other = place + (part[:, place] % U64(options - place)).astype(np.int64)
+            deck[rows, other], deck[:, place] = deck[:, place].copy(), deck[rows, other]
+        drawn[start : start + at_once] = deck[:, : words.shape[1]]
+    return drawn
+
+
+def mix(words: np.ndarray) -> np.ndarray:
+    """Stafford's Mix13 finaliser of each word, after an odd constant is added."""
+    mixed = words + U64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> U64(30))) * U64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> U64(27))) * U64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> U64(31))

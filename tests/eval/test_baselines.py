@@ -1,0 +1,181 @@
+"""Baselines: equal compute by an independent count, and what each changes of the model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hybrid_sleep import HybridSleepForCausalLM
+from hybrid_sleep.eval import baselines, variants
+from hybrid_sleep.eval.baselines import ABLATIONS, BASELINES, ablations_of, baselines_of
+from hybrid_sleep.training.config import run_config
+
+MODEL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+
+RINGS = {"width": 8, "states": 3, "steps": [1, 2]}
+
+
+def run_of(tmp_path, task=None, model=None, sleep_passes=4, **train):
+    return run_config(
+        {
+            "model": {**MODEL, **(model or {})},
+            "task": task or {"name": "rule110", "params": RINGS},
+            "train": {"steps": 600, "batch_size": 8, "device": "cpu", **train},
+            "sleep_passes": sleep_passes,
+            "output_dir": str(tmp_path),
+        }
+    )
+
+
+def changed(run, variant):
+    return baselines._changed(run, variant.changes)
+
+
+def products(model, ids, passes) -> int:
+    """Multiply-adds of every linear layer while reading `ids`, counted as they happen."""
+    seen = 0
+
+    def count(module, inputs, output):
+        nonlocal seen
+        seen += inputs[0].numel() // inputs[0].shape[-1] * module.weight.numel()
+
+    hooks = [m.register_forward_hook(count) for m in model.modules() if hasattr(m, "in_features")]
+    labels = torch.full_like(ids, -100)
+    labels[:, -3:] = 0
+    model(ids, labels=labels, sleep_passes=passes, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("sleep_passes", [4, {"uniform": [1, 4]}])
+def test_training_at_equal_compute_takes_as_many_products(tmp_path, sleep_passes):
+    run = run_of(tmp_path, sleep_passes=sleep_passes)
+    task = run.load_task()
+    ids = task.batch("train", 0, 1)["input_ids"]
+
+    def work(run):
+        model = HybridSleepForCausalLM(run.model_config())
+        by_depth = {d: products(model, ids, d) for d in run.sleep_passes.depths()}
+        steps = range(run.train.steps)
+        return sum(by_depth[run.sleep_passes.draw(run.train.seed, step)] for step in steps)
+
+    wanted = work(run)
+    for variant in baselines_of(run, list(BASELINES)):
+        other = changed(run, variant)
+        assert other.sleep_passes.deepest == 1
+        share = work(other) / wanted
+        if variant.equal in ("compute", "both"):
+            # Attention's pairs and the recurrence are in the count by FLOPs, and not in this one.
+            assert share == pytest.approx(1, abs=0.06), variant.name
+        if variant.equal in ("tokens", "both"):
+            assert other.train.steps == pytest.approx(run.train.steps, rel=0.1)
+
+
+def test_what_the_baselines_are(tmp_path):
+    run = run_of(tmp_path)
+    found = {v.name: changed(run, v).model_config() for v in baselines_of(run, list(BASELINES))}
+    config = run.model_config()
+    same = ("hidden_size", "num_hidden_layers", "window", "distinct_layers")
+    for name in ("once", "once_tokens"):
+        assert all(getattr(found[name], key) == getattr(config, key) for key in same)
+    size = {
+        name: sum(p.numel() for p in HybridSleepForCausalLM(c).parameters())
+        for name, c in found.items()
+    }
+    deeper = next(c for name, c in found.items() if name.startswith("deeper"))
+    looped = next(c for name, c in found.items() if name.startswith("looped"))
+    assert deeper.num_hidden_layers == looped.num_hidden_layers > config.num_hidden_layers
+    assert looped.distinct_layers == config.num_hidden_layers
+    assert size["looped"] == size["once"] < size["deeper"]
+    wider = found["wider"]
+    assert wider.num_hidden_layers == config.num_hidden_layers
+    assert wider.head_dim == config.head_dim and wider.hidden_size > config.hidden_size
+    assert found["full_cache"].window == run.load_task().length
+
+
+def test_cost_counts_the_depths_that_a_seed_draws(tmp_path):
+    run = run_of(tmp_path, sleep_passes={"choice": {1: 1, 3: 1}})
+    drawn = [run.sleep_passes.draw(0, step) for step in range(600)]
+    ones = variants.cost_of(run_of(tmp_path, sleep_passes=1, steps=drawn.count(1)))
+    threes = variants.cost_of(run_of(tmp_path, sleep_passes=3, steps=drawn.count(3)))
+    cost = variants.cost_of(run)
+    assert cost["training_flops"] == ones["training_flops"] + threes["training_flops"]
+    assert cost["tokens"] == 600 * 8 * (3 * 8 + 1 + 3)
+    model = HybridSleepForCausalLM(run.model_config())
+    assert cost["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_ablations_change_one_decision_each(tmp_path):
+    run = run_of(tmp_path, model={"num_hidden_layers": 4})
+    names = [name for name in ABLATIONS if name != "schedule"]
+    found = {v.name: v for v in ablations_of(run, names, [1, 2, 3, 4])}
+    before = run.model_config()
+    keys = ("state_space", "eviction", "loop", "sleep_attention", "sleep_schedule")
+    for name, variant in found.items():
+        after = changed(run, variant)
+        config = after.model_config()
+        differing = [key for key in keys if getattr(config, key) != getattr(before, key)]
+        if after.sleep_passes != run.sleep_passes:
+            differing.append("sleep_passes")
+        assert len(differing) == 1, name
+        assert after.train == run.train
+    assert found["state_space_mamba2"].asked == 4
+    assert {name for name in found if name.startswith("loop")} == {
+        "loop_0_2", "loop_2_4", "loop_1_3",
+    }  # fmt: skip
+    assert changed(run, found["difficulty"]).sleep_passes.to_config() == {
+        "by_difficulty": {1: 1, 2: 4}
+    }
+    assert found["difficulty"].tied == {1: 1, 2: 4}
+
+
+def test_the_schedule_is_ablated_where_it_matters(tmp_path):
+    word = {"name": "parity", "params": {"elements": 24, "layout": "tagging"}}
+    run = run_of(tmp_path, task=word, model={"window": 8})
+    (variant,) = ablations_of(run, ["schedule"], [1, 2])
+    assert changed(run, variant).model_config().sleep_schedule == "every_window"
+    with pytest.raises(ValueError, match="ablation='schedule': labels .* lie in its last window"):
+        ablations_of(run_of(tmp_path), ["schedule"], [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda run: baselines_of(run(), ["longer"]), "baseline='longer'; allowed: once, deeper"),
+        (lambda run: baselines_of(run(sleep_passes=1), ["once"]), "sleep_passes=1 makes a run"),
+        (lambda run: ablations_of(run(), ["rope"], [1]), "ablation='rope'; allowed: state_space"),
+        (
+            lambda run: ablations_of(run(sleep_passes=1), ["depth"], [1]),
+            "ablation='depth': sleep_passes=1",
+        ),
+        (
+            lambda run: ablations_of(
+                run(task={"name": "rule110", "params": {"width": 8, "states": 2, "steps": 2}}),
+                ["difficulty"],
+                [1],
+            ),
+            r"task 'rule110' has steps=\[2\]",
+        ),
+        (
+            lambda run: ablations_of(
+                run(model={"num_hidden_layers": 1, "layer_types": ["linear_attention"]}),
+                ["loop"],
+                [1],
+            ),
+            "ablation='loop': .* leave no other range",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(lambda **changes: run_of(tmp_path, **changes))
