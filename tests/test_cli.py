@@ -11,6 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from hybrid_sleep import cli
+from hybrid_sleep.eval import tasks
 
 RUN = {
     "model": {
@@ -64,11 +65,13 @@ def test_help_imports_no_torch():
 @pytest.mark.parametrize(
     "words, says",
     [
-        ([], ["demo", "train", "bench", "doctor"]),
+        ([], ["demo", "train", "bench", "tasks", "eval", "doctor"]),
         (["demo"], ["--seed", "--out", "five minutes"]),
         (["train"], ["CONFIG", "KEY=VALUE", "--resume", "--overwrite"]),
-        (["bench"], ["depth", "generation", "sleep", "kernels", "render"]),
-        (["bench", "depth"], ["CHECKPOINT", "--depths", "--count", "--baseline", "--out", "floor"]),
+        (["bench"], ["depth", "map", "ablate", "cost", "generation", "sleep", "render"]),
+        (["bench", "depth"], ["CHECKPOINT", "--depths", "--count", "--baselines", "floor"]),
+        (["bench", "map"], ["--vary", "--compute", "--depths", "--seeds", "--jobs"]),
+        (["eval"], ["CHECKPOINT", "--tasks", "--sleep-passes", "--batch-size"]),
         (["bench", "generation"], ["--windows", "--repeats"]),
         (["bench", "sleep"], ["--repeats", "--out"]),
     ],
@@ -157,6 +160,14 @@ def test_an_interrupted_benchmark_keeps_the_checkpoints_it_finished(config, tmp_
         (["bench", "depth", ".", "--depths", "4-1"], "depths=[]"),
         (["bench", "depth", ".", "--depths", "0-2"], "depths=0; allowed: an integer"),
         (["bench", "depth", ".", "--depths", "two"], "depths='two'; allowed: such as 1-8"),
+        (["bench", "depth", ".", "--seeds", "0"], "--seeds=0 with '.'; allowed: with a run's"),
+        (["bench", "depth", "x.yaml", "--seed", "1"], "--seed=1 with 'x.yaml'; allowed: with"),
+        (["bench", "depth", "x.yaml"], "config 'x.yaml' is no file"),
+        (["bench", "depth", "x.yaml", "--seeds", "0"], "seeds='0'; allowed: at least 3"),
+        (["bench", "map", "x.yaml", "--compute", "no"], "config 'x.yaml' is no file"),
+        (["tasks", "show", "chess"], "name='chess' is no task; allowed: depo"),
+        (["tasks", "show", "depo", "hops=0"], "hops=0; allowed: an integer of at least 1"),
+        (["eval", "nowhere", "--tasks", "hybrid_sleep_depo"], "checkpoint 'nowhere' is no folder"),
         (["bench", "generation", "--windows", "1"], "windows=1; allowed: an integer of at least 2"),
         (["bench", "generation", "--state-space", "s4"], "state_space must be one of"),
         (["bench", "sleep", "--device", "abacus"], "device='abacus'; allowed here: cpu"),
@@ -175,6 +186,13 @@ def test_bad_input_is_one_line_and_exit_code_2(words, says, tmp_path, monkeypatc
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "Traceback" not in result.output
     assert not list(tmp_path.iterdir())
+
+
+def test_tasks_are_listed_and_shown():
+    listed = call("tasks", "list").output
+    assert all(f"\n{name}\n" in f"\n{listed}" for name in tasks.TASKS)
+    shown = call("tasks", "show", "rule110", "width=5", "steps=[1, 2]", "--count", 2).output
+    assert "width=5" in shown and "test example 2, seed 0" in shown
 
 
 def test_an_unknown_command_or_option_is_refused():

@@ -11,7 +11,7 @@ from hybrid_sleep import HybridSleepConfig, HybridSleepForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/training.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/training.md", "docs/evaluation.md")
 
 
 def blocks(language: str) -> list[str]:
