@@ -30,6 +30,8 @@ from hybrid_sleep.provenance import describe
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+EQUAL_WITHIN = 0.02  # of questions right
+
 
 def parse_compute(text: str) -> list[float]:
     """Multiples of a run's compute, from text such as `1,3`; ValueError for anything else."""
@@ -193,6 +195,11 @@ def verdicts(result: dict[str, Any]) -> list[str]:
                 continue
             best = max(cells, key=lambda cell: cell["mean"])
             place = f"{key} = {value}, {multiple:g}x compute: "
+            near = [c["depth"] for c in cells if c["mean"] > best["mean"] - EQUAL_WITHIN]
+            if len(near) > 1:
+                depths = " and ".join(f"N = {depth}" for depth in near)
+                lines.append(f"{place}{depths} are within {EQUAL_WITHIN:g} ({best['mean']:.3f}).")
+                continue
             if best["depth"] == first:
                 others = [cell for cell in cells if cell is not best]
                 sure = all(c["ahead"][2] < 0 for c in others)

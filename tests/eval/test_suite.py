@@ -218,6 +218,9 @@ def test_the_map_says_who_wins_and_whether_the_seeds_agree():
     )
     result["grid"][1]["ahead"] = [0.2, -0.1, 0.5]
     assert depth_map.verdicts(result)[0].endswith("but the seeds do not agree.")
+    result["grid"][0]["mean"] = 0.69
+    (line,) = depth_map.verdicts(result)
+    assert line == "steps = 4, 1x compute: N = 1 and N = 2 are within 0.02 (0.700)."
     result["grid"][0]["mean"] = 0.8
     assert "N = 1 is best (0.800), but not with every seed." in depth_map.verdicts(result)[0]
 
