@@ -16,6 +16,7 @@ BENCHMARKS = {
     "depth": ("hybrid_sleep.eval.depth_report", "accuracy.png"),
     "demo": ("hybrid_sleep.eval.demo", "accuracy.png"),
     "generation": ("hybrid_sleep.eval.benchmarks.generation", "generation.png"),
+    "cost": ("hybrid_sleep.eval.benchmarks.cost_report", "cost.png"),
     "kernels": ("hybrid_sleep.kernels.benchmarks.report", "kernels.png"),
     "base": ("hybrid_sleep.kernels.benchmarks.report", "base.png"),
     "fallback": ("hybrid_sleep.kernels.benchmarks.fallback", "fallback.png"),

@@ -55,7 +55,7 @@ def bench_sleep(
         float | None, typer.Option(help="Stop before these are over; the same call goes on.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the results [default: out/bench-sleep[-cuda]].")
+        Path | None, typer.Option(help="Folder for the results (default: out/bench-sleep[-cuda]).")
     ] = None,
 ) -> None:
     """One sleep of depth N against N calls of the model, over window shapes.
@@ -80,6 +80,71 @@ def bench_sleep(
     report(result, out)
 
 
+@bench.command("cost")
+@command
+def bench_cost(
+    model: Annotated[
+        Path | None, typer.Option(help="A trained model (default: an untrained one).")
+    ] = None,
+    depo: Annotated[
+        Path | None, typer.Option(help="A model trained on Depo, to be asked many questions.")
+    ] = None,
+    hidden: Annotated[int | None, typer.Option(help="Width of the untrained model.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers of the untrained model.")] = None,
+    window: Annotated[int | None, typer.Option(help="Window of the untrained model.")] = None,
+    state_space: Annotated[
+        str | None, typer.Option(help="gated_deltanet or mamba2, of the untrained model.")
+    ] = None,
+    depths: Annotated[str, typer.Option(help="Sleep depths, such as 1-4 or 1,2,4.")] = "1,2,4,8",
+    windows: Annotated[str, typer.Option(help="Windows of the past, such as 1,8,64.")] = "1,8,64",
+    question: Annotated[
+        int | None, typer.Option(help="Tokens of a question (default: a quarter of the window).")
+    ] = None,
+    answer: Annotated[
+        int | None, typer.Option(help="Tokens of an answer (default: a quarter of the window).")
+    ] = None,
+    cycles: Annotated[int, typer.Option(help="Cycles of Depo to ask about.")] = 50,
+    repeats: Annotated[int, typer.Option(help="Rounds in turn, of which medians are taken.")] = 5,
+    device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
+    minutes: Annotated[
+        float | None, typer.Option(help="Stop before these are over; the same call goes on.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the results (default: out/bench-cost[-cuda]).")
+    ] = None,
+) -> None:
+    """Time, FLOPs, bytes and energy of sleeps, and how many questions pay for one.
+
+    Sleeps by depth; tokens awake behind slept windows and behind a KV cache that keeps all; with
+    --depo, many questions answered from the saved fast weights of one sleep. What an earlier call
+    finished in the folder, with the same code, versions and device, is kept.
+    """
+    from hybrid_sleep.eval.benchmarks import cost
+    from hybrid_sleep.eval.depth import parse_depths
+    from hybrid_sleep.eval.progress import progress_bar
+
+    out = out or Path("out") / ("bench-cost-cuda" if device.startswith("cuda") else "bench-cost")
+    given = {"hidden": hidden, "layers": layers, "window": window, "state_space": state_space}
+    with progress_bar("cost") as progress:
+        result = cost.run(
+            model=model,
+            sizes={name: value for name, value in given.items() if value is not None},
+            depo=depo,
+            depths=parse_depths(depths),
+            windows=cost.parse_windows(windows),
+            question=question,
+            answer=answer,
+            cycles=cycles,
+            repeats=repeats,
+            device=device,
+            minutes=minutes,
+            out=out,
+            command=command_line(),
+            progress=progress,
+        )
+    report(result, out)
+
+
 @bench.command("train")
 @command
 def bench_train(
@@ -89,7 +154,7 @@ def bench_train(
         float | None, typer.Option(help="Stop before these are over; the same call goes on.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the results [default: out/bench-train[-cuda]].")
+        Path | None, typer.Option(help="Folder for the results (default: out/bench-train[-cuda]).")
     ] = None,
 ) -> None:
     """A training step: tokens per second and peak memory against depth, windows, recomputing.
@@ -131,7 +196,7 @@ def bench_kernels(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for the results [default: out/bench-kernels[-cuda][-base]]."),
+        typer.Option(help="Folder for the results (default: out/bench-kernels[-cuda][-base])."),
     ] = None,
 ) -> None:
     """Kernels against their peers, in one run.

@@ -36,7 +36,7 @@ def _main(
 def demo(
     seed: Annotated[int, typer.Option(help="Seed of the weights, the data and the depths.")] = 0,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the results [default: out/demo-seedSEED].")
+        Path | None, typer.Option(help="Folder for the results (default: out/demo-seedSEED).")
     ] = None,
 ) -> None:
     """Train a small model on this CPU, then show accuracy against sleep depth.

@@ -1,0 +1,253 @@
+"""Depo asked one question at a time: a cycle is read and slept over once, its fast weights are
+kept, and each question is answered from a copy of them.
+
+Beside it each question is answered by reading the cycle again, in one forward with the question,
+at the same depth (which must give the same answers) and without sleep, and behind the whole KV
+cache of the cycle (whose answers are not scored: the weights were not trained for it).
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any, NamedTuple
+
+import torch
+
+from hybrid_sleep import SleepCache
+from hybrid_sleep.eval import flops
+from hybrid_sleep.eval.benchmarks.break_even import break_even, together
+from hybrid_sleep.eval.benchmarks.keeping import KeepingCache, keeper_of
+from hybrid_sleep.eval.benchmarks.slices import Row
+from hybrid_sleep.eval.depth import load_model
+from hybrid_sleep.eval.statistics import over_seeds
+from hybrid_sleep.eval.tasks.depo import Depo
+from hybrid_sleep.identity import weights_digest
+from hybrid_sleep.kernels.benchmarks.timing import spread
+
+WAYS = ("saved", "kept", "reread", "reread_awake")
+SEED = 0  # of the test cycles
+FILES = 5  # rounds of saving and loading a cache
+
+
+class Question(NamedTuple):
+    """`hops` steps from a node: `asked` are its tokens up to the answer, `answer` those of it."""
+
+    hops: int
+    asked: list[int]
+    answer: list[int]
+
+
+def questions_of(task: Depo, edges: Sequence[tuple[Any, Any]]) -> list[Question]:
+    """Every start and every number of steps that the test split asks about one cycle."""
+    follows, found = dict(edges), []
+    for start in follows:
+        for hops in task.test_hops:
+            node = start
+            for _ in range(hops):
+                node = follows[node]
+            asked = [task.asked + hops, *start, task.answer]
+            found.append(Question(hops, asked, list(node)))
+    return found
+
+
+class Questions:
+    """Asks one model; raises ValueError if it was trained on another task."""
+
+    def __init__(
+        self,
+        checkpoint: str | os.PathLike,
+        run: Any,
+        cycles: int,
+        device: Any,
+        now: Callable[[], float],
+    ):
+        self.task = run.load_task()
+        if not isinstance(self.task, Depo):
+            raise ValueError(
+                f"depo={os.fspath(checkpoint)!r} was trained on {self.task.name}; allowed: a "
+                "model trained on depo"
+            )
+        self.cycles, self.now = cycles, now
+        self.model = load_model(checkpoint, device).eval()
+        self.keeper = keeper_of(self.model, self.task.length)
+
+    def about(self) -> Row:
+        """Task, what is right without any memory of the cycle's order, and sizes."""
+        config = self.model.config
+        return {
+            "task": {"name": self.task.name, **self.task.params},
+            "cycle_tokens": self.task.context,
+            "floor": self.task.floor()["chance"],
+            "cycles": self.cycles,
+            "parameters": flops.parameters(config),
+            "fast_weight_bytes": config.fast_weight_bytes,
+            "kv_bytes_per_token": flops.kv_bytes(config),
+        }
+
+    def rows(self, depths: Sequence[int]) -> list[Row]:
+        """One row a depth."""
+        about = {"depo": weights_digest(self.model)[:12], "cycles": self.cycles}
+        return [{"what": "depo", **about, "passes": depth} for depth in depths]
+
+    @torch.no_grad()
+    def measure(self, names: Row) -> Row:
+        """All questions about every cycle at one depth."""
+        passes = names["passes"]
+        ids = self.task.batch("test", SEED, self.cycles)["input_ids"]
+        self._cycle(ids[0], passes)
+        found = [self._cycle(row, passes) for row in ids]
+        asked = [question for cycle in found for question in cycle["questions"]]
+        right = [answer for cycle in found for answer in cycle["right"]]
+        shares = [fmean(cycle["right"]) for cycle in found]
+        return {
+            "questions": len(right),
+            "accuracy": fmean(shares),
+            # Questions about one cycle are not independent; cycles are.
+            "interval": list(over_seeds(shares)),
+            "by_hops": {
+                str(hops): fmean(r for r, q in zip(right, asked, strict=True) if q.hops == hops)
+                for hops in self.task.test_hops
+            },
+            "identical": sum(sum(cycle["identical"]) for cycle in found),
+            "logit_difference": max(cycle["difference"] for cycle in found),
+            "once_seconds": _over(found, "once"),
+            "seconds": _over(found, "each"),
+            "break_even": break_evens(
+                [cycle["once"] for cycle in found], [cycle["each"] for cycle in found]
+            ),
+            "flops": self._flops(passes, asked),
+            "bytes": found[0]["bytes"],
+            "file": self._file(ids[0], passes),
+        }
+
+    def _cycle(self, row: torch.Tensor, passes: int) -> dict[str, Any]:
+        """One cycle: what it cost to read, and each of its questions in every way."""
+        context = row[None, : self.task.context].to(self.model.device)
+        questions = questions_of(self.task, self.task.parse(row.tolist())["edges"])
+        once, saved = self._timed(lambda: self._sleep_over(context, passes))
+        once_kept, kept = self._timed(lambda: self._keep(context))
+        right, identical, difference = [], [], 0.0
+        seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+        for number, question in enumerate(questions):
+            # Later letters of an answer are predicted with the earlier ones given.
+            tokens = torch.tensor([question.asked + question.answer[:-1]], device=context.device)
+            whole = torch.cat((context, tokens), dim=1)
+            count = len(question.answer)
+            ways = {
+                "saved": partial(_ask, self.model, tokens, count, saved),
+                "kept": partial(_ask, self.keeper, tokens, count, kept),
+                "reread": partial(_ask, self.model, whole, count, passes=passes),
+                "reread_awake": partial(_ask, self.model, whole, count, passes=1),
+            }
+            heard, turn = {}, number % len(WAYS)
+            for name in WAYS[turn:] + WAYS[:turn]:
+                taken, heard[name] = self._timed(ways[name])
+                seconds[name].append(taken)
+            given, again = heard["saved"], heard["reread"]
+            right.append(given.argmax(-1).tolist() == question.answer)
+            identical.append(torch.equal(given.argmax(-1), again.argmax(-1)))
+            difference = max(difference, (given - again).abs().max().item())
+        return {
+            "questions": questions,
+            "right": right,
+            "identical": identical,
+            "difference": difference,
+            "once": {"saved": once, "kept": once_kept},
+            "each": {name: median(taken) for name, taken in seconds.items()},
+            "bytes": {"saved": saved.nbytes(), "kept": kept.nbytes()},
+        }
+
+    def _flops(self, passes: int, questions: Sequence[Question]) -> Row:
+        """Reading once, and a question each way, the mean over all questions."""
+        config, keeping, context = self.model.config, self.keeper.config, self.task.context
+        held = config.window - 1 if config.eviction == "sliding" else 0
+        each: dict[str, list[int]] = {name: [] for name in WAYS}
+        for question in questions:
+            count = len(question.answer)
+            tokens, told = len(question.asked) + count - 1, flops.logit_flops(config, count)
+            each["saved"].append(flops.pass_flops(config, tokens, past=held) + told)
+            each["kept"].append(flops.pass_flops(keeping, tokens, past=context) + told)
+            for name, depth in (("reread", passes), ("reread_awake", 1)):
+                whole = context + tokens
+                each[name].append(flops.sequence_flops(config, whole, depth, logits=count))
+        once = {
+            "saved": flops.past_flops(config, context, passes),
+            "kept": flops.sequence_flops(keeping, context, 1, logits=1),
+        }
+        means = {name: fmean(counts) for name, counts in each.items()}
+        return {"once": once, "each": means, "break_even": break_evens([once], [means])}
+
+    def _file(self, row: torch.Tensor, passes: int) -> Row:
+        """A saved memory on disk: its size, and seconds on the wall to write and to load it."""
+        cache = self._sleep_over(row[None, : self.task.context].to(self.model.device), passes)
+        writing, loading = [], []
+        with tempfile.TemporaryDirectory() as folder:
+            for _ in range(FILES):
+                began = time.perf_counter()
+                cache.save_pretrained(folder)
+                between = time.perf_counter()
+                SleepCache.from_pretrained(folder, model=self.model)
+                writing.append(between - began)
+                loading.append(time.perf_counter() - between)
+            size = sum(path.stat().st_size for path in Path(folder).iterdir())
+        return {"bytes": size, "save_seconds": median(writing), "load_seconds": median(loading)}
+
+    def _sleep_over(self, context: torch.Tensor, passes: int) -> SleepCache:
+        cache = SleepCache(self.model.config)
+        self.model(context, past_key_values=cache, sleep_passes=passes, logits_to_keep=1)
+        self.model.sleep(cache, passes)
+        return cache
+
+    def _keep(self, context: torch.Tensor) -> KeepingCache:
+        cache = KeepingCache(self.keeper.config)
+        self.keeper(context, past_key_values=cache, logits_to_keep=1)
+        return cache
+
+    def _timed(self, work: Callable[[], Any]) -> tuple[float, Any]:
+        began = self.now()
+        made = work()
+        return self.now() - began, made
+
+
+def _ask(
+    model: Any,
+    ids: torch.Tensor,
+    count: int,
+    cache: SleepCache | None = None,
+    passes: int | None = None,
+) -> torch.Tensor:
+    """The last `count` logits behind `ids`, from a copy of `cache`, which stays as it is."""
+    cache = None if cache is None else cache.copy()
+    how = {"past_key_values": cache, "sleep_passes": passes, "logits_to_keep": count}
+    return model(ids, **how).logits[0]
+
+
+def break_evens(
+    once: Sequence[dict[str, float]], each: Sequence[dict[str, float]]
+) -> dict[str, dict[str, Any]]:
+    """When answering from saved fast weights has paid for itself, against every other way.
+
+    once: what each cycle cost to read, `saved` and `kept`; each: what a question about it cost.
+    The verdicts of all cycles `together`.
+    """
+    verdicts: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS[1:]}
+    for first, later in zip(once, each, strict=True):
+        for way, found in verdicts.items():
+            invested = first["saved"] - (first["kept"] if way == "kept" else 0)
+            found.append(break_even(invested, later[way] - later["saved"]))
+    return {way: together(found) for way, found in verdicts.items()}
+
+
+def _over(found: Sequence[dict[str, Any]], what: str) -> dict[str, Any]:
+    """Median and quartiles over the cycles, by way."""
+    named = {}
+    for name in found[0][what]:
+        middle, quartiles = spread([cycle[what][name] for cycle in found])
+        named[name] = {"median": middle, "quartiles": quartiles}
+    return named
