@@ -27,10 +27,10 @@ def words(result: dict[str, Any]) -> list[str]:
             continue
         gap, low, high = variant["ahead"]
         equal = variant["equal"].replace("both", "compute and tokens")
-        if low > 0 or high < 0:
-            verdict = "with every seed"
-        elif abs(gap) < CLEAR:
+        if max(-low, high) < CLEAR:
             verdict = "so no difference"
+        elif low > 0 or high < 0:
+            verdict = "with every seed"
         else:
             verdict = "but the seeds do not agree"
         side = "ahead of" if gap >= 0 else "behind"
