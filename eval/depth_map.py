@@ -196,7 +196,7 @@ def verdicts(result: dict[str, Any]) -> list[str]:
             best = max(cells, key=lambda cell: cell["mean"])
             place = f"{key} = {value}, {multiple:g}x compute: "
             near = [c["depth"] for c in cells if c["mean"] > best["mean"] - EQUAL_WITHIN]
-            if len(near) > 1:
+            if len(near) > 1 and first in near:
                 depths = " and ".join(f"N = {depth}" for depth in near)
                 lines.append(f"{place}{depths} are within {EQUAL_WITHIN:g} ({best['mean']:.3f}).")
                 continue
