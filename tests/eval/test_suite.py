@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import pickle
+from functools import partial
 
 import pytest
 import torch
 
 from hybrid_sleep import HybridSleepForCausalLM
-from hybrid_sleep.eval import adaptive, depth_map, report, suite, suite_report, tasks
+from hybrid_sleep.eval import adaptive, depth_map, report, suite, suite_report, tasks, variants
 from hybrid_sleep.eval.depth import measure_depth
 from hybrid_sleep.training import load_run_config, train
 
@@ -109,14 +111,14 @@ def test_a_run_is_trained_beside_its_baselines_and_goes_on(tmp_path, config):
     given = {"count": 40, "baselines": "once", "out": out, "command": "the command"}
     part = suite.run(config, minutes=1e-4, **given)
     assert (part["ended"], part["complete"]) == ("time is up", False)
-    result = suite.run(config, ablations="adaptive", jobs=2, **given)
+    result = suite.run(config, ablations="adaptive", **given)
     assert result["complete"]
     names = {(row["variant"], row["seed"]) for row in result["rows"]}
     assert names == {(v, s) for v in ("sleep", "once", "once_tokens") for s in (0, 1, 2)}
     longer = next(row for row in result["rows"] if row["variant"] == "once")
     own = next(row for row in result["rows"] if row["variant"] == "sleep")
     assert longer["steps"] > own["steps"] == 3
-    # The row of a process of its own is what one training gives.
+    # A row is what one training gives.
     run = load_run_config(config, {"train.seed": 2, "output_dir": str(tmp_path / "alone")})
     model = HybridSleepForCausalLM.from_pretrained(train(run, progress=False).model_dir)
     measured = measure_depth(model, run.load_task(), [1, 2], 40)
@@ -128,6 +130,16 @@ def test_a_run_is_trained_beside_its_baselines_and_goes_on(tmp_path, config):
     assert report.render(paths[0]) == paths[1:]
     assert [path.read_bytes() for path in paths[1:]] == before
     assert b"the command" in before[0] and b"mean passes" in before[0]
+
+
+def test_what_side_by_side_processes_are_sent_survives_the_way(config):
+    """A depth policy has integer keys, which a trip through JSON would make into texts."""
+    changes = [("sleep", {}), ("tied", {"sleep_passes": {"by_difficulty": {0: 1, 1: 2}}})]
+    runs = variants.runs_of(config, [], changes, [0])
+    work = partial(variants._measure, runs, partial(suite._adaptive, deepest=2, count=4))
+    again = pickle.loads(pickle.dumps(work))
+    assert again.args[0] == runs
+    assert again.args[0]["tied", 0].sleep_passes.draw(0, 1) in (1, 2)
 
 
 @pytest.mark.parametrize(
