@@ -21,6 +21,7 @@ from hybrid_sleep.eval.tasks.base import check_int
 from hybrid_sleep.eval.variants import (
     cost_of,
     device_of,
+    one_stage,
     parse_seeds,
     runs_of,
     train_and_measure,
@@ -84,7 +85,7 @@ def run(
     numbers = parse_seeds(seeds)
     check_int("count", count, 1)
     given = dict(parse_overrides(overrides))
-    base = load_run_config(config, {**given, key: values[0]})
+    base = one_stage(load_run_config(config, {**given, key: values[0]}))
     unit = cost_of(base)["training_flops"]
     cells, variants = {}, []
     for value in values:

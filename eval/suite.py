@@ -27,7 +27,13 @@ from hybrid_sleep.eval.benchmarks.slices import Row, record_of
 from hybrid_sleep.eval.depth import parse_depths
 from hybrid_sleep.eval.statistics import over_seeds
 from hybrid_sleep.eval.tasks.base import check_int
-from hybrid_sleep.eval.variants import device_of, parse_seeds, runs_of, train_and_measure
+from hybrid_sleep.eval.variants import (
+    device_of,
+    one_stage,
+    parse_seeds,
+    runs_of,
+    train_and_measure,
+)
 
 ADAPTIVE = "adaptive"
 FEWEST_SEEDS = 3
@@ -107,7 +113,7 @@ def run(
     check_int("count", count, 1)
     asked = parse_names("ablations", ablations, (*ABLATIONS, ADAPTIVE))
     compared = parse_names("baselines", baselines, tuple(BASELINES))
-    first = load_run_config(config, [*overrides, f"train.seed={numbers[0]}"])
+    first = one_stage(load_run_config(config, [*overrides, f"train.seed={numbers[0]}"]))
     levels = list(range(1, first.sleep_passes.deepest + 1))
     levels = levels if depths is None else parse_depths(depths)
     left_out: dict[str, str] = {}

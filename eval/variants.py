@@ -188,39 +188,52 @@ def _keyed(by_number: dict[int, Any]) -> dict[str, Any]:
 def cost_of(run: RunConfig) -> dict[str, int]:
     """What a training run takes, counted: steps, examples, tokens, FLOPs (see `eval.flops`).
 
-    `parameters` of its model; `wake_flops` of one token behind a window that is half full, and
-    `memory_bytes` held in a full one, both after sleeping. The depths are those that its seed
-    draws.
+    All its stages together, frozen weights counted like others. `parameters` of its model;
+    `wake_flops` of one token behind a window that is half full, and `memory_bytes` held in a full
+    one, both after sleeping. The depths are those that its seed draws.
     """
+    parts = [_training_cost(stage) for stage in run.stage_runs()]
+    config, task = run.model_config(), run.load_task()
+    held = min(config.window, task.length)
+    return {
+        **{name: sum(part[name] for part in parts) for name in parts[0]},
+        "parameters": flops.parameters(config),
+        "wake_flops": flops.token_flops(config, held // 2),
+        "memory_bytes": flops.cache_bytes(config, held, slept=held < task.length),
+    }
+
+
+def _training_cost(run: RunConfig) -> dict[str, int]:
     from hybrid_sleep.training.curriculum import parse_windows
 
     config, task = run.model_config(), run.load_task()
     windows = None if run.train.windows is None else parse_windows(run.train.windows)
-    steps, seed = run.train.steps, run.train.seed
+    steps, seed, own = run.train.steps, run.train.seed, config.window
     drawn = Counter(
-        (
-            run.sleep_passes.draw(seed, step),
-            config.window if windows is None else windows.at(step),
-        )
+        (run.sleep_passes.draw(seed, step), own if windows is None else windows.at(step))
         for step in range(steps)
     )
-    own = config.window
     training = 0
     for (depth, window), times in drawn.items():
         config.window = window
         sleeps = sleeping_windows(task, config)
         training += times * flops.training_flops(config, task.length, depth, sleeps)
-    config.window = own
-    held = min(own, task.length)
     return {
         "steps": steps,
         "examples": steps * run.train.batch_size,
         "tokens": steps * run.train.batch_size * task.length,
         "training_flops": training * run.train.batch_size,
-        "parameters": flops.parameters(config),
-        "wake_flops": flops.token_flops(config, held // 2),
-        "memory_bytes": flops.cache_bytes(config, held, slept=held < task.length),
     }
+
+
+def one_stage(run: RunConfig) -> RunConfig:
+    """`run` if it is trained in one go; ValueError otherwise, as its steps cannot be fitted."""
+    if run.stages:
+        raise ValueError(
+            f"a run of {len(run.stages)} stages, each with steps of its own, which cannot be "
+            "fitted to equal compute; allowed: a run without stages, or hybrid-sleep bench ablate"
+        )
+    return run
 
 
 def sleeping_windows(task: Any, config: Any) -> int | None:

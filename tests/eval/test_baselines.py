@@ -115,6 +115,19 @@ def test_cost_counts_the_depths_that_a_seed_draws(tmp_path):
     assert cost["parameters"] == sum(p.numel() for p in model.parameters())
 
 
+def test_cost_of_stages_is_that_of_each(tmp_path):
+    stages = [{"train.steps": 5, "sleep_passes": 1}, {"train.steps": 7, "sleep_passes": 3}]
+    content = run_of(tmp_path).to_dict()
+    cost = variants.cost_of(run_config({**content, "stages": stages}))
+    one = variants.cost_of(run_of(tmp_path, sleep_passes=1, steps=5))
+    three = variants.cost_of(run_of(tmp_path, sleep_passes=3, steps=7))
+    for name in ("steps", "examples", "tokens", "training_flops"):
+        assert cost[name] == one[name] + three[name]
+    assert cost["parameters"] == one["parameters"]
+    with pytest.raises(ValueError, match="a run of 2 stages, .*allowed: a run without stages"):
+        variants.one_stage(run_config({**content, "stages": stages}))
+
+
 def test_ablations_change_one_decision_each(tmp_path):
     run = run_of(tmp_path, model={"num_hidden_layers": 4})
     names = [name for name in ABLATIONS if name != "schedule"]
