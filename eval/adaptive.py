@@ -7,6 +7,7 @@ from typing import Any
 
 from hybrid_sleep.eval.depth import SPLIT
 from hybrid_sleep.eval.tasks import Task
+from hybrid_sleep.io import keyed
 
 TOLERANCES = (0.3, 0.1, 0.03)
 
@@ -50,7 +51,7 @@ def measure_adaptive(
                 {
                     "tolerance": tolerance,
                     "per_question": score["per_question"],
-                    "by_difficulty": {str(d): s for d, s in score["by_difficulty"].items()},
+                    "by_difficulty": keyed(score["by_difficulty"]),
                     "passes": sum(passes) / len(passes) if passes else 1.0,
                 }
             )

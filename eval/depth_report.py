@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybrid_sleep.eval.statistics import over_seeds, wilson
 from hybrid_sleep.eval.tasks import Task
+from hybrid_sleep.io import keyed
 from hybrid_sleep.provenance import describe, provenance
 
 if TYPE_CHECKING:
@@ -54,13 +55,13 @@ def summarise(
         "task": {"name": task.name, "params": task.params},
         "floor": floor["exact"],
         "floor_per_label": floor["per_label"],
-        "floor_by_difficulty": _keyed(floor["by_difficulty"]),
+        "floor_by_difficulty": keyed(floor["by_difficulty"]),
         "chance": floor["chance"],
-        "accuracy": _keyed(mean["exact"]),
-        "interval": _keyed({d: over_seeds(exact[d]) for d in depths}),
-        "per_question": _keyed(mean["per_question"]),
+        "accuracy": keyed(mean["exact"]),
+        "interval": keyed({d: over_seeds(exact[d]) for d in depths}),
+        "per_question": keyed(mean["per_question"]),
         "difficulty": task.difficulty,
-        "by_difficulty": _keyed(
+        "by_difficulty": keyed(
             {
                 d: {
                     level: sum(result.by_difficulty[d][level] for result in results) / len(results)
@@ -69,10 +70,10 @@ def summarise(
                 for d in depths
             }
         ),
-        "questions": _keyed(results[0].questions),
-        "per_label": _keyed(mean["per_label"]),
-        "spread": _keyed({d: [min(exact[d]), max(exact[d])] for d in depths}),
-        "seconds_per_example": _keyed({d: mean["seconds"][d] / results[0].count for d in depths}),
+        "questions": keyed(results[0].questions),
+        "per_label": keyed(mean["per_label"]),
+        "spread": keyed({d: [min(exact[d]), max(exact[d])] for d in depths}),
+        "seconds_per_example": keyed({d: mean["seconds"][d] / results[0].count for d in depths}),
         "best_depth": best_depth(mean["exact"]),
         "baseline": baseline,
         "complete": True,
@@ -83,11 +84,11 @@ def summarise(
             {
                 **run,
                 **{
-                    name: _keyed(values)
+                    name: keyed(values)
                     for name, values in asdict(result).items()
                     if isinstance(values, dict)
                 },
-                "interval": _keyed({d: wilson(result.exact[d], result.count) for d in depths}),
+                "interval": keyed({d: wilson(result.exact[d], result.count) for d in depths}),
             }
             for run, result in zip(runs, results, strict=True)
         ],
@@ -111,14 +112,6 @@ def run_record(checkpoint: str | os.PathLike, run: RunConfig) -> dict[str, Any]:
 def best_depth(accuracy: dict[int, float]) -> int:
     """The smallest depth with the highest accuracy."""
     return max(sorted(accuracy), key=lambda depth: accuracy[depth])
-
-
-def _keyed(by_number: dict[int, Any]) -> dict[str, Any]:
-    """Keys as a file would have them."""
-    return {
-        str(number): _keyed(value) if isinstance(value, dict) else value
-        for number, value in by_number.items()
-    }
 
 
 def read_baseline(path: str | os.PathLike | Any, run: RunConfig) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from hybrid_sleep.eval.variants import (
     runs_of,
     train_and_measure,
 )
+from hybrid_sleep.io import keyed
 
 ADAPTIVE = "adaptive"
 FEWEST_SEEDS = 3
@@ -127,13 +128,13 @@ def run(
         "config": Path(config).name,
         "overrides": list(overrides),
         "task": {"name": task.name, "params": task.params, "difficulty": task.difficulty},
-        "floor": _texts(task.floor()),
+        "floor": keyed(task.floor()),
         "depths": levels,
         "examples": count,
         "seeds": numbers,
         "split": "test",
         "clock": "processor" if device == "cpu" else "wall",
-        "plan": {v.name: {**vars(v), "tied": _texts(v.tied)} for v in variants},
+        "plan": {v.name: {**vars(v), "tied": keyed(v.tied)} for v in variants},
         "left_out": left_out,
         "rows": [],
         "command": command,
@@ -160,13 +161,6 @@ def _adaptive(model: Any, task: Any, variant: str, *, deepest: int, count: int) 
     if variant != REFERENCE:
         return {}
     return {"adaptive": measure_adaptive(model, task, TOLERANCES, deepest=deepest, count=count)}
-
-
-def _texts(value: Any) -> Any:
-    """`value` with keys as a file would have them."""
-    if isinstance(value, dict):
-        return {str(key): _texts(inner) for key, inner in value.items()}
-    return value
 
 
 def summarise(result: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from hybrid_sleep.eval import flops
 from hybrid_sleep.eval.benchmarks.slices import Row, collect
 from hybrid_sleep.eval.depth import load_model, measure_depth
 from hybrid_sleep.eval.tasks.base import IGNORED
+from hybrid_sleep.io import keyed
 
 if TYPE_CHECKING:
     from hybrid_sleep.training import RunConfig
@@ -170,18 +171,11 @@ def _measure(
     return {
         "steps": trained.steps,
         "seconds": seconds,
-        **{name: _keyed(getattr(measured, name)) for name in shares},
-        "questions": _keyed(measured.questions),
-        "seconds_per_example": _keyed({d: s / measured.count for d, s in measured.seconds.items()}),
+        **{name: keyed(getattr(measured, name)) for name in shares},
+        "questions": keyed(measured.questions),
+        "seconds_per_example": keyed({d: s / measured.count for d, s in measured.seconds.items()}),
         "cost": cost_of(run),
         **more,
-    }
-
-
-def _keyed(by_number: dict[int, Any]) -> dict[str, Any]:
-    return {
-        str(number): _keyed(value) if isinstance(value, dict) else value
-        for number, value in by_number.items()
     }
 
 

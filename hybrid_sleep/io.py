@@ -47,3 +47,11 @@ def write_text_atomic(path: str | os.PathLike, text: str) -> None:
 def write_json_atomic(path: str | os.PathLike, content: Any) -> None:
     """Write `content` to `path` as indented JSON, atomically; TypeError on what JSON lacks."""
     write_text_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def keyed(by_number: dict[Any, Any]) -> dict[str, Any]:
+    """Keys as a JSON file would have them, in dicts inside as well."""
+    return {
+        str(number): keyed(value) if isinstance(value, dict) else value
+        for number, value in by_number.items()
+    }

@@ -9,6 +9,7 @@ every label is the likeliest token there.
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +95,7 @@ def stretches(input_ids: Sequence[int], labels: Sequence[int]) -> Iterator[tuple
         yield start, list(input_ids[start:end])
 
 
-class OurTask:
+class OurTask(ABC):
     """What our tasks have in common; the base class after it is lm-eval's ConfigurableTask.
 
     `task` is the task itself, `text` says whether it is asked in words.
@@ -131,9 +132,9 @@ class OurTask:
             for split, number in wanted.items()
         }
 
+    @abstractmethod
     def _doc(self, example: Mapping[str, Any]) -> dict[str, Any]:
         """An example as lm-eval keeps it: `context` and `target` as texts."""
-        raise NotImplementedError
 
     def aggregation(self) -> dict[str, Any]:
         """How the scores of single examples make one."""

@@ -162,6 +162,16 @@ def check_int(name: str, value: Any, least: int) -> int:
     return number
 
 
+def check_levels(name: str, value: Any, least: int) -> tuple[int, ...]:
+    """`value` ascending; ValueError unless an integer >= `least` or a list of different ones."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return (check_int(name, value, least),)
+    chosen = {check_int(name, number, least) for number in value}
+    if not chosen or len(chosen) < len(value):
+        raise ValueError(f"{name}={value!r}; allowed: an integer, or a list of different ones")
+    return tuple(sorted(chosen))
+
+
 def check_split(split: str) -> int:
     """The index of `split`; ValueError listing the splits if there is no such split."""
     if split not in SPLITS:

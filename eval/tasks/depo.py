@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hybrid_sleep.eval.tasks.base import IGNORED, SPLITS, Task, check_int
+from hybrid_sleep.eval.tasks.base import IGNORED, Task, check_int
 from hybrid_sleep.eval.tasks.depo_floor import ENUMERATED_NODES, best_guess
-from hybrid_sleep.eval.tasks.draws import TEST_SHARE, U64, mix
+from hybrid_sleep.eval.tasks.draws import U64, draw, mix
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,6 @@ PAD = 0
 CONTEXT_WINDOWS = 4
 FEWEST_CYCLES = 1024  # fewer longest cycles than this might leave the test split empty
 LARGEST_NUMBER = 1 << 32
-WORDS_AT_ONCE = 1 << 20
 
 VARIANTS = {
     "paper": {"nodes": 75, "hops": 16, "queries": 10, "alphabet": 50, "shortest": 1, "longest": 2},
@@ -241,29 +240,22 @@ class Depo(Task):
         self, split: str, seed: int, count: int | None
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """`input_ids` and `labels` [n, length] of a split, `count` in all, however sliced."""
-        stream = np.random.Philox(np.random.SeedSequence([SPLITS.index(split), seed]))
-        share = 1 / TEST_SHARE if split == "test" else 1 - 1 / TEST_SHARE
         rises = np.cumsum(1 / (np.arange(3, self.nodes + 1) + math.sqrt(self.nodes)))
         # An example's words: its size, candidates for names, their order, what `_tokens` reads.
         order = 1 + self.nodes + self.nodes // 2 + 16
         rest = order + self.nodes
-        words = rest + 2 * self.nodes + self.queries
-        left = count
-        while left is None or left > 0:
-            wanted = 256 if left is None else left
-            drawn = min(int(wanted / share * 1.05) + 8, max(WORDS_AT_ONCE // words, 1))
-            block = stream.random_raw(drawn * words).reshape(drawn, words)
+
+        def read(block: np.ndarray) -> tuple[np.ndarray, ...]:
             uniform = (block[:, 0] >> U64(11)) * 2.0**-53
             sizes = 3 + np.searchsorted(rises[:-1], uniform * rises[-1], side="right")
             if split == "test":
                 sizes[:] = self.nodes
             names = self._names(block[:, 1:order], block[:, order:rest], sizes)
-            is_test = self._hash(names, sizes) < U64(2**64 // TEST_SHARE)
-            kept = np.flatnonzero(is_test == (split == "test"))[:left]
-            if left is not None:
-                left -= len(kept)
-            if len(kept):
-                yield self._tokens(split, names[kept], sizes[kept], block[kept, rest:])
+            return self._hash(names, sizes), names, sizes, block[:, rest:]
+
+        words = rest + 2 * self.nodes + self.queries
+        for names, sizes, spare in draw(split, seed, count, words, read):
+            yield self._tokens(split, names, sizes, spare)
 
     def _names(self, words: np.ndarray, keys: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         """Numbers of the names of each cycle, in its order: [n, nodes], the first `size` count."""

@@ -12,6 +12,7 @@ TEST_SHARE = 16  # one context in this many is a test context
 WORDS_AT_ONCE = 1 << 18
 CARDS_AT_ONCE = 1 << 20
 U64 = np.uint64
+THRESHOLD = U64(2**64 // TEST_SHARE)
 
 
 def draw(
@@ -20,11 +21,13 @@ def draw(
     count: int | None,
     words: int,
     read: Callable[[np.ndarray], tuple[np.ndarray, ...]],
+    threshold: np.uint64 = THRESHOLD,
 ) -> Iterator[tuple[np.ndarray, ...]]:
     """Examples of a split, `count` in all (None: endlessly), the same however they are sliced.
 
     Each is made of `words` raw words. `read(block [n, words])` returns arrays of n rows, first a
-    64-bit hash of each context; the others are yielded, without the rows of the other split.
+    64-bit hash of each context; the others are yielded, without the rows of the other split. Test
+    contexts are those with a hash below `threshold`.
     """
     stream = np.random.Philox(np.random.SeedSequence([SPLITS.index(split), seed]))
     share = 1 / TEST_SHARE if split == "test" else 1 - 1 / TEST_SHARE
@@ -33,8 +36,7 @@ def draw(
         wanted = 256 if left is None else left
         drawn = min(int(wanted / share * 1.05) + 8, max(WORDS_AT_ONCE // words, 1))
         hashes, *arrays = read(stream.random_raw(drawn * words).reshape(drawn, words))
-        is_test = hashes < U64(2**64 // TEST_SHARE)
-        kept = np.flatnonzero(is_test == (split == "test"))[:left]
+        kept = np.flatnonzero((hashes < threshold) == (split == "test"))[:left]
         if left is not None:
             left -= len(kept)
         if len(kept):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hybrid_sleep.eval.tasks.base import IGNORED, Task, check_int
+from hybrid_sleep.eval.tasks.base import IGNORED, Task, check_int, check_levels
 from hybrid_sleep.eval.tasks.draws import U64, distinct, draw, mix
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Mqar(Task):
         windows: int = 1,
     ):
         self.vocab_size = check_int("vocab_size", vocab_size, 2)
-        self.levels = self.asked = _check_pairs(pairs)
+        self.levels = self.asked = check_levels("pairs", pairs, 1)
         self.windows = check_int("windows", windows, 1)
         fewest, self.most = self.levels[0], self.levels[-1]
         if check_int("length", length, 4) % 2 or length < 4 * self.most:
@@ -233,13 +233,3 @@ class Mqar(Task):
         asked[row, offsets] = keys[there]
         labels[row, self.windows * self.window + offsets + 1] = values[there]
         return input_ids, labels
-
-
-def _check_pairs(pairs: Any) -> tuple[int, ...]:
-    """`pairs` ascending; ValueError unless an integer >= 1 or a list of different ones."""
-    if not isinstance(pairs, Sequence) or isinstance(pairs, str):
-        return (check_int("pairs", pairs, 1),)
-    chosen = {check_int("pairs", number, 1) for number in pairs}
-    if not chosen or len(chosen) < len(pairs):
-        raise ValueError(f"pairs={pairs!r}; allowed: an integer, or a list of different ones")
-    return tuple(sorted(chosen))

@@ -14,19 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hybrid_sleep.eval.tasks.base import IGNORED, SPLITS, Task, check_int
+from hybrid_sleep.eval.tasks.base import IGNORED, SPLITS, Task, check_int, check_levels
+from hybrid_sleep.eval.tasks.draws import TEST_SHARE, THRESHOLD, U64, draw
 
 if TYPE_CHECKING:
     import torch
 
 SEP = 2
-TEST_SHARE = 16  # one context in this many is a test context
 RANKED_BITS = 16  # up to this many context bits, the split is by rank so that no split is empty
 ENUMERATED_CELLS = 28  # up to this many cells the floor is exact
 SAMPLED_STATES = 1 << 24
 SLICE_STATES = 1 << 17  # states a slice of the enumeration holds: its planes stay in cache
-DRAWN_AT_ONCE = 1 << 15
-U64 = np.uint64
 
 
 class Rule110(Task):
@@ -57,7 +55,7 @@ class Rule110(Task):
     def __init__(self, width: int = 24, states: int = 4, steps: int | Sequence[int] = 8):
         self.width = check_int("width", width, 3)
         self.states = check_int("states", states, 1)
-        self.rollouts = _check_steps(steps)
+        self.rollouts = check_levels("steps", steps, 0)
         self.steps = self.rollouts[-1]
         self.asked = np.arange(len(self.rollouts))
         kept = self.steps if len(self.rollouts) == 1 else list(self.rollouts)
@@ -207,25 +205,18 @@ class Rule110(Task):
         bits = self.states * self.width
         words = -(-bits // 64)
         spare = U64(64 * words - bits)
-        stream = np.random.Philox(np.random.SeedSequence([SPLITS.index(split), seed]))
         # A stream of its own, so that contexts do not depend on what is asked about them.
         asked = np.random.Philox(np.random.SeedSequence([SPLITS.index(split), seed, len(SPLITS)]))
-        share = 1 / TEST_SHARE if split == "test" else 1 - 1 / TEST_SHARE
-        threshold = _test_threshold(bits)
-        left = count
-        while left is None or left > 0:
-            wanted = 256 if left is None else left
-            drawn = min(int(wanted / share * 1.05) + 8, max(DRAWN_AT_ONCE // words, 1))
-            packed = stream.random_raw(drawn * words).reshape(drawn, words)
+
+        def read(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             packed[:, -1] >>= spare
-            packed = packed[(_hash(packed) < threshold) == (split == "test")][:left]
-            if left is not None:
-                left -= len(packed)
-            if len(packed):
-                octets = packed.astype("<u8").view(np.uint8)
-                cells = np.unpackbits(octets, axis=1, count=bits, bitorder="little")
-                which = self.asked[asked.random_raw(len(packed)) % U64(len(self.asked))]
-                yield cells.reshape(-1, self.states, self.width), which
+            return _hash(packed), packed
+
+        for (packed,) in draw(split, seed, count, words, read, _test_threshold(bits)):
+            octets = packed.astype("<u8").view(np.uint8)
+            cells = np.unpackbits(octets, axis=1, count=bits, bitorder="little")
+            which = self.asked[asked.random_raw(len(packed)) % U64(len(self.asked))]
+            yield cells.reshape(-1, self.states, self.width), which
 
     def _tokens(self, cells: np.ndarray, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """`input_ids` and `labels`, int64 [n, length], of what `_contexts` gives."""
@@ -240,16 +231,6 @@ class Rule110(Task):
         labels = np.full_like(input_ids, IGNORED)
         labels[:, -self.states :] = answers
         return input_ids, labels
-
-
-def _check_steps(steps: Any) -> tuple[int, ...]:
-    """`steps` ascending; ValueError unless an integer >= 0 or a list of different ones."""
-    if not isinstance(steps, Sequence) or isinstance(steps, str):
-        return (check_int("steps", steps, 0),)
-    chosen = {check_int("steps", number, 0) for number in steps}
-    if not chosen or len(chosen) < len(steps):
-        raise ValueError(f"steps={steps!r}; allowed: an integer, or a list of different ones")
-    return tuple(sorted(chosen))
 
 
 def evolve(cells: np.ndarray, steps: int) -> np.ndarray:
@@ -297,7 +278,7 @@ def _leftmost_ones(planes: np.ndarray, steps: int) -> int:
 def _test_threshold(bits: int) -> np.uint64:
     """Contexts whose hash is below this are test contexts."""
     if bits > RANKED_BITS:
-        return U64(2**64 // TEST_SHARE)
+        return THRESHOLD
     ranked = np.sort(_hash(np.arange(1 << bits, dtype=U64)[:, None]))
     return ranked[max(1, len(ranked) // TEST_SHARE)]
 
