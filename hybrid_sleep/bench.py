@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hybrid_sleep.commands import command, command_line, report
+from hybrid_sleep.commands import command, command_line, measure, report
 
 bench = typer.Typer(
     help="Benchmarks: each writes results.json, a Markdown table and a figure.",
@@ -65,19 +65,16 @@ def bench_sleep(
     device, is kept.
     """
     from hybrid_sleep.eval.benchmarks import sleep
-    from hybrid_sleep.eval.progress import progress_bar
 
     out = out or Path("out") / ("bench-sleep-cuda" if device.startswith("cuda") else "bench-sleep")
-    with progress_bar("sleep") as progress:
-        result = sleep.run(
-            repeats=repeats,
-            device=device,
-            minutes=minutes,
-            out=out,
-            command=command_line(),
-            progress=progress,
-        )
-    report(result, out)
+    measure(
+        "sleep",
+        sleep.run,
+        out,
+        repeats=repeats,
+        device=device,
+        minutes=minutes,
+    )
 
 
 @bench.command("cost")
@@ -121,28 +118,25 @@ def bench_cost(
     """
     from hybrid_sleep.eval.benchmarks import cost
     from hybrid_sleep.eval.depth import parse_depths
-    from hybrid_sleep.eval.progress import progress_bar
 
     out = out or Path("out") / ("bench-cost-cuda" if device.startswith("cuda") else "bench-cost")
     given = {"hidden": hidden, "layers": layers, "window": window, "state_space": state_space}
-    with progress_bar("cost") as progress:
-        result = cost.run(
-            model=model,
-            sizes={name: value for name, value in given.items() if value is not None},
-            depo=depo,
-            depths=parse_depths(depths),
-            windows=cost.parse_windows(windows),
-            question=question,
-            answer=answer,
-            cycles=cycles,
-            repeats=repeats,
-            device=device,
-            minutes=minutes,
-            out=out,
-            command=command_line(),
-            progress=progress,
-        )
-    report(result, out)
+    measure(
+        "cost",
+        cost.run,
+        out,
+        model=model,
+        sizes={name: value for name, value in given.items() if value is not None},
+        depo=depo,
+        depths=parse_depths(depths),
+        windows=cost.parse_windows(windows),
+        question=question,
+        answer=answer,
+        cycles=cycles,
+        repeats=repeats,
+        device=device,
+        minutes=minutes,
+    )
 
 
 @bench.command("train")
@@ -163,19 +157,16 @@ def bench_train(
     an earlier call finished in the folder, with the same code, versions and device, is kept.
     """
     from hybrid_sleep.eval.benchmarks import training
-    from hybrid_sleep.eval.progress import progress_bar
 
     out = out or Path("out") / ("bench-train-cuda" if device.startswith("cuda") else "bench-train")
-    with progress_bar("train") as progress:
-        result = training.run(
-            repeats=repeats,
-            device=device,
-            minutes=minutes,
-            out=out,
-            command=command_line(),
-            progress=progress,
-        )
-    report(result, out)
+    measure(
+        "train",
+        training.run,
+        out,
+        repeats=repeats,
+        device=device,
+        minutes=minutes,
+    )
 
 
 @bench.command("kernels")

@@ -52,6 +52,15 @@ def _shown(word: str) -> str:
         return path.name
 
 
+def measure(what: str, run: Callable[..., dict[str, Any]], out: Path, **given: Any) -> None:
+    """Report `run` of what is given: with this command, a progress bar, and `out` to go on in."""
+    from hybrid_sleep.eval.progress import progress_bar
+
+    with progress_bar(what) as progress:
+        result = run(**given, out=out, command=command_line(), progress=progress)
+    report(result, out)
+
+
 def report(result: dict[str, Any], out: Path) -> None:
     """Write a benchmark's files, and show its table."""
     from hybrid_sleep.eval.report import save

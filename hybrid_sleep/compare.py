@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from hybrid_sleep.bench import bench
-from hybrid_sleep.commands import command, command_line, report
+from hybrid_sleep.commands import command, command_line, measure, report
 
 CONFIG_SUFFIXES = (".yaml", ".yml")
 Seeds = Annotated[str, typer.Option(help="Seeds, such as 0,1,2.")]
@@ -96,19 +96,17 @@ def bench_depth(
     given = {name: value for name, value in given.items() if value is not None}
     if from_config:
         from hybrid_sleep.eval import suite
-        from hybrid_sleep.eval.progress import progress_bar
 
-        with progress_bar("train and measure") as progress:
-            result = suite.run(
-                source[0],
-                overrides=source[1:],
-                depths=depths,
-                count=count,
-                out=out,
-                command=command_line(),
-                progress=progress,
-                **given,
-            )
+        measure(
+            "train and measure",
+            suite.run,
+            out,
+            config=source[0],
+            overrides=source[1:],
+            depths=depths,
+            count=count,
+            **given,
+        )
     else:
         from hybrid_sleep.eval.depth import bench_checkpoints, parse_depths
 
@@ -116,7 +114,7 @@ def bench_depth(
         result = bench_checkpoints(
             source, levels, count=count, command=command_line(), **given
         )
-    report(result, out)
+        report(result, out)
 
 
 @bench.command("map")
@@ -145,24 +143,21 @@ def bench_map(
     the same everywhere. Rows in the folder from the same code are kept.
     """
     from hybrid_sleep.eval import depth_map
-    from hybrid_sleep.eval.progress import progress_bar
 
-    with progress_bar("map") as progress:
-        result = depth_map.run(
-            config,
-            vary,
-            overrides=overrides or [],
-            depths=depths,
-            compute=compute,
-            seeds=seeds,
-            count=count,
-            jobs=jobs,
-            minutes=minutes,
-            out=out,
-            command=command_line(),
-            progress=progress,
-        )
-    report(result, out)
+    measure(
+        "map",
+        depth_map.run,
+        out,
+        config=config,
+        vary=vary,
+        overrides=overrides or [],
+        depths=depths,
+        compute=compute,
+        seeds=seeds,
+        count=count,
+        jobs=jobs,
+        minutes=minutes,
+    )
 
 
 @bench.command("ablate")
@@ -188,19 +183,16 @@ def bench_ablate(
     Models go to output_dir/NAME/seedSEED. Rows in the folder from the same code are kept.
     """
     from hybrid_sleep.eval import ablation
-    from hybrid_sleep.eval.progress import progress_bar
 
-    with progress_bar("ablate") as progress:
-        result = ablation.run(
-            config,
-            variant or [],
-            overrides=overrides or [],
-            seeds=seeds,
-            depths=depths,
-            count=count,
-            jobs=jobs,
-            out=out,
-            command=command_line(),
-            progress=progress,
-        )
-    report(result, out)
+    measure(
+        "ablate",
+        ablation.run,
+        out,
+        config=config,
+        variants=variant or [],
+        overrides=overrides or [],
+        seeds=seeds,
+        depths=depths,
+        count=count,
+        jobs=jobs,
+    )
