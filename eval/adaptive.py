@@ -72,5 +72,5 @@ def _read(model: Any, tokens: Any, tolerance: float, deepest: int) -> tuple[Any,
             if guesses:
                 report = model.sleep(cache, passes="auto", tol=tolerance, max_passes=deepest)
                 depths += report.passes_by_row
-            guesses.append(model(part, past_key_values=cache).logits.argmax(-1))
+            guesses.append(model(part, cache=cache).logits.argmax(-1))
     return torch.cat(guesses, dim=1), depths

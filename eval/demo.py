@@ -130,7 +130,7 @@ def generate(model: Any, task: Task, passes: int) -> dict[str, Any]:
     cache = SleepCache(model.config)
     sequence = model.generate(
         torch.tensor([prompt]),
-        past_key_values=cache,
+        cache=cache,
         max_new_tokens=NEW_WINDOWS * window,
         min_new_tokens=NEW_WINDOWS * window,
         do_sample=False,

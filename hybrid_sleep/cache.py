@@ -96,7 +96,7 @@ class SleepCache(Cache):
             self.supervised = torch.zeros(batch, dtype=torch.bool)
         elif len(self.counts) != batch:
             raise ValueError(
-                f"past_key_values holds {len(self.counts)} rows, but the input has {batch}; pass "
+                f"cache holds {len(self.counts)} rows, but the input has {batch}; pass "
                 "as many rows, or use batch_select_indices() / batch_repeat_interleave() first"
             )
 
@@ -331,7 +331,7 @@ class SleepCache(Cache):
                     "must be finite. Start a new cache, or load one that was saved before"
                 )
 
-    def check(self, owner: Owner, name: str = "past_key_values") -> None:
+    def check(self, owner: Owner, name: str = "cache") -> None:
         """Refuse to serve another architecture, model or weights version; ValueError says which."""
         same_architecture(self.config, owner.config, name)
         if self.owner is None:

@@ -62,7 +62,7 @@ class HybridSleepConfig(PreTrainedConfig):
     """
 
     model_type = "hybrid_sleep"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache"]
 
     vocab_size: int = 32000
     hidden_size: int = 512

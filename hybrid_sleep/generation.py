@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation import GenerationMode
+from transformers.utils.deprecation import deprecate_kwarg
 
+from hybrid_sleep.arguments import check_tokens, refuse_unknown
 from hybrid_sleep.cache import SleepCache
 from hybrid_sleep.sleep import check_passes
 
@@ -21,15 +29,43 @@ _ROLLING_BACK = (
     "assistant_model",
     "prompt_lookup_num_tokens",
     "assistant_early_exit",
+    "use_mtp",
     "penalty_alpha",
     "dola_layers",
 )
+# What decides on the mode, see GenerationConfig.get_generation_mode.
+_MODE_SETTINGS = (
+    *_ROLLING_BACK[1:],
+    "num_beams",
+    "num_beam_groups",
+    "do_sample",
+    "top_k",
+    "constraints",
+    "force_words_ids",
+)
+_HANDED_ON = ("sleep_passes", "use_cache", "output_hidden_states")
+
+
+class _Inputs(dict):
+    """Inputs of a forward pass in which the cache also answers to its old name.
+
+    peft (0.21) looks at what `prepare_inputs_for_generation` returns under that name alone, to tell
+    whether its virtual tokens were read; handed on with `**`, only the new name is there.
+    """
+
+    def __missing__(self, name: str) -> Any:
+        if name == "past_key_values":
+            return self["cache"]
+        raise KeyError(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return super().get("cache" if name == "past_key_values" else name, default)
 
 
 class _Finished(StoppingCriteriaList):
     """Stopping criteria that tell the cache which rows are done and read no more tokens."""
 
-    def __init__(self, criteria: StoppingCriteriaList, cache: SleepCache):
+    def __init__(self, criteria: Iterable[StoppingCriteria], cache: SleepCache):
         super().__init__(criteria)
         self.cache = cache
 
@@ -49,6 +85,7 @@ class SleepGenerationMixin(GenerationMixin):
 
     _is_stateful = True
 
+    @deprecate_kwarg("past_key_values", "6.0.0", new_name="cache", raise_if_both_names=True)
     @torch.no_grad()
     def generate(
         self,
@@ -60,49 +97,111 @@ class SleepGenerationMixin(GenerationMixin):
 
         sleep_passes: depth N of every sleep in this call, an integer of at least 1 or "auto";
             None takes the config's.
-        past_key_values: a `SleepCache` to continue; the prompt then holds only the new tokens, and
-            the cache goes on with this call (give a `copy()` to keep it). With beams or several
-            returned sequences a repeated copy is used instead.
+        cache: a `SleepCache` to continue; it goes on with this call (give a `copy()` to keep it).
+            The prompt is either the new tokens alone, or the whole text: what the cache has read
+            of it is then left out. With beams or several returned sequences a repeated copy is
+            used instead.
 
-        Raises ValueError for an empty prompt, a depth that is none, a cache of another model,
-        config or weights version, and for what cannot work: assisted decoding (fast weights cannot
-        be rolled back), static, quantised or offloaded caches, chunked prefill (prompts are read
-        window by window already).
+        Raises ValueError for an empty prompt, an invalid depth, a cache of another model, config
+        or weights version, a text that the cache knows otherwise, and for what cannot work:
+        assisted decoding (fast weights cannot be rolled back), static, quantised or offloaded
+        caches, chunked prefill (prompts are read window by window already).
         """
         if kwargs.get("sleep_passes") is not None:
             check_passes(kwargs["sleep_passes"], self.config, "sleep_passes")
-        cache = kwargs.get("past_key_values")
-        if cache is not None and not isinstance(cache, SleepCache):
-            raise ValueError(
-                f"past_key_values must be a SleepCache, got {type(cache).__name__}; this model's "
-                "memory is its fast weights"
-            )
+        setting = self._settings(generation_config, kwargs)
+        self._check_settings(setting, kwargs)
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         tokens = ids if embeds is None else embeds
-        if tokens is None:
-            return super().generate(None, generation_config, **kwargs)
-        self.model.check_tokens(None if embeds is not None else ids, embeds)
-        if mask is None and embeds is None:
-            mask = self._mask_from_pads(ids, generation_config, kwargs)
         moved = None
-        if mask is not None:
-            mask = self._check_mask(mask, tokens)
-            if bool((mask[:, -1] == 0).any()):
-                moved = ids
-                order = pads_to_the_left(mask)
-                mask = mask.gather(1, order)
-                if embeds is None:
-                    ids = ids.gather(1, order)
-                else:
-                    kwargs["inputs_embeds"] = embeds.take_along_dim(order[..., None], dim=1)
-            kwargs["attention_mask"] = mask
+        if tokens is not None:
+            check_tokens(self.config, None if embeds is not None else ids, embeds)
+            if mask is None and embeds is None:
+                mask = self._mask_from_pads(ids, setting)
+            if mask is not None:
+                mask = self._check_mask(mask, tokens)
+                if bool((mask[:, -1] == 0).any()):
+                    moved = ids
+                    order = pads_to_the_left(mask)
+                    mask = mask.gather(1, order)
+                    if embeds is None:
+                        ids = ids.gather(1, order)
+                    else:
+                        kwargs["inputs_embeds"] = embeds.take_along_dim(order[..., None], dim=1)
+                kwargs["attention_mask"] = mask
+        cache = self._cache_for(setting, kwargs.pop("cache", None), embeds)
+        if cache is not None:
+            kwargs["cache"] = cache
+            if setting("num_beams") in (None, 1):
+                criteria = kwargs.get("stopping_criteria")
+                kwargs["stopping_criteria"] = _Finished(criteria or (), cache)
         out = super().generate(ids, generation_config, **kwargs)
         if moved is not None and embeds is None:
             sequences = out if isinstance(out, torch.Tensor) else out.sequences
             copies = len(sequences) // len(moved)
             sequences[:, : moved.shape[1]] = moved.repeat_interleave(copies, 0)
         return out
+
+    def _settings(
+        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> Callable[[str], Any]:
+        """What a setting of this call is: as an argument, in its config, or in the model's."""
+        sources = (
+            kwargs,
+            {} if generation_config is None else vars(generation_config),
+            vars(self.generation_config),
+        )
+        return lambda name: next((s[name] for s in sources if s.get(name) is not None), None)
+
+    def _check_settings(self, setting: Callable[[str], Any], kwargs: dict[str, Any]) -> None:
+        """Refuse, with the reason, what cannot work with fast weights."""
+        config = GenerationConfig(**{k: setting(k) for k in _MODE_SETTINGS})
+        mode = config.get_generation_mode(kwargs.get("assistant_model"))
+        if mode not in _MODES:
+            allowed = ", ".join(sorted(mode.value for mode in _MODES))
+            asked_by = ", ".join(name for name in _ROLLING_BACK if setting(name))
+            raise ValueError(
+                f"{asked_by or 'the generation config'} asks for {mode.value}, which cannot work: "
+                "it takes tokens back, and fast weights cannot be rolled back; allowed are "
+                f"{allowed}"
+            )
+        if setting("prefill_chunk_size") is not None:
+            raise ValueError(
+                f"prefill_chunk_size={setting('prefill_chunk_size')} is not needed: "
+                "a prompt is read window by window; leave it None"
+            )
+        if setting("cache_implementation") is not None:
+            raise ValueError(
+                f"cache_implementation={setting('cache_implementation')!r} cannot hold fast "
+                "weights; leave it None, a SleepCache is constant in size"
+            )
+        refuse_unknown(self.config, {"output_attentions": setting("output_attentions")})
+
+    def _cache_for(
+        self,
+        setting: Callable[[str], Any],
+        cache: SleepCache | None,
+        embeds: torch.Tensor | None,
+    ) -> SleepCache | None:
+        """The cache that this call goes on with: what was given, checked, or a new one."""
+        if cache is None:
+            # Embeddings alone do not tell which tokens are new: transformers always caches there.
+            unused = setting("use_cache") is False and embeds is None
+            return None if unused else SleepCache(self.config)
+        if not isinstance(cache, SleepCache):
+            raise ValueError(
+                f"cache must be a SleepCache, got {type(cache).__name__}; this model's memory is "
+                "its fast weights"
+            )
+        cache.check(self.memory_owner())
+        cache.check_finite()
+        copies = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
+        if copies > 1:
+            cache = cache.copy()
+            cache.batch_repeat_interleave(copies)
+        cache.finished = None
+        return cache
 
     def _check_mask(self, mask: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """The mask of the prompt's own columns; a longer one also covers what a cache has read."""
@@ -121,78 +220,28 @@ class SleepGenerationMixin(GenerationMixin):
         return mask
 
     def _mask_from_pads(
-        self,
-        ids: torch.Tensor,
-        generation_config: GenerationConfig | None,
-        kwargs: dict[str, Any],
+        self, ids: torch.Tensor, setting: Callable[[str], Any]
     ) -> torch.Tensor | None:
         """Transformers' rule: without a mask, pad tokens that are no eos tokens are pads."""
-        config = generation_config if generation_config is not None else self.generation_config
-        pad = kwargs.get("pad_token_id", config.pad_token_id)
-        eos = kwargs.get("eos_token_id", config.eos_token_id)
+        pad, eos = setting("pad_token_id"), setting("eos_token_id")
         eos = eos if isinstance(eos, (list, tuple)) else [eos]
         if pad is None or pad in eos or not bool((ids == pad).any()):
             return None
         return (ids != pad).long()
 
-    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
-        if generation_mode not in _MODES:
-            allowed = ", ".join(sorted(mode.value for mode in _MODES))
-            given = [name for name, value in generation_mode_kwargs.items() if value is not None]
-            given += [name for name in _ROLLING_BACK if getattr(generation_config, name, None)]
-            asked_by = ", ".join(name for name in given if name in _ROLLING_BACK) or "these options"
-            raise ValueError(
-                f"{asked_by} asks for {generation_mode.value}, which cannot work: it takes tokens "
-                f"back, and fast weights cannot be rolled back; allowed are {allowed}"
-            )
-        if generation_config.prefill_chunk_size is not None:
-            raise ValueError(
-                f"prefill_chunk_size={generation_config.prefill_chunk_size} is not needed: "
-                "a prompt is read window by window; leave it None"
-            )
-        for name in ("output_hidden_states", "output_attentions"):
-            if getattr(generation_config, name, None):
-                raise ValueError(f"{name}=True is not supported: windows and passes have many")
-        super()._validate_generation_mode(
-            generation_mode, generation_config, generation_mode_kwargs
-        )
-
-    def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    ) -> None:
-        if generation_config.cache_implementation is not None:
-            raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r} cannot hold fast "
-                "weights; leave it None, a SleepCache is constant in size"
-            )
-        copies = max(generation_config.num_beams, generation_config.num_return_sequences)
-        cache = model_kwargs.get("past_key_values")
-        if cache is None:
-            if generation_config.use_cache is False:
-                return
-            cache = SleepCache(self.config)
-        else:
-            cache.check(self.memory_owner())
-            cache.check_finite("past_key_values")
-            if copies > 1:
-                cache = cache.copy()
-                cache.batch_repeat_interleave(copies)
-        cache.finished = None
-        model_kwargs["past_key_values"] = cache
-        if generation_config.num_beams == 1:
-            # The one object that transformers hands to both this method and the next.
-            generation_config._sleep_cache = cache
-
     def _get_stopping_criteria(self, generation_config, stopping_criteria, **kwargs):
+        # The only private method replaced: nothing else sees all criteria of a call together.
         criteria = super()._get_stopping_criteria(generation_config, stopping_criteria, **kwargs)
-        cache = getattr(generation_config, "_sleep_cache", None)
-        return criteria if cache is None else _Finished(criteria, cache)
+        if isinstance(stopping_criteria, _Finished):
+            return _Finished(criteria, stopping_criteria.cache)
+        return criteria
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache", raise_if_both_names=True)
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
         next_sequence_length: int | None = None,
-        past_key_values: SleepCache | None = None,
+        cache: SleepCache | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool = False,
@@ -203,7 +252,7 @@ class SleepGenerationMixin(GenerationMixin):
             raise ValueError("position_ids cannot be given: a row's positions follow its windows")
         if kwargs.get("document_ids") is not None:
             raise ValueError("document_ids cannot be given: generate() goes on one text a row")
-        inputs: dict[str, Any] = {"past_key_values": past_key_values}
+        inputs = _Inputs(cache=cache)
         if is_first_iteration:
             # A cache that came with the call holds the past: all of the prompt is new.
             if inputs_embeds is not None:
@@ -211,14 +260,15 @@ class SleepGenerationMixin(GenerationMixin):
             else:
                 inputs["input_ids"] = input_ids
             inputs["attention_mask"] = attention_mask
-        elif past_key_values is None:
+        elif cache is None:
             inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
         else:
             inputs["input_ids"] = input_ids[:, -1:]
-            done = past_key_values.finished
+            done = cache.finished
             inputs["attention_mask"] = None if done is None else (~done)[:, None].long()
-        inputs |= {k: v for k, v in kwargs.items() if k in ("sleep_passes", "use_cache")}
-        return inputs | {"logits_to_keep": kwargs.get("logits_to_keep", 1)}
+        inputs.update({k: v for k, v in kwargs.items() if k in _HANDED_ON})
+        inputs["logits_to_keep"] = kwargs.get("logits_to_keep", 1)
+        return inputs
 
 
 def pads_to_the_left(mask: torch.Tensor) -> torch.Tensor:

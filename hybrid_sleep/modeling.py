@@ -8,8 +8,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
+from hybrid_sleep.arguments import check_labels, check_tokens, documents_given, refuse_unknown
 from hybrid_sleep.cache import SleepCache
 from hybrid_sleep.configuration import HybridSleepConfig, check_count
 from hybrid_sleep.engine import SleepEngine
@@ -19,12 +21,7 @@ from hybrid_sleep.layers.block import Block
 from hybrid_sleep.layers.context import Context, see
 from hybrid_sleep.layers.rotary import Rotary
 from hybrid_sleep.layers.stack import Checkpointing, Granularity, parse_granularity
-from hybrid_sleep.packing import (
-    Documents,
-    find_documents,
-    next_labels_in_document,
-    positions_in_document,
-)
+from hybrid_sleep.packing import find_documents, next_labels_in_document, positions_in_document
 from hybrid_sleep.pretrained import HybridSleepPreTrainedModel
 from hybrid_sleep.reading import read, read_documents
 from hybrid_sleep.report import SleepReport
@@ -74,38 +71,6 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
             self.engine.forget()
         return super()._apply(*args, **kwargs)
 
-    def check_tokens(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The one of the two that is given; ValueError for both, none, a wrong shape, dtype or id.
-
-        Ids of a single decoding step on an accelerator are trusted: looking would wait for it.
-        """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        name, tokens = "input_ids [B, T]", input_ids
-        width, floating = (), False
-        if input_ids is None:
-            name, tokens = f"inputs_embeds [B, T, {self.config.hidden_size}]", inputs_embeds
-            width, floating = (self.config.hidden_size,), True
-        if tokens.ndim != 2 + len(width) or tokens.shape[2:] != width:
-            raise ValueError(f"{name} expected, got shape {tuple(tokens.shape)}")
-        if 0 in tokens.shape:
-            raise ValueError(
-                f"{name} is an empty prompt, shape {tuple(tokens.shape)}; every row needs at least "
-                "one token, such as bos_token_id"
-            )
-        if tokens.is_floating_point() != floating or tokens.dtype == torch.bool:
-            raise ValueError(f"{name} must be integer ids or float embeddings, got {tokens.dtype}")
-        if not floating and (tokens.device.type == "cpu" or tokens.shape[1] > 1):
-            low, high = tokens.min().item(), tokens.max().item()
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(
-                    f"input_ids must be token ids in 0..{self.config.vocab_size - 1}, got "
-                    f"{low if low < 0 else high}"
-                )
-        return tokens
-
     def context(
         self,
         past: torch.Tensor,
@@ -150,31 +115,13 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
                 f"be cut {kept} passes before it; give a number, or set_truncation(passes=None)"
             )
 
-    def _check_documents(
-        self,
-        tokens: torch.Tensor,
-        document_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        past: SleepCache | None,
-    ) -> Documents:
-        if past is not None:
-            raise ValueError(
-                "document_ids starts each document with an empty memory, so past_key_values must "
-                "be None"
-            )
-        if document_ids.shape != tokens.shape[:2]:
-            raise ValueError(
-                f"document_ids must be of the input's shape, {tuple(tokens.shape[:2])}, got "
-                f"{tuple(document_ids.shape)}"
-            )
-        return find_documents(document_ids, attention_mask)
-
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache", raise_if_both_names=True)
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: SleepCache | None = None,
+        cache: SleepCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         sleep_passes: Passes | None = None,
@@ -182,6 +129,8 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
         columns_to_keep: int = 0,
         owner: Owner | None = None,
         document_ids: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Read tokens window by window, sleeping wherever one arrives and its window is full.
 
@@ -189,39 +138,49 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
         last T columns count), 0 at pads. supervised: bool `[B, T]`; under `context_windows` a
         window with a supervised token does not sleep. columns_to_keep: return hidden states of the
         last columns only; 0 for all. owner: whose cache it is, if not this module's own.
-        document_ids: integers `[B, T]`; see `HybridSleepForCausalLM.forward`.
+        document_ids, position_ids, output_hidden_states: see `HybridSleepForCausalLM.forward`.
 
         Returns `last_hidden_state: [B, T, D]` (final norm applied, zeros at pads).
         """
-        tokens = self.check_tokens(input_ids, inputs_embeds)
+        position_ids = kwargs.pop("position_ids", None)
+        refuse_unknown(self.config, kwargs)
+        tokens = check_tokens(self.config, input_ids, inputs_embeds)
         passes = self.config.sleep_passes if sleep_passes is None else sleep_passes
         check_passes(passes, self.config, "sleep_passes")
         self._check_truncation(passes)
         batch, columns = tokens.shape[:2]
+        if cache is not None and not isinstance(cache, SleepCache):
+            raise ValueError(f"cache must be a SleepCache, got {type(cache).__name__}")
+        document_ids = documents_given(tokens, document_ids, position_ids, attention_mask, cache)
         documents = None
         if document_ids is not None:
-            documents = self._check_documents(tokens, document_ids, attention_mask, past_key_values)
+            documents = find_documents(document_ids, attention_mask)
         if use_cache is None:
             use_cache = self.config.use_cache and documents is None
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         real = real_tokens(attention_mask, batch, columns)
-        cache = SleepCache(self.config) if past_key_values is None else past_key_values
-        if not isinstance(cache, SleepCache):
-            raise ValueError(f"past_key_values must be a SleepCache, got {type(cache).__name__}")
-        if past_key_values is not None:
-            cache.check(Owner.of(self) if owner is None else owner)
+        owner = Owner.of(self) if owner is None else owner
+        memory = SleepCache(self.config) if cache is None else cache
+        if cache is not None:
+            cache.check(owner)
         elif use_cache:
-            cache.owner = Owner.of(self) if owner is None else owner
-        first = max(0, columns - columns_to_keep) if columns_to_keep else 0
+            memory.owner = owner
+        some = columns_to_keep and not output_hidden_states
+        first = max(0, columns - columns_to_keep) if some else 0
+        how = {"supervised": supervised, "every_layer": output_hidden_states}
         if documents is None:
-            cache.open(batch)
-            h = read(self, tokens, real, cache, passes, supervised=supervised, first=first)
+            memory.open(batch)
+            h = read(self, tokens, real, memory, passes, first=first, **how)
         else:
-            held = cache if use_cache else None
-            h = read_documents(self, tokens, documents, held, passes, supervised=supervised)
-            h = h[:, first:]
+            held = memory if use_cache else None
+            h = read_documents(self, tokens, documents, held, passes, **how)[:, first:]
+        *hidden_states, h = h.split(self.config.hidden_size, dim=-1)
+        h = self.norm(h)
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(h),
-            past_key_values=cache if use_cache else None,
+            last_hidden_state=h,
+            cache=memory if use_cache else None,
+            hidden_states=(*hidden_states, h) if output_hidden_states else None,
         )
 
 
@@ -268,48 +227,52 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
                 check_count(name, count)
         self.model.truncation = Truncation(passes, windows)
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache", raise_if_both_names=True)
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: SleepCache | None = None,
+        cache: SleepCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         sleep_passes: Passes | None = None,
         document_ids: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Predict on pass 1, sleep at every full window; differentiable through every pass.
 
         input_ids: `[B, T]`; attention_mask: `[B, T]`, 0 at pads; labels: `[B, T]`, -100 where
         unsupervised, shifted inside. logits_to_keep: logits of the last columns only; 0 for all.
+        cache: a `SleepCache` to go on with; all tokens of this call are new to it.
         sleep_passes: depth N of the sleeps in this call, None for the config's.
 
         With labels, `context_windows` (Algorithm 1) keeps windows that hold a supervised token
         awake, `every_window` lets them sleep after predicting; the loss is always pass 1's.
-        Under no_grad sleeps are recorded in `past_key_values.reports`; with gradients they are not.
+        Under no_grad sleeps are recorded in `cache.reports`; with gradients they are not.
 
         document_ids: integers `[B, T]`; equal ids in adjacent columns are one document (-1, or 0 in
         attention_mask: a pad, which ends one). Each is read as if alone: from empty memory, in
-        windows of its own, its last token predicting nothing. Needs past_key_values=None. With
+        windows of its own, its last token predicting nothing. Needs cache=None. With
         use_cache=True (default here: False) the new cache has a row per document, row by row in
         order of appearance; otherwise only documents of similar length are read side by side, so
         that padding costs at most a third more (`packing.Documents.by_length`).
+        position_ids (among the other keywords, `[B, T]` or `[1, T]`): where they start again at 0
+        a document starts; otherwise they must be the positions that the tokens have anyway.
+        output_hidden_states: return those of pass 1, `[B, T, D]` each: the embeddings, what each
+        layer but the last gives, and `last_hidden_state`. None takes the config's.
         """
-        unknown = [name for name, value in kwargs.items() if value and name not in _LOSS_ARGUMENTS]
-        if unknown:
-            raise ValueError(
-                f"forward() does not take {', '.join(unknown)}: past_key_values counts positions "
-                "and keeps states, and hidden states and attentions differ by window and pass"
-            )
-        loss_arguments = {k: v for k, v in kwargs.items() if k in _LOSS_ARGUMENTS}
+        loss_arguments = {k: kwargs.pop(k) for k in _LOSS_ARGUMENTS if k in kwargs}
+        tokens = check_tokens(self.config, input_ids, inputs_embeds)
+        document_ids = documents_given(
+            tokens, document_ids, kwargs.pop("position_ids", None), attention_mask, cache
+        )
         supervised = None
         if labels is not None:
-            tokens = self.model.check_tokens(input_ids, inputs_embeds)
-            self._check_labels(labels, tokens)
+            check_labels(self.config, labels, tokens)
             if self.config.sleep_schedule == "context_windows":
                 supervised = (labels != -100).cpu()
         check_count("logits_to_keep", logits_to_keep, minimum=0)
@@ -320,7 +283,7 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
         outputs = self.model(
             input_ids,
             attention_mask,
-            past_key_values,
+            cache,
             inputs_embeds,
             use_cache=use_cache,
             sleep_passes=sleep_passes,
@@ -328,9 +291,11 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
             columns_to_keep=logits_to_keep,
             owner=self.memory_owner(),
             document_ids=document_ids,
+            output_hidden_states=output_hidden_states,
             return_dict=True,
+            **kwargs,
         )
-        logits = self.lm_head(outputs.last_hidden_state)
+        logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
         loss = None
         if labels is not None:
             real = real_tokens(attention_mask, *labels.shape)
@@ -343,21 +308,8 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_arguments
             )
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values
+            loss=loss, logits=logits, cache=outputs.cache, hidden_states=outputs.hidden_states
         )
-
-    def _check_labels(self, labels: torch.Tensor, tokens: torch.Tensor) -> None:
-        if labels.shape != tokens.shape[:2] or labels.is_floating_point():
-            raise ValueError(
-                f"labels must be integers of the input's shape, {tuple(tokens.shape[:2])}, got "
-                f"{labels.dtype} of shape {tuple(labels.shape)}"
-            )
-        wrong = (labels != -100) & ((labels < 0) | (labels >= self.config.vocab_size))
-        if bool(wrong.any()):
-            raise ValueError(
-                f"labels must be -100 or token ids in 0..{self.config.vocab_size - 1}, got "
-                f"{labels[wrong][0].item()}"
-            )
 
     @torch.no_grad()
     def sleep(

@@ -92,6 +92,38 @@ def positions_in_document(
     return (column - first).masked_fill(ids < 0, -1)
 
 
+def document_ids_of(
+    position_ids: torch.Tensor, real: torch.Tensor | None, read: torch.Tensor
+) -> torch.Tensor | None:
+    """The documents that `position_ids: [B, T]` tell: one starts wherever they start again at 0.
+
+    real: bool `[B, T]`, False at pads, whose positions mean nothing; None for none. read: `[B]`,
+    tokens of each row that came before. Returns None where every row is one text that goes
+    on where it was. ValueError for positions that skip, repeat, or start elsewhere.
+    """
+    at = position_ids.long().cpu()
+    real = torch.ones_like(at, dtype=torch.bool) if real is None else real
+    going_on = read[:, None] + real.cumsum(1) - 1
+    if torch.equal(at[real], going_on[real]):
+        return None
+    number = torch.zeros_like(at)
+    for row in range(len(at)):
+        here = at[row][real[row]]
+        starts = here == 0
+        follows = torch.zeros_like(starts)
+        follows[1:] = here[1:] == here[:-1] + 1
+        if len(here) and not bool((starts | follows).all()):
+            first = int((~(starts | follows)).nonzero()[0])
+            raise ValueError(
+                f"position_ids must count each row's tokens from {int(read[row])} on, or start "
+                f"again at 0 where a document starts; row {row} has {int(here[first])} behind "
+                f"{int(here[first - 1]) if first else 'nothing'}. Positions follow the windows and "
+                "cannot be chosen"
+            )
+        number[row][real[row]] = starts.cumsum(0)
+    return number.masked_fill(~real, -1).to(position_ids.device)
+
+
 def next_labels_in_document(labels: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     """Labels shifted to where they are predicted; a document's last token predicts none (-100).
 

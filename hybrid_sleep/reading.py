@@ -30,9 +30,12 @@ def read(
     passes: Passes,
     *,
     supervised: torch.Tensor | None = None,
+    every_layer: bool = False,
     first: int = 0,
 ) -> torch.Tensor:
     """Hidden states `[B, T - first, D]` of the columns from `first` on, zeros at pads.
+
+    every_layer: `[B, T - first, (1 + layers) D]` instead, embeddings and what each layer gives.
 
     tokens: ids `[B, T]` or embeddings `[B, T, D]`; real: bool `[B, T]`, False at pads, None for
     none; supervised: bool `[B, T]`, tokens whose windows only evict. `cache` takes what was read;
@@ -45,7 +48,7 @@ def read(
     try:
         blocks = cut(cache.counts, real, columns, backbone.config.window)
         for block, following in pairwise(chain((None,), blocks, (None,))):
-            step = (block, following, tokens, supervised, passes)
+            step = (block, following, tokens, supervised, every_layer, passes)
             if windows:
                 h, after = recompute(_after, backbone, cache.copy(), *step)
                 vars(cache).update(vars(after))
@@ -60,7 +63,12 @@ def read(
     if kept:
         return spread(kept, first, columns)
     weight = backbone.embed_tokens.weight
-    return weight.new_zeros(batch, columns - first, backbone.config.hidden_size)
+    return weight.new_zeros(batch, columns - first, _width(backbone, every_layer))
+
+
+def _width(backbone: Backbone, every_layer: bool) -> int:
+    """Numbers that `read` returns of each token."""
+    return backbone.config.hidden_size * (1 + len(backbone.blocks) if every_layer else 1)
 
 
 def read_documents(
@@ -71,6 +79,7 @@ def read_documents(
     passes: Passes,
     *,
     supervised: torch.Tensor | None = None,
+    every_layer: bool = False,
 ) -> torch.Tensor:
     """As `read`, each document as a row of its own: `[B, T, D]`, zeros outside of documents.
 
@@ -93,13 +102,14 @@ def read_documents(
             memory,
             passes,
             supervised=None if supervised is None else supervised[row, column],
+            every_layer=every_layer,
         )
         slots = offset + torch.arange(real.numel()).view(real.shape)
         source[row.expand_as(column)[real], column[real]] = slots[real]
         offset += real.numel()
         parts.append(h.flatten(0, 1))
     # Slot 0 is the zero that pads show.
-    parts.insert(0, backbone.embed_tokens.weight.new_zeros(1, backbone.config.hidden_size))
+    parts.insert(0, backbone.embed_tokens.weight.new_zeros(1, _width(backbone, every_layer)))
     h = torch.cat(parts).index_select(0, source.flatten().to(tokens.device))
     return h.view(*source.shape, -1)
 
@@ -119,6 +129,7 @@ def _step(
     following: TokenBlock | None,
     tokens: torch.Tensor,
     supervised: torch.Tensor | None,
+    every_layer: bool,
     passes: Passes,
 ) -> torch.Tensor | None:
     """Read a block, then let the rows sleep whose window must make room for the following one.
@@ -126,7 +137,7 @@ def _step(
     A step ends behind its sleep, so that between steps of equally long rows, where `window`
     checkpointing keeps the cache, it holds nothing but what crosses a boundary.
     """
-    h = None if block is None else _read(backbone, cache, block, tokens, supervised)
+    h = None if block is None else _read(backbone, cache, block, tokens, supervised, every_layer)
     if following is not None and len(following.full):
         _cross(backbone, cache, following.full, passes)
     return h
@@ -141,12 +152,12 @@ def _cross(
     sleeping = full
     if bool(stays_awake.any()):
         consolidate(
-            backbone, cache, full[stays_awake], 1, report=not learns, name="past_key_values"
+            backbone, cache, full[stays_awake], 1, report=not learns, name="cache"
         )
         sleeping = full[~stays_awake]
     if len(sleeping):
         consolidate(
-            backbone, cache, sleeping, passes, report=not learns, name="past_key_values"
+            backbone, cache, sleeping, passes, report=not learns, name="cache"
         )
     windows = backbone.truncation.windows
     if learns and windows is not None:
@@ -161,8 +172,9 @@ def _read(
     block: TokenBlock,
     tokens: torch.Tensor,
     supervised: torch.Tensor | None,
+    every_layer: bool,
 ) -> torch.Tensor:
-    """Pass 1 over one block; returns its last hidden states."""
+    """Pass 1 over one block; returns its last hidden states, or those of every layer joined."""
     part = block.take(tokens)
     if supervised is not None:
         cache.supervised = cache.supervised | (block.take(supervised) & block.real).any(1)
@@ -178,11 +190,15 @@ def _read(
     layers, group = backbone.blocks, backbone.checkpointing.group
     _, end = backbone.config.loop_range
     memory = {i: m for i, m in enumerate(cache.memory) if m is not None}
-    h, after = run_blocks(layers, range(end), h, memory, context, group=group)
-    hidden = h
-    if end < len(layers):
-        coda = range(end, len(layers))
-        h, new = run_blocks(layers, coda, h, memory, context, group=group)
+    # Where every layer is asked for, each is a range of its own.
+    stops = range(1, len(layers) + 1) if every_layer else sorted({end, len(layers)})
+    outputs, after, start = [h], {}, 0
+    for stop in stops:
+        h, new = run_blocks(layers, range(start, stop), h, memory, context, group=group)
+        outputs.append(h)
         after |= new
+        if stop == end:
+            hidden = h
+        start = stop
     cache.append(after, hidden, block.lengths)
-    return h
+    return torch.cat(outputs, dim=-1) if every_layer else h

@@ -139,7 +139,7 @@ def test_a_machine_with_a_gpu_gets_rows_for_it(monkeypatch):
 @torch.no_grad()
 def test_a_sleep_takes_the_path_that_is_reported():
     model = small_model()
-    report = model.sleep(model(small_ids(1, 4)).past_key_values, passes=2)
+    report = model.sleep(model(small_ids(1, 4)).cache, passes=2)
     told = row("sleep", "a sleep on cpu")
     assert report.path == f"{told['value']}: {told['why']}"
 

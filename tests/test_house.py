@@ -34,7 +34,7 @@ LEVELS = (
     ("layers",),
     ("cache", "storage", "windows", "packing", "pretrained", "report", "capture", "engine"),
     ("sleep",),
-    ("reading", "generation"),
+    ("arguments", "reading", "generation"),
     ("modeling",),
     ("doctor", "training", "eval"),
     ("commands",),

@@ -39,7 +39,7 @@ def test_python_of_the_readme_runs(tmp_path, monkeypatch):
     exec(compile(snippet, "README.md", "exec"), names)
     # 40 tokens of prompt and 99 of the 100 new ones are read: five full windows of 24, which sleep
     # by themselves, and 19 tokens, which are told to.
-    slept = [report.tokens for report in names["out"].past_key_values.reports]
+    slept = [report.tokens for report in names["out"].cache.reports]
     assert slept[:5] == [24] * 5
     assert names["report"].tokens == 19 and names["report"].passes == 4
     # The last turn reads 5 + 19 tokens into a new window, which nothing more makes sleep.

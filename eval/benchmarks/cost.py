@@ -349,7 +349,7 @@ class Bench:
     def _past(self, ids: torch.Tensor, passes: int) -> SleepCache:
         """The memory of whole windows, all of them slept over."""
         cache = SleepCache(self.config)
-        self.model(ids, past_key_values=cache, sleep_passes=passes, logits_to_keep=1)
+        self.model(ids, cache=cache, sleep_passes=passes, logits_to_keep=1)
         self.model.sleep(cache, passes)
         return cache
 
@@ -360,4 +360,4 @@ class Bench:
 
     @staticmethod
     def _next(model: Any, cache: SleepCache, ids: torch.Tensor) -> None:
-        model(ids, past_key_values=cache, logits_to_keep=1)
+        model(ids, cache=cache, logits_to_keep=1)

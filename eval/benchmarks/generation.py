@@ -159,7 +159,7 @@ def run(
         tokens = count * window + 1
         model.generate(
             first_token,
-            past_key_values=cache,
+            cache=cache,
             max_new_tokens=tokens,
             min_new_tokens=tokens,
             do_sample=False,

@@ -200,13 +200,13 @@ class Questions:
 
     def _sleep_over(self, context: torch.Tensor, passes: int) -> SleepCache:
         cache = SleepCache(self.model.config)
-        self.model(context, past_key_values=cache, sleep_passes=passes, logits_to_keep=1)
+        self.model(context, cache=cache, sleep_passes=passes, logits_to_keep=1)
         self.model.sleep(cache, passes)
         return cache
 
     def _keep(self, context: torch.Tensor) -> KeepingCache:
         cache = KeepingCache(self.keeper.config)
-        self.keeper(context, past_key_values=cache, logits_to_keep=1)
+        self.keeper(context, cache=cache, logits_to_keep=1)
         return cache
 
     def _timed(self, work: Callable[[], Any]) -> tuple[float, Any]:
@@ -224,7 +224,7 @@ def _ask(
 ) -> torch.Tensor:
     """The last `count` logits behind `ids`, from a copy of `cache`, which stays as it is."""
     cache = None if cache is None else cache.copy()
-    how = {"past_key_values": cache, "sleep_passes": passes, "logits_to_keep": count}
+    how = {"cache": cache, "sleep_passes": passes, "logits_to_keep": count}
     return model(ids, **how).logits[0]
 
 

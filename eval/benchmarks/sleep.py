@@ -146,7 +146,7 @@ def time_pairs(
         return time.perf_counter() - began
 
     def sleep() -> float:
-        cache = model(input_ids=input_ids, use_cache=True).past_key_values
+        cache = model(input_ids=input_ids, use_cache=True).cache
         seconds = timed(lambda: model.sleep(cache, passes=depth))
         done = cache.reports[-1].passes
         if done != depth:

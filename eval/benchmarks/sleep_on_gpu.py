@@ -125,7 +125,7 @@ class Bench:
     def _sleep(self, names: Row) -> Row:
         model, depth = self._model, names["passes"]
         ids = self._ids(names["batch"], names["window"])
-        full = model(input_ids=ids, logits_to_keep=1).past_key_values
+        full = model(input_ids=ids, logits_to_keep=1).cache
         engine = model.model.engine
 
         def graph() -> Any:
@@ -171,16 +171,16 @@ class Bench:
         for number in range(names["windows"]):
             ids = self._ids(batch, window, number)
             slept = model(
-                input_ids=ids, past_key_values=slept, logits_to_keep=1,
+                input_ids=ids, cache=slept, logits_to_keep=1,
                 sleep_passes=names["passes"],
-            ).past_key_values  # fmt: skip
+            ).cache  # fmt: skip
         model.sleep(slept, passes=names["passes"])
         half = self._ids(batch, max(1, window // 2), names["windows"])
         caches = {
-            "before": model(input_ids=half, logits_to_keep=1).past_key_values,
+            "before": model(input_ids=half, logits_to_keep=1).cache,
             "after": model(
-                input_ids=half, past_key_values=slept, logits_to_keep=1
-            ).past_key_values,
+                input_ids=half, cache=slept, logits_to_keep=1
+            ).cache,
         }
         sleeps = int(caches["after"].sleeps[0])
         if sleeps != names["windows"]:
@@ -189,7 +189,7 @@ class Bench:
         room = window - caches["before"].counts.max().item()
 
         def one(name: str) -> Callable[[], Any]:
-            return lambda: model(input_ids=token, past_key_values=caches[name])
+            return lambda: model(input_ids=token, cache=caches[name])
 
         works = {name: one(name) for name in caches}
         # The window has to stay open: no token may bring a sleep with it.

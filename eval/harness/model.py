@@ -264,9 +264,9 @@ class SleepRequests:
             return self._backbone(rows).last_hidden_state
         out = self._backbone(shared, use_cache=True)
         place = [shared.index(head) for head in heads]
-        out.past_key_values.batch_select_indices(torch.tensor(place))
+        out.cache.batch_select_indices(torch.tensor(place))
         begun = out.last_hidden_state
-        rest = self._backbone(tails, past_key_values=out.past_key_values, use_cache=True)
+        rest = self._backbone(tails, cache=out.cache, use_cache=True)
         whole = begun.new_zeros(len(rows), max(map(len, rows)), begun.shape[2])
         for i, (row, head) in enumerate(zip(rows, heads, strict=True)):
             whole[i, : len(head)] = begun[place[i], : len(head)]

@@ -72,7 +72,7 @@ def read(model, lengths: list[int], seed: int) -> SleepCache:
     longest = max(lengths)
     mask = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
     ids = small_ids(len(lengths), longest, seed=seed)
-    return model(ids, attention_mask=mask.long(), sleep_passes=1).past_key_values
+    return model(ids, attention_mask=mask.long(), sleep_passes=1).cache
 
 
 def sleep_both_ways(model, engine, cache, exact=True, **how) -> str:

@@ -21,25 +21,25 @@ def model():
 def cache(model):
     """Two rows, in the middle of their second windows."""
     with torch.no_grad():
-        return model(small_ids(2, 8), sleep_passes=2).past_key_values
+        return model(small_ids(2, 8), sleep_passes=2).cache
 
 
-def refused(cache: SleepCache, match: str, call, *arguments, **options) -> None:
+def refused(held: SleepCache, match: str, call, /, *arguments, **options) -> None:
     """`call` raises a ValueError that matches, and the cache is bit for bit what it was."""
-    before = snapshot(cache)
+    before = snapshot(held)
     for grad in (False, True):
         with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=match):
             call(*arguments, **options)
-        assert_same(before, snapshot(cache))
+        assert_same(before, snapshot(held))
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_depth(model, cache, depth):
     ids = small_ids(2, 4)
     refused(cache, "passes", model.sleep, cache, passes=depth)
-    refused(cache, "sleep_passes", model, ids, past_key_values=cache, sleep_passes=depth)
+    refused(cache, "sleep_passes", model, ids, cache=cache, sleep_passes=depth)
     refused(
-        cache, "sleep_passes", model.generate, ids, past_key_values=cache, sleep_passes=depth,
+        cache, "sleep_passes", model.generate, ids, cache=cache, sleep_passes=depth,
         max_new_tokens=3,
     )  # fmt: skip
     with pytest.raises(ValueError, match="sleep_passes"):
@@ -93,17 +93,17 @@ def test_config(name, value):
     ],
 )
 def test_input_ids(model, cache, name, ids):
-    refused(cache, "input_ids", model, ids, past_key_values=cache)
-    refused(cache, "input_ids", model.generate, ids, past_key_values=cache, max_new_tokens=2)
+    refused(cache, "input_ids", model, ids, cache=cache)
+    refused(cache, "input_ids", model.generate, ids, cache=cache, max_new_tokens=2)
 
 
 def test_no_input_or_two(model, cache):
     embeds = torch.zeros(2, 4, 12, dtype=torch.float64)
-    refused(cache, "input_ids", model, past_key_values=cache)
+    refused(cache, "input_ids", model, cache=cache)
     refused(
-        cache, "inputs_embeds", model, small_ids(2, 4), inputs_embeds=embeds, past_key_values=cache
+        cache, "inputs_embeds", model, small_ids(2, 4), inputs_embeds=embeds, cache=cache
     )
-    refused(cache, "inputs_embeds", model, inputs_embeds=embeds[..., :5], past_key_values=cache)
+    refused(cache, "inputs_embeds", model, inputs_embeds=embeds[..., :5], cache=cache)
 
 
 @pytest.mark.parametrize(
@@ -118,9 +118,9 @@ def test_no_input_or_two(model, cache):
 )
 def test_attention_mask(model, cache, mask):
     ids = small_ids(2, 4)
-    refused(cache, "attention_mask", model, ids, attention_mask=mask, past_key_values=cache)
+    refused(cache, "attention_mask", model, ids, attention_mask=mask, cache=cache)
     refused(
-        cache, "attention_mask", model.generate, ids, attention_mask=mask, past_key_values=cache,
+        cache, "attention_mask", model.generate, ids, attention_mask=mask, cache=cache,
         max_new_tokens=2,
     )  # fmt: skip
 
@@ -129,7 +129,7 @@ def test_a_prompt_of_pads(model, cache):
     mask = torch.tensor([[1, 1, 1], [0, 0, 0]])
     refused(
         cache, "input_ids|attention_mask", model.generate, small_ids(2, 3), attention_mask=mask,
-        past_key_values=cache, max_new_tokens=2,
+        cache=cache, max_new_tokens=2,
     )  # fmt: skip
     with pytest.raises(ValueError, match="input_ids|attention_mask"):
         model.generate(torch.zeros(2, 3, dtype=torch.long), pad_token_id=0, max_new_tokens=2)
@@ -148,28 +148,28 @@ def test_a_prompt_of_pads(model, cache):
     ids=["short", "a row too few", "three dimensions", "beyond", "negative", "fractions"],
 )
 def test_labels(model, cache, labels):
-    refused(cache, "labels", model, small_ids(2, 4), labels=labels, past_key_values=cache)
+    refused(cache, "labels", model, small_ids(2, 4), labels=labels, cache=cache)
 
 
 def test_cache_of_another(model, cache):
     ids = small_ids(2, 4)
     for other in (small_model(seed=1), small_model(window=6), small_model(state_space="mamba2")):
-        refused(cache, "past_key_values", other, ids, past_key_values=cache)
+        refused(cache, "cache", other, ids, cache=cache)
         refused(cache, "cache", other.sleep, cache, passes=2)
         refused(
-            cache, "past_key_values", other.generate, ids, past_key_values=cache, max_new_tokens=2
+            cache, "cache", other.generate, ids, cache=cache, max_new_tokens=2
         )
     for rows in (1, 3):
         ids = small_ids(rows, 4)
-        refused(cache, "past_key_values", model, ids, past_key_values=cache)
+        refused(cache, "cache", model, ids, cache=cache)
         refused(
-            cache, "past_key_values", model.generate, ids, past_key_values=cache, max_new_tokens=2
+            cache, "cache", model.generate, ids, cache=cache, max_new_tokens=2
         )
 
 
 def test_cache_of_another_kind(model, cache):
     ids = small_ids(2, 4)
-    refused(cache, "past_key_values", model, ids, past_key_values=DynamicCache())
+    refused(cache, "cache", model, ids, cache=DynamicCache())
     refused(cache, "cache", model.sleep, DynamicCache())
     refused(cache, "cache", model.sleep, None)
     with pytest.raises(ValueError, match="config"):
@@ -190,11 +190,11 @@ def test_fast_weights_that_are_no_numbers(model, cache, layer, value, tmp_path):
     ids = small_ids(2, 7)
     with pytest.raises(ValueError, match=f"cache.*layer {layer}"):
         model.sleep(cache, passes=3)
-    with pytest.raises(ValueError, match=f"past_key_values.*layer {layer}"):
+    with pytest.raises(ValueError, match=f"cache.*layer {layer}"):
         with torch.no_grad():
-            model(ids, past_key_values=cache, sleep_passes=2)
-    with pytest.raises(ValueError, match=f"past_key_values.*layer {layer}"):
-        model.generate(ids, past_key_values=cache, max_new_tokens=2)
+            model(ids, cache=cache, sleep_passes=2)
+    with pytest.raises(ValueError, match=f"cache.*layer {layer}"):
+        model.generate(ids, cache=cache, max_new_tokens=2)
     with pytest.raises(ValueError, match=f"layer {layer}"):
         cache.save_pretrained(tmp_path)
     assert_same(before, snapshot(cache))
@@ -203,7 +203,7 @@ def test_fast_weights_that_are_no_numbers(model, cache, layer, value, tmp_path):
 
 def test_a_sleep_that_would_overflow_leaves_the_cache_alone():
     model = small_model(dtype=torch.float32)
-    cache = model(small_ids(2, 4)).past_key_values
+    cache = model(small_ids(2, 4)).cache
     cache.hidden = cache.hidden.clone()
     cache.hidden[0, 1, 2] = float("inf")
     before = snapshot(cache)
@@ -215,6 +215,12 @@ def test_a_sleep_that_would_overflow_leaves_the_cache_alone():
 
 def test_forward_takes_no_argument_that_it_would_ignore(model, cache):
     ids = small_ids(2, 4)
-    refused(cache, "output_hidden_states", model, ids, output_hidden_states=True,
-            past_key_values=cache)  # fmt: skip
-    refused(cache, "logits_to_keep", model, ids, logits_to_keep=1.5, past_key_values=cache)
+    for name, value in {
+        "output_attentions": True,
+        "cache_position": torch.arange(4),
+        "cu_seq_lens_q": torch.zeros(1, dtype=torch.long),
+        "misspelt": 0,
+    }.items():
+        for part in (model, model.model):
+            refused(cache, f"does not take {name}", part, ids, cache=cache, **{name: value})
+    refused(cache, "logits_to_keep", model, ids, logits_to_keep=1.5, cache=cache)

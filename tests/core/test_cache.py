@@ -17,7 +17,7 @@ def ragged(model):
     ids = small_ids(3, 13)
     mask = (torch.arange(13) < torch.tensor(LENGTHS)[:, None]).long()
     with torch.no_grad():
-        return ids, model(ids, attention_mask=mask, sleep_passes=2).past_key_values
+        return ids, model(ids, attention_mask=mask, sleep_passes=2).cache
 
 
 @pytest.mark.parametrize("eviction", EVICTIONS)
@@ -39,13 +39,13 @@ def test_picked_rows_go_on_as_they_would_have(eviction, change, rows):
     assert cache.batch_size == len(rows)
     new = small_ids(len(rows), 9, seed=5)
     with torch.no_grad():
-        out = model(new, past_key_values=cache, sleep_passes=2)
+        out = model(new, cache=cache, sleep_passes=2)
     for place, row in enumerate(rows):
         whole = torch.cat((ids[row, : LENGTHS[row]], new[place]))[None]
         alone = model(whole, sleep_passes=2)
         assert gap(out.logits[place], alone.logits[0, LENGTHS[row] :]) <= EXACT
-        assert cache.sleeps[place] == alone.past_key_values.sleeps[0]
-        for i, S in alone.past_key_values.fast_weights.items():
+        assert cache.sleeps[place] == alone.cache.sleeps[0]
+        for i, S in alone.cache.fast_weights.items():
             assert gap(cache.fast_weights[i][place], S[0]) <= EXACT
 
 
@@ -57,7 +57,7 @@ def test_copies_go_their_own_ways(eviction):
     before = snapshot(cache)
     assert_same(before, snapshot(twin))
     with torch.no_grad():
-        model(small_ids(3, 9), past_key_values=twin, sleep_passes=3)
+        model(small_ids(3, 9), cache=twin, sleep_passes=3)
     model.sleep(twin, passes=2)
     twin.batch_repeat_interleave(2)
     assert_same(before, snapshot(cache))
@@ -77,7 +77,7 @@ def test_reset_makes_it_new(eviction):
     assert cache.get_seq_length() == 0
     assert_same(snapshot(SleepCache(model.config)), snapshot(cache))
     ids = small_ids(1, 12)
-    again = model(ids, past_key_values=cache, sleep_passes=2).logits
+    again = model(ids, cache=cache, sleep_passes=2).logits
     assert torch.equal(again, model(ids, sleep_passes=2).logits)
 
 
@@ -91,7 +91,7 @@ def test_it_does_not_grow_with_what_was_read(eviction, loop):
         for _ in range(40):
             size = []
             for _ in range(4):
-                model(small_ids(2, 1), past_key_values=cache, sleep_passes=2)
+                model(small_ids(2, 1), cache=cache, sleep_passes=2)
                 size.append(cache.nbytes())
             sizes.append(size)
     assert cache.sleeps.tolist() == [39, 39]

@@ -99,7 +99,7 @@ def test_a_cache_goes_on_through_recomputed_windows(granularity):
         model.set_activation_checkpointing(choice)
         cache = SleepCache(model.config)
         parts = [
-            model(part, labels=part, past_key_values=cache, sleep_passes=3).loss
+            model(part, labels=part, cache=cache, sleep_passes=3).loss
             for part in ids.split([5, 8], dim=1)
         ]
         sum(parts).backward()
@@ -111,7 +111,7 @@ def test_a_cache_goes_on_through_recomputed_windows(granularity):
 def test_an_error_leaves_the_cache_as_it_was(monkeypatch):
     model = small_model()
     model.set_activation_checkpointing("window")
-    cache = model(small_ids(2, 7), sleep_passes=2).past_key_values
+    cache = model(small_ids(2, 7), sleep_passes=2).cache
     before = snapshot(cache)
     crossed = SleepCache.cross
 
@@ -122,7 +122,7 @@ def test_an_error_leaves_the_cache_as_it_was(monkeypatch):
 
     monkeypatch.setattr(SleepCache, "cross", fail_later)
     with pytest.raises(RuntimeError, match="no memory left"):
-        model(small_ids(2, 14), past_key_values=cache, sleep_passes=2)
+        model(small_ids(2, 14), cache=cache, sleep_passes=2)
     assert_same(snapshot(cache), before)
 
 

@@ -50,8 +50,8 @@ def test_shared_layers_are_the_specification_with_equal_weights(changes):
         want = oracle.read(Row(5).read(tokens.tolist(), 3).windows)
         assert gap(out.logits[row], torch.stack(want.logits)) <= 1e-10
         for i, S in want.S.items():
-            assert gap(out.past_key_values.fast_weights[i][row], S) <= 1e-10
-    assert set(out.past_key_values.fast_weights) == {1, 3}
+            assert gap(out.cache.fast_weights[i][row], S) <= 1e-10
+    assert set(out.cache.fast_weights) == {1, 3}
 
 
 def test_gradients_of_shared_weights_are_the_sums_over_their_applications():
@@ -87,7 +87,7 @@ def test_shared_layers_are_saved_once_and_generate_as_they_read(tmp_path):
     for token in range(out.shape[1] - 1):
         with torch.no_grad():
             step = again(
-                out[:, token : token + 1], past_key_values=cache, sleep_passes=2
+                out[:, token : token + 1], cache=cache, sleep_passes=2
             )
         if token >= 7:
             assert step.logits[0, -1].argmax() == out[0, token + 1]

@@ -131,7 +131,7 @@ def test_rows_that_sleep_at_different_times_read_on_as_without_the_engine(
             cache, logits = SleepCache(model.config), []
             for part in (slice(0, 17), slice(17, 18), slice(18, 31)):
                 out = model(
-                    ids[:, part], attention_mask=mask[:, part], past_key_values=cache,
+                    ids[:, part], attention_mask=mask[:, part], cache=cache,
                     sleep_passes=3,
                 )  # fmt: skip
                 logits.append(out.logits)

@@ -75,7 +75,7 @@ def test_greedy_is_the_argmax_of_whole_forwards(state_space, eviction, loop):
     assert len(wanted[:, 12:].unique()) > 1
     out = generate(model, ids, 14, 3)
     assert torch.equal(out.sequences, wanted)
-    cache = out.past_key_values
+    cache = out.cache
     assert cache.positions.tolist() == [25, 25]
     assert cache.sleeps.tolist() == [4, 4]
     assert [r.passes for r in cache.reports] == [3] * 4
@@ -88,9 +88,9 @@ def test_depth_comes_from_the_call_or_the_config():
     one, three = generate(shallow, ids, 9, None), generate(deep, ids, 9, None)
     assert torch.equal(three.sequences, generate(shallow, ids, 9, 3).sequences)
     assert torch.equal(one.sequences, generate(deep, ids, 9, 1).sequences)
-    assert {r.passes for r in three.past_key_values.reports} == {3}
-    assert {r.passes for r in one.past_key_values.reports} == {1}
-    auto = generate(shallow, ids, 9, "auto").past_key_values
+    assert {r.passes for r in three.cache.reports} == {3}
+    assert {r.passes for r in one.cache.reports} == {1}
+    auto = generate(shallow, ids, 9, "auto").cache
     assert all(2 <= r.passes <= 16 for r in auto.reports)
 
 
@@ -121,9 +121,9 @@ def test_each_row_gets_what_it_gets_alone(side, eviction):
     for b, length in enumerate(LENGTHS):
         alone = generate(model, ids[b : b + 1, :length], 11, 3)
         assert torch.equal(out.sequences[b, 13:], alone.sequences[0, length:])
-        assert_row_equals(out.past_key_values, b, alone.past_key_values)
-        slept = [r for r in out.past_key_values.reports if b in r.rows]
-        assert len(slept) == len(alone.past_key_values.reports)
+        assert_row_equals(out.cache, b, alone.cache)
+        slept = [r for r in out.cache.reports if b in r.rows]
+        assert len(slept) == len(alone.cache.reports)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -195,10 +195,10 @@ def test_finished_rows_read_no_further(eviction):
         assert len(said) == min(20, stops(eos)[b] + 1)
         assert torch.equal(out.sequences[b, 13 : 13 + len(said)], said)
         assert (out.sequences[b, 13 + len(said) :] == pad).all()
-        assert_row_equals(out.past_key_values, b, alone.past_key_values)
+        assert_row_equals(out.cache, b, alone.cache)
     # The next call starts afresh: nobody is finished any more.
     more = small_ids(4, 3, seed=4)
-    again = generate(model, more, 4, 2, past_key_values=out.past_key_values)
+    again = generate(model, more, 4, 2, cache=out.cache)
     for b, length in enumerate(LENGTHS):
         read = int(min(stops(eos)[b], 19))
         past = torch.cat((ids[b, :length], free[b, :read], more[b]))[None]
@@ -223,15 +223,15 @@ def test_a_conversation_equals_one_long_run(eviction, long_mask):
         given = mask
         if long_mask:
             given = torch.cat((torch.ones(3, cache.get_seq_length(), dtype=torch.long), mask), 1)
-        out = generate(model, new, 6, 2, past_key_values=cache, attention_mask=given)
-        assert out.past_key_values is cache
+        out = generate(model, new, 6, 2, cache=cache, attention_mask=given)
+        assert out.cache is cache
         for b in range(3):
             wanted = greedy(model, heard[b][None], 6, 2)
             assert torch.equal(out.sequences[b, -6:], wanted[0, -6:]), (turn, b)
         last = out.sequences[:, -1:]
         heard = [torch.cat((x, out.sequences[b, -6:-1])) for b, x in enumerate(heard)]
     for b in range(3):
-        alone = model(heard[b][None], sleep_passes=2).past_key_values
+        alone = model(heard[b][None], sleep_passes=2).cache
         assert_row_equals(cache, b, alone)
 
 
@@ -239,11 +239,11 @@ def test_several_answers_leave_the_given_cache_alone():
     model = lively()
     past, new = small_ids(2, 8), small_ids(2, 4, seed=1)
     with torch.no_grad():
-        cache = model(past, sleep_passes=2).past_key_values
+        cache = model(past, sleep_passes=2).cache
     before = snapshot(cache)
     torch.manual_seed(3)
     out = generate(
-        model, new, 7, 2, past_key_values=cache, do_sample=True, top_k=0, num_return_sequences=3
+        model, new, 7, 2, cache=cache, do_sample=True, top_k=0, num_return_sequences=3
     )
     assert_same(before, snapshot(cache))
     torch.manual_seed(3)
@@ -251,7 +251,7 @@ def test_several_answers_leave_the_given_cache_alone():
         model, torch.cat((past, new), 1), 7, 2, do_sample=True, top_k=0, num_return_sequences=3
     )
     assert torch.equal(out.sequences[:, 4:], whole.sequences[:, 12:])
-    beams = generate(model, new, 7, 2, past_key_values=cache, num_beams=3)
+    beams = generate(model, new, 7, 2, cache=cache, num_beams=3)
     assert_same(before, snapshot(cache))
     whole = generate(model, torch.cat((past, new), 1), 7, 2, num_beams=3)
     assert torch.equal(beams.sequences[:, 4:], whole.sequences[:, 12:])
@@ -261,7 +261,7 @@ REFUSED = {
     "assistant_model": lambda model: model,
     "prompt_lookup_num_tokens": lambda model: 2,
     "prefill_chunk_size": lambda model: 4,
-    "past_key_values": lambda model: DynamicCache(),
+    "cache": lambda model: DynamicCache(),
     "cache_implementation": lambda model: "static",
     "sleep_passes": lambda model: 0,
 }

@@ -82,10 +82,10 @@ def test_detach_cuts_the_graph_between_windows():
     model = small_model(small_config(window=3))
     tokens = torch.randn(1, 6, 12, dtype=torch.float64, requires_grad=True)
     for cut in (False, True):
-        cache = model(inputs_embeds=tokens[:, :3], sleep_passes=2).past_key_values
+        cache = model(inputs_embeds=tokens[:, :3], sleep_passes=2).cache
         if cut:
             assert cache.detach() is cache
-        out = model(inputs_embeds=tokens[:, 3:], past_key_values=cache, sleep_passes=2)
+        out = model(inputs_embeds=tokens[:, 3:], cache=cache, sleep_passes=2)
         grad = torch.autograd.grad(out.logits.square().sum(), tokens)[0]
         assert bool(grad[:, :3].any()) is not cut
         assert grad[:, 3:].any()

@@ -77,13 +77,13 @@ def test_documents_do_not_know_of_each_other(document_ids, data):
     wanted = alone(model, ids, where, sleep_passes=depth)
     grouped = model(ids, document_ids=document_ids, sleep_passes=depth)
     together = model(ids, document_ids=document_ids, sleep_passes=depth, use_cache=True)
-    assert grouped.past_key_values is None
-    cache = together.past_key_values
+    assert grouped.cache is None
+    cache = together.cache
     assert len(cache.counts) == len(where)
     for m, (b, start, length) in enumerate(where):
         for out in (grouped, together):
             assert gap(out.logits[b, start : start + length], wanted[m].logits[0]) <= EXACT
-        theirs = wanted[m].past_key_values
+        theirs = wanted[m].cache
         for name in ("counts", "positions", "sleeps"):
             assert getattr(cache, name)[m] == getattr(theirs, name)[0]
         for i, S in theirs.fast_weights.items():
@@ -160,8 +160,8 @@ def test_single_precision():
         zip(where, alone(model, ids, where, sleep_passes=3), strict=True)
     ):
         assert gap(out.logits[b, start : start + length], one.logits[0]) <= 1e-4
-        for i, S in one.past_key_values.fast_weights.items():
-            assert gap(out.past_key_values.fast_weights[i][m], S[0]) <= 1e-4
+        for i, S in one.cache.fast_weights.items():
+            assert gap(out.cache.fast_weights[i][m], S[0]) <= 1e-4
 
 
 def test_embeddings_masks_and_last_columns():
@@ -180,12 +180,12 @@ def test_embeddings_masks_and_last_columns():
     last = model(ids, document_ids=document_ids, sleep_passes=2, logits_to_keep=4).logits
     assert gap(last, wanted[:, -4:]) <= EXACT
     # The fast weights of one document are a memory like any other.
-    cache = model(ids, document_ids=document_ids, sleep_passes=2, use_cache=True).past_key_values
+    cache = model(ids, document_ids=document_ids, sleep_passes=2, use_cache=True).cache
     cache.batch_select_indices(torch.tensor([4]))
     more = small_ids(1, 5, seed=1)
     text = torch.cat((ids[1:2, 1:17], more), dim=1)
     whole = model(text, sleep_passes=2).logits[:, 16:]
-    assert gap(model(more, past_key_values=cache, sleep_passes=2).logits, whole) <= EXACT
+    assert gap(model(more, cache=cache, sleep_passes=2).logits, whole) <= EXACT
 
 
 def test_only_pads():
@@ -244,7 +244,7 @@ def test_what_cannot_be_packed_is_refused():
     whole = torch.zeros_like(ids)
     cache = SleepCache(model.config)
     refused = [
-        (r"document_ids starts each .* past_key_values must be None", whole, cache),
+        (r"document_ids starts each .* cache must be None", whole, cache),
         (r"document_ids must be of the input's shape, \(2, 6\), got \(2, 5\)", whole[:, 1:], None),
         ("document_ids must be integers", whole.double(), None),
         ("document_ids must be integers", whole.bool(), None),
@@ -252,9 +252,9 @@ def test_what_cannot_be_packed_is_refused():
     ]
     for message, document_ids, past in refused:
         with pytest.raises(ValueError, match=message):
-            model(ids, document_ids=document_ids, past_key_values=past)
+            model(ids, document_ids=document_ids, cache=past)
         with pytest.raises(ValueError, match=message):
-            model(ids, labels=ids, document_ids=document_ids, past_key_values=past)
+            model(ids, labels=ids, document_ids=document_ids, cache=past)
     assert not cache.is_initialized
     with pytest.raises(ValueError, match=r"attention_mask must be \[2, 6\]"):
         positions_in_document(whole, torch.ones(2, 5))

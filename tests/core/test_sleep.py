@@ -171,10 +171,10 @@ def test_pruned_sleep_has_the_bits_of_the_naive_one(state_space, eviction, atten
             window = model.config.window
             ids = small_ids(batch, 2 * window)
             cache = SleepCache(model.config)
-            model(ids[:, :window], past_key_values=cache)
+            model(ids[:, :window], cache=cache)
             model.sleep(cache, passes=depth)
             opening, kept = list(cache.memory), int(cache.kept[0])
-            model(ids[:, window:], past_key_values=cache)
+            model(ids[:, window:], cache=cache)
             naive = naive_sleep(model, cache, opening, kept, depth)
             model.sleep(cache, passes=depth)
             for i, kind in enumerate(model.config.layer_types):
@@ -193,7 +193,7 @@ def test_pruned_sleep_has_the_bits_of_the_naive_one(state_space, eviction, atten
 @pytest.mark.parametrize("eviction", EVICTIONS)
 def test_a_second_sleep_changes_nothing(eviction):
     model = small_model(eviction=eviction, loop=(0, 3))
-    cache = model(small_ids(2, 8), sleep_passes=2).past_key_values
+    cache = model(small_ids(2, 8), sleep_passes=2).cache
     first = model.sleep(cache, passes=3)
     assert (first.rows, first.passes, first.passes_by_row) == ([0, 1], 3, [3, 3])
     before = snapshot(cache)
@@ -221,7 +221,7 @@ def test_a_partial_window_sleeps_when_told_to(state_space, eviction):
     logits = [[], []]
     for part, sleep in ((slice(0, 3), 3), (slice(3, 5), 2), (slice(5, 13), 4)):
         out = model(
-            ids[:, part], attention_mask=mask[:, part], past_key_values=cache, sleep_passes=2
+            ids[:, part], attention_mask=mask[:, part], cache=cache, sleep_passes=2
         )
         for b in range(2):
             there = mask[b, part].bool()
@@ -258,14 +258,14 @@ def test_auto_stops_each_row_at_its_own_depth():
     tol = sorted(min(curve[:4]) for curve in curves)[2] * 1.001
     wanted = [next((j for j, x in enumerate(c, 2) if x < tol), 8) for c in curves]
     assert len(set(wanted)) > 1
-    cache = model(ids, attention_mask=mask).past_key_values
+    cache = model(ids, attention_mask=mask).cache
     report = model.sleep(cache, passes="auto", tol=tol, max_passes=8)
     assert report.passes_by_row == wanted
     assert report.passes == max(wanted)
     for b in range(4):
         row = Row(6).read(ids[b, : lengths[b]].tolist(), 1).sleep(wanted[b])
         want = oracle_of(model).read(row.windows)
-        alone = model(ids[b : b + 1, : lengths[b]]).past_key_values
+        alone = model(ids[b : b + 1, : lengths[b]]).cache
         assert model.sleep(alone, "auto", tol=tol, max_passes=8).passes == wanted[b]
         for i, S in want.S.items():
             assert gap(cache.fast_weights[i][b], S) <= EXACT
@@ -277,7 +277,7 @@ def test_auto_stops_each_row_at_its_own_depth():
 def test_auto_between_its_limits(eviction, loop):
     model = small_model(loop=loop, eviction=eviction)
     for tol, max_passes, depth in ((1e9, 9, 2), (1e-300, 4, 4), (1e9, 1, 1)):
-        cache = model(small_ids(2, 9), sleep_passes=1).past_key_values
+        cache = model(small_ids(2, 9), sleep_passes=1).cache
         fixed = cache.copy()
         assert model.sleep(cache, "auto", tol=tol, max_passes=max_passes).passes == depth
         model.sleep(fixed, depth)
@@ -296,21 +296,21 @@ def test_auto_between_its_limits(eviction, loop):
 def test_auto_is_refused_where_it_has_nothing_to_watch(changes):
     model = small_model(**changes)
     ids = small_ids(2, 4)
-    cache = model(ids).past_key_values
+    cache = model(ids).cache
     before = snapshot(cache)
     with pytest.raises(ValueError, match="passes"):
         model.sleep(cache, "auto")
     with pytest.raises(ValueError, match="sleep_passes"):
-        model(ids, past_key_values=cache, sleep_passes="auto")
+        model(ids, cache=cache, sleep_passes="auto")
     with pytest.raises(ValueError, match="sleep_passes"):
-        model.generate(ids, past_key_values=cache, sleep_passes="auto", max_new_tokens=2)
+        model.generate(ids, cache=cache, sleep_passes="auto", max_new_tokens=2)
     assert_same(before, snapshot(cache))
 
 
 def test_report_says_what_happened():
     model = small_model(window=6)
     ids = small_ids(1, 6)
-    cache = model(ids).past_key_values
+    cache = model(ids).cache
     before = cache.nbytes()
     report = model.sleep(cache, passes=4)
     assert report.bytes_freed == before - cache.nbytes() > 0
@@ -331,6 +331,6 @@ def test_report_says_what_happened():
 def test_sleeps_on_the_way_are_reported_without_gradients_only():
     model = small_model()
     with torch.no_grad():
-        cache = model(small_ids(2, 17), sleep_passes=2).past_key_values
+        cache = model(small_ids(2, 17), sleep_passes=2).cache
     assert [r.passes for r in cache.reports] == [2, 2, 2]
-    assert model(small_ids(2, 17), sleep_passes=2).past_key_values.reports == []
+    assert model(small_ids(2, 17), sleep_passes=2).cache.reports == []

@@ -33,7 +33,7 @@ def ragged_cache(model, sleep_passes: int = 3) -> SleepCache:
     ids, mask = small_ids(3, 13), torch.ones(3, 13, dtype=torch.long)
     mask[1, :9], mask[2, 8:] = 0, 0
     with torch.no_grad():
-        return model(ids, attention_mask=mask, sleep_passes=sleep_passes).past_key_values
+        return model(ids, attention_mask=mask, sleep_passes=sleep_passes).cache
 
 
 def in_new_process(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -65,7 +65,7 @@ CONTINUE_THEN_DIE = """
     cache = SleepCache.from_pretrained("memory", model=model)
     read = torch.load("new.pt")
     with torch.no_grad():
-        out = model(read, past_key_values=cache, sleep_passes=3)
+        out = model(read, cache=cache, sleep_passes=3)
     S = {str(i): S.contiguous() for i, S in cache.fast_weights.items()}
     save_file({"logits": out.logits, **S}, "continued.safetensors")
 
@@ -98,7 +98,7 @@ def test_another_process_continues_with_the_same_bits(tmp_path, eviction):
         done = in_new_process(CONTINUE_THEN_DIE, tmp_path)
         assert done.returncode == -signal.SIGKILL, done.stderr
         with torch.no_grad():
-            logits = model(new, past_key_values=cache, sleep_passes=3).logits
+            logits = model(new, cache=cache, sleep_passes=3).logits
     finally:
         torch.set_num_threads(threads)
     there = load_file(tmp_path / "continued.safetensors")
@@ -139,7 +139,7 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch, broken):
     cache = ragged_cache(model)
     cache.save_pretrained(tmp_path)
     kept, before = (tmp_path / FILE).read_bytes(), everything_bar_reports(cache)
-    model(small_ids(3, 4), past_key_values=cache)
+    model(small_ids(3, 4), cache=cache)
     with monkeypatch.context() as patch:
         broken(patch)
         with pytest.raises((OSError, KeyboardInterrupt)):
@@ -155,7 +155,7 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch, broken):
 @pytest.mark.parametrize("loop", [None, (0, 2)])
 def test_what_is_loaded_is_what_was_saved(tmp_path, eviction, loop):
     model = small_model(eviction=eviction, loop=loop)
-    for cache in (ragged_cache(model), model(small_ids(1, 3)).past_key_values):
+    for cache in (ragged_cache(model), model(small_ids(1, 3)).cache):
         cache.save_pretrained(tmp_path)
         loaded = SleepCache.from_pretrained(tmp_path, model=model)
         assert_same(everything_bar_reports(cache), everything_bar_reports(loaded))
@@ -163,8 +163,8 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, eviction, loop):
         cache.save_pretrained(tmp_path)
         loaded = SleepCache.from_pretrained(tmp_path, model=model)
         new = small_ids(cache.batch_size, 7)
-        a = model(new, past_key_values=cache, sleep_passes=2).logits
-        assert torch.equal(a, model(new, past_key_values=loaded, sleep_passes=2).logits)
+        a = model(new, cache=cache, sleep_passes=2).logits
+        assert torch.equal(a, model(new, cache=loaded, sleep_passes=2).logits)
 
 
 def edit(model):
@@ -189,10 +189,10 @@ def test_memory_of_other_weights_is_refused(tmp_path, change):
     change(model)
     assert model.weights_version > version
     before = snapshot(cache)
-    with pytest.raises(ValueError, match="past_key_values.*version"):
-        model(small_ids(3, 2), past_key_values=cache)
-    with pytest.raises(ValueError, match="past_key_values.*version"):
-        model.generate(small_ids(3, 2), past_key_values=cache, max_new_tokens=2)
+    with pytest.raises(ValueError, match="cache.*version"):
+        model(small_ids(3, 2), cache=cache)
+    with pytest.raises(ValueError, match="cache.*version"):
+        model.generate(small_ids(3, 2), cache=cache, max_new_tokens=2)
     with pytest.raises(ValueError, match="cache.*version"):
         model.sleep(cache, passes=2)
     with pytest.raises(ValueError, match="cache.*version"):
@@ -208,11 +208,11 @@ def test_memory_of_another_model_is_refused(tmp_path):
     cache = ragged_cache(model)
     cache.save_pretrained(tmp_path)
     new = small_ids(3, 2)
-    with pytest.raises(ValueError, match="past_key_values"):
-        twin(new, past_key_values=cache)
+    with pytest.raises(ValueError, match="cache"):
+        twin(new, cache=cache)
     # The same weights may read it from disk, others may not.
-    logits = twin(new, past_key_values=SleepCache.from_pretrained(tmp_path, model=twin)).logits
-    assert torch.equal(logits, model(new, past_key_values=cache).logits)
+    logits = twin(new, cache=SleepCache.from_pretrained(tmp_path, model=twin)).logits
+    assert torch.equal(logits, model(new, cache=cache).logits)
     with pytest.raises(ValueError, match="weights"):
         SleepCache.from_pretrained(tmp_path, model=small_model(seed=1))
     for changes in ({"window": 6}, {"eviction": "sliding"}, {"loop": (0, 2)}):
@@ -222,7 +222,7 @@ def test_memory_of_another_model_is_refused(tmp_path):
         with pytest.raises(ValueError, match=name):
             SleepCache.from_pretrained(tmp_path, model=other)
         with pytest.raises(ValueError, match=name):
-            other(new, past_key_values=cache)
+            other(new, cache=cache)
 
 
 def test_what_is_no_cache_is_refused(tmp_path):
@@ -299,9 +299,9 @@ def test_half_precision_keeps_fast_weights_and_gates_wide(tmp_path, state_space)
     cache.save_pretrained(tmp_path)
     loaded = SleepCache.from_pretrained(tmp_path, model=model)
     new = small_ids(3, 6)
-    logits = model(new, past_key_values=cache, sleep_passes=2).logits
+    logits = model(new, cache=cache, sleep_passes=2).logits
     assert logits.dtype == torch.bfloat16
-    assert torch.equal(logits, model(new, past_key_values=loaded, sleep_passes=2).logits)
+    assert torch.equal(logits, model(new, cache=loaded, sleep_passes=2).logits)
     single = HybridSleepForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     first = slice(0, model.config.window)
     wide, narrow = single(new[:, first]).logits, model(new[:, first]).logits.float()

@@ -42,7 +42,7 @@ def play(model, calls: list[Call]) -> tuple[SleepCache, list[list[torch.Tensor]]
             out = model(
                 call.ids,
                 attention_mask=call.mask,
-                past_key_values=cache,
+                cache=cache,
                 sleep_passes=call.depth,
             )
         real = torch.ones_like(call.ids) if call.mask is None else call.mask
@@ -153,7 +153,7 @@ def test_every_kind_of_sleep_equals_the_specification(state_space, eviction, att
             want = expect(model, ids[b], depth)
             assert gap(out.logits[b], torch.stack(want.logits)) <= EXACT, (loop, depth)
             for i, S in want.S.items():
-                assert gap(out.past_key_values.fast_weights[i][b], S) <= EXACT, (loop, depth)
+                assert gap(out.cache.fast_weights[i][b], S) <= EXACT, (loop, depth)
 
 
 @pytest.mark.parametrize(
@@ -203,8 +203,8 @@ def test_a_row_owes_nothing_to_its_batch():
     for b in range(4):
         alone = model(ids[b : b + 1, mask[b].bool()], sleep_passes=3)
         assert gap(batched.logits[b, mask[b].bool()], alone.logits[0]) <= EXACT
-        for i, S in alone.past_key_values.fast_weights.items():
-            assert gap(batched.past_key_values.fast_weights[i][b], S[0]) <= EXACT
+        for i, S in alone.cache.fast_weights.items():
+            assert gap(batched.cache.fast_weights[i][b], S[0]) <= EXACT
 
 
 def test_what_pads_hold_does_not_matter():
@@ -217,8 +217,8 @@ def test_what_pads_hold_does_not_matter():
     other = ids.where(mask.bool(), (ids + 3) % VOCAB)
     two = model(other, attention_mask=mask, sleep_passes=2)
     assert torch.equal(one.logits, two.logits)
-    for i, S in one.past_key_values.fast_weights.items():
-        assert torch.equal(S, two.past_key_values.fast_weights[i])
+    for i, S in one.cache.fast_weights.items():
+        assert torch.equal(S, two.cache.fast_weights[i])
 
 
 @pytest.mark.parametrize("side", ["none", "left", "right", "inside"])
@@ -269,7 +269,7 @@ def test_supervised_windows_stay_awake_row_by_row(schedule, eviction):
         want = oracle_of(model).read(windows)
         assert gap(out.logits[b], torch.stack(want.logits)) <= EXACT
         for i, S in want.S.items():
-            assert gap(out.past_key_values.fast_weights[i][b], S) <= EXACT
+            assert gap(out.cache.fast_weights[i][b], S) <= EXACT
         for t in range(17):
             if labels[b, t + 1] != -100:
                 losses.append(-torch.log_softmax(want.logits[t], 0)[labels[b, t + 1]])
@@ -287,8 +287,8 @@ def test_supervision_is_remembered_across_calls():
     labels[0, 2] = 1
     whole = model(ids, labels=labels, sleep_passes=3)
     cache = SleepCache(model.config)
-    model(ids[:, :4], labels=labels[:, :4], past_key_values=cache, sleep_passes=3)
-    rest = model(ids[:, 4:], labels=labels[:, 4:], past_key_values=cache, sleep_passes=3)
+    model(ids[:, :4], labels=labels[:, :4], cache=cache, sleep_passes=3)
+    rest = model(ids[:, 4:], labels=labels[:, 4:], cache=cache, sleep_passes=3)
     assert gap(rest.logits, whole.logits[:, 4:]) <= EXACT
     windows = Row(5).read(ids[0].tolist(), 3).windows
     windows[0].depth = 1

@@ -89,7 +89,7 @@ def learn(model, weigh, passes=None, windows=None, granularity=None, depth=3):
     model.set_activation_checkpointing(granularity)
     ids, mask = batch()
     out = model(ids, attention_mask=mask, sleep_passes=depth)
-    held = out.past_key_values.fast_weights
+    held = out.cache.fast_weights
     total = (out.logits * weigh * mask[..., None]).sum()
     (total + sum(S.square().sum() for S in held.values())).backward()
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]

@@ -86,15 +86,15 @@ def test_a_keeper_sees_all_of_the_past_with_the_same_weights():
             wanted = whole(ids).logits
             cache = keeping.KeepingCache(keeper.config)
             for part in (ids[:, :9], ids[:, 9:10], ids[:, 10:16]):
-                out = keeper(part, past_key_values=cache)
+                out = keeper(part, cache=cache)
             twin = cache.copy()
-            out = keeper(ids[:, 16:], past_key_values=cache)
+            out = keeper(ids[:, 16:], cache=cache)
             assert gap(out.logits[:, 0], wanted[:, 16]) <= 1e-10
             # The copy went its own way, and holds no hidden states.
             assert int(twin.counts) == 16 and isinstance(twin, keeping.KeepingCache)
         hidden = 8 * 17 * 12
         reference = SleepCache(config)
-        whole(ids, past_key_values=reference)
+        whole(ids, cache=reference)
         assert cache.nbytes() == reference.nbytes() - hidden
         assert sum(x.nbytes for x in keeping.appended(twin)) == 17 * flops.kv_bytes(config, 8)
 
@@ -106,7 +106,7 @@ def test_what_is_compared_is_what_it_is_called():
     with torch.no_grad():
         cache = SleepCache(model.config)
         for start in (0, 4, 8):
-            model(ids[:, start : start + 4], past_key_values=cache)
+            model(ids[:, start : start + 4], cache=cache)
             model.sleep(cache, 3)
         found = snapshot(bench._past(ids, 3))
         # The columns read in one forward are counted alike, its reports are not.

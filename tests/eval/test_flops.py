@@ -108,12 +108,12 @@ def test_a_sleep_and_tokens_as_they_happen(changes):
     with torch.no_grad():
         # Windows of 5: part of the first, all of the second, part of the third.
         for tokens, passes in itertools.product((3, 10, 12), (1, 2, 3)):
-            cache = model(small_ids(1, tokens)).past_key_values
+            cache = model(small_ids(1, tokens)).cache
             held, kept = int(cache.counts), int(cache.kept)
             assert kept == (min(tokens - held, 4) if sliding else 0)
             if held < 5:
                 with Counter(model) as counter:
-                    model(small_ids(1, 1, seed=1), past_key_values=cache.copy())
+                    model(small_ids(1, 1, seed=1), cache=cache.copy())
                 assert counter.flops == flops.token_flops(model.config, kept + held)
             with Counter(model) as counter:
                 model.sleep(cache, passes)
@@ -128,7 +128,7 @@ def test_a_past_that_was_slept_over_as_it_happens(changes, passes):
         with Counter(model) as counter, torch.no_grad():
             cache = SleepCache(model.config)
             ids = small_ids(1, 5 * windows)
-            model(ids, past_key_values=cache, sleep_passes=passes, logits_to_keep=1)
+            model(ids, cache=cache, sleep_passes=passes, logits_to_keep=1)
             model.sleep(cache, passes)
         assert counter.flops == flops.past_flops(model.config, 5 * windows, passes)
 
@@ -185,9 +185,9 @@ def test_a_token_behind_a_whole_cache_as_torch_counts_it():
     model = small_model(layer_types=[A, A, A], window=100, num_attention_heads=4)
     model.set_attn_implementation("eager")
     with torch.no_grad():
-        cache = model(small_ids(1, 30)).past_key_values
+        cache = model(small_ids(1, 30)).cache
         with FlopCounterMode(display=False) as counter:
-            model(small_ids(1, 1), past_key_values=cache)
+            model(small_ids(1, 1), cache=cache)
     assert counter.get_total_flops() == flops.token_flops(model.config, 30)
 
 
@@ -233,7 +233,7 @@ def test_bytes_are_those_of_the_cache(changes, dtype):
     cache = SleepCache(model.config)
     with torch.no_grad():
         for token in small_ids(1, 13)[0]:
-            model(token[None, None], past_key_values=cache, sleep_passes=2)
+            model(token[None, None], cache=cache, sleep_passes=2)
             held = {"past": int(cache.kept), "slept": bool(cache.sleeps)}
             counted = flops.cache_bytes(
                 model.config, int(cache.counts), itemsize=dtype.itemsize, **held

@@ -105,9 +105,9 @@ def test_forward_and_sleep_match_the_cpu(pair):
     ]
     assert relative(outputs[1].logits, outputs[0].logits) < 1e-4
     for model, out in zip(pair, outputs, strict=True):
-        report = model.sleep(out.past_key_values, 4)
+        report = model.sleep(out.cache, 4)
         assert report.passes == 4
-    weights, weights_gpu = (out.past_key_values.fast_weights for out in outputs)
+    weights, weights_gpu = (out.cache.fast_weights for out in outputs)
     for layer, S in weights.items():
         assert relative(weights_gpu[layer], S) < 1e-4
 
@@ -128,9 +128,9 @@ def test_generation_matches_the_cpu_and_is_repeatable(pair):
 def test_saved_on_the_gpu_continues_bit_for_bit(pair, tmp_path):
     _, model = pair
     ids = torch.randint(31, (2, 60), device="cuda")
-    cache = model(ids, sleep_passes=2).past_key_values
+    cache = model(ids, sleep_passes=2).cache
     cache.save_pretrained(tmp_path)
     loaded = SleepCache.from_pretrained(tmp_path, model=model)
     more = torch.randint(31, (2, 30), device="cuda")
-    continued = [model(more, past_key_values=c, sleep_passes=2).logits for c in (cache, loaded)]
+    continued = [model(more, cache=c, sleep_passes=2).logits for c in (cache, loaded)]
     assert torch.equal(*continued)

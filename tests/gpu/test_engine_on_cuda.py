@@ -46,7 +46,7 @@ def read(model, rows: int, seed: int, ragged: bool = False, tokens: int = 40):
     device = model.device
     return model(
         ids.to(device), attention_mask=mask.to(device), sleep_passes=1
-    ).past_key_values
+    ).cache
 
 
 def relative(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -159,7 +159,7 @@ def test_generation_sleeps_from_graphs_and_says_the_same():
     how = {"max_new_tokens": 120, "do_sample": False, "sleep_passes": 3,
            "return_dict_in_generate": True}  # fmt: skip
     out = model.generate(ids, **how)
-    assert out.past_key_values.reports[-1].path == PATHS[2]
+    assert out.cache.reports[-1].path == PATHS[2]
     model.model.engine = None
     assert torch.equal(out.sequences, model.generate(ids, **how).sequences)
 
