@@ -11,6 +11,7 @@ import torch
 from transformers import Cache
 
 from hybrid_sleep.configuration import HybridSleepConfig
+from hybrid_sleep.history import History
 from hybrid_sleep.identity import Owner, same_architecture
 from hybrid_sleep.layers.attention import take_slots
 from hybrid_sleep.layers.context import AttentionMemory, FastWeights, Memory, packing
@@ -47,7 +48,8 @@ class SleepCache(Cache):
 
     Per row: keys and values of the open window (and, under sliding eviction, of the L - 1 tokens
     before it), the window's pass-1 hidden states, short-convolution tails, fast weights, and how
-    many tokens came, lie in the window, and how often the row slept. Tensors are replaced, never
+    many tokens came, lie in the window, and how often the row slept. `history` has a hash of all
+    that was read, by which generate() knows a text again. Tensors are replaced, never
     written in place, so gradients flow through them and a copy is cheap.
 
     `reports` lists a `SleepReport` for each sleep that happened outside of training. `finished` is
@@ -73,6 +75,7 @@ class SleepCache(Cache):
         for name in ROW_COUNTERS:
             setattr(self, name, torch.zeros(0, dtype=torch.long))
         self.supervised = torch.zeros(0, dtype=torch.bool)
+        self.history = History.empty(0)
         self.columns = 0
         self.finished: torch.Tensor | None = None
         self.reports.clear()
@@ -94,6 +97,7 @@ class SleepCache(Cache):
             for name in ROW_COUNTERS:
                 setattr(self, name, torch.zeros(batch, dtype=torch.long))
             self.supervised = torch.zeros(batch, dtype=torch.bool)
+            self.history = History.empty(batch)
         elif len(self.counts) != batch:
             raise ValueError(
                 f"cache holds {len(self.counts)} rows, but the input has {batch}; pass "
@@ -259,6 +263,7 @@ class SleepCache(Cache):
         self.memory = [None if m is None else type(m)(*map(apply, m)) for m in self.memory]
         self.opening = {i: FastWeights(*map(apply, m)) for i, m in self.opening.items()}
         self.hidden = apply(self.hidden)
+        self.history = History(*map(change, self.history.folded()[:2]))
         for name in (*ROW_COUNTERS, "supervised"):
             setattr(self, name, change(getattr(self, name)))
 

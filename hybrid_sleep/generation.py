@@ -17,6 +17,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from hybrid_sleep.arguments import check_tokens, refuse_unknown
 from hybrid_sleep.cache import SleepCache
+from hybrid_sleep.prefix import without_read
 from hybrid_sleep.sleep import check_passes
 
 _MODES = {
@@ -114,13 +115,18 @@ class SleepGenerationMixin(GenerationMixin):
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         tokens = ids if embeds is None else embeds
+        cache = self._check_cache(kwargs.pop("cache", None))
         moved = None
         if tokens is not None:
             check_tokens(self.config, None if embeds is not None else ids, embeds)
+            covers_past = mask is not None and mask.ndim == 2 and mask.shape[1] > tokens.shape[1]
             if mask is None and embeds is None:
                 mask = self._mask_from_pads(ids, setting)
             if mask is not None:
                 mask = self._check_mask(mask, tokens)
+            if cache is not None and not covers_past:
+                mask = without_read(self._embed, cache, tokens, mask)
+            if mask is not None:
                 if bool((mask[:, -1] == 0).any()):
                     moved = ids
                     order = pads_to_the_left(mask)
@@ -130,7 +136,7 @@ class SleepGenerationMixin(GenerationMixin):
                     else:
                         kwargs["inputs_embeds"] = embeds.take_along_dim(order[..., None], dim=1)
                 kwargs["attention_mask"] = mask
-        cache = self._cache_for(setting, kwargs.pop("cache", None), embeds)
+        cache = self._cache_for(setting, cache, embeds)
         if cache is not None:
             kwargs["cache"] = cache
             if setting("num_beams") in (None, 1):
@@ -178,17 +184,9 @@ class SleepGenerationMixin(GenerationMixin):
             )
         refuse_unknown(self.config, {"output_attentions": setting("output_attentions")})
 
-    def _cache_for(
-        self,
-        setting: Callable[[str], Any],
-        cache: SleepCache | None,
-        embeds: torch.Tensor | None,
-    ) -> SleepCache | None:
-        """The cache that this call goes on with: what was given, checked, or a new one."""
+    def _check_cache(self, cache: SleepCache | None) -> SleepCache | None:
         if cache is None:
-            # Embeddings alone do not tell which tokens are new: transformers always caches there.
-            unused = setting("use_cache") is False and embeds is None
-            return None if unused else SleepCache(self.config)
+            return None
         if not isinstance(cache, SleepCache):
             raise ValueError(
                 f"cache must be a SleepCache, got {type(cache).__name__}; this model's memory is "
@@ -196,12 +194,29 @@ class SleepGenerationMixin(GenerationMixin):
             )
         cache.check(self.memory_owner())
         cache.check_finite()
+        return cache
+
+    def _cache_for(
+        self,
+        setting: Callable[[str], Any],
+        cache: SleepCache | None,
+        embeds: torch.Tensor | None,
+    ) -> SleepCache | None:
+        """What this call goes on with: the cache given, a copy for each beam, or a new one."""
+        if cache is None:
+            # Embeddings alone do not tell which tokens are new: transformers always caches there.
+            unused = setting("use_cache") is False and embeds is None
+            return None if unused else SleepCache(self.config)
         copies = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
         if copies > 1:
             cache = cache.copy()
             cache.batch_repeat_interleave(copies)
         cache.finished = None
         return cache
+
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        embedding = self.get_input_embeddings()
+        return embedding(ids.to(embedding.weight.device))
 
     def _check_mask(self, mask: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """The mask of the prompt's own columns; a longer one also covers what a cache has read."""
@@ -254,11 +269,15 @@ class SleepGenerationMixin(GenerationMixin):
             raise ValueError("document_ids cannot be given: generate() goes on one text a row")
         inputs = _Inputs(cache=cache)
         if is_first_iteration:
-            # A cache that came with the call holds the past: all of the prompt is new.
+            # generate() has hidden what a cache that came with the call has read already.
+            first = 0
+            if attention_mask is not None and cache is not None and cache.is_initialized:
+                first = int((attention_mask != 0).any(0).nonzero()[0])
+                attention_mask = attention_mask[:, first:]
             if inputs_embeds is not None:
-                inputs["inputs_embeds"] = inputs_embeds
+                inputs["inputs_embeds"] = inputs_embeds[:, first:]
             else:
-                inputs["input_ids"] = input_ids
+                inputs["input_ids"] = input_ids[:, first:]
             inputs["attention_mask"] = attention_mask
         elif cache is None:
             inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}

@@ -179,6 +179,9 @@ def _read(
     if supervised is not None:
         cache.supervised = cache.supervised | (block.take(supervised) & block.real).any(1)
     h = backbone.embed_tokens(part) if tokens.ndim == 2 else part
+    if cache.owner is not None:
+        # A cache that no one will see again needs no history.
+        cache.history = cache.history.extend(h, cache.positions, block.lengths)
     context = backbone.context(
         cache.kept + cache.counts,
         block.lengths,

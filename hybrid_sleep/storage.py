@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from hybrid_sleep.history import History
 from hybrid_sleep.identity import Owner, architecture, same_architecture, weights_digest
 from hybrid_sleep.io import atomic_path
 from hybrid_sleep.layers.context import AttentionMemory, FastWeights
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from hybrid_sleep.cache import SleepCache
 
 FILE_NAME = "sleep_cache.safetensors"
+_HASHES = ("whole", "opening")
 _VECTORS = ("counts", "kept", "positions", "sleeps", "supervised")
 
 
@@ -38,6 +40,8 @@ def save_cache(cache: SleepCache, directory: str | os.PathLike) -> Path:
     cache.owner.check_same(Owner.of(model), "cache")
     cache.check_finite()
     tensors = {f"rows.{name}": getattr(cache, name) for name in _VECTORS}
+    for name, value in zip(_HASHES, cache.history.folded(), strict=False):
+        tensors[f"rows.{name}"] = value
     if cache.hidden is not None:
         tensors["hidden"] = cache.hidden
     parts = [(f"memory.{i}", m) for i, m in enumerate(cache.memory) if m is not None]
@@ -47,7 +51,7 @@ def save_cache(cache: SleepCache, directory: str | os.PathLike) -> Path:
             if value is not None:
                 tensors[f"{prefix}.{field}"] = value
     metadata = {
-        "format": "hybrid_sleep.cache.1",
+        "format": "hybrid_sleep.cache.2",
         "config": json.dumps(architecture(cache.config)),
         "weights": weights_digest(model),
         "weights_version": str(cache.config.weights_version),
@@ -76,9 +80,9 @@ def load_cache(
         )
     with safe_open(path, framework="pt", device=str(model.device)) as file:
         metadata = file.metadata() or {}
-        if metadata.get("format") != "hybrid_sleep.cache.1":
+        if metadata.get("format") != "hybrid_sleep.cache.2":
             raise ValueError(
-                f"{path} has format {metadata.get('format')!r}, allowed is 'hybrid_sleep.cache.1'"
+                f"{path} has format {metadata.get('format')!r}, allowed is 'hybrid_sleep.cache.2'"
             )
         same_architecture(json.loads(metadata["config"]), model.config, f"cache {path}")
         version = int(metadata["weights_version"])
@@ -96,6 +100,7 @@ def load_cache(
     cache = cls(model.config)
     for name in _VECTORS:
         setattr(cache, name, tensors.pop(f"rows.{name}").cpu())
+    cache.history = History(*(tensors.pop(f"rows.{name}") for name in _HASHES))
     cache.hidden = tensors.pop("hidden", None)
     cache.columns = int(metadata["columns"])
     parts: dict[tuple[str, int], dict[str, torch.Tensor]] = {}

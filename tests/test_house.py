@@ -29,11 +29,11 @@ LINES_ELSEWHERE = 400
 
 # Lowest first. A module imports from its own level and from lower ones, never from a higher one.
 LEVELS = (
-    ("io", "configuration", "identity", "provenance"),
+    ("io", "configuration", "identity", "provenance", "history"),
     ("kernels",),
     ("layers",),
     ("cache", "storage", "windows", "packing", "pretrained", "report", "capture", "engine"),
-    ("sleep",),
+    ("sleep", "prefix"),
     ("arguments", "reading", "generation"),
     ("modeling",),
     ("doctor", "training", "eval"),

@@ -109,6 +109,7 @@ def expect(model: HybridSleepForCausalLM, ids: torch.Tensor, depth: int) -> Orac
 def snapshot(cache: SleepCache) -> dict[str, Any]:
     """Copies of everything a cache holds, by name."""
     held: dict[str, Any] = {"columns": cache.columns, "reports": len(cache.reports)}
+    held["whole"], held["opening"] = (x.clone() for x in cache.history.folded()[:2])
     for name in ("counts", "kept", "positions", "sleeps", "supervised", "hidden"):
         value = getattr(cache, name)
         held[name] = None if value is None else value.clone()
