@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -12,7 +11,7 @@ from transformers import Cache
 
 from hybrid_sleep.configuration import HybridSleepConfig
 from hybrid_sleep.history import History
-from hybrid_sleep.identity import Owner, same_architecture
+from hybrid_sleep.identity import FormerOwner, Owner, same_architecture
 from hybrid_sleep.layers.attention import take_slots
 from hybrid_sleep.layers.context import AttentionMemory, FastWeights, Memory, packing
 
@@ -64,7 +63,7 @@ class SleepCache(Cache):
         super().__init__(layers=[])
         self.config = config
         self.reports: list[SleepReport] = []
-        self.owner: Owner | None = None
+        self.owner: Owner | FormerOwner | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -281,10 +280,22 @@ class SleepCache(Cache):
 
     def copy(self) -> SleepCache:
         """A second cache that goes its own way; the tensors are shared until one is replaced."""
-        twin = copy.copy(self)
+        twin = type(self).__new__(type(self))
+        vars(twin).update(vars(self))
         twin.memory, twin.opening = list(self.memory), dict(self.opening)
         twin.reports = list(self.reports)
         return twin
+
+    __copy__ = copy
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SleepCache:
+        # torch refuses to copy what has a graph behind it; a clone stays in the graph.
+        twin = self.copy()
+        twin._each(torch.clone)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self.copy().detach())
 
     def detach(self, rows: torch.Tensor | None = None) -> SleepCache:
         """Cut the graph here, for truncated backpropagation; returns the cache itself.
@@ -339,10 +350,9 @@ class SleepCache(Cache):
     def check(self, owner: Owner, name: str = "cache") -> None:
         """Refuse to serve another architecture, model or weights version; ValueError says which."""
         same_architecture(self.config, owner.config, name)
-        if self.owner is None:
-            self.owner = owner
-        else:
+        if self.owner is not None:
             self.owner.check_same(owner, name)
+        self.owner = owner
 
     def save_pretrained(self, directory: str) -> None:
         """Write `sleep_cache.safetensors` into `directory`, atomically; see `storage`."""
@@ -365,6 +375,8 @@ class SleepCache(Cache):
         """-1: there is no longest sequence."""
         return -1
 
+    is_compileable = is_croppable = False
+
     def __len__(self) -> int:
         return self.config.num_hidden_layers
 
@@ -381,9 +393,6 @@ class SleepCache(Cache):
             "SleepCache cannot crop: fast weights cannot forget single tokens; keep a copy() of "
             "the cache from before them instead"
         )
-
-    is_compileable = False
-    is_croppable = False
 
     @property
     def is_initialized(self) -> bool:

@@ -38,6 +38,7 @@ from transformers.utils import logging
 
 from hybrid_sleep.capture import CudaGraphs
 from hybrid_sleep.configuration import HybridSleepConfig
+from hybrid_sleep.identity import adapter_state
 from hybrid_sleep.layers.context import Context, Memory
 from hybrid_sleep.layers.trees import map_tensors
 
@@ -329,6 +330,9 @@ def _inspect(backbone: Backbone, device: torch.device) -> tuple[str | None, Hash
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             # Replays run no Python: who hooks in to record or to fetch weights would be skipped.
             return f"a {type(module).__name__} has forward hooks, which a graph would skip", None
+        if (adapters := adapter_state(module)) is not None:
+            # A graph goes on with those that were at work when it was captured.
+            places.append(adapters)
         weights = (*module._parameters.values(), *module._buffers.values())
         for x in (x for x in weights if x is not None):
             if type(x) not in (torch.Tensor, nn.Parameter):

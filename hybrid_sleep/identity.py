@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import weakref
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from hybrid_sleep.configuration import HybridSleepConfig
+from hybrid_sleep.history import History
 
 # A cache means the same under any value of these.
 _FREE_FIELDS = (
@@ -53,21 +55,73 @@ def weights_version(model: nn.Module) -> int:
     """How often the slow weights were changed, counted by the config and by torch itself.
 
     Every in-place change of a parameter counts (an optimiser step, an edit, a rollback), so equal
-    versions of one model mean equal weights. torch does not see a change made through `p.data`:
-    whoever does that calls `bump_weights_version()`.
+    versions of one model mean equal weights, with the same adapters at work (`adapters`). torch
+    does not see a change made through `p.data`: whoever does that calls `bump_weights_version()`.
     """
-    return model.config.weights_version + sum(
-        p._version for p in model.parameters() if not p.is_inference()
+    return weights_state(model)[0]
+
+
+def weights_state(model: nn.Module) -> tuple[int, tuple[Hashable, ...]]:
+    """`weights_version`, and what of peft's adapters takes part in a forward pass.
+
+    Adapters add to weights without changing them: switching one off, on or over, scaling and
+    merging it leave every version as it was (peft merges through `p.data`). A loop of its own,
+    since `modules()` also makes up names and takes several times as long.
+    """
+    version, adapters, recreated = model.config.weights_version, [], set()
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        held = vars(module)
+        if "merged_adapters" in held or "_active_adapter" in held:
+            adapters.append(adapter_state(module))
+            if "parameter_name" in held:
+                # peft wraps the parameter anew in every forward pass, which counts as a change.
+                parameter = module.get_param()
+                recreated.add(id(parameter))
+                adapters.append(_checksum(parameter))
+        for p in held["_parameters"].values():
+            # Tensors made in inference mode keep no count.
+            if p is not None and not p.is_inference() and id(p) not in recreated:
+                version += p._version
+        if held["_modules"]:
+            waiting += [child for child in held["_modules"].values() if child is not None]
+    return version, tuple(adapters)
+
+
+def adapter_state(module: nn.Module) -> Hashable:
+    """Which adapters of one of peft's modules are at work, and how; None for any other module."""
+    held = vars(module)
+    if "merged_adapters" not in held and "_active_adapter" not in held:
+        return None
+    active = held.get("_active_adapter")
+    return (
+        bool(held.get("_disable_adapters", False)),
+        tuple(active) if isinstance(active, (list, tuple)) else active,
+        tuple(held.get("merged_adapters", ())),
+        tuple(sorted((name, float(x)) for name, x in held.get("scaling", {}).items())),
     )
 
 
+def _checksum(parameter: torch.Tensor) -> int:
+    rows = parameter.detach().reshape(1, -1, parameter.shape[-1])
+    none = torch.zeros(1, dtype=torch.long)
+    return int(History.empty(1).extend(rows, none, none + rows.shape[1]).folded().whole)
+
+
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of all parameters, name by name. Reads every byte: about a second a gigabyte."""
+    """SHA-256 of all parameters, name by name, and of the adapters at work, if there are any.
+
+    Reads every byte: about a second a gigabyte.
+    """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().cpu().contiguous().reshape(-1)
         digest.update(f"{name}:{tuple(parameter.shape)}:{parameter.dtype}:".encode())
         digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    states = [state for state in map(adapter_state, model.modules()) if state is not None]
+    if states:
+        digest.update(repr(states).encode())
     return digest.hexdigest()
 
 
@@ -77,12 +131,13 @@ class Owner:
 
     model: weakref.ref[nn.Module]
     version: int
+    adapters: tuple[Hashable, ...]
     config: HybridSleepConfig
 
     @classmethod
     def of(cls, model: nn.Module) -> Owner:
         """`model` as it is now."""
-        return cls(weakref.ref(model), weights_version(model), model.config)
+        return cls(weakref.ref(model), *weights_state(model), model.config)
 
     def check_same(self, now: Owner, name: str) -> None:
         """Raise ValueError unless `now` is the same model at the same version."""
@@ -96,4 +151,52 @@ class Owner:
                 f"{name} was made under version {self.version} of the weights, the model is at "
                 f"version {now.version}; what it remembers was written by other weights, so read "
                 "the text again with a new cache"
+            )
+        if self.adapters != now.adapters:
+            raise ValueError(
+                f"{name} was made with other adapters at work than the model has now: they were "
+                "switched, scaled or merged since; go back to those, or read the text again with "
+                "a new cache"
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Owner:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process has another model object: there, only equal weights can tell.
+        model = self.model()
+        unchanged = model is not None and Owner.of(model) == self
+        digest = weights_digest(model) if unchanged else None
+        return FormerOwner, (digest, self.config.weights_version)
+
+
+@dataclass(frozen=True)
+class FormerOwner:
+    """Whose an unpickled cache was: a model of these weights, at this version.
+
+    digest: see `weights_digest`; None where the model was gone or had changed when it was pickled.
+    """
+
+    digest: str | None
+    version: int
+
+    def model(self) -> None:
+        """There is none yet; the first model that the cache serves becomes its owner."""
+
+    def check_same(self, now: Owner, name: str) -> None:
+        """Raise ValueError unless `now` has the same weights. Reads every byte of them."""
+        if self.digest is None:
+            raise ValueError(
+                f"{name} was pickled when its model had changed or no longer existed, so no model "
+                "can be known to have written it; read the text again with a new cache"
+            )
+        if self.version != now.config.weights_version:
+            raise ValueError(
+                f"{name} was made under weights version {self.version}, the model is at "
+                f"{now.config.weights_version}; read the text again with a new cache"
+            )
+        if self.digest != weights_digest(now.model()):
+            raise ValueError(
+                f"{name} was made by other weights than this model's (SHA-256 differs); load the "
+                "checkpoint it was made with"
             )
