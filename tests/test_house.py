@@ -8,15 +8,11 @@ import io
 import re
 import sys
 import tokenize
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hybrid_sleep
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("hybrid_sleep", "kernels", "training", "eval")
