@@ -81,7 +81,13 @@ def train(
 @app.command()
 @command
 def doctor() -> None:
-    """What this machine has, which path each op takes on it, and why."""
-    from hybrid_sleep.doctor import render
+    """What this machine has, what of it was tested, which path each op takes on it, and why.
 
-    render()
+    Ends with exit code 1 where a package is missing or too old.
+    """
+    from hybrid_sleep.doctor import broken, render, report
+
+    rows = report()
+    render(rows=rows)
+    if broken(rows):
+        raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""What this machine has, and which path each op takes on it and why.
+"""What this machine has, what of it was tested, and which path each op takes on it and why.
 
 `report()` is plain data, ready for JSON; `render(console)` prints it as tables. Optional packages
 are looked up without importing them: some of them fail, or take a GPU, on import.
@@ -10,35 +10,30 @@ import math
 import os
 import platform
 from collections.abc import Iterator
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 from typing import Any
 
 import torch
-from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers.utils import is_flash_attn_2_available
 
 import hybrid_sleep
+from hybrid_sleep import versions
 from hybrid_sleep.capture import outlook
 from hybrid_sleep.kernels import dispatch
 
-DISTRIBUTION = "hybrid-sleep"
-REQUIRED = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "safetensors",
-    "numpy",
-    "matplotlib",
-)
 # Distribution, import name, and what it is good for here.
 OPTIONAL = (
     ("triton", "triton", "the GPU kernels of every op below"),
     ("deepspeed", "deepspeed", "training on several devices"),
+    ("datasets", "datasets", "training on data sets of the hub"),
+    ("tensorboard", "tensorboard", "curves of a training run"),
     ("lm-eval", "lm_eval", "standard benchmarks"),
+    ("peft", "peft", "fine-tuning with adapters"),
+    ("trl", "trl", "fine-tuning on conversations and preferences"),
     ("flash-attn", "flash_attn", "attn_implementation='flash_attention_2'"),
     ("flash-linear-attention", "fla", "gated_delta_rule on a GPU where the Triton kernels decline"),
     ("causal-conv1d", "causal_conv1d", "short_conv, likewise"),
@@ -53,6 +48,7 @@ TITLES = {
     "attention": "Attention implementations",
     "ops": "Ops: the path each call takes, and why",
     "sleep": "Sleep: how model.sleep runs its passes, and why",
+    "verdict": "Verdict",
 }
 # What a container may use, where there is one.
 CONTAINER = Path("/sys/fs/cgroup")
@@ -64,11 +60,19 @@ def report() -> list[Row]:
     """Everything doctor knows, one row a fact, as plain JSON data.
 
     Every row has `section` (a key of TITLES), `name`, `value` (what is so), `ok` (False where
-    something this package needs is missing or out of range) and `why`. Rows of the section `ops`
-    also have `device`, `dtype`, `tokens` and `candidates`: implementation -> why it is not taken,
-    "" for the one that is.
+    something this package needs is missing, or a version was never tested) and `why`. Rows of the
+    section `software` also have `broken`: the package is missing or too old. Those of `ops` have
+    `device`, `dtype`, `tokens` and `candidates`: implementation -> why it is not taken, "" for the
+    one that is.
     """
-    return [*_machine(), *_software(), *_optional(), *_attention(), *_ops(), *_sleep()]
+    software, optional = list(_software()), list(_optional())
+    verdict = _verdict([*software, *optional])
+    return [*_machine(), *software, *optional, *_attention(), *_ops(), *_sleep(), verdict]
+
+
+def broken(rows: list[Row]) -> bool:
+    """Whether a report says that a package that is needed is missing or too old."""
+    return any(row.get("broken") for row in rows)
 
 
 def render(console: Console | None = None, rows: list[Row] | None = None) -> None:
@@ -134,52 +138,42 @@ def _gib(size: int) -> str:
 
 
 def _software() -> Iterator[Row]:
-    wanted = _requirements()
     yield _row("software", "hybrid_sleep", hybrid_sleep.__version__, _installation())
-    yield _in_range("python", platform.python_version(), wanted.get("python"))
-    for name in REQUIRED:
-        yield _in_range(name, _version(name), wanted.get(name))
-
-
-def _requirements() -> dict[str, Requirement]:
-    """What this package asks of others, by name; empty where it is not installed."""
-    try:
-        about = metadata.metadata(DISTRIBUTION)
-    except metadata.PackageNotFoundError:
-        return {}
-    python = f"python{about.get('Requires-Python') or ''}"
-    lines = [python, *(about.get_all("Requires-Dist") or [])]
-    wanted = [Requirement(line) for line in lines]
-    return {line.name: line for line in wanted if "extra" not in str(line.marker)}
+    for name in versions.needed():
+        found = platform.python_version() if name == "python" else versions.version(name)
+        known = versions.check(name, found)
+        why = known.verdict() if found else "this package needs it"
+        broken = found is None or known.too_old
+        value = found or "not found"
+        yield _row("software", name, value, why, ok=known.tested, broken=broken)
 
 
 def _installation() -> str:
-    folder = Path(hybrid_sleep.__file__).resolve().parents[1]
-    return f"from {folder}" if _version(DISTRIBUTION) else f"not installed; found in {folder}"
-
-
-def _in_range(name: str, version: str | None, wanted: Requirement | None) -> Row:
-    if version is None:
-        return _row("software", name, "not found", "this package needs it", ok=False)
-    if wanted is None or not wanted.specifier:
-        return _row("software", name, version)
-    inside = wanted.specifier.contains(version, prereleases=True)
-    why = f"needs {wanted.specifier}"
-    return _row("software", name, version, why if inside else f"out of range: {why}", ok=inside)
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
+    found = versions.version(versions.DISTRIBUTION)
+    return f"from {versions.ROOT}" if found else f"not installed; found in {versions.ROOT}"
 
 
 def _optional() -> Iterator[Row]:
     for distribution, module, purpose in OPTIONAL:
-        found = util.find_spec(module) is not None
-        version = _version(distribution) or "found, version unknown"
-        yield _row("optional", distribution, version if found else "not found", purpose)
+        if util.find_spec(module) is None:
+            yield _row("optional", distribution, "not found", purpose)
+            continue
+        found = versions.version(distribution)
+        known = versions.check(distribution, found)
+        why = "; ".join(part for part in (purpose, known.verdict()) if part)
+        value = found or "found, version unknown"
+        yield _row("optional", distribution, value, why, ok=found is None or known.tested)
+
+
+def _verdict(rows: list[Row]) -> Row:
+    """One row for all versions: which are missing, too old or never tested."""
+    bad = [row for row in rows if not row["ok"]]
+    what = "missing, too old or never tested" if broken(bad) else "never tested"
+    named = ", ".join(f"{row['name']} {row['value']}" for row in bad)
+    value = f"{what}: {named}" if bad else "all within what was tested"
+    others = ", ".join(f"{p.name} {p.version} ({p.last})" for p in versions.not_as_last_tested())
+    why = f"not the version last tested: {others}" if others else ""
+    return _row("verdict", "versions", value, why, ok=not bad)
 
 
 def _attention() -> Iterator[Row]:

@@ -30,7 +30,7 @@ def provenance(device: Any = "cpu") -> dict[str, Any]:
         **{name: importlib.import_module(name).__version__ for name in VERSIONS},
         "device": _device_name(torch.device(device)),
         "threads": torch.get_num_threads(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 from rich.console import Console
 from small import small_ids, small_model
+from typer.testing import CliRunner
 
-from hybrid_sleep import doctor
+from hybrid_sleep import doctor, versions
+from hybrid_sleep.cli import app
 from hybrid_sleep.kernels import dispatch
 from hybrid_sleep.kernels.gated_delta_rule import gated_delta_rule
 from hybrid_sleep.kernels.gated_norm import gated_norm
@@ -89,17 +91,93 @@ def test_optional_packages_are_found_without_being_imported(tmp_path, monkeypatc
     assert "fla" not in sys.modules and "lm_eval" not in sys.modules
 
 
-def test_a_version_out_of_range_is_marked(tmp_path, monkeypatch):
+def test_a_version_that_was_never_tested_is_marked(tmp_path, monkeypatch):
     needs = ("Requires-Python: >=3.10", "Requires-Dist: torch<2.14,>=2.11")
-    extra = "Requires-Dist: numpy>=99; extra == 'other'"
+    extra = "Requires-Dist: peft<0.30,>=0.21; extra == 'other'"
     distribution(tmp_path, "hybrid-sleep", "0.1.0", *needs, extra)
     distribution(tmp_path, "torch", "2.14.0")
+    distribution(tmp_path, "peft", "0.30.1")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(versions, "ROOT", tmp_path)
+    (tmp_path / "peft.py").touch()
     assert row("software", "torch")["ok"] is False
-    assert row("software", "torch")["why"] == "out of range: needs <2.14,>=2.11"
+    assert row("software", "torch")["why"] == "never tested: outside <2.14,>=2.11"
     assert row("software", "python")["ok"] is True
-    # What an extra asks for binds only those who asked for the extra.
-    assert row("software", "numpy")["ok"] is True
+    # What only an extra asks for is judged where it is installed.
+    assert row("optional", "peft")["ok"] is False
+    assert row("optional", "peft")["why"].endswith("never tested: outside <0.30,>=0.21")
+    verdict = row("verdict", "versions")
+    assert verdict["ok"] is False
+    assert verdict["value"] == "never tested: torch 2.14.0, peft 0.30.1"
+    # It may well work.
+    assert not doctor.broken(doctor.report())
+
+
+@pytest.mark.parametrize("installed", ["2.10.1", None])
+def test_what_is_too_old_or_missing_is_broken(tmp_path, monkeypatch, installed):
+    distribution(tmp_path, "hybrid-sleep", "0.1.0", "Requires-Dist: some-package<2.14,>=2.11")
+    if installed:
+        distribution(tmp_path, "some-package", installed)
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = doctor.report()
+    assert doctor.broken(rows)
+    (found,) = [r for r in rows if r["name"] == "some-package"]
+    assert found["ok"] is False and found["value"] == (installed or "not found")
+    assert found["why"] == (
+        "too old: needs <2.14,>=2.11" if installed else "this package needs it"
+    )
+    assert rows[-1]["value"] == (
+        f"missing, too old or never tested: some-package {found['value']}"
+    )
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_the_command_fails_where_something_is_broken(monkeypatch, broken):
+    found = {"section": "software", "name": "torch", "value": "1", "ok": False, "why": ""}
+    monkeypatch.setattr(doctor, "report", lambda: [{**found, "broken": broken}])
+    done = CliRunner().invoke(app, ["doctor"])
+    assert "torch" in done.output
+    assert done.exit_code == broken
+
+
+def test_a_checkout_says_what_differs_from_the_last_test(tmp_path, monkeypatch):
+    folder = tmp_path / "installed"
+    folder.mkdir()
+    needs = ("Requires-Dist: same<3", "Requires-Dist: older<3", "Requires-Dist: newer<3")
+    distribution(folder, "hybrid-sleep", "0.1.0", *needs)
+    found = {"same": "2.1+cpu", "older": "2.0", "newer": "3.0", "far_off": "7"}
+    for name, version in found.items():
+        distribution(folder, name, version)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(versions, "ROOT", tmp_path)
+    pins = "# Head.\nsame==2.1\nolder==2.1\nnewer==2.1\nFar.Off==6\nnot-installed==1\n"
+    (tmp_path / "constraints.txt").write_text(pins)
+    assert row("software", "same")["why"] == "within <3"  # No checkout: the file is another's.
+    (tmp_path / "pyproject.toml").touch()
+    assert row("software", "same")["why"] == "the version last tested"
+    assert row("software", "older")["why"] == "within <3; last tested: 2.1"
+    assert row("software", "newer")["why"] == "never tested: outside <3; last tested: 2.1"
+    verdict = row("verdict", "versions")
+    assert verdict["value"] == "never tested: newer 3.0"
+    wanted = "not the version last tested: older 2.0 (2.1), newer 3.0 (2.1), far-off 7 (6)"
+    assert verdict["why"] == wanted
+
+
+def test_a_checkout_that_is_not_installed_knows_its_ranges(monkeypatch):
+    installed = (versions.needed(), versions.optional())
+    present = versions.metadata.metadata
+
+    def metadata(name):
+        if name == versions.DISTRIBUTION:
+            raise versions.metadata.PackageNotFoundError(name)
+        return present(name)
+
+    monkeypatch.setattr(versions.metadata, "metadata", metadata)
+    needed, optional = versions.needed(), versions.optional()
+    assert needed.keys() == installed[0].keys() and "python" in needed
+    assert "<5.25" in needed["transformers"]
+    assert optional.keys() >= {"triton", "deepspeed", "datasets", "lm-eval", "peft", "trl"}
+    assert not optional.keys() & needed.keys() - {"hybrid-sleep"}
 
 
 def test_a_local_build_of_torch_is_within_its_range(tmp_path, monkeypatch):
@@ -107,18 +185,6 @@ def test_a_local_build_of_torch_is_within_its_range(tmp_path, monkeypatch):
     distribution(tmp_path, "torch", "2.13.1+cpu")
     monkeypatch.syspath_prepend(tmp_path)
     assert row("software", "torch")["ok"] is True
-
-
-def test_a_missing_package_is_marked(monkeypatch):
-    present = doctor.metadata.version
-
-    def version(name):
-        if name == "matplotlib":
-            raise doctor.metadata.PackageNotFoundError(name)
-        return present(name)
-
-    monkeypatch.setattr(doctor.metadata, "version", version)
-    assert row("software", "matplotlib")["ok"] is False
 
 
 def test_a_machine_with_a_gpu_gets_rows_for_it(monkeypatch):

@@ -8,15 +8,11 @@ import io
 import re
 import sys
 import tokenize
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hybrid_sleep
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("hybrid_sleep", "kernels", "training", "eval")
@@ -29,7 +25,7 @@ LINES_ELSEWHERE = 400
 
 # Lowest first. A module imports from its own level and from lower ones, never from a higher one.
 LEVELS = (
-    ("io", "configuration", "identity", "provenance", "history"),
+    ("io", "configuration", "identity", "provenance", "versions", "history"),
     ("kernels",),
     ("layers",),
     ("cache", "storage", "windows", "packing", "pretrained", "report", "capture", "engine"),
