@@ -13,6 +13,9 @@ from torch import Tensor
 
 # Elements of one block: 24 MiB in float32, what a last-level cache holds.
 _WORKING_SET = 6 * 2**20
+# Powers of 2 that are zero in float64 and in float32: no gate, even of -inf, is taken to be less,
+# so that running sums stay finite and go on resolving the small decays that follow.
+_LEAST_LOG2 = {torch.float64: -1200.0, torch.float32: -192.0}
 
 
 def split(tokens: int, chunk_size: int) -> tuple[int, int]:
@@ -71,12 +74,12 @@ def _pieces(x: Tensor, tokens_BNC: Tensor) -> list[tuple[Tensor, Tensor]]:
 def log2_decays(g_BTH: Tensor, N: int, C: int) -> Tensor:
     """The running sum c of each chunk's log decays [N, M, C, 1], in units of log 2.
 
-    In float64 where the device has it: after a reset (g = -1e4, say) a sum in float32 would no
-    longer resolve the small decays that follow. Base 2, because exp2 is several times faster than
-    exp on a CPU.
+    In float64 where the device has it: after a reset a sum in float32 resolves the small decays
+    that follow only roughly. Base 2, because exp2 is several times faster than exp on a CPU.
     """
     dtype = torch.float32 if g_BTH.device.type == "mps" else torch.float64
-    return to_chunks(g_BTH, N, C, dtype).mul_(math.log2(math.e)).cumsum(-1).unsqueeze(-1)
+    log2 = to_chunks(g_BTH, N, C, dtype).mul_(math.log2(math.e)).clamp_min_(_LEAST_LOG2[dtype])
+    return log2.cumsum(-1).unsqueeze(-1)
 
 
 def decays_at_ends(c: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -88,7 +91,7 @@ def decays_between(c: Tensor, dtype: torch.dtype) -> Tensor:
     """What is left of token j at token i >= j, else 0 [N, M, C, C]: no positive power is taken."""
     N, M, C, _ = c.shape
     D = torch.sub(c, c.mT, out=c.new_empty((N, M, C, C), dtype=dtype))
-    return D.clamp_max_(0).exp2_().mul_(D.new_ones(C, C).tril_())
+    return D.add_(D.new_full((C, C), float("-inf")).triu_(1)).exp2_()
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -105,6 +108,25 @@ def add_mm(out: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> Tensor:
     return out
 
 
-def sum_of_later(dc_NMC: Tensor) -> Tensor:
-    """The gradient of g from that of its running sum c."""
-    return dc_NMC.flip(-1).cumsum(-1).flip(-1)
+def gate_gradient(
+    pairs: Tensor | None, read: Tensor | None, left: Tensor, kept: Tensor | None
+) -> Tensor:
+    """The gradient of g [N, M, C]: at each token t the sum of all that exp(g_t) is a factor of.
+
+    Those are shares of the loss's gradient, each times what it is the gradient of: what token i
+    takes from token j for i >= t > j (pairs [N, M, C, C]; other entries do not matter), what i >= t
+    reads from the chunk's starting state (read [N, M, C]), what j < t leaves at the chunk's end
+    (left [N, M, C]), and what is kept of the state from start to end (kept [N, M]). Each share is
+    as small as the decay is strong, and nothing cancels, which it would if t's own pair (i = j = t)
+    were added and taken away again.
+    """
+    C = left.shape[-1]
+    not_before = left.new_ones(C, C).tril_()  # [i, t]: i >= t
+    before = 1 - not_before
+    dg = left @ before
+    if pairs is not None:
+        dg += (pairs @ before).mul_(not_before).sum(-2)
+    if read is not None:
+        dg[-len(read) :] += read @ not_before
+        dg[-len(read) :] += kept.unsqueeze(-1)
+    return dg

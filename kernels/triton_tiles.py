@@ -6,9 +6,8 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# What 2^-64 leaves of a state is nothing to float32, while a sum of decays that goes on from there
-# still resolves the small ones that follow.
-LEAST_LOG2 = tl.constexpr(-64.0)
+# 2^-192 is zero in float32: no gate, even of -inf, is taken to be less.
+LEAST_LOG2 = tl.constexpr(-192.0)
 
 
 @triton.jit
@@ -37,13 +36,66 @@ def softplus(x):
 @triton.jit
 def log2_decay(g, ACC: tl.constexpr):
     """Log decays in units of log 2, bounded below."""
-    return tl.maximum(g.to(ACC) * LOG2_E, LEAST_LOG2)
+    log2 = g.to(ACC) * LOG2_E
+    return tl.where(log2 < LEAST_LOG2, LEAST_LOG2, log2)
 
 
 @triton.jit
-def decay_between(c, later):
+def running_decays(log2):
+    """The running sums c over the tokens, the first dimension, of log2 decays: integers, the rest.
+
+    The sums of integers are exact, so that after strong decays a difference c_i - c_j is as good as
+    the small decays in between.
+    """
+    whole = tl.floor(log2 + 0.5)
+    return tl.cumsum(whole, 0), tl.cumsum(log2 - whole, 0)
+
+
+@triton.jit
+def load_decays(decay, place, i, C: tl.constexpr):
+    """What `running_decays` found of one chunk, from decay [..., 2, C]."""
+    return tl.load(decay + place * 2 * C + i), tl.load(decay + place * 2 * C + C + i)
+
+
+@triton.jit
+def decays_at_ends(decay, place, i, C: tl.constexpr):
+    """exp2(c): what is left of the chunk's starting state at token i; exp2(c_C - c): of token i at
+    its end; exp2(c_C): of the state at its end."""
+    whole, rest = load_decays(decay, place, i, C)
+    whole_last, rest_last = load_decays(decay, place, C - 1, C)
+    left = tl.exp2((whole_last - whole) + (rest_last - rest))
+    return tl.exp2(whole + rest), left, tl.exp2(whole_last + rest_last)
+
+
+@triton.jit
+def decay_between(whole, rest, later):
     """exp2(c_i - c_j) where `later` [C, C] (i after j), else 0: no positive power is taken."""
-    return tl.where(later, tl.exp2(tl.minimum(c[:, None] - c[None, :], 0.0)), 0.0)
+    between = (whole[:, None] - whole[None, :]) + (rest[:, None] - rest[None, :])
+    return tl.exp2(tl.where(later, between, float("-inf")))
+
+
+@triton.jit
+def crossing(shares, i, TURNED: tl.constexpr, DOT: tl.constexpr, MODE: tl.constexpr):
+    """For each token t the sum of shares [C, C] over rows i >= t and columns j < t, or over rows
+    j < t and columns i >= t if TURNED. Other entries do not matter.
+
+    The gradient of t's log decay is made of what the decay is a factor of: these pairs, what t and
+    later tokens read from the chunk's starting state and what earlier ones leave at its end. The
+    difference of running sums that has the same value is all rounding where the decay is strong.
+    """
+    before = i[:, None] < i[None, :]
+    not_before = i[:, None] >= i[None, :]
+    rows = before if TURNED else not_before
+    columns = not_before if TURNED else before
+    sums = tl.dot(shares.to(DOT), columns.to(DOT), input_precision=MODE)
+    return tl.sum(tl.where(rows, sums, 0.0), axis=0)
+
+
+@triton.jit
+def read_or_left(read, left, i):
+    """For each token t the sum of read[i] over i >= t and of left[j] over j < t."""
+    not_before = i[:, None] >= i[None, :]
+    return tl.sum(tl.where(not_before, read[:, None], left[:, None]), axis=0)
 
 
 @triton.jit

@@ -104,7 +104,7 @@ def _prologue(
     )  # fmt: skip
     chunks = rule.Chunks(
         room((*pairs, sizes.C), how.between), room((*pairs, sizes.C), how.between, out),
-        room(pairs, how.state), room(pairs, how.state),
+        room((*pairs[:-1], 2, sizes.C), how.state), room(pairs, how.state),
     )  # fmt: skip
     strides = raw.kv if raw.q is None else raw.q
     triton_kernels.prologue.launch(

@@ -18,10 +18,10 @@ from hybrid_sleep.kernels.chunks import (
     decays_at_ends,
     decays_between,
     from_chunks,
+    gate_gradient,
     log2_decays,
     mm,
     split,
-    sum_of_later,
     to_chunks,
 )
 from hybrid_sleep.kernels.gated_delta_rule.inverse import unit_lower_inverse
@@ -300,7 +300,7 @@ def _backward(
     E = torch.baddbmm(W.flatten(0, 1), X.flatten(0, 1), U.flatten(0, 1), alpha=-1).view_as(W)
     dbeta = E.mul_(add_mm(dU, X.mT, dW, -1)).sum(-1)
 
-    # c_i and c_j enter X and P only through D_ij, so their gradients are row and column sums.
+    # What D_ij is a factor of: X and P, so that these are the pairs' shares in the gate's gradient.
     minus_dX = mm(dW, U.mT)
     pairs = (minus_dX * X).neg_()
     minus_dX.mul_(D).diagonal(dim1=2, dim2=3).zero_()
@@ -308,20 +308,18 @@ def _backward(
         dP = mm(dO, U.mT)
         pairs.addcmul_(dP, P)
         dP.mul_(D)
-    dc = pairs.sum(-1) - pairs.sum(-2)
-    dk = mm(torch.add(minus_dX, minus_dX.mT, out=pairs), k).neg_()
+    dk = mm(minus_dX + minus_dX.mT, k).neg_()
     if do is not None:
         add_mm(dk, dP.mT, q)
 
     dk_left = mm(U, dS_N.mT)
     dk.addcmul_(dk_left, left)
-    written = dk_left.mul_(k_left).sum(-1)
-    dc -= written
-    dc_last = written.sum(-1)
+    left_shares = dk_left.mul_(k_left).sum(-1)
 
     dq = None if do is None else torch.empty_like(q)
     if do is not None and first:
         mm(dP[:1], k[:1], out=dq[:1])
+    read_shares = kept = None
     if first < N:
         rest = slice(first, N)
         minus_dk_into = mm(dW[rest], S[rest].mT)
@@ -331,12 +329,11 @@ def _backward(
             dq_into = mm(dO_into[rest], S[rest].mT, out=dq[rest])
             read.addcmul_(q[rest], dq_into)
             add_mm(dq_into, dP[rest], k[rest])
-        dc[rest] += read.sum(-1)
-        dc_last[rest] += (S[rest] * dS_N[rest]).sum((-1, -2)) * into[rest, :, -1, 0]
-    dc[:, :, -1] += dc_last
+        read_shares = read.sum(-1)
+        kept = (S[rest] * dS_N[rest]).sum((-1, -2)) * into[rest, :, -1, 0]
     if dq is not None:
         dq.mul_(scale)
-    return dq, dk, dW, sum_of_later(dc), dbeta
+    return dq, dk, dW, gate_gradient(pairs, read_shares, left_shares, kept), dbeta
 
 
 def _run_back(

@@ -30,8 +30,8 @@ LEAST_CHUNKS = 4
 
 
 class Chunks(NamedTuple):
-    """What `prepare` finds of each chunk: N and P (None without queries) [B, H, NT, C, C], c and
-    beta [B, H, NT, C].
+    """What `prepare` finds of each chunk: N and P (None without queries) [B, H, NT, C, C], c as two
+    sums [B, H, NT, 2, C] and beta [B, H, NT, C].
     """
 
     inverse: Tensor
@@ -96,7 +96,7 @@ def prepare(
     found = Chunks(
         empty(k, (B, H, NT, C, C), how.between),
         None if q is None else empty(k, (B, H, NT, C, C), how.between),
-        empty(k, (B, H, NT, C), how.state),
+        empty(k, (B, H, NT, 2, C), how.state),
         empty(k, (B, H, NT, C), how.state),
     )
     triton_forward.prepare.launch(
@@ -239,8 +239,8 @@ def backward(
     given = common | dict(
         decay=chunks.decay, strength=chunks.strength, written=written, passed=passed,
         d_mixed=d_mixed, d_weights=empty(v, d_mixed.shape, how.between) if has_out else None,
-        d_decay=empty(v, chunks.decay.shape, how.state),
-        d_strength=empty(v, chunks.decay.shape, how.state),
+        d_decay=empty(v, chunks.strength.shape, how.state),
+        d_strength=empty(v, chunks.strength.shape, how.state),
     )  # fmt: skip
     triton_backward.pairs.launch((B * H, NT), **given, v=v, **strides("v", v), dv=dv)
     triton_backward.gradients.launch(

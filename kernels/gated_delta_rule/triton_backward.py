@@ -22,9 +22,13 @@ import triton.language as tl
 
 from hybrid_sleep.kernels.triton_launch import config, kernel
 from hybrid_sleep.kernels.triton_tiles import (
+    crossing,
     decay_between,
+    decays_at_ends,
+    load_decays,
     load_own,
     load_rows,
+    read_or_left,
     real_tokens,
     square_mask,
     store_rows,
@@ -70,21 +74,19 @@ def scan_back(
         tl.store(d_states + place * K * V + tile, after, mask=inside)
         k_tile = load_rows(k, b, start, i, h // R, kk, k_b, k_t, k_h, real, K, BK).to(DOT)
         N = tl.load(inverse + place * C * C + i[:, None] * C + i[None, :])
-        c = tl.load(decay + place * C + i)
         beta = tl.load(strength + place * C + i)
-        c_last = tl.load(decay + place * C + C - 1)
-        into = tl.exp2(c)[:, None]
-        dU = tl.exp2(c_last - c)[:, None] * tl.dot(k_tile, after, input_precision=MODE).to(ACC)
-        dS = dS * tl.exp2(c_last)
+        into, left, kept = decays_at_ends(decay, place, i, C)
+        dU = left[:, None] * tl.dot(k_tile, after, input_precision=MODE).to(ACC)
+        dS = dS * kept
         if HAS_OUT:
             q_tile = load_rows(q, b, start, i, h // R, kk, q_b, q_t, q_h, real, K, BK).to(DOT)
             dO = load_own(d_out, b, start, i, h, vv, T, H, real, V, BV).to(ACC) * scale
             P = tl.load(weights + place * C * C + i[:, None] * C + i[None, :])
             dU += tl.dot(tl.trans(P), dO.to(DOT), input_precision=MODE)
-            dS += tl.dot(tl.trans(q_tile), (into * dO).to(DOT), input_precision=MODE)
+            dS += tl.dot(tl.trans(q_tile), (into[:, None] * dO).to(DOT), input_precision=MODE)
         G = tl.dot(tl.trans(N), dU.to(DOT), input_precision=MODE).to(ACC)
         store_rows(passed, G.to(DOT), b, start, i, h, vv, T, H, V, BV)
-        dS -= tl.dot(tl.trans(k_tile), (into * beta[:, None] * G).to(DOT), input_precision=MODE)
+        dS -= tl.dot(tl.trans(k_tile), ((into * beta)[:, None] * G).to(DOT), input_precision=MODE)
     tl.store(d_initial + bh.to(tl.int64) * K * V + tile, dS, mask=inside)
 
 
@@ -106,7 +108,7 @@ def pairs(
     """What the tokens of one chunk of one head give each other, and dv [B, T, H, V].
 
     d_mixed and d_weights [B, H, NT, C, C]: the gradients of K K^T (below the diagonal, where A is)
-    and of Q K^T. d_decay, d_strength [B, H, NT, C]: these pairs' shares of those of c and beta.
+    and of Q K^T. d_decay, d_strength [B, H, NT, C]: these pairs' shares of those of g and beta.
     They go through memory because `gradients` needs them transposed: doing that in registers for a
     product on warp groups is miscompiled by Triton 3.4 to 3.7 for compute capability 9.0.
     """
@@ -117,7 +119,7 @@ def pairs(
     real = real_tokens(mask, b, start, i, T, HAS_MASK)
     there = i < T - start
     place = bh.to(tl.int64) * NT + chunk
-    c = tl.load(decay + place * C + i)
+    whole, rest = load_decays(decay, place, i, C)
     beta = tl.load(strength + place * C + i)
     GU = tl.zeros((C, C), ACC)
     OU = tl.zeros((C, C), ACC)
@@ -137,7 +139,7 @@ def pairs(
 
     square = place * C * C + i[:, None] * C + i[None, :]
     k_tile = load_rows(k, b, start, i, h // R, kk, k_b, k_t, k_h, real, K, BK).to(DOT)
-    D = decay_between(c, i[:, None] > i[None, :])
+    D = decay_between(whole, rest, i[:, None] > i[None, :])
     X = tl.dot(k_tile, tl.trans(k_tile), input_precision=MODE).to(ACC) * D
     d_beta -= tl.sum(GU * X, axis=1)
     dX = -beta[:, None] * GU
@@ -146,10 +148,10 @@ def pairs(
     if HAS_OUT:
         q_tile = load_rows(q, b, start, i, h // R, kk, q_b, q_t, q_h, real, K, BK).to(DOT)
         P = tl.dot(q_tile, tl.trans(k_tile), input_precision=MODE).to(ACC)
-        dP = OU * scale * decay_between(c, i[:, None] >= i[None, :])
+        dP = OU * scale * decay_between(whole, rest, i[:, None] >= i[None, :])
         tl.store(d_weights + square, dP.to(DOT))
         shares += dP * P
-    tl.store(d_decay + place * C + i, tl.sum(shares, axis=1) - tl.sum(shares, axis=0))
+    tl.store(d_decay + place * C + i, crossing(shares, i, False, DOT, MODE))
     tl.store(d_strength + place * C + i, d_beta)
 
 
@@ -182,16 +184,14 @@ def gradients(
     real = real_tokens(mask, b, start, i, T, HAS_MASK)
     there = i < T - start
     place = bh.to(tl.int64) * NT + chunk
-    c = tl.load(decay + place * C + i)
     beta = tl.load(strength + place * C + i)
-    c_last = tl.load(decay + place * C + C - 1)
-    into, left = tl.exp2(c), tl.exp2(c_last - c)
+    into, left, kept = decays_at_ends(decay, place, i, C)
     before, after = states + place * K * V, d_states + place * K * V
     square = place * C * C + i[:, None] * C + i[None, :]
-    dc = tl.load(d_decay + place * C + i)
     d_beta = tl.load(d_strength + place * C + i)
-    d_last = tl.zeros((C,), ACC)
-    d_gamma = tl.zeros((1,), ACC)
+    reads = tl.zeros((C,), ACC)
+    remains = tl.zeros((C,), ACC)
+    d_kept = tl.zeros((1,), ACC)
     for begin in range(0, K, BN):
         kn = begin + tl.arange(0, BN)
         GS = tl.zeros((C, BN), ACC)
@@ -218,10 +218,9 @@ def gradients(
         d_left = left[:, None] * US
         d_beta += tl.sum(d_into * wide, axis=1)
         d_into = d_into * beta[:, None]
-        remains = tl.sum(d_left * wide, axis=1)
-        dc += tl.sum(d_into * wide, axis=1) - remains
-        d_last += remains
-        d_gamma += tl.sum(through, axis=0)
+        reads += tl.sum(d_into * wide, axis=1)
+        remains += tl.sum(d_left * wide, axis=1)
+        d_kept += tl.sum(through, axis=0)
         dX = tl.load(d_mixed + square)
         d_keys = d_into + d_left
         d_keys += tl.dot(dX, keys, input_precision=MODE)
@@ -230,15 +229,14 @@ def gradients(
             queries = load_rows(q, b, start, i, h // R, kn, q_b, q_t, q_h, real, K, BN).to(DOT)
             dP = tl.load(d_weights + square)
             d_queries = scale * into[:, None] * OS
-            dc += tl.sum(d_queries * queries.to(ACC), axis=1)
+            reads += tl.sum(d_queries * queries.to(ACC), axis=1)
             d_queries += tl.dot(dP, keys, input_precision=MODE)
             d_keys += tl.dot(tl.trans(dP), queries, input_precision=MODE)
             store_rows(dq, d_queries.to(dq.dtype.element_ty), b, start, i, h, kn, T, H, K, BN)
         store_rows(dk, d_keys.to(dk.dtype.element_ty), b, start, i, h, kn, T, H, K, BN)
 
-    # c_i sums g up to i, and the last c enters what is left of every token.
-    d_gates = tl.cumsum(dc, 0, reverse=True) + tl.sum(d_last, axis=0)
-    d_gates += tl.sum(d_gamma, axis=0) * tl.exp2(c_last)
+    d_gates = tl.load(d_decay + place * C + i) + read_or_left(reads, remains, i)
+    d_gates += tl.sum(d_kept, axis=0) * kept
     gates = (b.to(tl.int64) * T + start + i) * H + h
     tl.store(dg + gates, tl.where(real, d_gates, 0.0), mask=there)
     tl.store(dbeta + gates, tl.where(real, d_beta, 0.0), mask=there)

@@ -27,9 +27,11 @@ import triton.language as tl
 from hybrid_sleep.kernels.triton_launch import config, kernel
 from hybrid_sleep.kernels.triton_tiles import (
     decay_between,
+    decays_at_ends,
     load_rows,
     log2_decay,
     real_tokens,
+    running_decays,
     square_mask,
     store_rows,
 )
@@ -75,19 +77,21 @@ def store_chunk(
 ):  # fmt: skip
     """Write N, P, c and beta of one chunk from its queries and keys [C, BK] and gates [C]."""
     i = tl.arange(0, C)
-    c = tl.cumsum(tl.where(real, log2_decay(g, ACC), 0.0), 0)
+    log2 = tl.where(real, log2_decay(g, ACC), 0.0)
     beta = tl.where(real, beta.to(ACC), 0.0)
     place = bh.to(tl.int64) * NT + chunk
     pairs = place * C * C + i[:, None] * C + i[None, :]
-    tl.store(decay + place * C + i, c)
+    whole, rest = running_decays(log2)
+    tl.store(decay + place * 2 * C + i, whole)
+    tl.store(decay + place * 2 * C + C + i, rest)
     tl.store(strength + place * C + i, beta)
     keys = k_tile.to(DOT)
     if OUT:
         P = tl.dot(q_tile.to(DOT), tl.trans(keys), input_precision=MODE).to(ACC)
-        P = P * decay_between(c, i[:, None] >= i[None, :])
+        P = P * decay_between(whole, rest, i[:, None] >= i[None, :])
         tl.store(weights + pairs, P.to(DOT))
     A = tl.dot(keys, tl.trans(keys), input_precision=MODE).to(ACC)
-    A = A * decay_between(c, i[:, None] > i[None, :]) * beta[:, None]
+    A = A * decay_between(whole, rest, i[:, None] > i[None, :]) * beta[:, None]
     tl.store(inverse + pairs, unit_lower_inverse(A, C, FINE).to(DOT))
 
 
@@ -103,8 +107,8 @@ def prepare(
     HAS_MASK: tl.constexpr, OUT: tl.constexpr,
     DOT: tl.constexpr, ACC: tl.constexpr, MODE: tl.constexpr, FINE: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one head: inverse and, with OUT, weights [B, H, NT, C, C], decay and strength
-    [B, H, NT, C].
+    """One chunk of one head: inverse and, with OUT, weights [B, H, NT, C, C], decay
+    [B, H, NT, 2, C] (c as two sums) and strength [B, H, NT, C].
 
     q, k [B, T, H // R, K] by their strides, g and beta [B, T, H], mask [B, T] or None.
     """
@@ -184,28 +188,25 @@ def scan(
         has_value = real & (i < values_end - start) if AFFINE else real
         v_tile = load_rows(v, b, start, i, h, vv, v_b, v_t, v_h, has_value, V, BV)
         N = tl.load(inverse + place * C * C + i[:, None] * C + i[None, :])
-        c = tl.load(decay + place * C + i)
         beta = tl.load(strength + place * C + i)
-        c_last = tl.load(decay + place * C + C - 1)
+        into, left, kept = decays_at_ends(decay, place, i, C)
         before = S.to(DOT)
         if KEEP:
             target = states + place * K * V + kk[:, None] * V + vv[None, :]
             tl.store(target, before, mask=inside)
-        into = tl.exp2(c)[:, None]
         read = tl.dot(k_tile, before, input_precision=MODE)
-        W = (v_tile.to(ACC) - into * read) * beta[:, None]
+        W = (v_tile.to(ACC) - into[:, None] * read) * beta[:, None]
         U = tl.dot(N, W.to(DOT), input_precision=MODE).to(ACC)
         if KEEP:
             store_rows(written, U.to(DOT), b, start, i, h, vv, T, H, V, BV)
         if OUT:
             q_tile = load_rows(q, b, start, i, h // R, kk, q_b, q_t, q_h, real, K, BK).to(DOT)
             P = tl.load(weights + place * C * C + i[:, None] * C + i[None, :])
-            o = into * tl.dot(q_tile, before, input_precision=MODE)
+            o = into[:, None] * tl.dot(q_tile, before, input_precision=MODE)
             o += tl.dot(P, U.to(DOT), input_precision=MODE)
             store_rows(out, (o * scale).to(out.dtype.element_ty), b, start, i, h, vv, T, H, V, BV)
-        left = tl.exp2(c_last - c)[:, None]
-        S = S * tl.exp2(c_last)
-        S += tl.dot(tl.trans(k_tile), (U * left).to(DOT), input_precision=MODE)
+        S = S * kept
+        S += tl.dot(tl.trans(k_tile), (U * left[:, None]).to(DOT), input_precision=MODE)
     if AFFINE:
         if is_transition:
             square = square_mask(kk, vv, K, K, BK, BV)

@@ -19,10 +19,10 @@ from hybrid_sleep.kernels.chunks import (
     decays_at_ends,
     decays_between,
     from_chunks,
+    gate_gradient,
     log2_decays,
     mm,
     split,
-    sum_of_later,
     to_chunks,
 )
 
@@ -64,7 +64,7 @@ def _chunk_size(dim: int) -> int:
 
 
 class _Saved(NamedTuple):
-    """What the backward pass reads; the last four are None without output."""
+    """What the backward pass reads; the last four are None without output, read without a state."""
 
     k: Tensor  # [N, B * G, C, K]
     v: Tensor  # [N, M, C, V]
@@ -74,7 +74,7 @@ class _Saved(NamedTuple):
     q: Tensor | None  # [N, B * G, C, K], scaled
     D: Tensor | None  # [N, M, C, C]
     P: Tensor | None  # [N, M, C, C]
-    out: Tensor | None  # [N, M, C, V]
+    read: Tensor | None  # exp(c) q S where a state is read [N or N - 1, B * G, C, R, V]
 
 
 def _by_group(x_NMCV: Tensor, R: int) -> Tensor:
@@ -163,7 +163,7 @@ def _forward_block(
         states[n + 1].addcmul_(states[n], gamma[n])
     _state_by_group(final, G).copy_(S[N].view(B, G, K, R, V))
 
-    D = P = out = None
+    D = P = read = None
     if q is not None:
         D = decays_between(c, dtype)
         q = to_chunks(q, N, C, dtype).mul_(scale)
@@ -171,9 +171,10 @@ def _forward_block(
         out = mm(P, v)
         if first < N:
             read = mm(q[first:], S[first:N]).unflatten(3, (R, V))
-            _by_group(out[first:], R).addcmul_(read, _by_group(into[first:], R))
+            read.mul_(_by_group(into[first:], R))
+            _by_group(out[first:], R).add_(read)
         from_chunks(out, o)
-    return _Saved(k, v, S, into, left, q, D, P, out)
+    return _Saved(k, v, S, into, left, q, D, P, read)
 
 
 class _ChunkedSSD(torch.autograd.Function):
@@ -226,7 +227,7 @@ def _backward(
     first: int,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, g of one block, as chunks; fills dS_0, if it is asked for."""
-    k, v, S, into, left, q, D, P, out = saved
+    k, v, S, into, left, q, D, P, read = saved
     N, BG, C, K = k.shape
     M, V = v.shape[1], v.shape[-1]
     R, B = M // BG, BG // G
@@ -250,26 +251,27 @@ def _backward(
     if dS_0 is not None:
         _state_by_group(dS_0, G).copy_(dS_N[0].view(B, G, K, R, V))
 
-    # In terms of v_j exp(-c_j) and o_i exp(-c_i), c enters nowhere but in gamma: its gradient is
-    # o do - v dv, and what reaches the state after the chunk for the last.
     dv_left = mm(k, dS_N[1:]).unflatten(3, (R, V)).transpose(2, 3)
     dv = torch.empty_like(v)
     torch.mul(dv_left, left.unflatten(1, (-1, R)), out=dv.unflatten(1, (-1, R)))
+    left_shares = (v * dv).sum(-1)
     dk = mm(_times(v, left, R), dS_N[1:].mT)
-    dq = None
+    dq = pairs = read_shares = kept = None
+    if first < N:
+        kept = (S[first:N] * dS_N[first + 1 :]).unflatten(3, (R, V)).sum((2, 4)).flatten(1)
+        kept *= into[first:, :, -1, 0]
+        read_shares = torch.zeros_like(left_shares[first:])
     if do is not None:
         add_mm(dv, P.mT, dO)
-        dP = mm(dO, v.mT).mul_(D)
+        dP = mm(dO, v.mT)
+        pairs = dP * P
+        dP.mul_(D)
         if R > 1:
             dP = dP.unflatten(1, (-1, R)).sum(2)
         dq = mm(dP, k)
         add_mm(dk, dP.mT, q)
         if first < N:
             add_mm(dq[first:], dO_into[first:], S[first:N].mT)
+            read_shares = (read * _by_group(dO[first:], R)).sum(-1).transpose(2, 3).flatten(1, 2)
         dq.mul_(scale)
-    dc = -(v * dv).sum(-1)
-    if do is not None:
-        dc += (out * dO).sum(-1)
-    last = (S[1:] * dS_N[1:]).unflatten(3, (R, V)).sum((2, 4)).flatten(1)
-    dc[:, :, -1] += last
-    return dq, dk, dv, sum_of_later(dc)
+    return dq, dk, dv, gate_gradient(pairs, read_shares, left_shares, kept)

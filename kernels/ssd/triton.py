@@ -57,7 +57,9 @@ class Inputs(NamedTuple):
 
 
 class Gates(NamedTuple):
-    """Of each chunk: the running log decay and, of raw gates, the time step [B, H, NT, C]."""
+    """Of each chunk: the running log decay as two sums [B, H, NT, 2, C] and, of raw gates, the time
+    step [B, H, NT, C].
+    """
 
     decay: Tensor
     strength: Tensor | None
@@ -123,7 +125,7 @@ def prepare(given: Inputs, sizes: Sizes, how: Precision) -> Gates:
     """The gates of each chunk."""
     B, H, C, NT = sizes.B, sizes.H, sizes.C, sizes.chunks
     gates = Gates(
-        empty(given.v, (B, H, NT, C), how.state),
+        empty(given.v, (B, H, NT, 2, C), how.state),
         empty(given.v, (B, H, NT, C), how.state) if given.raw else None,
     )
     triton_forward.prepare.launch(

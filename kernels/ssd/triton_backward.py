@@ -7,9 +7,8 @@ the chunk,
     dW = exp(c_C - c) K dS + P^T dO                   dP = (dO W^T) * D
     dQ = exp(c) dO S^T + dP K                         dK = exp(c_C - c) W dS^T + dP^T Q
 
-c_i multiplies all that token i reads and divides all that it writes, so its gradient is
-q_i dq_i - k_i dk_i; the last c also multiplies what is left in the state after the chunk. The
-strength scales what is written as k does: its gradient is k_i dk_i / strength_i.
+The gradient of a token's gate is made of what its decay is a factor of (`triton_tiles.crossing`).
+The strength scales what is written as k does: its gradient is k_i dk_i / strength_i.
 
 Predicted for K = V = 128, C = 64, bf16, per token and head, the states found again included:
 241 kflop and 4.9 kB of memory traffic, of which the states kept in between are 2 kB. At B=8 T=8192
@@ -24,9 +23,13 @@ import triton.language as tl
 from hybrid_sleep.kernels.ssd.triton_forward import decay_rate
 from hybrid_sleep.kernels.triton_launch import config, kernel
 from hybrid_sleep.kernels.triton_tiles import (
+    crossing,
     decay_between,
+    decays_at_ends,
+    load_decays,
     load_own,
     load_rows,
+    read_or_left,
     real_tokens,
     sigmoid,
     square_mask,
@@ -79,9 +82,8 @@ def gradients(
     there = i < T - start
     place = bh.to(tl.int64) * NT + chunk
     before, after = states + place * K * V, d_states + place * K * V
-    c = tl.load(decay + place * C + i)
-    c_last = tl.load(decay + place * C + C - 1)
-    left = tl.exp2(c_last - c)
+    whole, rest = load_decays(decay, place, i, C)
+    into, left, kept = decays_at_ends(decay, place, i, C)
     if RAW:
         step = tl.load(strength + place * C + i)
         past = tl.load(skip + h).to(ACC)
@@ -91,7 +93,7 @@ def gradients(
         # P and dP transposed are products of their own: turned in registers for a product on warp
         # groups, they are miscompiled by Triton 3.4 to 3.7 for compute capability 9.0.
         P_turned = tl.dot(k_tile, tl.trans(q_tile), input_precision=MODE).to(ACC) * scale
-        P_turned = (P_turned * decay_between(-c, i[:, None] <= i[None, :])).to(DOT)
+        P_turned = (P_turned * decay_between(-whole, -rest, i[:, None] <= i[None, :])).to(DOT)
         dQ = tl.zeros((C, BK), ACC)
         OV = tl.zeros((C, C), ACC)
         VO = tl.zeros((C, C), ACC)
@@ -122,34 +124,36 @@ def gradients(
     if HAS_OUT and RAW:
         d_skip = tl.sum(tl.where(i[:, None] == i[None, :], OV, 0.0), axis=1)
     if HAS_OUT:
-        dP = OV * scale * decay_between(c, i[:, None] >= i[None, :])
+        dP = OV * scale * decay_between(whole, rest, i[:, None] >= i[None, :])
         if RAW:
             dP = dP * step[None, :]
         dP = dP.to(DOT)
-        dQ = dQ * (tl.exp2(c) * scale)[:, None]
+        dQ = dQ * (into * scale)[:, None]
+        reads = tl.sum(dQ * q_tile.to(ACC), axis=1)
         dQ += tl.dot(dP, k_tile, input_precision=MODE)
-        dc = tl.sum(dQ * q_tile.to(ACC), axis=1)
         save_rows(dq, dQ, b, start, i, h, kk, dq_b, dq_t, dq_h, there, K, BK)
     else:
-        dc = tl.zeros((C,), ACC)
+        reads = tl.zeros((C,), ACC)
     dK = dK * left[:, None]
     if RAW:
         dK = dK * step[:, None]
     remains = tl.sum(dK * k_tile.to(ACC), axis=1)
     of_keys = remains
+    d_gates = read_or_left(reads, remains, i) + tl.sum(through, axis=0) * kept
     if HAS_OUT:
-        turned = VO * scale * decay_between(-c, i[:, None] <= i[None, :])
+        shares = VO * P_turned.to(ACC)
+        if RAW:
+            shares = shares * step[:, None]
+        d_gates += crossing(shares, i, True, DOT, MODE)
+        turned = VO * scale * decay_between(-whole, -rest, i[:, None] <= i[None, :])
         if RAW:
             turned = turned * step[:, None]
         inner = tl.dot(turned.to(DOT), q_tile, input_precision=MODE).to(ACC)
-        of_keys += tl.sum(inner * k_tile.to(ACC), axis=1)
+        if RAW:
+            of_keys += tl.sum(inner * k_tile.to(ACC), axis=1)
         dK += inner
-    dc -= of_keys
     save_rows(dk, dK, b, start, i, h, kk, dk_b, dk_t, dk_h, there, K, BK)
 
-    # c_i sums g up to i, and the last c enters what is left of every token.
-    d_gates = tl.cumsum(dc, 0, reverse=True) + tl.sum(remains, axis=0)
-    d_gates += tl.sum(through, axis=0) * tl.exp2(c_last)
     d_gates = tl.where(real, d_gates, 0.0)
     gates = (b.to(tl.int64) * T + start + i) * H + h
     if RAW:

@@ -28,9 +28,12 @@ from hybrid_sleep.kernels.triton_launch import config, kernel
 from hybrid_sleep.kernels.triton_tiles import (
     LOG2_E,
     decay_between,
+    decays_at_ends,
+    load_decays,
     load_rows,
     log2_decay,
     real_tokens,
+    running_decays,
     softplus,
     square_mask,
     store_rows,
@@ -52,7 +55,8 @@ def prepare(
     H: tl.constexpr, C: tl.constexpr, HAS_MASK: tl.constexpr, RAW: tl.constexpr,
     ACC: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """Gates of one chunk of BH heads: decay (c, in units of log 2) [B, H, NT, C].
+    """Gates of one chunk of BH heads: decay (c, in units of log 2, as two sums)
+    [B, H, NT, 2, C].
 
     g [B, T, H], mask [B, T] or None. RAW takes g for the projection a and writes the time step
     softplus(a + dt_bias) as strength [B, H, NT, C]; the decay is exp(A_log) times it. A_log,
@@ -65,14 +69,17 @@ def prepare(
     inside = real[:, None] & heads[None, :]
     row = g + (b.to(tl.int64) * T + start) * H
     gates = tl.load(row + i[:, None] * H + hh[None, :], mask=inside, other=0.0).to(ACC)
-    place = ((b.to(tl.int64) * H + hh) * NT + chunk) * C
-    target = place[None, :] + i[:, None]
+    place = (b.to(tl.int64) * H + hh) * NT + chunk
     if RAW:
         bias = tl.load(dt_bias + hh, mask=heads, other=0.0).to(ACC)
         step = tl.where(inside, softplus(gates + bias[None, :]), 0.0)
-        tl.store(strength + target, step, mask=heads[None, :])
+        target = strength + place[None, :] * C + i[:, None]
+        tl.store(target, step, mask=heads[None, :])
         gates = -decay_rate(A_log, hh, heads, ACC)[None, :] * step
-    tl.store(decay + target, tl.cumsum(log2_decay(gates, ACC), 0), mask=heads[None, :])
+    whole, rest = running_decays(log2_decay(gates, ACC))
+    target = decay + place[None, :] * 2 * C + i[:, None]
+    tl.store(target, whole, mask=heads[None, :])
+    tl.store(target + C, rest, mask=heads[None, :])
 
 
 @kernel(
@@ -126,19 +133,19 @@ def scan(
         start = chunk * C
         real = real_tokens(mask, b, start, i, T, HAS_MASK)
         place = bh.to(tl.int64) * NT + chunk
-        c_last = tl.load(decay + place * C + C - 1)
+        into, left, kept = decays_at_ends(decay, place, i, C)
         if KEEP or OUT:
             before = S.to(DOT)
         if KEEP:
             tl.store(states + place * K * V + tile, before, mask=inside)
-        S = S * tl.exp2(c_last)
+        S = S * kept
         if TOTAL:
-            summed += c_last
+            whole, rest = load_decays(decay, place, C - 1, C)
+            summed += whole + rest
         if ADDS:
-            c = tl.load(decay + place * C + i)
             x_tile = load_rows(x, b, start, i, h // R, kk, x_b, x_t, x_h, real, K, BK).to(DOT)
             y_tile = load_rows(y, b, start, i, h, vv, y_b, y_t, y_h, real, V, BV)
-            weight = tl.exp2(c) * scale if BACK else tl.exp2(c_last - c)
+            weight = into * scale if BACK else left
             if RAW and not BACK:
                 written = tl.load(strength + place * C + i)
                 weight = weight * written
@@ -147,13 +154,14 @@ def scan(
             if OUT:
                 q_tile = load_rows(q, b, start, i, h // R, kk, q_b, q_t, q_h, real, K, BK).to(DOT)
                 P = tl.dot(q_tile, tl.trans(x_tile), input_precision=MODE).to(ACC)
-                P = P * decay_between(c, i[:, None] >= i[None, :])
+                whole, rest = load_decays(decay, place, i, C)
+                P = P * decay_between(whole, rest, i[:, None] >= i[None, :])
                 if RAW:
                     P = P * written[None, :]
                 inner = tl.dot(P.to(DOT), y_tile.to(DOT), input_precision=MODE)
                 o = tl.dot(q_tile, before, input_precision=MODE)
                 # Not added by the products: in a chain of them every warp group would do all rows.
-                o = inner * scale + o * (tl.exp2(c) * scale)[:, None]
+                o = inner * scale + o * (into * scale)[:, None]
                 if RAW:
                     o += past * y_tile.to(ACC)
                 store_rows(out, o.to(out.dtype.element_ty), b, start, i, h, vv, T, H, V, BV)
