@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations.accelerate import load_offloaded_parameter
 
 from hybrid_sleep.configuration import HybridSleepConfig
 
@@ -54,17 +55,23 @@ def weights_version(model: nn.Module) -> int:
 
     Every in-place change of a parameter counts (an optimiser step, an edit, a rollback), so equal
     versions of one model mean equal weights. torch does not see a change made through `p.data`:
-    whoever does that calls `bump_weights_version()`.
+    whoever does that calls `bump_weights_version()`. Nor can it see those that accelerate keeps
+    offloaded, which are new tensors at every call.
     """
     return model.config.weights_version + sum(
-        p._version for p in model.parameters() if not p.is_inference()
+        p._version for p in model.parameters() if not p.is_inference() and not p.is_meta
     )
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of all parameters, name by name. Reads every byte: about a second a gigabyte."""
+    """SHA-256 of all parameters, name by name. Reads every byte: about a second a gigabyte.
+
+    Those that accelerate keeps elsewhere (offloaded to the CPU or a disk) are fetched one by one.
+    """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
+        if parameter.is_meta:
+            parameter = load_offloaded_parameter(model, name)
         flat = parameter.detach().cpu().contiguous().reshape(-1)
         digest.update(f"{name}:{tuple(parameter.shape)}:{parameter.dtype}:".encode())
         digest.update(memoryview(flat.view(torch.uint8).numpy()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, NoReturn
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -59,6 +60,13 @@ class HybridSleepPreTrainedModel(PreTrainedModel):
             "between windows without a word. Use model.set_activation_checkpointing('block') or "
             "('pass'), which carry them"
         )
+
+    @property
+    def input_device(self) -> torch.device:
+        """Where embeddings are computed; unlike `device` also for weights that are offloaded."""
+        hook = getattr(self.get_input_embeddings(), "_hf_hook", None)
+        device = getattr(hook, "execution_device", None)
+        return self.device if device is None else torch.device(device)
 
     @property
     def weights_version(self) -> int:

@@ -62,13 +62,7 @@ def read(
     cache.columns += columns
     if kept:
         return spread(kept, first, columns)
-    weight = backbone.embed_tokens.weight
-    return weight.new_zeros(batch, columns - first, _width(backbone, every_layer))
-
-
-def _width(backbone: Backbone, every_layer: bool) -> int:
-    """Numbers that `read` returns of each token."""
-    return backbone.config.hidden_size * (1 + len(backbone.blocks) if every_layer else 1)
+    return _zeros(backbone, tokens, every_layer, batch, columns - first)
 
 
 def read_documents(
@@ -109,9 +103,21 @@ def read_documents(
         offset += real.numel()
         parts.append(h.flatten(0, 1))
     # Slot 0 is the zero that pads show.
-    parts.insert(0, backbone.embed_tokens.weight.new_zeros(1, _width(backbone, every_layer)))
+    parts.insert(0, _zeros(backbone, tokens, every_layer, 1))
     h = torch.cat(parts).index_select(0, source.flatten().to(tokens.device))
     return h.view(*source.shape, -1)
+
+
+def _zeros(
+    backbone: Backbone, tokens: torch.Tensor, every_layer: bool, *shape: int
+) -> torch.Tensor:
+    """Zeros `[*shape, D]`, or as many D as `every_layer` gives, of the dtype of embeddings.
+
+    Offloaded weights lie on no device, so only their dtype is looked at.
+    """
+    width = backbone.config.hidden_size * (1 + len(backbone.blocks) if every_layer else 1)
+    dtype = backbone.embed_tokens.weight.dtype
+    return torch.zeros(*shape, width, dtype=dtype, device=tokens.device)
 
 
 def _after(
