@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
@@ -24,6 +23,7 @@ from hybrid_sleep.layers.stack import Checkpointing, Granularity, parse_granular
 from hybrid_sleep.packing import find_documents, next_labels_in_document, positions_in_document
 from hybrid_sleep.pretrained import HybridSleepPreTrainedModel
 from hybrid_sleep.reading import read, read_documents
+from hybrid_sleep.registration import register_with_transformers
 from hybrid_sleep.report import SleepReport
 from hybrid_sleep.sleep import (
     MAX_PASSES,
@@ -344,6 +344,4 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
         return consolidate(self.model, cache, rows, passes, tol=tol, max_passes=max_passes)
 
 
-AutoConfig.register("hybrid_sleep", HybridSleepConfig)
-AutoModel.register(HybridSleepConfig, HybridSleepModel)
-AutoModelForCausalLM.register(HybridSleepConfig, HybridSleepForCausalLM)
+register_with_transformers(HybridSleepModel, HybridSleepForCausalLM)

@@ -12,6 +12,7 @@ from hybrid_sleep.configuration import HybridSleepConfig
 from hybrid_sleep.identity import Owner, weights_version
 from hybrid_sleep.io import write_text_atomic
 from hybrid_sleep.layers.state_space import StateSpaceMixer
+from hybrid_sleep.registration import register_with_peft
 
 _REMOTE_FILE = "modeling_hybrid_sleep.py"
 _REMOTE_CODE = '''"""Lets transformers load this checkpoint with trust_remote_code=True."""
@@ -34,6 +35,10 @@ class HybridSleepPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["A_log", "dt_bias"]
+
+    def __init__(self, config: HybridSleepConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        register_with_peft()
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
