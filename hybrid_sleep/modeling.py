@@ -19,7 +19,7 @@ from hybrid_sleep.identity import Owner
 from hybrid_sleep.layers.block import Block
 from hybrid_sleep.layers.context import Context, see
 from hybrid_sleep.layers.rotary import Rotary
-from hybrid_sleep.layers.stack import Checkpointing, Granularity, parse_granularity
+from hybrid_sleep.layers.stack import NOT_COMPILED, Checkpointing, Granularity, parse_granularity
 from hybrid_sleep.packing import find_documents, next_labels_in_document, positions_in_document
 from hybrid_sleep.pretrained import HybridSleepPreTrainedModel
 from hybrid_sleep.reading import check_supervised, read, read_documents
@@ -115,6 +115,7 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
                 f"be cut {kept} passes before it; give a number, or set_truncation(passes=None)"
             )
 
+    @torch.compiler.disable(reason=NOT_COMPILED)
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache", raise_if_both_names=True)
     @can_return_tuple
     def forward(
@@ -229,6 +230,7 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
                 check_count(name, count)
         self.model.truncation = Truncation(passes, windows)
 
+    @torch.compiler.disable(reason=NOT_COMPILED)
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache", raise_if_both_names=True)
     @can_return_tuple
     def forward(
