@@ -99,6 +99,11 @@ class HybridSleepConfig(PreTrainedConfig):
     sleep_attention: Literal["causal", "bidirectional"] = "causal"
     weights_version: int = 0
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Does nothing. Loading with trust_remote_code calls it, and then saving would copy this
+        module without its package and overwrite auto_map."""
+
     def __post_init__(self, **kwargs: Any) -> None:
         if self.layer_types is None:
             check_count("num_hidden_layers", self.num_hidden_layers)

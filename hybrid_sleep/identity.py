@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations.accelerate import load_offloaded_parameter
 
 from hybrid_sleep.configuration import HybridSleepConfig
 from hybrid_sleep.history import History
@@ -57,6 +58,7 @@ def weights_version(model: nn.Module) -> int:
     Every in-place change of a parameter counts (an optimiser step, an edit, a rollback), so equal
     versions of one model mean equal weights, with the same adapters at work (`adapters`). torch
     does not see a change made through `p.data`: whoever does that calls `bump_weights_version()`.
+    Nor can it see those that accelerate keeps offloaded, which are new tensors at every call.
     """
     return weights_state(model)[0]
 
@@ -82,8 +84,9 @@ def weights_state(model: nn.Module) -> tuple[int, tuple[Hashable, ...]]:
                 adapters.append(_checksum(parameter))
         for p in held["_parameters"].values():
             # Tensors made in inference mode keep no count.
-            if p is not None and not p.is_inference() and id(p) not in recreated:
-                version += p._version
+            if p is None or p.is_inference() or p.is_meta or id(p) in recreated:
+                continue
+            version += p._version
         if held["_modules"]:
             waiting += [child for child in held["_modules"].values() if child is not None]
     return version, tuple(adapters)
@@ -112,10 +115,13 @@ def _checksum(parameter: torch.Tensor) -> int:
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 of all parameters, name by name, and of the adapters at work, if there are any.
 
-    Reads every byte: about a second a gigabyte.
+    Reads every byte: about a second a gigabyte. Parameters that accelerate keeps elsewhere
+    (offloaded to the CPU or a disk) are fetched one by one.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
+        if parameter.is_meta:
+            parameter = load_offloaded_parameter(model, name)
         flat = parameter.detach().cpu().contiguous().reshape(-1)
         digest.update(f"{name}:{tuple(parameter.shape)}:{parameter.dtype}:".encode())
         digest.update(memoryview(flat.view(torch.uint8).numpy()))

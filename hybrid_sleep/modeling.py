@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
@@ -20,10 +19,11 @@ from hybrid_sleep.identity import Owner
 from hybrid_sleep.layers.block import Block
 from hybrid_sleep.layers.context import Context, see
 from hybrid_sleep.layers.rotary import Rotary
-from hybrid_sleep.layers.stack import Checkpointing, Granularity, parse_granularity
+from hybrid_sleep.layers.stack import NOT_COMPILED, Checkpointing, Granularity, parse_granularity
 from hybrid_sleep.packing import find_documents, next_labels_in_document, positions_in_document
 from hybrid_sleep.pretrained import HybridSleepPreTrainedModel
-from hybrid_sleep.reading import read, read_documents
+from hybrid_sleep.reading import check_supervised, read, read_documents
+from hybrid_sleep.registration import register_with_transformers
 from hybrid_sleep.report import SleepReport
 from hybrid_sleep.sleep import (
     MAX_PASSES,
@@ -115,6 +115,7 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
                 f"be cut {kept} passes before it; give a number, or set_truncation(passes=None)"
             )
 
+    @torch.compiler.disable(reason=NOT_COMPILED)
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache", raise_if_both_names=True)
     @can_return_tuple
     def forward(
@@ -136,8 +137,9 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
 
         input_ids: `[B, T]`, or inputs_embeds: `[B, T, D]`. attention_mask: `[B, T]` or longer (the
         last T columns count), 0 at pads. supervised: bool `[B, T]`; under `context_windows` a
-        window with a supervised token does not sleep. columns_to_keep: return hidden states of the
-        last columns only; 0 for all. owner: whose cache it is, if not this module's own.
+        window with a supervised token does not sleep, whoever computes the loss; no effect under
+        `every_window`. columns_to_keep: return hidden states of the last columns only; 0 for all.
+        owner: whose cache it is, if not this module's own.
         document_ids, position_ids, output_hidden_states: see `HybridSleepForCausalLM.forward`.
 
         Returns `last_hidden_state: [B, T, D]` (final norm applied, zeros at pads).
@@ -148,6 +150,7 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
         passes = self.config.sleep_passes if sleep_passes is None else sleep_passes
         check_passes(passes, self.config, "sleep_passes")
         self._check_truncation(passes)
+        supervised = check_supervised(self, supervised, tokens, passes)
         batch, columns = tokens.shape[:2]
         if cache is not None and not isinstance(cache, SleepCache):
             raise ValueError(f"cache must be a SleepCache, got {type(cache).__name__}")
@@ -227,6 +230,7 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
                 check_count(name, count)
         self.model.truncation = Truncation(passes, windows)
 
+    @torch.compiler.disable(reason=NOT_COMPILED)
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache", raise_if_both_names=True)
     @can_return_tuple
     def forward(
@@ -241,6 +245,7 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
         sleep_passes: Passes | None = None,
         document_ids: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
+        supervised: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Predict on pass 1, sleep at every full window; differentiable through every pass.
@@ -250,8 +255,9 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
         cache: a `SleepCache` to go on with; all tokens of this call are new to it.
         sleep_passes: depth N of the sleeps in this call, None for the config's.
 
-        With labels, `context_windows` (Algorithm 1) keeps windows that hold a supervised token
-        awake, `every_window` lets them sleep after predicting; the loss is always pass 1's.
+        supervised: bool `[B, T]`, tokens that a loss is computed on; default: `labels != -100`,
+        without labels none. `context_windows` (Algorithm 1) keeps windows that hold one awake,
+        `every_window` lets them sleep after predicting; the loss is always pass 1's.
         Under no_grad sleeps are recorded in `cache.reports`; with gradients they are not.
 
         document_ids: integers `[B, T]`; equal ids in adjacent columns are one document (-1, or 0 in
@@ -270,11 +276,10 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
         document_ids = documents_given(
             tokens, document_ids, kwargs.pop("position_ids", None), attention_mask, cache
         )
-        supervised = None
         if labels is not None:
             check_labels(self.config, labels, tokens)
-            if self.config.sleep_schedule == "context_windows":
-                supervised = (labels != -100).cpu()
+            if supervised is None:
+                supervised = labels != -100
         check_count("logits_to_keep", logits_to_keep, minimum=0)
         if labels is not None and logits_to_keep:
             raise ValueError(
@@ -344,6 +349,4 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
         return consolidate(self.model, cache, rows, passes, tol=tol, max_passes=max_passes)
 
 
-AutoConfig.register("hybrid_sleep", HybridSleepConfig)
-AutoModel.register(HybridSleepConfig, HybridSleepModel)
-AutoModelForCausalLM.register(HybridSleepConfig, HybridSleepForCausalLM)
+register_with_transformers(HybridSleepModel, HybridSleepForCausalLM)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from hybrid_sleep.configuration import HybridSleepConfig
 from hybrid_sleep.identity import Owner, weights_version
 from hybrid_sleep.io import write_text_atomic
+from hybrid_sleep.layers.stack import Checkpointing
 from hybrid_sleep.layers.state_space import StateSpaceMixer
+from hybrid_sleep.registration import register_with_peft
 
 _REMOTE_FILE = "modeling_hybrid_sleep.py"
 _REMOTE_CODE = '''"""Lets transformers load this checkpoint with trust_remote_code=True."""
@@ -26,13 +29,17 @@ class HybridSleepPreTrainedModel(PreTrainedModel):
 
     config_class = HybridSleepConfig
     base_model_prefix = "model"
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["Block"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["A_log", "dt_bias"]
+
+    def __init__(self, config: HybridSleepConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        register_with_peft()
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -41,7 +48,12 @@ class HybridSleepPreTrainedModel(PreTrainedModel):
             if not all(getattr(p, "_is_hf_initialized", False) for p in gates):
                 module.reset_gates()
 
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
+        """Does nothing. Loading with trust_remote_code calls it, and then saving would copy this
+        module without its package and overwrite auto_map; `save_pretrained` names the package."""
+
+    def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
         """As transformers', plus a file by which AutoModel finds this package (auto_map)."""
         module = _REMOTE_FILE.removesuffix(".py")
         self.config.auto_map = {
@@ -49,16 +61,55 @@ class HybridSleepPreTrainedModel(PreTrainedModel):
             "AutoModel": f"{module}.HybridSleepModel",
             "AutoModelForCausalLM": f"{module}.HybridSleepForCausalLM",
         }
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
         write_text_atomic(f"{save_directory}/{_REMOTE_FILE}", _REMOTE_CODE)
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: transformers' checkpointing drops the state that a sleep carries."""
-        raise ValueError(
-            "gradient_checkpointing must stay off: transformers' would drop the fast weights "
-            "between windows without a word. Use model.set_activation_checkpointing('block') or "
-            "('pass'), which carry them"
-        )
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Recompute in the backward: `set_activation_checkpointing("block")`, or as it is set.
+
+        transformers' own would drop the fast weights between windows. Trainer, trl and peft call
+        this, as `activation_checkpointing_enable()`.
+
+        gradient_checkpointing_kwargs: of torch's `checkpoint`, `use_reentrant` and
+        `preserve_rng_state` are taken and change nothing: recomputation is never reentrant, keeps
+        the state of random numbers, and gives the same gradients. Raises ValueError for others,
+        for every_n_layers other than 1 and for offload.
+        """
+        unknown = set(gradient_checkpointing_kwargs or {}) - {"use_reentrant", "preserve_rng_state"}
+        refused = {name: gradient_checkpointing_kwargs[name] for name in sorted(unknown)}
+        refused |= {} if every_n_layers == 1 else {"every_n_layers": every_n_layers}
+        refused |= {"offload": offload} if offload else {}
+        if refused:
+            raise ValueError(
+                f"activation checkpointing does not take "
+                f"{', '.join(f'{name}={value!r}' for name, value in refused.items())}: the model "
+                "recomputes its own way, with the fast weights that windows hand on. Choose what "
+                "is recomputed with model.set_activation_checkpointing('block', a number of "
+                "layers, 'pass', 'window')"
+            )
+        if self.base_model.checkpointing == Checkpointing():
+            self.base_model.checkpointing = Checkpointing(group=1)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all activations: `set_activation_checkpointing(None)`."""
+        self.base_model.checkpointing = Checkpointing()
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """Whether anything is recomputed in the backward."""
+        return self.base_model.checkpointing != Checkpointing()
+
+    @property
+    def input_device(self) -> torch.device:
+        """Where embeddings are computed; unlike `device` also for weights that are offloaded."""
+        hook = getattr(self.get_input_embeddings(), "_hf_hook", None)
+        device = getattr(hook, "execution_device", None)
+        return self.device if device is None else torch.device(device)
 
     @property
     def weights_version(self) -> int:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from hybrid_sleep import sleep
 from hybrid_sleep.cache import SleepCache
@@ -15,11 +16,45 @@ from hybrid_sleep.packing import Documents
 from hybrid_sleep.sleep import Passes, consolidate
 from hybrid_sleep.windows import TokenBlock, cut, spread
 
+logger = logging.get_logger(__name__)
+
 
 class Backbone(sleep.Backbone, Protocol):
     """What reading needs of a model."""
 
     embed_tokens: nn.Embedding
+    training: bool
+
+
+def check_supervised(
+    backbone: Backbone, supervised: torch.Tensor | None, tokens: torch.Tensor, passes: Passes
+) -> torch.Tensor | None:
+    """Bool `[B, T]` on the CPU: tokens whose windows do not sleep. None: every full window sleeps.
+
+    Raises ValueError unless `supervised` is None or bool of the shape of `tokens`. Warns, once,
+    where a training step cannot know what is supervised.
+    """
+    shape = tuple(tokens.shape[:2])
+    if supervised is not None and (supervised.shape != shape or supervised.dtype != torch.bool):
+        raise ValueError(
+            f"supervised must be bool of the input's shape, {shape}, got {supervised.dtype} of "
+            f"shape {tuple(supervised.shape)}"
+        )
+    if backbone.config.sleep_schedule == "every_window":
+        return None
+    if supervised is not None:
+        return supervised.cpu()
+    learns = backbone.training and torch.is_grad_enabled()
+    if learns and passes != 1 and shape[1] > backbone.config.window:
+        logger.warning_once(
+            "sleep_schedule='context_windows' has no effect in this training step: forward() got "
+            "neither labels nor `supervised`, so windows sleep that the loss is computed on as "
+            "well. Where the loss is computed elsewhere (label smoothing, compute_loss_func, trl's "
+            "trainers), give supervised=(labels != -100), which a data collator wrapped in "
+            "hybrid_sleep.training.MarkSupervised does, or set config.sleep_schedule to "
+            "'every_window'"
+        )
+    return None
 
 
 def read(
@@ -38,7 +73,7 @@ def read(
     every_layer: `[B, T - first, (1 + layers) D]` instead, embeddings and what each layer gives.
 
     tokens: ids `[B, T]` or embeddings `[B, T, D]`; real: bool `[B, T]`, False at pads, None for
-    none; supervised: bool `[B, T]`, tokens whose windows only evict. `cache` takes what was read;
+    none; supervised: see `check_supervised`, their windows only evict. `cache` takes what was read;
     it is as it was if anything raises.
     """
     batch, columns = tokens.shape[:2]
@@ -62,13 +97,7 @@ def read(
     cache.columns += columns
     if kept:
         return spread(kept, first, columns)
-    weight = backbone.embed_tokens.weight
-    return weight.new_zeros(batch, columns - first, _width(backbone, every_layer))
-
-
-def _width(backbone: Backbone, every_layer: bool) -> int:
-    """Numbers that `read` returns of each token."""
-    return backbone.config.hidden_size * (1 + len(backbone.blocks) if every_layer else 1)
+    return _zeros(backbone, tokens, every_layer, batch, columns - first)
 
 
 def read_documents(
@@ -109,9 +138,21 @@ def read_documents(
         offset += real.numel()
         parts.append(h.flatten(0, 1))
     # Slot 0 is the zero that pads show.
-    parts.insert(0, backbone.embed_tokens.weight.new_zeros(1, _width(backbone, every_layer)))
+    parts.insert(0, _zeros(backbone, tokens, every_layer, 1))
     h = torch.cat(parts).index_select(0, source.flatten().to(tokens.device))
     return h.view(*source.shape, -1)
+
+
+def _zeros(
+    backbone: Backbone, tokens: torch.Tensor, every_layer: bool, *shape: int
+) -> torch.Tensor:
+    """Zeros `[*shape, D]`, or as many D as `every_layer` gives, of the dtype of embeddings.
+
+    Offloaded weights lie on no device, so only their dtype is looked at.
+    """
+    width = backbone.config.hidden_size * (1 + len(backbone.blocks) if every_layer else 1)
+    dtype = backbone.embed_tokens.weight.dtype
+    return torch.zeros(*shape, width, dtype=dtype, device=tokens.device)
 
 
 def _after(

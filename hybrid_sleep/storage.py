@@ -78,7 +78,7 @@ def load_cache(
         raise FileNotFoundError(
             f"directory={str(directory)!r} holds no {FILE_NAME}; save_pretrained() writes one"
         )
-    with safe_open(path, framework="pt", device=str(model.device)) as file:
+    with safe_open(path, framework="pt", device=str(model.input_device)) as file:
         metadata = file.metadata() or {}
         if metadata.get("format") != "hybrid_sleep.cache.2":
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 
 _exports = {
+    "MarkSupervised": "collate",
     "RunConfig": "config",
     "load_run_config": "config",
     "DepthPolicy": "depth",

@@ -64,9 +64,7 @@ class SleepTrainer(Trainer):
     complete, and one with weights that are not finite is never written. `resume_from_checkpoint`
     goes on bit for bit as if nothing had stopped, on a CPU and as many processes.
 
-    Raises ValueError for transformers' activation checkpointing: the model carries fast weights
-    from pass to pass and window to window, which that would drop;
-    `model.set_activation_checkpointing` keeps them.
+    `args.activation_checkpointing` stands for `model.set_activation_checkpointing("block")`.
     """
 
     def __init__(
@@ -80,13 +78,6 @@ class SleepTrainer(Trainer):
         losses: LossByPosition | None = None,
         **kwargs: Any,
     ):
-        for name in ("gradient_checkpointing", "activation_checkpointing"):
-            if getattr(args, name, False):
-                raise ValueError(
-                    f"{name}=True; allowed: False, because transformers' checkpointing would drop "
-                    "the fast weights that windows and passes hand on. Call "
-                    "model.set_activation_checkpointing('block') or ('pass') instead"
-                )
         if lr_muon is not None and not lr_muon > 0:
             raise ValueError(f"lr_muon={lr_muon!r}; allowed: None or a number > 0")
         self.policy: DepthPolicy = parse_depth(sleep_passes)
@@ -151,9 +142,13 @@ class SleepTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
+        given = dict(inputs)
+        if "labels" in inputs:
+            # Trainer keeps labels to itself for label smoothing and for `compute_loss_func`.
+            given["supervised"] = inputs["labels"] != -100
         if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        given = {**inputs, "sleep_passes": self.depth(), "use_cache": False}
+            return super().compute_loss(model, given, return_outputs, num_items_in_batch)
+        given |= {"sleep_passes": self.depth(), "use_cache": False}
         loss, outputs = super().compute_loss(model, given, True, num_items_in_batch)
         if self.losses is not None:
             which = {name: inputs.get(name) for name in ("attention_mask", "document_ids")}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -46,9 +45,10 @@ class Sight(NamedTuple):
     causal: bool
 
 
-@dataclass(frozen=True)
-class Context:
+class Context(NamedTuple):
     """Shared by all layers in one pass over one block of tokens.
+
+    A tuple, so that the hooks of a device map take its tensors along from device to device.
 
     cos, sin: `[B or 1, T, head_dim]`.
     sight: see `Sight`.

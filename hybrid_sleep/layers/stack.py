@@ -14,6 +14,13 @@ from torch.utils.checkpoint import checkpoint
 from hybrid_sleep.layers.context import Context, Memory
 from hybrid_sleep.layers.trees import map_tensors
 
+# Which rows sleep when is decided in every call, from counters that are never the same: traced, it
+# would be compiled again each time.
+NOT_COMPILED = (
+    "windows and sleeps are run by Python, which decides from what the memory holds; compile the "
+    "blocks, which is where the time goes: for block in model.model.layers: block.compile()"
+)
+
 Depth = int | Literal["block", "pass"]
 Granularity = Depth | Literal["window"] | tuple[Literal["window"], Depth]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,13 @@ DECAY_RATE = (1.0, 16.0)
 TIME_STEP = (1e-3, 1e-1)
 
 
+class GatedNorm(nn.RMSNorm):
+    """`rms_norm(o) * silu(gate)`, o, gate: `[B, T, H, V]`, with one weight of V for all heads."""
+
+    def forward(self, o: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return gated_norm(o, gate, self.weight, self.eps)
+
+
 class StateSpaceMixer(nn.Module, ABC):
     """Base of the state-space layers.
 
@@ -30,7 +38,8 @@ class StateSpaceMixer(nn.Module, ABC):
     no output projection. The state is bitwise the one that a full call leaves.
 
     The log decay is `g = -exp(A_log) softplus(a_proj(h) + dt_bias)`, always in fp32 or wider
-    (Mamba-2, arXiv 2405.21060; Gated DeltaNet, arXiv 2412.06464, section 3.4).
+    (Mamba-2, arXiv 2405.21060; Gated DeltaNet, arXiv 2412.06464, section 3.4). So are `A_log` and
+    `dt_bias` themselves, whatever dtype the model is made in or converted to.
     """
 
     def __init__(self, config: HybridSleepConfig, layer_idx: int):
@@ -50,9 +59,24 @@ class StateSpaceMixer(nn.Module, ABC):
         self.o_proj = nn.Linear(v_width, config.hidden_size, bias=False)
         self.q_conv = nn.Parameter(torch.empty(q_width, config.linear_conv_kernel_dim))
         self.kv_conv = nn.Parameter(torch.empty(q_width + v_width, config.linear_conv_kernel_dim))
-        self.A_log = nn.Parameter(torch.empty(self.value_heads))
-        self.dt_bias = nn.Parameter(torch.empty(self.value_heads))
-        self.o_norm = nn.RMSNorm(self.value_dim, eps=config.rms_norm_eps)
+        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.A_log = nn.Parameter(torch.empty(self.value_heads, dtype=wide))
+        self.dt_bias = nn.Parameter(torch.empty(self.value_heads, dtype=wide))
+        self.o_norm = GatedNorm(self.value_dim, eps=config.rms_norm_eps)
+
+    def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> StateSpaceMixer:
+        # Decays are powers over the length of a text: rounded to 8 bits they forget at another
+        # rate. from_pretrained(dtype=) keeps them wide, so .to(), .half() and .bfloat16() must.
+        kept = [x for p in (self.A_log, self.dt_bias) for x in (p, p.grad) if x is not None]
+
+        def convert(x: torch.Tensor) -> torch.Tensor:
+            new = fn(x)
+            if new.dtype.itemsize >= 4 or not any(x is y for y in kept):
+                return new
+            source = new if x.dtype.itemsize < 4 else x
+            return source.to(new.device, torch.promote_types(source.dtype, torch.float32))
+
+        return super()._apply(convert, recurse)
 
     @torch.no_grad()
     def reset_gates(self) -> None:
@@ -95,8 +119,7 @@ class StateSpaceMixer(nn.Module, ABC):
         if write_only:
             return None, memory
         gate = self.g_proj(h).view(*h.shape[:2], self.value_heads, self.value_dim)
-        out = gated_norm(o, gate, self.o_norm.weight, self.o_norm.eps)
-        return self.o_proj(out.flatten(2)), memory
+        return self.o_proj(self.o_norm(o, gate).flatten(2)), memory
 
     @abstractmethod
     def mix(

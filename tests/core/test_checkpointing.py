@@ -288,8 +288,3 @@ def test_what_is_no_granularity_is_refused(granularity):
     with pytest.raises(ValueError, match="granularity must be None, 'block', 'pass', 'window'"):
         model.set_activation_checkpointing(granularity)
     assert model.model.checkpointing == Checkpointing(group=2, window=True)
-
-
-def test_transformers_checkpointing_is_refused():
-    with pytest.raises(ValueError, match="set_activation_checkpointing"):
-        small_model().gradient_checkpointing_enable()

@@ -75,13 +75,14 @@ def test_micro_batches_of_a_step_are_one_batch(tmp_path, tiny):
         torch.testing.assert_close(states[1][name], value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
-def test_checkpointing_of_transformers_is_refused(tmp_path, name, tiny):
-    model = build_trainer(tiny.run(tmp_path)).model
-    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    setattr(arguments, name, True)
-    with pytest.raises(ValueError, match=f"{name}=True; allowed: False, .* fast weights"):
-        SleepTrainer(model, arguments)
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
+def test_checkpointing_of_transformers_means_our_own(tmp_path, tiny):
+    built = build_trainer(tiny.run(tmp_path))
+    arguments = TrainingArguments(
+        str(tmp_path), use_cpu=True, report_to="none", max_steps=1, gradient_checkpointing=True
+    )
+    SleepTrainer(built.model, arguments, train_dataset=built.train_dataset).train()
+    assert built.model.model.checkpointing.group == 1
 
 
 def test_own_checkpointing_changes_nothing(tmp_path, tiny):
