@@ -33,7 +33,7 @@ EPS = tl.constexpr(1e-6)
 
 @kernel(
     [config(4, BV=16), config(8, BV=64)],
-    key=("K", "V", "C", "DOT", "OUT"),
+    key=("K", "V", "C", "OUT"),
     blocks={"BV": "V"},
     fits=lambda blocks, given: given["BK"] <= 128 or blocks["BV"] > 16,
 )

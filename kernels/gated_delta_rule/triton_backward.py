@@ -38,7 +38,7 @@ from hybrid_sleep.kernels.triton_tiles import (
 @kernel(
     [config(4, 2, BV=16), config(4, 1, BV=32), config(4, 2, BV=32), config(8, 2, BV=64)],
     wide=[config(4, 2, BV=32), config(8, 2, BV=64)],
-    key=("K", "V", "C", "DOT", "HAS_OUT", "busy"),
+    key=("K", "V", "C", "HAS_OUT", "busy"),
     blocks={"BV": "V"},
     fits=lambda blocks, given: given["BK"] <= 128 or blocks["BV"] <= 16,
 )
@@ -92,7 +92,7 @@ def scan_back(
 
 @kernel(
     [config(4, BV=16), config(4, 2, BV=32), config(8, 2, BV=64)],
-    key=("K", "V", "C", "DOT", "HAS_OUT"),
+    key=("K", "V", "C", "HAS_OUT"),
     blocks={"BV": "V"},
 )
 @triton.jit
@@ -158,7 +158,7 @@ def pairs(
 @kernel(
     [config(4, BV=16, BN=16), config(4, 2, BV=32, BN=32), config(8, 2, BV=64, BN=64)],
     wide=[config(8, BV=32, BN=32), config(8, 2, BV=64, BN=64)],
-    key=("K", "V", "C", "DOT", "HAS_OUT"),
+    key=("K", "V", "C", "HAS_OUT"),
     blocks={"BV": "V", "BN": "K"},
 )
 @triton.jit

@@ -97,7 +97,7 @@ def store_chunk(
 
 @kernel(
     [config(4), config(8)],
-    key=("K", "C", "DOT", "OUT"),
+    key=("K", "C", "OUT"),
 )
 @triton.jit
 def prepare(
@@ -139,7 +139,7 @@ def prepare(
         config(8, 2, BV=64),
     ],
     wide=[config(4, 2, BV=32), config(8, 2, BV=64)],
-    key=("K", "V", "C", "DOT", "OUT", "KEEP", "AFFINE", "busy"),
+    key=("K", "V", "C", "OUT", "KEEP", "AFFINE", "busy"),
     blocks={"BV": "V"},
     fits=lambda blocks, given: given["BK"] <= 128 or blocks["BV"] <= 32,
 )

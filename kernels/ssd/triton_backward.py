@@ -50,7 +50,7 @@ def save_rows(
 
 @kernel(
     [config(8, BV=16), config(8, BV=32), config(8, BV=64)],
-    key=("K", "V", "C", "DOT", "HAS_OUT", "RAW"),
+    key=("K", "V", "C", "HAS_OUT", "RAW"),
     blocks={"BV": "V"},
     wide=[config(8, BV=32)],
     fits=lambda blocks, given: blocks["BV"] <= 32 or not given["RAW"],

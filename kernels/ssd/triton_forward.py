@@ -84,7 +84,7 @@ def prepare(
 
 @kernel(
     [config(4, 2, BV=16), config(4, 2, BV=32), config(8, 2, BV=64), config(8, 2, BV=128)],
-    key=("K", "V", "C", "DOT", "OUT", "KEEP", "BACK", "ADDS", "RAW", "busy"),
+    key=("K", "V", "C", "OUT", "KEEP", "BACK", "ADDS", "RAW", "busy"),
     blocks={"BV": "V"},
     wide=[config(4, 2, BV=32), config(8, 2, BV=64)],
 )

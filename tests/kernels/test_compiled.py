@@ -82,6 +82,20 @@ def test_every_kernel_of_every_op_is_launched_by_some_call():
     assert kernels == launched
 
 
+def test_what_chooses_a_configuration_is_kept_on_disk():
+    """Triton writes the key of every tuning as JSON, and one for two precisions would mix them."""
+    products: dict[tuple, set] = {}
+    for op in compiled.INPUTS:
+        for call in compiled.calls(op, [(16, 16)]):
+            for launch in compiled.launches(call._replace(tokens=min(call.tokens, 600))):
+                given = launch.arguments
+                key = [given[name] for name in launch.kernel._tuned.keys]
+                json.dumps(key)
+                key += [str(x.dtype) for x in given.values() if hasattr(x, "dtype")]
+                products.setdefault((launch.kernel.name, *key), set()).add(given.get("DOT"))
+    assert {len(found) for found in products.values()} == {1}
+
+
 def test_a_broken_limit_is_said():
     row = {"shared": 10, "spilled": 0, "dtype": "bfloat16", "sizes": {"K": 128}}
     row |= {"wants_wgmma": True, "wgmma": 3}
