@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from hybrid_sleep.cache import SleepCache
-from hybrid_sleep.configuration import HybridSleepConfig, check_count
+from hybrid_sleep.configuration import HybridSleepConfig
 from hybrid_sleep.engine import SleepEngine
 from hybrid_sleep.generation import SleepGenerationMixin
 from hybrid_sleep.identity import Owner
@@ -36,6 +36,7 @@ from hybrid_sleep.sleep import (
     check_passes,
     consolidate,
 )
+from hybrid_sleep.validation import check_count
 from hybrid_sleep.windows import next_labels, real_tokens
 
 _LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index")

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hybrid_sleep.configuration import check_count
 from hybrid_sleep.training.curriculum import check_starts, stage_at
+from hybrid_sleep.validation import check_count
 
 FORMS = (
     "an integer >= 1, {uniform: [low, high]}, {choice: {depth: weight, ...}}, "
