@@ -35,7 +35,7 @@ def tasks_show(
 ) -> None:
     """A task in words: its size, its floor, and examples window by window."""
     from hybrid_sleep.eval.tasks.show import show
-    from hybrid_sleep.training.schema import parse_overrides
+    from hybrid_sleep.training.parsing import parse_overrides
 
     typer.echo(show(name, dict(parse_overrides(params or [])), split, seed, count))
 

@@ -145,30 +145,27 @@ def parse_task_params(text: str) -> dict[str, dict[str, Any]]:
 
     Raises ValueError for anything else.
     """
-    import yaml
+    from hybrid_sleep.training.parsing import parse_yaml
 
+    allowed = "allowed: such as 'rule110: {steps: 4}'"
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError:
-        content = None
+        content = parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"task_params={text!r}: {error}; {allowed}") from None
     if not isinstance(content, dict) or not all(isinstance(x, dict) for x in content.values()):
-        raise ValueError(f"task_params={text!r}; allowed: such as 'rule110: {{steps: 4}}'")
+        raise ValueError(f"task_params={text!r}; {allowed}")
     return content
 
 
 def parse_sleep_options(texts: Sequence[str]) -> dict[str, Any]:
     """Options from texts such as `window=256` or `loop=[1, 3]`; ValueError for anything else."""
-    import yaml
-
     from hybrid_sleep.eval.harness.loading import check_sleep_options
+    from hybrid_sleep.training.parsing import parse_overrides
 
-    options = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"sleep={text!r}; allowed: such as window=256")
-        options[name.strip()] = yaml.safe_load(value)
-    return check_sleep_options(options)
+    try:
+        return check_sleep_options(dict(parse_overrides(texts)))
+    except ValueError as error:
+        raise ValueError(f"sleep: {error}") from None
 
 
 def _load_tasks(

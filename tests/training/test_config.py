@@ -182,7 +182,7 @@ def test_files_that_are_no_run(small, tmp_path):
     with pytest.raises(FileNotFoundError, match="train.deepspeed='none.json' is no file"):
         load_run_config(small, ["train.deepspeed=none.json"])
     for text, message in [
-        ("", "holds NoneType; allowed: keys and values"),
+        ("", "holds nothing; allowed: keys and values"),
         ("- 1", "holds list"),
         ("a: [", "while parsing"),
         (SMALL + "task: {name: rule110}\n", "key 'task' in line .* is given twice"),
