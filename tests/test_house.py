@@ -29,7 +29,7 @@ LINES_ELSEWHERE = 400
 
 # Lowest first. A module imports from its own level and from lower ones, never from a higher one.
 LEVELS = (
-    ("io", "validation", "configuration", "identity", "provenance"),
+    ("io", "validation", "configuration", "identity", "provenance", "terminal"),
     ("kernels",),
     ("layers",),
     ("cache", "storage", "windows", "packing", "pretrained", "report", "capture", "engine"),

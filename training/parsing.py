@@ -56,16 +56,22 @@ def parse_yaml(text: str, key: str = "") -> Any:
         if node is None:
             return None
         _prepare(loader, node, key, [0])
-        return loader.construct_document(node)
+        return _construct(loader, node)
     except yaml.YAMLError as error:
         raise ValueError(_in_one_line(error, text)) from None
     except RecursionError:
         raise ValueError(f"nested too deep; allowed: {DEEPEST} levels") from None
-    except (OverflowError, TypeError) as error:
-        raise ValueError(f"a value that is none ({error})") from None
     finally:
         if loader is not None:
             loader.dispose()
+
+
+def _construct(loader: _Loader, node: yaml.Node) -> Any:
+    try:
+        return loader.construct_document(node)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # Python's own words for a date such as 2026-13-45, or for a tag that does not fit.
+        raise ValueError(f"holds a value that cannot be ({error})") from None
 
 
 def dump_yaml(content: Any) -> str:
@@ -109,7 +115,8 @@ def _prepare(
         for key_node, value in node.value:
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
-                if key_node.start_mark.index == node.start_mark.index + 1:
+                braces = isinstance(key_node, yaml.MappingNode)
+                if braces and key_node.start_mark.index == node.start_mark.index + 1:
                     raise ValueError(_template(line))
                 what = "a list" if isinstance(key_node, yaml.SequenceNode) else "keys and values"
                 raise ValueError(f"line {line}: a key is {what}; allowed: text or a number")

@@ -11,6 +11,8 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
+from hybrid_sleep.validation import LARGEST
+
 
 def set_key(content: dict[str, Any], key: str, value: Any) -> None:
     """Set what a dotted key names in nested mappings; ValueError if it leads through a value."""
@@ -76,6 +78,10 @@ def as_path(name: str, value: Any, what: str) -> str:
         raise ValueError(f"{name}={value!r}; allowed: {what}")
     if not value.strip():
         raise ValueError(f"{name} is empty; allowed: {what}")
+    if "{{" in value:
+        raise ValueError(
+            f"{name}={value!r} is a template that nothing has filled in; allowed: {what}"
+        )
     home = os.path.expanduser(value)
     if value.startswith("~") and home == value:
         raise ValueError(f"{name}={value!r} is in the home of an unknown user; allowed: {what}")
@@ -141,6 +147,8 @@ def typed(value: Any, hint: Any, key: str) -> Any:
             except ValueError:
                 pass
         raise ValueError(f"{key}={value!r}; allowed: a number")
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ValueError(f"{key}={value!r}; allowed: an integer below 2**63")
     if hint is int and isinstance(value, bool) or not isinstance(value, hint):
         names = {bool: "true or false", int: "an integer", str: "text"}
         raise ValueError(f"{key}={value!r}; allowed: {names[hint]}")
