@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
     """Yield `update(done, total)`; the bar shows the share done and the time left.
 
-    There is none where it could not be drawn again in place, as in a file. Of work that is refused before anything is done, nothing stays on the screen but the reason.
+    There is none where it could not be drawn again in place, as in a file. Of work that is refused
+    before anything is done, nothing stays on the screen but the reason.
     """
     from rich.console import Console
     from rich.progress import (
