@@ -60,9 +60,9 @@ class TextConfig:
             ]
         if self.dataset is not None:
             self._check_dataset()
-        self.tokenizer = as_path(
-            "text.tokenizer", self.tokenizer, "bytes, a folder or a name on the hub"
-        )
+        names = "bytes, a folder or a name on the hub"
+        demand(bool(self.tokenizer.strip()), "tokenizer", names)
+        self.tokenizer = as_path("text.tokenizer", self.tokenizer, names)
         demand(self.length >= 2, "length", "an integer >= 2")
         demand(
             self.separator is None or (self.separator != "" and self.files is not None),
