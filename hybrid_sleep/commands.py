@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import shlex
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import typer
 
 from hybrid_sleep.training.zero import choose_accelerator
 
+PATIENCE = 2.0  # seconds of silence
 options = {"traceback": False}
 
 
@@ -71,6 +73,22 @@ def _shown(word: str) -> str:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
         return path.name
+
+
+def patiently(lines: Iterable[str], what: str) -> Iterator[str]:
+    """`lines` as they come; `what` goes on is said on stderr before one that takes seconds."""
+    iterator = iter(lines)
+    while True:
+        timer = threading.Timer(PATIENCE, typer.echo, [what], {"err": True})
+        timer.daemon = True
+        timer.start()
+        try:
+            line = next(iterator)
+        except StopIteration:
+            return
+        finally:
+            timer.cancel()
+        yield line
 
 
 def measure(what: str, run: Callable[..., dict[str, Any]], out: Path, **given: Any) -> None:

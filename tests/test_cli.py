@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 
 import pytest
 import yaml
@@ -66,6 +67,23 @@ def test_terminals_that_lack_characters(monkeypatch):
 def test_a_path_at_home(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert f"{tmp_path / 'none.yaml'}" in call("train", "~/none.yaml", code=2).output
+
+
+def test_silence_is_explained(monkeypatch):
+    from hybrid_sleep import commands
+
+    monkeypatch.setattr(commands, "PATIENCE", 0.01)
+
+    def slowly():
+        yield "at once"
+        assert said.wait(10)
+        yield "late"
+
+    said = threading.Event()
+    echo = lambda text, err: said.set() if err else None  # noqa: E731
+    monkeypatch.setattr(commands.typer, "echo", echo)
+    assert list(commands.patiently(slowly(), "still at it")) == ["at once", "late"]
+    assert said.is_set()
 
 
 def test_too_large_for_the_memory(monkeypatch):
