@@ -47,7 +47,7 @@ def parse_compute(text: str) -> list[float]:
 
 def parse_vary(text: str) -> tuple[str, list[Any]]:
     """Key and values of `key=[value, ...]`; ValueError for anything else."""
-    from hybrid_sleep.training.schema import parse_overrides
+    from hybrid_sleep.training.parsing import parse_overrides
 
     ((key, values),) = parse_overrides([text])
     if not isinstance(values, list) or len({str(value) for value in values}) < max(1, len(values)):
@@ -78,7 +78,7 @@ def run(
     ValueError or FileNotFoundError before anything is trained.
     """
     from hybrid_sleep.training import load_run_config
-    from hybrid_sleep.training.schema import parse_overrides
+    from hybrid_sleep.training.parsing import parse_overrides
 
     key, values = parse_vary(vary)
     levels, multiples = parse_depths(depths), parse_compute(compute)

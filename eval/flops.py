@@ -15,7 +15,8 @@ All counts are of one row of a batch, without pads.
 
 from __future__ import annotations
 
-from hybrid_sleep.configuration import HybridSleepConfig, check_count
+from hybrid_sleep.configuration import HybridSleepConfig
+from hybrid_sleep.validation import check_count
 
 RECURRENCE = {"gated_deltanet": 3, "mamba2": 2}  # products with S a token; the last one reads
 

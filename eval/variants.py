@@ -81,7 +81,7 @@ def runs_of(
     `one_task`) one that does not learn the task of the others.
     """
     from hybrid_sleep.training import load_run_config
-    from hybrid_sleep.training.schema import parse_overrides
+    from hybrid_sleep.training.parsing import parse_overrides
 
     names = [name for name, _ in variants]
     if not names or len(set(names)) < len(names):

@@ -9,6 +9,7 @@ import typer
 
 from hybrid_sleep import compare, evaluate
 from hybrid_sleep.commands import command, command_line, options
+from hybrid_sleep.terminal import never_fail_on_characters
 
 app = typer.Typer(
     name="hybrid-sleep",
@@ -29,6 +30,7 @@ def _main(
     ] = False,
 ) -> None:
     options["traceback"] = traceback
+    never_fail_on_characters()
 
 
 @app.command()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import shlex
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,21 @@ import typer
 
 from hybrid_sleep.training.zero import choose_accelerator
 
+PATIENCE = 2.0  # seconds of silence
 options = {"traceback": False}
 
 
 def command(work: Callable[..., Any]) -> Callable[..., Any]:
-    """`work` as a command: bad input ends in one line and exit code 2, Ctrl-C in 130."""
+    """`work` as a command: bad input ends in one line and exit code 2, Ctrl-C in 130.
+
+    Too large for the memory is bad input. In a path, `~` is the home folder.
+    """
 
     @functools.wraps(work)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             choose_accelerator()
-            work(*args, **kwargs)
+            work(*args, **{name: _at_home(value) for name, value in kwargs.items()})
         except KeyboardInterrupt as interrupt:
             # Work that can say what it saved raises with that text.
             typer.echo(f"interrupted: {str(interrupt) or 'nothing more was written'}", err=True)
@@ -33,8 +38,26 @@ def command(work: Callable[..., Any]) -> Callable[..., Any]:
                 raise
             typer.echo(f"error: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(2) from None
+        except (MemoryError, RuntimeError) as error:
+            if options["traceback"] or not _is_too_large(error):
+                raise
+            typer.echo(f"error: out of memory ({str(error).partition(chr(10))[0]})", err=True)
+            raise typer.Exit(2) from None
 
     return run
+
+
+def _at_home(value: Any) -> Any:
+    """A path with the home folder for its `~`, which a shell leaves in `--out=~/results`."""
+    if isinstance(value, list):
+        return [_at_home(part) for part in value]
+    return value.expanduser() if isinstance(value, Path) else value
+
+
+def _is_too_large(error: Exception) -> bool:
+    """Whether memory did not suffice: torch raises a RuntimeError of its own on a CPU."""
+    words = ("not enough memory", "can't allocate memory", "out of memory")
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in words)
 
 
 def command_line() -> str:
@@ -50,6 +73,22 @@ def _shown(word: str) -> str:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
         return path.name
+
+
+def patiently(lines: Iterable[str], what: str) -> Iterator[str]:
+    """`lines` as they come; `what` goes on is said on stderr before one that takes seconds."""
+    iterator = iter(lines)
+    while True:
+        timer = threading.Timer(PATIENCE, typer.echo, [what], {"err": True})
+        timer.daemon = True
+        timer.start()
+        try:
+            line = next(iterator)
+        except StopIteration:
+            return
+        finally:
+            timer.cancel()
+        yield line
 
 
 def measure(what: str, run: Callable[..., dict[str, Any]], out: Path, **given: Any) -> None:

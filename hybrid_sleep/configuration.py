@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from transformers import PreTrainedConfig
+
+from hybrid_sleep.validation import check_choice, check_count, check_flag, check_number, check_rope
 
 LAYER_TYPES = ("full_attention", "linear_attention")
 STATE_SPACES = ("gated_deltanet", "mamba2")
 EVICTIONS = ("hard", "sliding")
 SLEEP_SCHEDULES = ("context_windows", "every_window")
 SLEEP_ATTENTIONS = ("causal", "bidirectional")
-
-
-def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Raise ValueError naming `name` unless `value` is one of `allowed`."""
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
-def check_count(name: str, value: Any, minimum: int = 1) -> int:
-    """Return `value` if it is an integer of at least `minimum`, else raise ValueError naming it."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
-    return value
 
 
 class HybridSleepConfig(PreTrainedConfig):
@@ -57,6 +47,12 @@ class HybridSleepConfig(PreTrainedConfig):
         sleep_schedule: with labels, `context_windows` lets only windows without a supervised token
             sleep; `every_window` lets every full window sleep after it has predicted.
         sleep_attention: attention in passes 2..N, `causal` or `bidirectional` within the window.
+
+    Numbers:
+        rms_norm_eps: above 0. initializer_range: of at least 0. attention_dropout: in [0, 1).
+        rope_parameters: `rope_type` (`default`, `linear`, `proportional`, `llama3`, `yarn`), its
+            `rope_theta` and the keys that this type needs. None: `default` with 10000.
+        pad_token_id, bos_token_id, eos_token_id: None or in the vocabulary; of eos also several.
 
     Raises ValueError naming the argument, its value and what is allowed.
     """
@@ -105,20 +101,34 @@ class HybridSleepConfig(PreTrainedConfig):
         module without its package and overwrite auto_map."""
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
+            check_count(name, getattr(self, name))
         if self.layer_types is None:
-            check_count("num_hidden_layers", self.num_hidden_layers)
             self.layer_types = [LAYER_TYPES[i % 2] for i in range(self.num_hidden_layers)]
+        elif isinstance(self.layer_types, tuple):
+            self.layer_types = list(self.layer_types)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None and check_count("num_attention_heads", self.num_attention_heads):
+        if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.rope_parameters is None:
-            self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
         if isinstance(self.loop, list):
             self.loop = tuple(self.loop)
+        self._take_rope(kwargs)
         self._check_backbone()
+        self._check_numbers()
+        self._check_tokens()
         self._check_sleep()
         super().__post_init__(**kwargs)
+
+    def _take_rope(self, kwargs: dict[str, Any]) -> None:
+        """Make `rope_parameters` whole and its own, from it and from the names that it once had."""
+        rope = kwargs.pop("rope_scaling", None) or self.rope_parameters
+        rope = {} if rope is None else rope
+        if isinstance(rope, Mapping):
+            rope = {"rope_type": rope.get("type", "default"), **rope}
+            rope.setdefault("rope_theta", kwargs.pop("rope_theta", 10000.0))
+        check_rope(rope)
+        self.rope_parameters = rope
 
     def _check_backbone(self) -> None:
         for name in (
@@ -139,10 +149,12 @@ class HybridSleepConfig(PreTrainedConfig):
         check_count("linear_conv_kernel_dim", self.linear_conv_kernel_dim, minimum=2)
         check_count("weights_version", self.weights_version, minimum=0)
         check_choice("state_space", self.state_space, STATE_SPACES)
-        if len(self.layer_types) != self.num_hidden_layers:
+        kinds = self.layer_types
+        if not isinstance(kinds, list) or len(kinds) != self.num_hidden_layers:
+            got = f"{len(kinds)} entries" if isinstance(kinds, list) else repr(kinds)
             raise ValueError(
-                f"layer_types must name one layer each for num_hidden_layers="
-                f"{self.num_hidden_layers}, got {len(self.layer_types)} entries"
+                f"layer_types must be a list of one each for num_hidden_layers="
+                f"{self.num_hidden_layers}, got {got}"
             )
         for i, layer_type in enumerate(self.layer_types):
             check_choice(f"layer_types[{i}]", layer_type, LAYER_TYPES)
@@ -162,12 +174,31 @@ class HybridSleepConfig(PreTrainedConfig):
                 f"head_dim must be even for rotary embeddings, got {self.head_dim} "
                 "(default: hidden_size // num_attention_heads)"
             )
-        for token in ("pad_token_id", "bos_token_id"):
-            value = getattr(self, token)
-            if value is not None and not 0 <= value < self.vocab_size:
+
+    def _check_numbers(self) -> None:
+        check_number("rms_norm_eps", self.rms_norm_eps, above=0)
+        check_number("initializer_range", self.initializer_range, least=0)
+        check_number("attention_dropout", self.attention_dropout, least=0, below=1)
+        check_flag("tie_word_embeddings", self.tie_word_embeddings)
+        check_flag("use_cache", self.use_cache)
+        if isinstance(self.dtype, str):
+            import torch
+
+            if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
                 raise ValueError(
-                    f"{token} must be None or in 0..{self.vocab_size - 1}, got {value!r}"
+                    f"dtype must be None or a dtype of torch such as 'bfloat16', got {self.dtype!r}"
                 )
+
+    def _check_tokens(self) -> None:
+        last = self.vocab_size - 1
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            several = name == "eos_token_id" and isinstance(value, (list, tuple)) and value
+            for token in value if several else (value,):
+                number = isinstance(token, int) and not isinstance(token, bool)
+                if not (number and 0 <= token <= last) and not (token is None and not several):
+                    lists = ", or a list of such" if name == "eos_token_id" else ""
+                    raise ValueError(f"{name} must be None or in 0..{last}{lists}, got {value!r}")
 
     def _check_mlps(self) -> None:
         widths = self.intermediate_size
@@ -215,13 +246,6 @@ class HybridSleepConfig(PreTrainedConfig):
                     f"loop must be None or (start, end) with 0 <= start < end <= "
                     f"num_hidden_layers={self.num_hidden_layers}, got {bounds!r}"
                 )
-        rope_type = self.rope_parameters.get("rope_type", "default")
-        if rope_type in ("dynamic", "longrope"):
-            raise ValueError(
-                f"rope_parameters['rope_type'] must not depend on the length read so far, which "
-                f"a sleeping model does not keep; got {rope_type!r}, use 'default', 'linear', "
-                "'llama3' or 'yarn'"
-            )
 
     @property
     def loop_range(self) -> tuple[int, int]:

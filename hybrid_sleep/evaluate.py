@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hybrid_sleep.commands import command, command_line, report
+from hybrid_sleep.commands import command, command_line, patiently, report
 
 tasks = typer.Typer(help="Tasks: list them, show one in words.", no_args_is_help=True)
 
@@ -34,10 +34,12 @@ def tasks_show(
     count: Annotated[int, typer.Option(help="How many.")] = 1,
 ) -> None:
     """A task in words: its size, its floor, and examples window by window."""
-    from hybrid_sleep.eval.tasks.show import show
-    from hybrid_sleep.training.schema import parse_overrides
+    from hybrid_sleep.eval.tasks.show import show_lines
+    from hybrid_sleep.training.parsing import parse_overrides
 
-    typer.echo(show(name, dict(parse_overrides(params or [])), split, seed, count))
+    lines = show_lines(name, dict(parse_overrides(params or [])), split, seed, count)
+    for line in patiently(lines, "still counting what a guess is worth; Ctrl-C ends it"):
+        typer.echo(line)
 
 
 @command

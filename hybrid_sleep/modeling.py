@@ -12,7 +12,7 @@ from transformers.utils.generic import can_return_tuple
 
 from hybrid_sleep.arguments import check_labels, check_tokens, documents_given, refuse_unknown
 from hybrid_sleep.cache import SleepCache
-from hybrid_sleep.configuration import HybridSleepConfig, check_count
+from hybrid_sleep.configuration import HybridSleepConfig
 from hybrid_sleep.engine import SleepEngine
 from hybrid_sleep.generation import SleepGenerationMixin
 from hybrid_sleep.identity import Owner
@@ -33,6 +33,7 @@ from hybrid_sleep.sleep import (
     check_passes,
     consolidate,
 )
+from hybrid_sleep.validation import check_count
 from hybrid_sleep.windows import next_labels, real_tokens
 
 _LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index")

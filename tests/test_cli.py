@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 
 import pytest
 import yaml
@@ -34,6 +35,64 @@ def call(*words, code=0):
     result = CliRunner().invoke(cli.app, [str(word) for word in words])
     assert result.exit_code == code, result.output
     return result
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["tasks", "show", "rule110", "steps=[1"],
+        ["bench", "map", "CONFIG", "--vary", "task.params.steps=[1"],
+        ["bench", "map", "CONFIG", "train.steps=["],
+        ["bench", "ablate", "CONFIG", "--variant", "a:train.steps={5"],
+        ["train", "CONFIG", "train.steps=["],
+        ["eval", ".", "--tasks", "x", "--sleep", "window=[1"],
+        ["eval", ".", "--tasks", "x", "--task-params", "rule110: [1"],
+    ],
+    ids=" ".join,
+)
+def test_values_that_are_no_yaml_end_in_one_line(words, config):
+    result = call(*[config if word == "CONFIG" else word for word in words], code=2)
+    assert result.output.startswith("error: ") and result.output.count("\n") == 1
+
+
+def test_terminals_that_lack_characters(monkeypatch):
+    from hybrid_sleep.eval.tasks import show
+
+    monkeypatch.setattr(show, "listing", lambda: "snow \u2603 and half a pair \ud83d")
+    for charset, half in (("ascii", "?"), ("cp1252", r"\ud83d"), ("utf-8", r"\ud83d")):
+        done = CliRunner(charset=charset).invoke(cli.app, ["tasks", "list"])
+        assert done.exit_code == 0 and f"half a pair {half}" in done.output
+
+
+def test_a_path_at_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert f"{tmp_path / 'none.yaml'}" in call("train", "~/none.yaml", code=2).output
+
+
+def test_silence_is_explained(monkeypatch):
+    from hybrid_sleep import commands
+
+    monkeypatch.setattr(commands, "PATIENCE", 0.01)
+
+    def slowly():
+        yield "at once"
+        assert said.wait(10)
+        yield "late"
+
+    said = threading.Event()
+    echo = lambda text, err: said.set() if err else None  # noqa: E731
+    monkeypatch.setattr(commands.typer, "echo", echo)
+    assert list(commands.patiently(slowly(), "still at it")) == ["at once", "late"]
+    assert said.is_set()
+
+
+def test_too_large_for_the_memory(monkeypatch):
+    import torch
+
+    from hybrid_sleep.eval.tasks import show
+
+    monkeypatch.setattr(show, "listing", lambda: torch.empty(2**58))
+    assert call("tasks", "list", code=2).output.startswith("error: out of memory")
 
 
 @pytest.fixture

@@ -25,7 +25,10 @@ LINES_ELSEWHERE = 400
 
 # Lowest first. A module imports from its own level and from lower ones, never from a higher one.
 LEVELS = (
-    ("io", "configuration", "identity", "provenance", "versions", "history", "registration"),
+    (
+        "io", "validation", "configuration", "identity", "history", "provenance",
+        "registration", "terminal", "versions",
+    ),
     ("kernels",),
     ("layers",),
     ("cache", "storage", "windows", "packing", "pretrained", "report", "capture", "engine"),

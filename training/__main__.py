@@ -11,6 +11,8 @@ import os
 import sys
 from typing import Any
 
+from hybrid_sleep.terminal import never_fail_on_characters
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0 if trained, 2 for bad input, 130 if interrupted (with a checkpoint)."""
@@ -21,6 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
+    never_fail_on_characters()
     given = parser.parse_intermixed_args(arguments)
     # The config is checked before torch and transformers take their seconds to load.
     from hybrid_sleep.training import zero

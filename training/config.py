@@ -12,23 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from hybrid_sleep.training import zero
 from hybrid_sleep.training.curriculum import parse_windows
 from hybrid_sleep.training.depth import DepthPolicy, parse_depth
-from hybrid_sleep.training.schema import (
-    StrictLoader,
-    build,
-    none_missing,
-    only_known,
-    parse_overrides,
-    set_key,
-)
+from hybrid_sleep.training.parsing import dump_yaml, parse_overrides, parse_yaml
+from hybrid_sleep.training.schema import as_path, build, none_missing, only_known, set_key, typed
 from hybrid_sleep.training.start import inherited, initial_model
 from hybrid_sleep.training.text.config import TextConfig
 
 Schedule = Literal["constant", "linear", "cosine", "trapezoid"]
+A_FOLDER = "the path of a folder"
 # What a stage may change: not where it starts from or writes to, which follows from its place.
 STAGE_KEYS = ("model", "task", "text", "train", "sleep_passes")
 
@@ -56,6 +49,7 @@ class InitConfig:
     new_layers: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.checkpoint = as_path("init.checkpoint", self.checkpoint, A_FOLDER)
         if len(set(self.new_layers)) < len(self.new_layers) or min(self.new_layers, default=0) < 0:
             raise ValueError(
                 f"init.new_layers={self.new_layers}; allowed: distinct indices of layers, from 0"
@@ -156,7 +150,9 @@ class TrainConfig:
             "eval_depths",
             "null or a list of depths >= 1",
         )
-        demand(self.seed >= 0, "seed", "an integer >= 0")
+        demand(0 <= self.seed < 2**32, "seed", "an integer >= 0, below 2**32")
+        if self.deepspeed is not None:
+            self.deepspeed = as_path("train.deepspeed", self.deepspeed, "null or a JSON file")
 
 
 PARTS = {"task": TaskConfig, "text": TextConfig, "init": InitConfig, "train": TrainConfig}
@@ -189,13 +185,13 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         self.sleep_passes = parse_depth(self.sleep_passes)
-        if not self.output_dir:
-            raise ValueError("output_dir is empty; allowed: the path of a folder")
+        self.output_dir = as_path("output_dir", self.output_dir, A_FOLDER)
         if (self.task is None) == (self.text is None):
             given = "neither" if self.task is None else "both"
             raise ValueError(f"task and text: {given} given; allowed: one of the two")
         # A model that is all there was resolved before, or is to come from an earlier stage.
         resolved = self.init is None or self.model.keys() >= inherited()
+        self.model = _model_section(self.model)
         start = {} if resolved else initial_model(self.init, self.model)
         self.model = {**self._model_defaults, **start, **self.model}
         self._check_training(self.model_config())
@@ -263,8 +259,6 @@ class RunConfig:
         """The `HybridSleepConfig` of `model`; ValueError for a key or value it does not allow."""
         from hybrid_sleep import HybridSleepConfig
 
-        known = {f.name for f in dataclasses.fields(HybridSleepConfig)}
-        only_known(self.model, known, "model.")
         try:
             config = HybridSleepConfig(**self.model)
         except ValueError as error:
@@ -301,7 +295,7 @@ class RunConfig:
                 content["output_dir"] = str(Path(self.output_dir) / f"stage-{number}")
             try:
                 for key, value in changes.items():
-                    if key.partition(".")[0] not in STAGE_KEYS:
+                    if str(key).partition(".")[0] not in STAGE_KEYS:
                         allowed = ", ".join(STAGE_KEYS)
                         raise ValueError(f"key {key!r}; allowed: keys in {allowed}")
                     set_key(content, key, value)
@@ -326,7 +320,21 @@ class RunConfig:
 
     def to_yaml(self) -> str:
         """`to_dict` as YAML, defaults written out."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+        return dump_yaml(self.to_dict())
+
+
+def _model_section(given: Any) -> dict[str, Any]:
+    """The keys of `model`, all known; numbers written out in quotes are numbers, as elsewhere."""
+    from hybrid_sleep import HybridSleepConfig
+
+    if not isinstance(given, Mapping):
+        raise ValueError(f"model={given!r}; allowed: keys of HybridSleepConfig")
+    only_known(given, inherited(), "model.")
+    kinds = HybridSleepConfig.__annotations__
+    return {
+        key: typed(value, float, f"model.{key}") if kinds[key] == "float" else value
+        for key, value in given.items()
+    }
 
 
 def run_config(content: Mapping[str, Any]) -> RunConfig:
@@ -337,13 +345,11 @@ def run_config(content: Mapping[str, Any]) -> RunConfig:
         # Only what may be left out may be null.
         if name in content and (content[name] is not None or name == "train"):
             content[name] = build(kind, content[name], f"{name}.")
-    if "model" in content and not isinstance(content["model"], Mapping):
-        raise ValueError(f"model={content['model']!r}; allowed: keys of HybridSleepConfig")
     stages = content.get("stages", [])
     if not isinstance(stages, list) or not all(isinstance(stage, Mapping) for stage in stages):
         raise ValueError(f"stages={stages!r}; allowed: a list of mappings of dotted keys to values")
     none_missing(RunConfig, content, "")
-    return RunConfig(**{**content, "output_dir": str(content["output_dir"])})
+    return RunConfig(**content)
 
 
 def load_run_config(
@@ -359,11 +365,16 @@ def load_run_config(
     if not path.is_file():
         raise FileNotFoundError(f"config {str(path)!r} is no file; allowed: a run's YAML file")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"not UTF-8 at byte {error.start}; allowed: a text file") from None
+        content = parse_yaml(text)
         if not isinstance(content, dict):
-            raise ValueError(f"the file holds {type(content).__name__}; allowed: keys and values")
+            found = "nothing" if content is None else type(content).__name__
+            raise ValueError(f"the file holds {found}; allowed: keys and values")
         for key, value in parse_overrides(overrides):
             set_key(content, key, value)
         return run_config(content)
-    except (ValueError, yaml.YAMLError) as error:
+    except ValueError as error:
         raise ValueError(f"config {str(path)!r}: {error}") from error

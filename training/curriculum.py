@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from hybrid_sleep.configuration import check_count
+from hybrid_sleep.validation import check_count
 
 T = TypeVar("T")
 

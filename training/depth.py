@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hybrid_sleep.configuration import check_count
 from hybrid_sleep.training.curriculum import check_starts, stage_at
+from hybrid_sleep.validation import check_count
 
 FORMS = (
     "an integer >= 1, {uniform: [low, high]}, {choice: {depth: weight, ...}}, "
@@ -19,6 +19,7 @@ FORMS = (
     "or {stages: {0: policy, step: policy, ...}}"
 )
 MAX_SIGMA = 4
+DEEPEST = 1000  # of a range that is drawn from: a depth's probability is worked out for each
 
 
 class DepthPolicy(ABC):
@@ -100,6 +101,7 @@ class Uniform(DepthPolicy):
     def __post_init__(self) -> None:
         check_count("sleep_passes.uniform low", self.low)
         check_count("sleep_passes.uniform high", self.high, minimum=self.low)
+        _check_deepest("uniform high", self.high)
 
     def probabilities(self) -> dict[int, float]:
         depths = range(self.low, self.high + 1)
@@ -190,6 +192,7 @@ class LognormalPoisson(DepthPolicy):
 
     def __post_init__(self) -> None:
         check_count("sleep_passes.lognormal_poisson max", self.highest)
+        _check_deepest("lognormal_poisson max", self.highest)
         for name, value, low, high in (
             ("mean", self.target, 1, self.highest),
             ("sigma", self.sigma, 0, MAX_SIGMA),
@@ -339,6 +342,11 @@ def _lognormal_poisson(target: float, sigma: float, highest: int) -> tuple[float
         shares.append(math.fsum(terms))
     total = math.fsum(shares)
     return tuple(share / total for share in shares)
+
+
+def _check_deepest(name: str, depth: int) -> None:
+    if depth > DEEPEST:
+        raise ValueError(f"sleep_passes.{name} is {depth}; allowed: at most {DEEPEST}")
 
 
 def _is_number(value: Any) -> bool:

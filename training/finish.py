@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 SAMPLES_FILE = "samples.txt"
 SAMPLES = 2
 WINDOWS = 4  # that a sample goes on for
+LONGEST = 2048  # tokens of a sample: they are written one by one, of long windows for hours
 
 
 def finish(model: Any, run: RunConfig, held_out: Any, metrics: Path) -> list[str]:
@@ -30,7 +31,10 @@ def finish(model: Any, run: RunConfig, held_out: Any, metrics: Path) -> list[str
 
 
 def write_samples(model: Any, held_out: TextHeldOut, *, passes: int, seed: int) -> list[str]:
-    """The beginnings of held-out documents, each with four windows that `model` writes behind."""
+    """The beginnings of held-out documents, each with what `model` writes behind: four windows.
+
+    Of windows that are long it is 2048 tokens.
+    """
     from hybrid_sleep.eval.perplexity import samples
 
     tokenizer, window = held_out.encoder.tokenizer, model.config.window
@@ -43,7 +47,7 @@ def write_samples(model: Any, held_out: TextHeldOut, *, passes: int, seed: int) 
         if prompt.strip() and len(prompts) < SAMPLES:
             prompts.append(prompt)
     written = samples(
-        model, tokenizer, prompts, tokens=WINDOWS * window, passes=passes, seed=seed
+        model, tokenizer, prompts, tokens=min(WINDOWS * window, LONGEST), passes=passes, seed=seed
     )
     return [prompt + text for prompt, text in zip(prompts, written, strict=True)]
 

@@ -1,41 +1,17 @@
-"""YAML to dataclasses: every key known, none given twice, every value of its type."""
+"""Plain data to dataclasses: every key known, every value of its type, every path a path."""
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import difflib
+import os
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-import yaml
-
-
-class StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, of which YAML would keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                line = key_node.start_mark.line + 1
-                raise ValueError(f"key {key!r} in line {line} is given twice; allowed: once")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def parse_overrides(overrides: Mapping[str, Any] | Iterable[str]) -> list[tuple[str, Any]]:
-    """Pairs of dotted key and value, from a mapping or from `key=value` texts (read as YAML)."""
-    if isinstance(overrides, Mapping):
-        return list(overrides.items())
-    parsed = []
-    for text in [overrides] if isinstance(overrides, str) else overrides:
-        key, equals, value = text.partition("=")
-        if not (key.strip() and equals):
-            raise ValueError(f"override {text!r}; allowed: key=value, such as train.steps=100")
-        parsed.append((key.strip(), yaml.safe_load(value)))
-    return parsed
+from hybrid_sleep.validation import LARGEST
 
 
 def set_key(content: dict[str, Any], key: str, value: Any) -> None:
@@ -69,14 +45,47 @@ def build(kind: type, content: Any, prefix: str) -> Any:
     only_known(content, fields, prefix)
     none_missing(kind, content, prefix)
     hints = typing.get_type_hints(kind)
-    return kind(**{k: _typed(v, hints[k], prefix + k) for k, v in content.items()})
+    return kind(**{k: typed(v, hints[k], prefix + k) for k, v in content.items()})
 
 
 def only_known(content: Mapping[str, Any], known: Iterable[str], prefix: str) -> None:
-    """Raise ValueError for the first key that is not `known`."""
+    """Raise ValueError for the first key that is not `known`, with those that look like it."""
     for key in content:
         if key not in known:
-            raise ValueError(f"unknown key {prefix}{key}; allowed: {', '.join(sorted(known))}")
+            raise ValueError(
+                f"unknown key {prefix}{key}; allowed: {', '.join(sorted(known))}"
+                + alike(key, known)
+            )
+
+
+def alike(given: Any, known: Iterable[str]) -> str:
+    """` (did you mean ...?)`, empty if nothing in `known` looks like what was `given`."""
+    close = difflib.get_close_matches(str(given), known, n=3)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
+
+
+def as_path(name: str, value: Any, what: str) -> str:
+    """`value` as the text of a path, `~` as the home folder that it stands for.
+
+    A number or a date is its digits. ValueError naming `name` for anything else, for blanks, and
+    for the home of a user who is not known; `what` says what is allowed.
+    """
+    if isinstance(value, (os.PathLike, int, datetime.date)) and not isinstance(value, bool):
+        value = str(value)
+    if value is None:
+        raise ValueError(f"{name} is null, as YAML reads nothing and a lone ~; allowed: {what}")
+    if not isinstance(value, str) or "\0" in value:
+        raise ValueError(f"{name}={value!r}; allowed: {what}")
+    if not value.strip():
+        raise ValueError(f"{name} is empty; allowed: {what}")
+    if "{{" in value:
+        raise ValueError(
+            f"{name}={value!r} is a template that nothing has filled in; allowed: {what}"
+        )
+    home = os.path.expanduser(value)
+    if value.startswith("~") and home == value:
+        raise ValueError(f"{name}={value!r} is in the home of an unknown user; allowed: {what}")
+    return home
 
 
 def none_missing(kind: type, content: Mapping[str, Any], prefix: str) -> None:
@@ -87,7 +96,7 @@ def none_missing(kind: type, content: Mapping[str, Any], prefix: str) -> None:
             raise ValueError(f"key {prefix}{f.name} is missing; it has no default")
 
 
-def _typed(value: Any, hint: Any, key: str) -> Any:
+def typed(value: Any, hint: Any, key: str) -> Any:
     """`value` if it is what `hint` says; a whole or written-out number passes as a float."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -98,7 +107,7 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
         errors = []
         for kind in kinds:
             try:
-                return _typed(value, kind, key)
+                return typed(value, kind, key)
             except ValueError as error:
                 errors.append(str(error))
         if len(errors) == 1:
@@ -114,15 +123,18 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
     if origin is list:
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"{key}={value!r}; allowed: a list")
-        return [_typed(item, arguments[0], f"{key}[{i}]") for i, item in enumerate(value)]
+        return [typed(item, arguments[0], f"{key}[{i}]") for i, item in enumerate(value)]
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ValueError(f"{key}={value!r}; allowed: keys and values")
         if arguments == (str, Any):
+            for name in value:
+                if not isinstance(name, str):
+                    raise ValueError(f"{key} has the key {name!r}; allowed: keys of text")
             return dict(value)
         of_key, of_value = arguments
         return {
-            _typed(k, of_key, f"{key} key"): _typed(v, of_value, f"{key}.{k}")
+            typed(k, of_key, f"{key} key"): typed(v, of_value, f"{key}.{k}")
             for k, v in value.items()
         }
     if hint is object:
@@ -135,6 +147,8 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
             except ValueError:
                 pass
         raise ValueError(f"{key}={value!r}; allowed: a number")
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ValueError(f"{key}={value!r}; allowed: an integer below 2**63")
     if hint is int and isinstance(value, bool) or not isinstance(value, hint):
         names = {bool: "true or false", int: "an integer", str: "text"}
         raise ValueError(f"{key}={value!r}; allowed: {names[hint]}")

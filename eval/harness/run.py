@@ -70,6 +70,7 @@ def run(
     from hybrid_sleep.eval.benchmarks.slices import Row, collect, record_of
     from hybrid_sleep.eval.harness import HybridSleepLM
     from hybrid_sleep.eval.harness.loading import check_sleep_options, find_run
+    from hybrid_sleep.eval.harness.names import check_names
     from hybrid_sleep.eval.harness.scores import scores
 
     if isinstance(tasks, str) or not tasks or len(set(tasks)) < len(tasks):
@@ -81,6 +82,9 @@ def run(
     if isinstance(sleep_passes, str):
         sleep_passes = parse_depths(sleep_passes)
     check_sleep_options(sleep_options or {})
+    if include_path is not None and not Path(include_path).is_dir():
+        raise FileNotFoundError(f"include_path={str(include_path)!r}; allowed: a folder")
+    check_names(tasks, include_path)
     lm = HybridSleepLM(
         checkpoint, batch_size=batch_size, device=device, dtype=dtype, **(sleep_options or {})
     )
@@ -145,30 +149,27 @@ def parse_task_params(text: str) -> dict[str, dict[str, Any]]:
 
     Raises ValueError for anything else.
     """
-    import yaml
+    from hybrid_sleep.training.parsing import parse_yaml
 
+    allowed = "allowed: such as 'rule110: {steps: 4}'"
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError:
-        content = None
+        content = parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"task_params={text!r}: {error}; {allowed}") from None
     if not isinstance(content, dict) or not all(isinstance(x, dict) for x in content.values()):
-        raise ValueError(f"task_params={text!r}; allowed: such as 'rule110: {{steps: 4}}'")
+        raise ValueError(f"task_params={text!r}; {allowed}")
     return content
 
 
 def parse_sleep_options(texts: Sequence[str]) -> dict[str, Any]:
     """Options from texts such as `window=256` or `loop=[1, 3]`; ValueError for anything else."""
-    import yaml
-
     from hybrid_sleep.eval.harness.loading import check_sleep_options
+    from hybrid_sleep.training.parsing import parse_overrides
 
-    options = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"sleep={text!r}; allowed: such as window=256")
-        options[name.strip()] = yaml.safe_load(value)
-    return check_sleep_options(options)
+    try:
+        return check_sleep_options(dict(parse_overrides(texts)))
+    except ValueError as error:
+        raise ValueError(f"sleep: {error}") from None
 
 
 def _load_tasks(
@@ -205,8 +206,6 @@ def _load_tasks(
                 f"num_fewshot={shots} with {own}; allowed: 0, as the model was trained"
             )
         params = {trained.task.name: {**trained.task.params, **params.get(trained.task.name, {})}}
-    if include_path is not None and not Path(include_path).is_dir():
-        raise FileNotFoundError(f"include_path={str(include_path)!r}; allowed: a folder")
     options = {"count": limit or tasks.COUNT, "seed": seed, "text": text}
     options["include_path"] = None if include_path is None else os.fspath(include_path)
     manager = tasks.task_manager(params, include_defaults=False, **options)
@@ -219,14 +218,11 @@ def _load_tasks(
 
 def _load(manager: Any, name: str) -> Any:
     from hybrid_sleep.eval.harness import tasks
+    from hybrid_sleep.eval.harness.names import no_task
 
     own = ", ".join(tasks.names())
     if name not in manager.task_index:
-        raise ValueError(
-            f"tasks has {name!r}, which is no task; allowed: {own}; those in include_path (lm-eval "
-            "leaves out a file that it cannot read); and lm-eval's own, which `lm-eval ls tasks` "
-            "lists"
-        )
+        raise no_task(name)
     try:
         return manager.load([name])
     except Exception as error:  # datasets, huggingface_hub and tasks all raise their own

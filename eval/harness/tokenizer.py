@@ -74,7 +74,7 @@ def load_tokenizer(folder: Path, run: RunConfig | None) -> Any:
     # A checkpoint taken on the way lies inside the folder of its run.
     for place in (folder, folder.parent) if run is not None else (folder,):
         if (place / "tokenizer_config.json").is_file():
-            return AutoTokenizer.from_pretrained(place)
+            return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     if run is None:
         raise ValueError(
             f"checkpoint {str(folder)!r} has no tokenizer and no run.yaml; allowed: a folder with "

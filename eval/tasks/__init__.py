@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from hybrid_sleep.eval.tasks.base import IGNORED, SPLITS, Task
+from hybrid_sleep.eval.tasks.base import IGNORED, LONGEST_EXAMPLE, SPLITS, Task
 from hybrid_sleep.eval.tasks.depo import Depo
 from hybrid_sleep.eval.tasks.gsm_infinite import GsmInfinite, GsmSymbolic
 from hybrid_sleep.eval.tasks.mqar import Mqar
@@ -41,7 +41,7 @@ def load(name: str, **params: Any) -> Task:
     """The task called `name`, with the parameters it takes.
 
     Raises ValueError for a name or a parameter that does not exist (listing those that do), and
-    for a parameter out of range.
+    for a parameter out of range. An example has at most a million tokens.
     """
     if name not in TASKS:
         raise ValueError(f"name={name!r} is no task; allowed: {', '.join(sorted(TASKS))}")
@@ -52,4 +52,10 @@ def load(name: str, **params: Any) -> Task:
                 f"{param}={params[param]!r} is no parameter of task {name!r}; "
                 f"allowed: {', '.join(allowed)}"
             )
-    return TASKS[name](**params)
+    task = TASKS[name](**params)
+    if task.length > LONGEST_EXAMPLE:
+        raise ValueError(
+            f"{', '.join(f'{key}={value!r}' for key, value in params.items())}: examples of "
+            f"{task.length:,} tokens; allowed: at most {LONGEST_EXAMPLE:,}"
+        )
+    return task

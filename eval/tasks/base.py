@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import torch
 
 IGNORED = -100
+LARGEST_SIZE = 100_000  # of one parameter
+LONGEST_EXAMPLE = 1_000_000
 SPLITS = ("train", "test")
 
 
@@ -162,11 +164,18 @@ def check_int(name: str, value: Any, least: int) -> int:
     return number
 
 
+def check_size(name: str, value: Any, least: int, most: int = LARGEST_SIZE) -> int:
+    """`value` as an int of `least`..`most`; ValueError naming the parameter otherwise."""
+    if check_int(name, value, least) > most:
+        raise ValueError(f"{name}={value!r}; allowed: at most {most:,}")
+    return operator.index(value)
+
+
 def check_levels(name: str, value: Any, least: int) -> tuple[int, ...]:
-    """`value` ascending; ValueError unless an integer >= `least` or a list of different ones."""
+    """`value` ascending; ValueError unless a size from `least` on, or a list of different ones."""
     if not isinstance(value, Sequence) or isinstance(value, str):
-        return (check_int(name, value, least),)
-    chosen = {check_int(name, number, least) for number in value}
+        return (check_size(name, value, least),)
+    chosen = {check_size(name, number, least) for number in value}
     if not chosen or len(chosen) < len(value):
         raise ValueError(f"{name}={value!r}; allowed: an integer, or a list of different ones")
     return tuple(sorted(chosen))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hybrid_sleep.eval.tasks.base import IGNORED, Task, check_int
+from hybrid_sleep.eval.tasks.base import IGNORED, Task, check_size
 from hybrid_sleep.eval.tasks.depo_floor import ENUMERATED_NODES, best_guess
 from hybrid_sleep.eval.tasks.draws import U64, draw, mix
 
@@ -33,6 +33,9 @@ VARIANTS = {
     "depo1": {"nodes": 225, "hops": 8, "queries": 10, "alphabet": 50, "shortest": 1, "longest": 2},
     "depo2": {"nodes": 75, "hops": 16, "queries": 10, "alphabet": 3, "shortest": 5, "longest": 7},
 }
+
+# Least and most of what has other limits than 1..100,000; a name is a number of 32 bits.
+LIMITS = {"nodes": (3, 10_000), "shortest": (1, 32), "longest": (1, 32)}
 
 
 class Depo(Task):
@@ -83,7 +86,7 @@ class Depo(Task):
             raise ValueError(f"variant={variant!r}; allowed: {', '.join(VARIANTS)}")
         given = (nodes, hops, queries, alphabet, shortest, longest)
         chosen = {
-            name: check_int(name, default if value is None else value, 3 if name == "nodes" else 1)
+            name: check_size(name, default if value is None else value, *LIMITS.get(name, (1,)))
             for (name, default), value in zip(VARIANTS[variant].items(), given, strict=True)
         }
         self.nodes, self.hops, self.queries, self.alphabet, shortest, longest = chosen.values()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hybrid_sleep.eval.tasks.base import IGNORED, Task, check_int, check_levels
+from hybrid_sleep.eval.tasks.base import IGNORED, Task, check_levels, check_size
 from hybrid_sleep.eval.tasks.draws import U64, distinct, draw, mix
 
 if TYPE_CHECKING:
@@ -66,11 +66,11 @@ class Mqar(Task):
         random_non_queries: bool = True,
         windows: int = 1,
     ):
-        self.vocab_size = check_int("vocab_size", vocab_size, 2)
+        self.vocab_size = check_size("vocab_size", vocab_size, 2)
         self.levels = self.asked = check_levels("pairs", pairs, 1)
-        self.windows = check_int("windows", windows, 1)
+        self.windows = check_size("windows", windows, 1)
         fewest, self.most = self.levels[0], self.levels[-1]
-        if check_int("length", length, 4) % 2 or length < 4 * self.most:
+        if check_size("length", length, 4) % 2 or length < 4 * self.most:
             raise ValueError(
                 f"length={length}; allowed: an even number, at least 4 * pairs = {4 * self.most}"
             )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from hybrid_sleep.eval.tasks.base import IGNORED, Task, check_int
+from hybrid_sleep.eval.tasks.base import IGNORED, Task, check_int, check_size
 from hybrid_sleep.eval.tasks.draws import U64, distinct, draw, mix
 from hybrid_sleep.eval.tasks.groups import Group
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 LAYOUTS = ("recall", "tagging")
 FEWEST_WORDS = 4096  # so that neither split is empty, and the test split hardly lopsided
+
+LARGEST = 10_000  # elements
 
 
 class PrefixProducts(Task):
@@ -55,7 +57,7 @@ class PrefixProducts(Task):
         prefixes: Sequence[int] | None,
     ):
         self.group, self.order = group, len(group)
-        self.elements = check_int("elements", elements, 2)
+        self.elements = check_size("elements", elements, 2, LARGEST)
         check_int("windows", windows, 1)
         if self.order**self.elements < FEWEST_WORDS:
             raise ValueError(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hybrid_sleep.eval.tasks.base import IGNORED, SPLITS, Task, check_int, check_levels
+from hybrid_sleep.eval.tasks.base import IGNORED, SPLITS, Task, check_int, check_levels, check_size
 from hybrid_sleep.eval.tasks.draws import TEST_SHARE, THRESHOLD, U64, draw
 
 if TYPE_CHECKING:
@@ -24,6 +24,10 @@ SEP = 2
 RANKED_BITS = 16  # up to this many context bits, the split is by rank so that no split is empty
 ENUMERATED_CELLS = 28  # up to this many cells the floor is exact
 SAMPLED_STATES = 1 << 24
+MOST_WORK = 1 << 18  # steps times width
+SLICE_CELLS = 1 << 27  # of all rings of a slice
+MOST_WORDS = 1 << 29  # of 64 rings, over all steps of a sample
+MOST_ENUMERATED = 1 << 32  # and of an enumeration
 SLICE_STATES = 1 << 17  # states a slice of the enumeration holds: its planes stay in cache
 
 
@@ -53,10 +57,15 @@ class Rule110(Task):
     difficulty = "steps"
 
     def __init__(self, width: int = 24, states: int = 4, steps: int | Sequence[int] = 8):
-        self.width = check_int("width", width, 3)
-        self.states = check_int("states", states, 1)
+        self.width = check_size("width", width, 3)
+        self.states = check_size("states", states, 1)
         self.rollouts = check_levels("steps", steps, 0)
         self.steps = self.rollouts[-1]
+        if self.steps * self.width > MOST_WORK:
+            raise ValueError(
+                f"steps={self.steps}, width={self.width}; allowed: at most {MOST_WORK:,} cells to "
+                "work out for a label"
+            )
         self.asked = np.arange(len(self.rollouts))
         kept = self.steps if len(self.rollouts) == 1 else list(self.rollouts)
         self.params = {"width": self.width, "states": self.states, "steps": kept}
@@ -140,10 +149,11 @@ class Rule110(Task):
         `per_label` is p = max(P(label=1), P(label=0)), `exact` is p**states (the rings are
         independent). P(label=1) = `ones` / `of` by enumeration of every ring: exact, with
         `standard_error` 0. Only min(width, 2*steps + 1) cells can reach the leftmost one; if
-        that is more than 28, P comes from 2**24 random rings instead, and `standard_error` is
-        that of `per_label`. `chance` is 2**-states, `by_difficulty` has `exact` by steps. With
-        several `steps`, `exact` and `per_label` are means of what the best guess for each scores,
-        and `by_steps` has the rest.
+        that is more than 28 (or fewer, over hundreds of steps), P comes from 2**24 random rings
+        instead (from fewer where they would take minutes: `of` says how many), and
+        `standard_error` is that of `per_label`. `chance` is 2**-states, `by_difficulty` has
+        `exact` by steps. With several `steps`, `exact` and `per_label` are means of what the best
+        guess for each scores, and `by_steps` has the rest.
         """
         by_steps = {steps: self._floor(steps) for steps in self._asked_steps}
         shared = {
@@ -249,15 +259,16 @@ def evolve(cells: np.ndarray, steps: int) -> np.ndarray:
 @lru_cache(maxsize=64)
 def _count_ones(cells: int, steps: int) -> tuple[int, int]:
     """(rings whose leftmost cell ends as 1, rings looked at): all 2**cells, or a sample."""
-    if cells > ENUMERATED_CELLS:
+    if cells > ENUMERATED_CELLS or cells * steps << cells > 64 * MOST_ENUMERATED:
         stream = np.random.Philox(np.random.SeedSequence([cells, steps]))
-        words = SLICE_STATES // 64
-        slices = range(SAMPLED_STATES // SLICE_STATES)
+        # 64 rings to a word; fewer words at a time of very long rings, and fewer of many steps.
+        words = max(1, min(SLICE_STATES, SLICE_CELLS // cells) // 64)
+        slices = max(1, min(SAMPLED_STATES, 64 * MOST_WORDS // (cells * steps)) // (64 * words))
         ones = sum(
             _leftmost_ones(stream.random_raw(cells * words).reshape(cells, words), steps)
-            for _ in slices
+            for _ in range(slices)
         )
-        return ones, SAMPLED_STATES
+        return ones, 64 * words * slices
     ones = 0
     for start in range(0, 1 << cells, SLICE_STATES):
         rings = np.arange(start, min(start + SLICE_STATES, 1 << cells), dtype=np.uint32)

@@ -34,7 +34,18 @@ def show(
     seed: int = 0,
     count: int = 1,
 ) -> str:
-    """The task `name` with `params`, and the first `count` examples of (split, seed).
+    """`show_lines` as one text."""
+    return "\n".join(show_lines(name, params, split, seed, count))
+
+
+def show_lines(
+    name: str,
+    params: Mapping[str, Any],
+    split: str = "test",
+    seed: int = 0,
+    count: int = 1,
+) -> Iterator[str]:
+    """The task `name` with `params`, and the first `count` examples of (split, seed), as they come.
 
     An example is its tokens by window (`0 x 12` stands for twelve in a row), with the labels below
     the tokens at whose places they stand, and then `describe`. Raises ValueError for whatever
@@ -44,12 +55,13 @@ def show(
     check_split(split)
     check_int("seed", seed, 0)
     check_int("count", count, 1)
-    lines = [*_wrapped(f"{name}: {_about(task)}", ""), "", *_facts(task)]
+    yield from _wrapped(f"{name}: {_about(task)}", "")
+    yield ""
+    yield from _facts(task)
     for number, example in enumerate(task.examples(split, seed, count), 1):
-        lines += ["", f"{split} example {number}, seed {seed}", *_windows(task, example), ""]
+        yield from ("", f"{split} example {number}, seed {seed}", *_windows(task, example), "")
         for line in task.describe(example).splitlines():
-            lines += _wrapped(line, "")
-    return "\n".join(lines)
+            yield from _wrapped(line, "")
 
 
 def _about(task: Task | type[Task]) -> str:
@@ -66,23 +78,28 @@ def _value(value: Any) -> str:
 
 
 def _facts(task: Task) -> Iterator[str]:
-    floor = task.floor()
     cut = [min(task.window, task.length - at) for at in range(0, task.length, task.window)]
     sizes = [(size, len(list(run))) for size, run in itertools.groupby(cut)]
     windows = " and ".join(f"{times} of {size}" for size, times in sizes)
+    parameters = ", ".join(f"{key}={_value(value)}" for key, value in task.params.items())
+    yield from _fact("parameters", parameters)
+    tokens = f"{task.length} tokens out of {task.vocab_size}"
+    yield from _fact("example", f"{tokens}, in windows: {windows}")
+    yield from _fact("difficulty", task.difficulty)
+    floor = task.floor()
     guess = f" (token {floor['majority']})" if "majority" in floor else ""
-    by_difficulty = ", ".join(f"{k} {_share(v)}" for k, v in floor["by_difficulty"].items())
-    facts = {
-        "parameters": ", ".join(f"{key}={_value(value)}" for key, value in task.params.items()),
-        "example": f"{task.length} tokens out of {task.vocab_size}, in windows: {windows}",
-        "difficulty": task.difficulty,
-        "floor": f"most frequent label{guess} {_share(floor['per_label'])} of labels, "
+    yield from _fact(
+        "floor",
+        f"most frequent label{guess} {_share(floor['per_label'])} of labels, "
         f"{_share(floor['exact'])} of examples; a guess among the possible answers "
         f"{_share(floor['chance'])} of questions",
-        "": f"best guess without memory, by {task.difficulty}: {by_difficulty}",
-    }
-    for name, text in facts.items():
-        yield from _wrapped(text, " " * INDENT, name)
+    )
+    by_difficulty = ", ".join(f"{k} {_share(v)}" for k, v in floor["by_difficulty"].items())
+    yield from _fact("", f"best guess without memory, by {task.difficulty}: {by_difficulty}")
+
+
+def _fact(name: str, text: str) -> list[str]:
+    return _wrapped(text, " " * INDENT, name)
 
 
 def _share(share: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hybrid_sleep.eval import tasks
-from hybrid_sleep.eval.tasks.gsm_infinite import parse_answer
+from hybrid_sleep.eval.tasks.gsm_infinite import parse_answer, parse_set
 
 
 @pytest.mark.parametrize(
@@ -96,6 +96,67 @@ from hybrid_sleep.eval.tasks.gsm_infinite import parse_answer
 )
 def test_free_text_replies(reply, answer):
     assert parse_answer(reply) == answer
+
+
+@pytest.mark.parametrize(
+    "reply, answer",
+    [
+        # The first `####` answers; what comes behind is another problem's.
+        ("#### 12\n\nQuestion: Tom has 15 apples. How many?", 12),
+        ("3 + 9 = 12\n#### 12\n\nQ: 2 and 3?\nA: 2 + 3 = 5\n#### 5", 12),
+        ("#### 12\n#### 15", 12),
+        ("####12 trees.", 12),
+        ("#### $1,200.00", 1200),
+        ("#### \u221212", -12),
+        ("#### 12 and now 15 in Oak Grove = 15", 15),  # not the end of a solution
+        ("#### 1. Count the trees\nThere are 7.\n#### 2. Sum\nAnswer: 9", 9),  # headings
+        ("#### Step 1\nThere are 7", 7),
+        ("##### 3\nAnswer: 4", 4),
+        ("#### unknown", None),
+        # So does `Answer:` or a box, where a next question shows that the reply is over.
+        ("Answer: 12\n\nQuestion: 3 and 4?\nAnswer: 7", 12),
+        (r"So \boxed{12}." "\n**Problem:** 3 and 4?\n" r"It is \boxed{7}", 12),
+        ("Answer: 12\nUser: and 3 + 4?\nAnswer: 7", 12),
+        ("Answer: 3. Wait, the question asks for both. Answer: 5.", 5),
+        ("Question: how many of the 30?\nAnswer: 12", 12),  # the one that was asked, repeated
+        ("Question 1: how many? The answer is 3.\nQuestion 2: and all? The answer is 7.", 7),
+        # What would have to be worked out is no answer, unless it is.
+        ("#### 10-3", None),
+        ("#### 10 - 3 = 7", 7),
+        ("Answer: 10-3", None),
+        ("10-3", None),
+        ("**10 x 3**", None),
+        ("10-3=7", 7),
+        ("Answer: 10 \u2212 3", None),
+        ("Answer: 10 - 3 = 7", 7),
+        ("Answer: 3 * 4", None),
+        (r"Answer: $3 \times 4$", None),
+        ("Answer: 3 x 4", None),
+        ("Answer: 2^10", None),
+        ("Answer: 2(3 + 4)", None),
+        ("The total is 10 + 3", None),
+        (r"\boxed{10-3}", None),
+        ("Answer: 12 (3 + 9)", 12),
+        ("Answer: 12 - as 3 were cut", 12),
+        ("Answer: **12** 3 of them oaks", 12),
+        ("Answer: 12\n- 3 in Oak Grove\n- 9 in Elm Hill", 12),
+    ],
+)
+def test_replies_that_go_on(reply, answer):
+    assert parse_answer(reply) == answer
+
+
+@pytest.mark.parametrize(
+    "reply, names",
+    [
+        ("Answer: V1, V2\n\nQuestion: which are 3?\nAnswer: V3", {"V1", "V2"}),
+        (r"\boxed{V1}" "\nQ: and 3?\n" r"\boxed{V3}", {"V1"}),
+        ("Question: which of V1 and V2?\nAnswer: V2", {"V2"}),
+        ("Answer: none\nQuestion: which are 3?\nAnswer: V3", set()),
+    ],
+)
+def test_lists_that_go_on(reply, names):
+    assert parse_set(reply) == names
 
 
 def test_written_solutions_parse_to_their_answers():

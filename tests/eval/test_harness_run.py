@@ -241,6 +241,32 @@ def test_unknown_tasks_and_data_out_of_reach(trained, tmp_path, monkeypatch):
         run_eval(trained, ["far"], include_path=tmp_path)
 
 
+def test_names_are_checked_before_lm_eval_lists_its_own(tmp_path, monkeypatch):
+    from importlib.machinery import ModuleSpec
+
+    from hybrid_sleep.eval.harness.names import check_names
+
+    package = ModuleSpec("lm_eval", None, is_package=True)
+    package.submodule_search_locations = [str(tmp_path / "lm_eval")]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: package)
+    folder, mine = tmp_path / "lm_eval" / "tasks" / "arc", tmp_path / "mine"
+    folder.mkdir(parents=True)
+    mine.mkdir()
+    (folder / "arc.yaml").write_text("task: arc_easy\ninclude: _common_yaml\n")
+    (folder / "_common_yaml").write_text("tag:\n  - ai2_arc\n")
+    (mine / "far.yaml").write_text("task: 'far'\n")
+    check_names(["arc_easy", "ai2_arc", "hybrid_sleep_rule110"])
+    check_names(["far", "arc_easy"], mine)
+    for name, meant in [
+        ("arc_esy", "arc_easy"),
+        ("arc_eas", "arc_easy"),  # a part of it
+        ("hybrid_sleep_rul110", "hybrid_sleep_rule110"),
+        ("rule110", "hybrid_sleep_rule110"),
+    ]:
+        with pytest.raises(ValueError, match=rf"'{name}', which is no task; .*mean {meant}"):
+            check_names(["arc_easy", name])
+
+
 def test_the_error_of_a_share_is_that_of_independent_examples():
     """Against drawing examples again and again."""
     generator = torch.Generator().manual_seed(0)

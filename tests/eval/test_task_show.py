@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
 
 from hybrid_sleep.eval import tasks
-from hybrid_sleep.eval.tasks.show import listing, show
+from hybrid_sleep.eval.tasks.show import listing, show, show_lines
 
 SMALL = {
     "depo": {"nodes": 8, "hops": 4, "queries": 4, "alphabet": 8, "longest": 1},
@@ -21,6 +22,35 @@ SMALL = {
 
 def test_a_page():
     assert show("word_problem", SMALL["word_problem"]) == PAGE
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("rule110", {"width": 10**11}),
+        ("rule110", {"width": 1000, "states": 1000, "steps": 1}),
+        ("rule110", {"width": 1000, "steps": 1000}),
+        ("depo", {"nodes": 10**5}),
+        ("depo", {"longest": 10**5, "shortest": 10**5}),
+        ("depo", {"queries": 10**5}),
+        ("mqar", {"length": 10**9}),
+        ("parity", {"elements": 10**9}),
+        ("word_problem", {"elements": 10**5}),
+        ("gsm_infinite", {"length": 10**9}),
+    ],
+)
+def test_sizes_that_would_take_hours_are_refused_at_once(name, params):
+    with pytest.raises(ValueError, match="|".join(params) + ".*allowed: at most"):
+        show(name, params)
+
+
+def test_lines_come_before_the_floor_is_known(monkeypatch):
+    task = tasks.TASKS["rule110"]
+    monkeypatch.setattr(task, "floor", lambda self: pytest.fail("too early"))
+    lines = itertools.takewhile(
+        lambda line: not line.startswith("difficulty"), show_lines("rule110", SMALL["rule110"])
+    )
+    assert any("width=9" in line for line in lines)
 
 
 def test_equal_tokens_in_a_row_are_counted():

@@ -101,6 +101,16 @@ def test_committed_recipes_load(recipe, tmp_path):
         ("model.window=0", r"model: window must be an integer of at least 1, got 0"),
         ("model.sleep_attention=both", r"sleep_attention must be one of 'causal', 'bidirect"),
         ("model.vocab_size=2", r"model.vocab_size=2; allowed: at least 3"),
+        ("model.hiden_size=5", r"allowed: .*vocab.* \(did you mean hidden_size"),
+        ("model.dtype=bfloat16", r"unknown key model.dtype; allowed: "),
+        ("model.return_dict=false", r"unknown key model.return_dict; allowed: "),
+        ("model.weights_version=1", r"unknown key model.weights_version; allowed: "),
+        ("model={5: 1}", r"unknown key model.5; allowed: "),
+        ("model.rms_norm_eps=0", r"model: rms_norm_eps must be a finite number above 0, got 0"),
+        ("model.rms_norm_eps=small", r"model.rms_norm_eps='small'; allowed: a number"),
+        ("model.tie_word_embeddings='no'", r"tie_word_embeddings must be True or False, got 'no'"),
+        ("model.hidden_size=1e2", r"hidden_size must be an integer of at least 1, got 100.0"),
+        ("model.rope_parameters={rope_type: linear}", r"model: rope_param.* must have 'factor'"),
         ("model=5", r"model=5; allowed: keys of HybridSleepConfig"),
         ("task=rule110", r"task='rule110'; allowed: the keys name, params"),
         ("task.name=rule30", r"task: name='rule30' is no task; allowed: .*rule110"),
@@ -130,6 +140,10 @@ def test_committed_recipes_load(recipe, tmp_path):
         ("train.eval_depths=[1, x]", r"train.eval_depths\[1\]='x'; allowed: .*an integer"),
         ("train.save_every=0", r"train.save_every=0; allowed: null or an integer >= 1"),
         ("train.seed=-1", r"train.seed=-1; allowed: an integer >= 0"),
+        ("train.seed=4294967296", r"train.seed=42.*; allowed: .* >= 0, below 2\*\*32"),
+        ("train.steps=9223372036854775808", r"train.steps=922.*allowed: an integer below"),
+        ("task.params={5: 1}", r"task.params has the key 5; allowed: keys of text"),
+        ("sleep_passes={uniform: [1, 2000]}", r"uniform high is 2000; allowed: at most 1000"),
         ("train.dtype=float16", r"train.dtype='float16'; allowed: float32, bfloat16"),
         ("train.device=tpu", r"train.device='tpu'; allowed: auto, cpu"),
         (
@@ -150,6 +164,9 @@ def test_committed_recipes_load(recipe, tmp_path):
         ("stages=[{output_dir: x}]", r"stages\[0\]: key 'output_dir'; allowed: keys in model"),
         ("stages=[{train.steps: 0}]", r"stages\[0\]: train.steps=0; allowed: an integer >= 1"),
         ("output_dir=''", r"output_dir is empty; allowed: the path of a folder"),
+        ("output_dir=' '", r"output_dir is empty; allowed: the path of a folder"),
+        ("output_dir=", r"output_dir is null, .*; allowed: the path of a folder"),
+        ("output_dir=[a]", r"output_dir=\['a'\]; allowed: the path of a folder"),
         ("train.steps", r"override 'train.steps'; allowed: key=value"),
         ("output_dir.name=x", r"override 'output_dir.name': output_dir is a value"),
     ],
@@ -182,14 +199,32 @@ def test_files_that_are_no_run(small, tmp_path):
     with pytest.raises(FileNotFoundError, match="train.deepspeed='none.json' is no file"):
         load_run_config(small, ["train.deepspeed=none.json"])
     for text, message in [
-        ("", "holds NoneType; allowed: keys and values"),
+        ("", "holds nothing; allowed: keys and values"),
         ("- 1", "holds list"),
-        ("a: [", "while parsing"),
+        ("a: [", "line 1, column 5: while parsing"),
+        (SMALL.replace("out/small", "{{run}}"), "line 20: a template"),
         (SMALL + "task: {name: rule110}\n", "key 'task' in line .* is given twice"),
     ]:
         small.write_text(text)
         with pytest.raises(ValueError, match=message):
             load_run_config(small)
+
+
+def test_a_file_of_other_bytes(small):
+    small.write_bytes(b"\xef\xbb\xbf" + SMALL.encode())  # as some editors begin UTF-8
+    assert load_run_config(small).output_dir == "out/small"
+    small.write_bytes("# \u00e9\n".encode("latin-1") + SMALL.encode())
+    with pytest.raises(ValueError, match="not UTF-8 at byte 2"):
+        load_run_config(small)
+
+
+def test_numbers_and_paths_of_a_run(small, monkeypatch):
+    monkeypatch.setenv("HOME", "/h")
+    run = load_run_config(small, ["model.rms_norm_eps=1e-5", "output_dir=~/a"])
+    assert run.output_dir == "/h/a" and run.model_config().rms_norm_eps == 1e-5
+    quoted = load_run_config(small, ["model.rms_norm_eps='1e-5'", "output_dir=/h/a"])
+    assert quoted == run
+    assert load_run_config(small, ["output_dir=2026-11-27"]).output_dir == "2026-11-27"
 
 
 def test_the_command_ends_in_one_line_and_code_2(small, tmp_path):

@@ -104,6 +104,12 @@ class TextBatches(IterableDataset):
             for part in range(self.accumulate):
                 chosen = lanes[part * size : (part + 1) * size]
                 batch = collate([lane.row() for lane in chosen], self.source.config, self.encoder)
+                if bool((batch["labels"] == IGNORED).all()):
+                    raise ValueError(
+                        f"text: all {size} rows of a batch in step {step} hold but one token of a "
+                        "document, of which nothing is predicted; allowed: longer documents, "
+                        "text.packing=true or another text.length"
+                    )
                 batch["position"] = {
                     "rows": self.rows,
                     "seed": self.seed,

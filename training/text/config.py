@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from hybrid_sleep.training.schema import as_path, only_known
+
 # Keys of `text.dataset` and their defaults; None is what `datasets.load_dataset` takes for absent.
 DATASET_KEYS = {
     "path": None,
@@ -50,14 +52,17 @@ class TextConfig:
         if (self.files is None) == (self.dataset is None):
             given = "neither" if self.files is None else "both"
             raise ValueError(f"text.files and text.dataset: {given} given; allowed: one of the two")
-        demand(
-            self.files is None or (len(self.files) > 0 and all(self.files)),
-            "files",
-            "a list of paths and glob patterns",
-        )
+        if self.files is not None:
+            demand(len(self.files) > 0, "files", "a list of paths and glob patterns")
+            self.files = [
+                as_path(f"text.files[{i}]", path, "the path of a file, or a glob pattern")
+                for i, path in enumerate(self.files)
+            ]
         if self.dataset is not None:
             self._check_dataset()
-        demand(bool(self.tokenizer), "tokenizer", "bytes, a folder or a name on the hub")
+        names = "bytes, a folder or a name on the hub"
+        demand(bool(self.tokenizer.strip()), "tokenizer", names)
+        self.tokenizer = as_path("text.tokenizer", self.tokenizer, names)
         demand(self.length >= 2, "length", "an integer >= 2")
         demand(
             self.separator is None or (self.separator != "" and self.files is not None),
@@ -68,17 +73,25 @@ class TextConfig:
         demand(self.shuffle >= 0, "shuffle", "an integer >= 0")
 
     def _check_dataset(self) -> None:
-        for key in self.dataset:
-            if key not in DATASET_KEYS:
-                raise ValueError(
-                    f"unknown key text.dataset.{key}; allowed: {', '.join(DATASET_KEYS)}"
-                )
+        only_known(self.dataset, DATASET_KEYS, "text.dataset.")
         self.dataset = {**DATASET_KEYS, **self.dataset}
         for key in ("path", "split", "column"):
             value = self.dataset[key]
-            if not isinstance(value, str) or not value:
+            if not isinstance(value, str) or not value.strip():
                 raise ValueError(f"text.dataset.{key}={value!r}; allowed: text")
+        self.dataset["path"] = as_path("text.dataset.path", self.dataset["path"], "text")
+        self.dataset["data_files"] = _files(self.dataset["data_files"])
         if not isinstance(self.dataset["streaming"], bool):
             raise ValueError(
                 f"text.dataset.streaming={self.dataset['streaming']!r}; allowed: true, false"
             )
+
+
+def _files(given: Any) -> Any:
+    """`text.dataset.data_files`, paths in it as they are: one, several, or those of each split."""
+    name = "text.dataset.data_files"
+    if isinstance(given, dict):
+        return {split: _files(paths) for split, paths in given.items()}
+    if isinstance(given, list) and given:
+        return [as_path(f"{name}[{i}]", path, "a path") for i, path in enumerate(given)]
+    return None if given is None else as_path(name, given, "null, a path, or a list of them")

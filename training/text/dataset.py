@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterator
+import glob
+import logging
+import os
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from hybrid_sleep.training.text.config import TextConfig
@@ -29,15 +33,20 @@ class DatasetSource(TextSource):
                 "text.dataset needs the package datasets, which is not installed; allowed: "
                 "pip install datasets, or text.files"
             ) from error
-        try:
-            data = load_dataset(wanted.pop("path"), **wanted)
-            first = next(iter(copy.deepcopy(data) if self.streaming else data), None)
-        except Exception as error:  # builders, file formats and the hub all raise their own
-            reason = str(error).strip().partition("\n")[0]
-            raise ValueError(
-                f"text.dataset={config.dataset!r} cannot be loaded ({reason}); allowed: what "
-                "datasets.load_dataset loads"
-            ) from error
+        for path in _paths(wanted["data_files"]):
+            if os.path.isfile(path) and os.path.getsize(path) == 0:
+                raise ValueError(
+                    f"text.dataset.data_files: {path!r} is empty; allowed: files with rows"
+                )
+        with _complaints() as heard:
+            try:
+                data = load_dataset(wanted.pop("path"), **wanted)
+                first = next(iter(copy.deepcopy(data) if self.streaming else data), None)
+            except Exception as error:  # builders, file formats and the hub all raise their own
+                raise ValueError(
+                    f"text.dataset={config.dataset!r} cannot be loaded ({_reason(error, heard)}); "
+                    "allowed: what datasets.load_dataset loads"
+                ) from error
         if first is None:
             raise ValueError(f"text.dataset={config.dataset!r} has no rows; allowed: at least one")
         if self.column not in first:
@@ -57,7 +66,7 @@ class DatasetSource(TextSource):
         here = at or {"row": 0, "state": None}
         data = self._from(here)
         documents: list[Document] = []
-        for index, row in enumerate(data, start=here["row"]):
+        for index, row in self._numbered(data, here["row"]):
             document = self._parts(index, row)[0]
             if document is not None:
                 documents.append(document)
@@ -69,13 +78,57 @@ class DatasetSource(TextSource):
             yield here, documents
 
     def held_out(self) -> Iterator[Document]:
-        for index, row in enumerate(self._from({"row": 0, "state": None})):
+        for index, row in self._numbered(self._from({"row": 0, "state": None}), 0):
             document = self._parts(index, row)[1]
             if document is not None:
                 yield document
 
     def read(self, handle: Document) -> Document:
         return handle
+
+    def check(self, tokenizer: Any, *, vocab_size: int, rows: int) -> None:
+        if not self.streaming:
+            self._check_tokens(len(tokenizer))
+        super().check(tokenizer, vocab_size=vocab_size, rows=rows)
+
+    def _check_tokens(self, count: int) -> None:
+        """Raise ValueError naming the first row that is neither text nor ids below `count`."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        column = self._data.data.column(self.column)
+        lists = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            return
+        if lists and pa.types.is_integer(column.type.value_type):
+            ids = [chunk.flatten() for chunk in column.chunks]
+            bounds = [pc.min_max(part) for part in ids if len(part)]
+            wrong = any(part.null_count for part in ids) or any(
+                bound["min"].as_py() < 0 or bound["max"].as_py() >= count for bound in bounds
+            )
+            if not wrong:
+                return
+        for index, row in enumerate(self._data):
+            self._parts(index, row)
+            content = row[self.column]
+            ids = content if isinstance(content, list) else []
+            if ids and not 0 <= min(ids) <= max(ids) < count:
+                raise ValueError(
+                    f"text.dataset: row {index} holds {ids[:8]}...; allowed: token ids in "
+                    f"0..{count - 1}, those of text.tokenizer"
+                )
+
+    def _numbered(self, data: Iterable[dict[str, Any]], first: int) -> Iterator[tuple[int, Any]]:
+        """The rows of `data` with their numbers; ValueError where one cannot be read."""
+        index = first - 1
+        try:
+            for index, row in enumerate(data, start=first):
+                yield index, row
+        except Exception as error:  # file formats and the hub all raise their own
+            raise ValueError(
+                f"text.dataset={self.config.dataset!r} cannot be read behind row {index} "
+                f"({_reason(error, [])}); allowed: what datasets.load_dataset loads"
+            ) from error
 
     def _from(self, place: dict[str, Any]) -> Any:
         if not self.streaming:
@@ -93,6 +146,11 @@ class DatasetSource(TextSource):
                 f"text.dataset.column={self.column!r} holds {type(content).__name__} in row "
                 f"{index}; allowed: a column of text or of lists of token ids"
             )
+        if isinstance(content, list) and not all(type(token) is int for token in content):
+            raise ValueError(
+                f"text.dataset.column={self.column!r} holds {str(content[:8])[:80]}... in row "
+                f"{index}; allowed: text, or a flat list of token ids"
+            )
         if not content or (isinstance(content, str) and content.isspace()):
             return None, None
         if self._split.draws(index):
@@ -100,3 +158,47 @@ class DatasetSource(TextSource):
         cut = len(content) - self._split.tail(len(content))
         training = Document(content[:cut], cut == len(content)) if cut else None
         return training, Document(content[cut:]) if cut < len(content) else None
+
+
+def _paths(given: Any) -> Iterator[str]:
+    """Local paths out of `data_files`, in which one, several or those of each split may be given.
+
+    What is at other places matches nothing here.
+    """
+    if isinstance(given, str):
+        yield from glob.glob(given, recursive=True)
+    elif given is not None:
+        for part in given.values() if isinstance(given, dict) else given:
+            yield from _paths(part)
+
+
+@contextlib.contextmanager
+def _complaints() -> Iterator[list[str]]:
+    """What `datasets` logs meanwhile: the file that is broken stands there and in no exception."""
+    heard: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.append(record.getMessage())
+
+    logger, keep = logging.getLogger("datasets"), Keep(logging.ERROR)
+    before = logger.handlers
+    logger.handlers = [keep]
+    try:
+        yield heard
+    finally:
+        logger.handlers = before
+
+
+def _reason(error: BaseException, heard: list[str]) -> str:
+    """The first line of what was `heard` last, else of the first cause of `error` that has one."""
+    reasons = heard[-1:]
+    while not reasons and error is not None:
+        inner = error.__cause__ or error.__context__
+        text = str(error).strip()
+        if text and (inner is None or not str(inner).strip()):
+            reasons = [f"{type(error).__name__}: {text}"]
+        elif inner is None:
+            reasons = [type(error).__name__]
+        error = inner
+    return reasons[0].strip().partition("\n")[0]

@@ -44,6 +44,8 @@ class FileSource(TextSource):
             for span in find_documents(path, config.separator):
                 whole.extend((number, *span))
         spans = np.array(whole, dtype=np.int64).reshape(-1, 3)
+        if len(spans) <= len(self.paths):
+            _check_separator(self.paths, config.separator)
         split = HoldOut(config.held_out, len(spans))
         training, held_out = array("q"), array("q")
         size, place, data = piece_bytes(config), -1, b""
@@ -118,6 +120,19 @@ def find_documents(path: Path, separator: str | None) -> Iterator[tuple[int, int
         if not _blank(data, start, first):
             yield start, first
         start = last
+
+
+def _check_separator(paths: list[Path], separator: str | None) -> None:
+    """Raise ValueError for a separator that divides none of the files."""
+    if separator is None or any(next(_separators(_mapped(p), separator), None) for p in paths):
+        return
+    hint = ""
+    if re.search(r"\\[nrt]", separator):
+        hint = ' (a line end is "\\n" in double quotes; without them it is a backslash and an n)'
+    raise ValueError(
+        f"text.separator={separator!r} occurs in none of the files; allowed: text that stands "
+        f"between documents, or null: a file is one{hint}"
+    )
 
 
 def _separators(data: mmap.mmap | bytes, separator: str | None) -> Iterator[tuple[int, int]]:

@@ -57,13 +57,17 @@ class TextSource(ABC):
                 f"text.tokenizer={self.config.tokenizer!r} has {len(tokenizer)} tokens and "
                 f"model.vocab_size={vocab_size}; allowed: model.vocab_size >= {len(tokenizer)}"
             )
-        found = 0
+        found, teaches, encoder = 0, False, Encoder(tokenizer)
         for _, handles in self.blocks(min(rows, BLOCK)):
-            if found == 0:
-                Encoder(tokenizer)(self.read(handles[0]))
             found += len(handles)
-            if found >= rows:
+            teaches = teaches or any(len(encoder(self.read(handle))) > 1 for handle in handles)
+            if teaches and found >= rows:
                 return
+        if found >= rows:
+            raise ValueError(
+                "text holds no document of two tokens or more, and nothing is predicted of the "
+                "first; allowed: longer documents"
+            )
         raise ValueError(
             f"text holds {found} documents to train on and train.batch_size={rows}; allowed: at "
             "least one document for each row of a batch, which reads documents of its own (a file "

@@ -15,16 +15,22 @@ BYTES = "bytes"
 def load_tokenizer(name: str) -> Any:
     """The tokenizer a run names: `bytes` (259 ids, needs no file), a folder, or a hub name.
 
-    Raises ValueError if there is none of that name within reach, or if it has no end of text.
+    Raises ValueError if there is none of that name within reach, if it has no end of text, or if it
+    comes with code of its own, which is not run.
     """
     from transformers import AutoTokenizer, ByT5Tokenizer
+
+    # So that transformers knows a model of ours and does not ask whether to run its code.
+    from hybrid_sleep import HybridSleepForCausalLM  # noqa: F401
 
     if name == BYTES:
         return ByT5Tokenizer(extra_ids=0)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers, huggingface_hub and tokenizers all raise their own
         reason = str(error).strip().partition("\n")[0]
+        if "trust_remote_code" in str(error):
+            reason = "it comes with code of its own, which is not run"
         raise ValueError(
             f"text.tokenizer={name!r} cannot be loaded ({reason}); allowed: {BYTES}, a folder with "
             "a saved tokenizer, or a name on the hub if the hub can be reached"
@@ -66,13 +72,12 @@ class Encoder:
                 content, add_special_tokens=False, split_special_tokens=True, verbose=False
             ).input_ids
             return np.array([*self.first, *ids, *[self.eos] * ends], dtype=np.int64)
-        ids = np.asarray(content)
         allowed = len(self.tokenizer)
-        if ids.dtype.kind not in "iu" or ids.ndim != 1 or ids.min() < 0 or ids.max() >= allowed:
+        whole = all(type(token) is int for token in content)
+        if not whole or not 0 <= min(content) <= max(content) < allowed:
             raise ValueError(
-                f"text.dataset: a document holds {ids[:8].tolist()}...; allowed: token ids in "
+                f"text.dataset: a document holds {content[:8]}...; allowed: token ids in "
                 f"0..{allowed - 1}, those of text.tokenizer"
             )
-        if ends and ids[-1] != self.eos:
-            ids = np.append(ids, self.eos)
-        return ids.astype(np.int64)
+        ids = np.array(content, dtype=np.int64)
+        return np.append(ids, self.eos) if ends and ids[-1] != self.eos else ids
