@@ -51,7 +51,7 @@ def _train_and_measure(run: RunConfig, out: Path, began: float, command: str | N
     from rich.console import Console
 
     from hybrid_sleep.training import train
-    from hybrid_sleep.training.run import RUN_FILE
+    from hybrid_sleep.training.folder import RUN_FILE
 
     console = Console()
     task, base = run.load_task(), baseline(run)

@@ -20,6 +20,7 @@ from hybrid_sleep.eval.depth_report import read_baseline, run_record, summarise
 from hybrid_sleep.eval.tasks import Task
 from hybrid_sleep.eval.tasks.base import check_int
 from hybrid_sleep.provenance import check_device
+from hybrid_sleep.training.weights import load_model
 
 if TYPE_CHECKING:
     import torch
@@ -198,28 +199,10 @@ def check_seeds_of_one_recipe(
         seeds[run.train.seed] = name
 
 
-def load_model(checkpoint: str | os.PathLike, device: Any = "cpu", **given: Any) -> Any:
-    """The model saved in `checkpoint`, without transformers' bar for its few weights.
-
-    given: what `from_pretrained` takes besides, such as `dtype`.
-    """
-    from transformers.utils import logging
-
-    from hybrid_sleep import HybridSleepForCausalLM
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        return HybridSleepForCausalLM.from_pretrained(os.fspath(checkpoint), **given).to(device)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 def read_run(checkpoint: str | os.PathLike) -> RunConfig:
     """The run that `checkpoint` came from, as training left it beside the weights."""
     from hybrid_sleep.training import load_run_config
-    from hybrid_sleep.training.run import RUN_FILE
+    from hybrid_sleep.training.folder import RUN_FILE
 
     folder = Path(checkpoint)
     if not folder.is_dir():
