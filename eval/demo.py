@@ -107,7 +107,10 @@ def recipe(seed: int, output_dir: Path) -> RunConfig:
 def baseline(run: RunConfig) -> dict[str, Any] | None:
     """The committed result of the same model trained at N = 1 alone, None if not installed."""
     file = files("hybrid_sleep.eval") / "results" / "baseline_n1" / "results.json"
-    return depth_report.read_baseline(file, run) if file.is_file() else None
+    if not file.is_file():
+        return None
+    with as_file(file) as path:
+        return depth_report.read_baseline(path, run)
 
 
 def generate(model: Any, task: Task, passes: int) -> dict[str, Any]:

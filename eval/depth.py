@@ -20,7 +20,7 @@ from hybrid_sleep.eval.depth_report import read_baseline, run_record, summarise
 from hybrid_sleep.eval.tasks import Task
 from hybrid_sleep.eval.tasks.base import check_int
 from hybrid_sleep.provenance import check_device
-from hybrid_sleep.training.weights import load_model
+from hybrid_sleep.training.weights import check_model, load_model
 
 if TYPE_CHECKING:
     import torch
@@ -140,7 +140,7 @@ def bench_checkpoints(
     returns what it has, with `complete` False.
 
     Raises ValueError or FileNotFoundError, before any model is loaded, for a checkpoint that
-    training did not write, for checkpoints of different recipes or of the same seed, and for a
+    training did not write or that is not whole, for checkpoints of different recipes or of the same seed, and for a
     baseline that cannot be compared.
     """
     from hybrid_sleep.eval.progress import progress_bar
@@ -151,6 +151,8 @@ def bench_checkpoints(
         raise ValueError("checkpoints is empty; allowed: one or more folders of trained models")
     runs = [read_run(checkpoint) for checkpoint in checkpoints]
     check_seeds_of_one_recipe(checkpoints, runs)
+    for checkpoint in checkpoints:
+        check_model(checkpoint)
     base = None if baseline is None else read_baseline(baseline, runs[0])
     task = runs[0].load_task()
     results, complete = [], True

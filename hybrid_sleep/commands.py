@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+from hybrid_sleep.io import sole_writer
 from hybrid_sleep.training.zero import choose_accelerator
 
 options = {"traceback": False}
@@ -56,9 +57,10 @@ def measure(what: str, run: Callable[..., dict[str, Any]], out: Path, **given: A
     """Report `run` of what is given: with this command, a progress bar, and `out` to go on in."""
     from hybrid_sleep.eval.progress import progress_bar
 
-    with progress_bar(what) as progress:
-        result = run(**given, out=out, command=command_line(), progress=progress)
-    report(result, out)
+    with sole_writer(out):
+        with progress_bar(what) as progress:
+            result = run(**given, out=out, command=command_line(), progress=progress)
+        report(result, out)
 
 
 def report(result: dict[str, Any], out: Path) -> None:

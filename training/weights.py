@@ -36,15 +36,11 @@ def load_model(
     Raises FileNotFoundError where there is no model, ValueError for a file that is damaged and for
     weights that are not those of the model, naming them.
     """
-    import torch
     from transformers.utils import logging
 
     from hybrid_sleep import HybridSleepForCausalLM
 
-    where = f"checkpoint {os.fspath(folder)!r}"
-    config = read_config(folder, where) if config is None else config
-    with torch.device("meta"):
-        check_fits(HybridSleepForCausalLM(config), shapes(folder, where), where)
+    config = check_model(folder, config=config)
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -53,6 +49,21 @@ def load_model(
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def check_model(
+    folder: str | os.PathLike, *, config: HybridSleepConfig | None = None
+) -> HybridSleepConfig:
+    """The config that `load_model` takes; raises what that would, without reading the weights."""
+    import torch
+
+    from hybrid_sleep import HybridSleepForCausalLM
+
+    where = f"checkpoint {os.fspath(folder)!r}"
+    config = read_config(folder, where) if config is None else config
+    with torch.device("meta"):
+        check_fits(HybridSleepForCausalLM(config), shapes(folder, where), where)
+    return config
 
 
 def read_config(folder: str | os.PathLike, where: str, **changes: Any) -> HybridSleepConfig:

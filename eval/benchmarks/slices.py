@@ -126,4 +126,4 @@ def _name(names: Row) -> str:
 
 
 def _is(row: Row, names: Row) -> bool:
-    return all(name in row and row[name] == value for name, value in names.items())
+    return isinstance(row, dict) and all(name in row and row[name] == value for name, value in names.items())
