@@ -140,8 +140,8 @@ def bench_checkpoints(
     returns what it has, with `complete` False.
 
     Raises ValueError or FileNotFoundError, before any model is loaded, for a checkpoint that
-    training did not write or that is not whole, for checkpoints of different recipes or of the same seed, and for a
-    baseline that cannot be compared.
+    training did not write or that is not whole, for checkpoints of different recipes or of the same
+    seed, and for a baseline that cannot be compared.
     """
     from hybrid_sleep.eval.progress import progress_bar
 
