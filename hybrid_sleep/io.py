@@ -145,7 +145,7 @@ def sole_writer(folder: str | os.PathLike) -> Iterator[None]:
         file = _locked(folder / LOCK_FILE)
     except PermissionError as error:
         raise PermissionError(f"{folder} may not be written into by this user") from error
-    except FileExistsError as error:
+    except (FileExistsError, NotADirectoryError) as error:
         raise NotADirectoryError(f"{folder} leads through a file; allowed: folders") from error
     try:
         yield
