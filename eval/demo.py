@@ -51,7 +51,7 @@ def _train_and_measure(run: RunConfig, out: Path, began: float, command: str | N
     from rich.console import Console
 
     from hybrid_sleep.training import train
-    from hybrid_sleep.training.folder import RUN_FILE
+    from hybrid_sleep.training.folder import RUN_FILE, working
 
     console = Console()
     task, base = run.load_task(), baseline(run)
@@ -59,8 +59,8 @@ def _train_and_measure(run: RunConfig, out: Path, began: float, command: str | N
         model_dir = train(run, overwrite=True).model_dir
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"hybrid-sleep train {Path(run.output_dir) / RUN_FILE} --resume goes on from the last "
-            "checkpoint"
+            f"hybrid-sleep train {working(Path(run.output_dir)) / RUN_FILE} --resume goes on from "
+            "the last checkpoint"
         ) from None
     trained = time.perf_counter()
     saved = f"the trained model in {model_dir} (hybrid-sleep bench depth {model_dir})"

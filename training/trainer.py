@@ -116,7 +116,9 @@ class SleepTrainer(Trainer):
             self.optimizer = self._optimizer_class()(groups, betas=betas, eps=eps)
         return super().create_optimizer(model)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """Trainer's, from a checkpoint that is whole."""
         if resume_from_checkpoint is True:
             saved = checkpoints(self.args.output_dir)
@@ -128,7 +130,8 @@ class SleepTrainer(Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
-        if (Path(checkpoint) / WEIGHTS_FILE).exists():
+        # A model that is given is wrapped, its weights in other shapes.
+        if model is None and (Path(checkpoint) / WEIGHTS_FILE).exists():
             where = f"checkpoint {checkpoint!r}"
             check_fits(self.model, shapes(checkpoint, where), where)
         super()._load_from_checkpoint(checkpoint, model)
