@@ -51,7 +51,7 @@ def _train_and_measure(run: RunConfig, out: Path, began: float, command: str | N
     from rich.console import Console
 
     from hybrid_sleep.training import train
-    from hybrid_sleep.training.run import RUN_FILE
+    from hybrid_sleep.training.folder import RUN_FILE, working
 
     console = Console()
     task, base = run.load_task(), baseline(run)
@@ -59,8 +59,8 @@ def _train_and_measure(run: RunConfig, out: Path, began: float, command: str | N
         model_dir = train(run, overwrite=True).model_dir
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"hybrid-sleep train {Path(run.output_dir) / RUN_FILE} --resume goes on from the last "
-            "checkpoint"
+            f"hybrid-sleep train {working(Path(run.output_dir)) / RUN_FILE} --resume goes on from "
+            "the last checkpoint"
         ) from None
     trained = time.perf_counter()
     saved = f"the trained model in {model_dir} (hybrid-sleep bench depth {model_dir})"
@@ -107,7 +107,10 @@ def recipe(seed: int, output_dir: Path) -> RunConfig:
 def baseline(run: RunConfig) -> dict[str, Any] | None:
     """The committed result of the same model trained at N = 1 alone, None if not installed."""
     file = files("hybrid_sleep.eval") / "results" / "baseline_n1" / "results.json"
-    return depth_report.read_baseline(file, run) if file.is_file() else None
+    if not file.is_file():
+        return None
+    with as_file(file) as path:
+        return depth_report.read_baseline(path, run)
 
 
 def generate(model: Any, task: Task, passes: int) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from hybrid_sleep.eval.depth_report import read_baseline, run_record, summarise
 from hybrid_sleep.eval.tasks import Task
 from hybrid_sleep.eval.tasks.base import check_int
 from hybrid_sleep.provenance import check_device
+from hybrid_sleep.training.weights import check_model, load_model
 
 if TYPE_CHECKING:
     import torch
@@ -139,8 +140,8 @@ def bench_checkpoints(
     returns what it has, with `complete` False.
 
     Raises ValueError or FileNotFoundError, before any model is loaded, for a checkpoint that
-    training did not write, for checkpoints of different recipes or of the same seed, and for a
-    baseline that cannot be compared.
+    training did not write or that is not whole, for checkpoints of different recipes or of the same
+    seed, and for a baseline that cannot be compared.
     """
     from hybrid_sleep.eval.progress import progress_bar
 
@@ -150,6 +151,8 @@ def bench_checkpoints(
         raise ValueError("checkpoints is empty; allowed: one or more folders of trained models")
     runs = [read_run(checkpoint) for checkpoint in checkpoints]
     check_seeds_of_one_recipe(checkpoints, runs)
+    for checkpoint in checkpoints:
+        check_model(checkpoint)
     base = None if baseline is None else read_baseline(baseline, runs[0])
     task = runs[0].load_task()
     results, complete = [], True
@@ -198,28 +201,10 @@ def check_seeds_of_one_recipe(
         seeds[run.train.seed] = name
 
 
-def load_model(checkpoint: str | os.PathLike, device: Any = "cpu", **given: Any) -> Any:
-    """The model saved in `checkpoint`, without transformers' bar for its few weights.
-
-    given: what `from_pretrained` takes besides, such as `dtype`.
-    """
-    from transformers.utils import logging
-
-    from hybrid_sleep import HybridSleepForCausalLM
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        return HybridSleepForCausalLM.from_pretrained(os.fspath(checkpoint), **given).to(device)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 def read_run(checkpoint: str | os.PathLike) -> RunConfig:
     """The run that `checkpoint` came from, as training left it beside the weights."""
     from hybrid_sleep.training import load_run_config
-    from hybrid_sleep.training.run import RUN_FILE
+    from hybrid_sleep.training.folder import RUN_FILE
 
     folder = Path(checkpoint)
     if not folder.is_dir():

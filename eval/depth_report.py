@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybrid_sleep.eval.statistics import over_seeds, wilson
 from hybrid_sleep.eval.tasks import Task
-from hybrid_sleep.io import keyed
+from hybrid_sleep.io import keyed, read_json, unreadable
 from hybrid_sleep.provenance import describe, provenance
 
 if TYPE_CHECKING:
@@ -114,21 +114,31 @@ def best_depth(accuracy: dict[int, float]) -> int:
     return max(sorted(accuracy), key=lambda depth: accuracy[depth])
 
 
-def read_baseline(path: str | os.PathLike | Any, run: RunConfig) -> dict[str, Any]:
+def read_baseline(path: str | os.PathLike, run: RunConfig) -> dict[str, Any]:
     """A model trained at one depth, to compare with models trained by `run` at several.
 
     `path` is the results.json of that model's own depth benchmark. The baseline is asked at the
     depth it was trained at. `examples_ratio` and `passes_ratio` say how much more it was trained:
     examples, and passes over a context window summed over examples.
 
-    Raises ValueError if the file is no such result, or one of another task or model.
+    Raises OSError or ValueError if the file cannot be read, is no such result, or one of another
+    task or model.
     """
-    file = path if hasattr(path, "read_text") else Path(path)
-    result = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(result, dict) or result.get("benchmark") != "depth":
+    result = read_json(path)
+    if result.get("benchmark") != "depth":
         raise ValueError(
             f"baseline={str(path)!r}; allowed: results.json of hybrid-sleep bench depth"
         )
+    try:
+        return _compared(result, path, run)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        what = f"it is no result to compare with ({type(error).__name__}: {error})"
+        raise unreadable(path, what) from error
+
+
+def _compared(
+    result: dict[str, Any], path: str | os.PathLike, run: RunConfig
+) -> dict[str, Any]:
     trained = {tuple(run["trained_depths"]) for run in result["runs"]}
     if len(trained) != 1 or len(min(trained)) != 1:
         raise ValueError(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from hybrid_sleep.eval.plots import save_figure
-from hybrid_sleep.io import write_json_atomic, write_text_atomic
+from hybrid_sleep.io import read_json, unreadable, write_json_atomic, write_text_atomic
 
 # Each module has `markdown(result) -> str` and `figure(result)`; the name is the figure's file.
 BENCHMARKS = {
@@ -33,23 +32,30 @@ def save(result: dict[str, Any], out: str | os.PathLike) -> list[Path]:
     """Write results.json, results.md and the figure into `out`, each atomically; their paths."""
     path = Path(out) / "results.json"
     write_json_atomic(path, result)
-    return [path, *render(path)]
+    # As it comes back from the file, of which table and figure are made.
+    return [path, *_draw(read_json(path), path)]
 
 
 def render(path: str | os.PathLike) -> list[Path]:
     """Rebuild table and figure beside a results.json; their paths.
 
-    Raises ValueError if the file is not the result of a benchmark this version knows.
+    Raises OSError or ValueError if the file cannot be read, is damaged, or is not the result of a
+    benchmark this version knows.
     """
     path = Path(path)
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    kind = result.get("benchmark") if isinstance(result, dict) else None
-    if kind not in BENCHMARKS:
+    result = read_json(path)
+    kind = result.get("benchmark")
+    if not isinstance(kind, str) or kind not in BENCHMARKS:
         raise ValueError(f"{path}: benchmark={kind!r}; allowed: {', '.join(BENCHMARKS)}")
-    module_name, figure_name = BENCHMARKS[kind]
+    try:
+        return _draw(result, path)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        what = f"it is no result that this version can show ({type(error).__name__}: {error})"
+        raise unreadable(path, what) from error
+
+
+def _draw(result: dict[str, Any], path: Path) -> list[Path]:
+    module_name, figure_name = BENCHMARKS[result["benchmark"]]
     module = importlib.import_module(module_name)
     table, figure = path.with_name("results.md"), path.with_name(figure_name)
     write_text_atomic(table, module.markdown(result))

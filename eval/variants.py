@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from hybrid_sleep.eval import flops
 from hybrid_sleep.eval.benchmarks.slices import Row, collect
-from hybrid_sleep.eval.depth import load_model, measure_depth
+from hybrid_sleep.eval.depth import measure_depth
 from hybrid_sleep.eval.tasks.base import IGNORED
 from hybrid_sleep.io import keyed
+from hybrid_sleep.training.weights import load_model
 
 if TYPE_CHECKING:
     from hybrid_sleep.training import RunConfig

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from hybrid_sleep.commands import command, command_line, measure, report
+from hybrid_sleep.io import sole_writer
 
 bench = typer.Typer(
     help="Benchmarks: each writes results.json, a Markdown table and a figure.",
@@ -32,18 +33,19 @@ def bench_generation(
     from hybrid_sleep.eval.benchmarks import generation
     from hybrid_sleep.eval.progress import progress_bar
 
-    with progress_bar("generate") as progress:
-        result = generation.run(
-            windows=windows,
-            window=window,
-            passes=passes,
-            repeats=repeats,
-            state_space=state_space,
-            device=device,
-            command=command_line(),
-            progress=progress,
-        )
-    report(result, out)
+    with sole_writer(out):
+        with progress_bar("generate") as progress:
+            result = generation.run(
+                windows=windows,
+                window=window,
+                passes=passes,
+                repeats=repeats,
+                state_space=state_space,
+                device=device,
+                command=command_line(),
+                progress=progress,
+            )
+        report(result, out)
 
 
 @bench.command("sleep")
@@ -211,31 +213,32 @@ def bench_kernels(
     out = out or Path("out") / "".join(["bench-kernels", *suffixes])
     options = {"repeats": repeats, "minutes": minutes, "out": out, "command": command_line()}
     measured = 0
-    with progress_bar("kernels") as progress:
+    with sole_writer(out):
+        with progress_bar("kernels") as progress:
 
-        def step(done: int, total: int) -> None:
-            nonlocal measured
-            measured += 1
-            progress(done, total)
+            def step(done: int, total: int) -> None:
+                nonlocal measured
+                measured += 1
+                progress(done, total)
 
-        def row_done(row: dict[str, Any]) -> None:
-            step(measured + 1, len(fallback.SHAPES) * len(fallback.TARGETS))
+            def row_done(row: dict[str, Any]) -> None:
+                step(measured + 1, len(fallback.SHAPES) * len(fallback.TARGETS))
 
-        try:
-            if base is not None:
-                shapes = fallback.SHAPES if kind == "cpu" else None
-                result = comparison.run(
-                    base, chosen, device=device, shapes=shapes, progress=step, **options
-                )
-            elif kind == "cpu":
-                result = fallback.run(progress=row_done, **options)
-            else:
-                result = suite.run(chosen, device=device, progress=step, **options)
-        except KeyboardInterrupt:
-            kept = f"{out / 'results.json'} holds what was finished, and the same call goes on"
-            raise KeyboardInterrupt(kept if measured else "nothing was finished") from None
-    save = fallback.save if result["benchmark"] == "fallback" else report.save
-    paths = save(result, out)
+            try:
+                if base is not None:
+                    shapes = fallback.SHAPES if kind == "cpu" else None
+                    result = comparison.run(
+                        base, chosen, device=device, shapes=shapes, progress=step, **options
+                    )
+                elif kind == "cpu":
+                    result = fallback.run(progress=row_done, **options)
+                else:
+                    result = suite.run(chosen, device=device, progress=step, **options)
+            except KeyboardInterrupt:
+                kept = f"{out / 'results.json'} holds what was finished, and the same call goes on"
+                raise KeyboardInterrupt(kept if measured else "nothing was finished") from None
+        save = fallback.save if result["benchmark"] == "fallback" else report.save
+        paths = save(result, out)
     typer.echo(paths[1].read_text(encoding="utf-8"))
     typer.echo("wrote " + ", ".join(str(path) for path in paths), err=True)
     if not result["complete"]:
@@ -255,12 +258,13 @@ def bench_compiled(
     """What the Triton kernels compile to for compute capability 9.0, without a GPU."""
     from hybrid_sleep.kernels.benchmarks import compiled
 
-    result = compiled.run(
-        ops or tuple(compiled.INPUTS),
-        command=command_line(),
-        progress=lambda row: typer.echo(row, err=True),
-    )
-    paths = compiled.save(result, out)
+    with sole_writer(out):
+        result = compiled.run(
+            ops or tuple(compiled.INPUTS),
+            command=command_line(),
+            progress=lambda row: typer.echo(row, err=True),
+        )
+        paths = compiled.save(result, out)
     typer.echo(paths[1].read_text(encoding="utf-8"))
     typer.echo("wrote " + ", ".join(map(str, paths)), err=True)
     if broken := [row for row in result["rows"] if row["wrong"]]:

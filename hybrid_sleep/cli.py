@@ -9,6 +9,7 @@ import typer
 
 from hybrid_sleep import compare, evaluate
 from hybrid_sleep.commands import command, command_line, options
+from hybrid_sleep.io import sole_writer
 from hybrid_sleep.terminal import never_fail_on_characters
 
 app = typer.Typer(
@@ -47,7 +48,9 @@ def demo(
     """
     from hybrid_sleep.eval.demo import run_demo
 
-    run_demo(seed=seed, out=out or Path("out") / f"demo-seed{seed}", command=command_line())
+    out = out or Path("out") / f"demo-seed{seed}"
+    with sole_writer(out):
+        run_demo(seed=seed, out=out, command=command_line())
 
 
 @app.command()

@@ -12,6 +12,7 @@ from typing import Any
 
 import typer
 
+from hybrid_sleep.io import sole_writer
 from hybrid_sleep.training.zero import choose_accelerator
 
 PATIENCE = 2.0  # seconds of silence
@@ -95,9 +96,10 @@ def measure(what: str, run: Callable[..., dict[str, Any]], out: Path, **given: A
     """Report `run` of what is given: with this command, a progress bar, and `out` to go on in."""
     from hybrid_sleep.eval.progress import progress_bar
 
-    with progress_bar(what) as progress:
-        result = run(**given, out=out, command=command_line(), progress=progress)
-    report(result, out)
+    with sole_writer(out):
+        with progress_bar(what) as progress:
+            result = run(**given, out=out, command=command_line(), progress=progress)
+        report(result, out)
 
 
 def report(result: dict[str, Any], out: Path) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from hybrid_sleep.bench import bench
 from hybrid_sleep.commands import command, command_line, measure, report
+from hybrid_sleep.io import sole_writer
 
 CONFIG_SUFFIXES = (".yaml", ".yml")
 Seeds = Annotated[str, typer.Option(help="Seeds, such as 0,1,2.")]
@@ -111,10 +112,11 @@ def bench_depth(
         from hybrid_sleep.eval.depth import bench_checkpoints, parse_depths
 
         levels = parse_depths("1-8" if depths is None else depths)
-        result = bench_checkpoints(
-            source, levels, count=count, command=command_line(), **given
-        )
-        report(result, out)
+        with sole_writer(out):
+            result = bench_checkpoints(
+                source, levels, count=count, command=command_line(), **given
+            )
+            report(result, out)
 
 
 @bench.command("map")

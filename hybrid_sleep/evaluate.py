@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from hybrid_sleep.commands import command, command_line, patiently, report
+from hybrid_sleep.io import sole_writer
 
 tasks = typer.Typer(help="Tasks: list them, show one in words.", no_args_is_help=True)
 
@@ -78,21 +79,22 @@ def evaluate(
     """
     from hybrid_sleep.eval.harness import run as harness
 
-    result = harness.run(
-        checkpoint,
-        [name.strip() for name in tasks.split(",")],
-        sleep_passes=sleep_passes,
-        limit=limit,
-        batch_size=batch_size,
-        num_fewshot=num_fewshot,
-        include_path=include_path,
-        task_params=harness.parse_task_params(task_params),
-        sleep_options=harness.parse_sleep_options(sleep or []),
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        out=out,
-        command=command_line(),
-        progress=lambda done, total: typer.echo(f"{done} of {total} evaluated", err=True),
-    )
-    report(result, out)
+    with sole_writer(out):
+        result = harness.run(
+            checkpoint,
+            [name.strip() for name in tasks.split(",")],
+            sleep_passes=sleep_passes,
+            limit=limit,
+            batch_size=batch_size,
+            num_fewshot=num_fewshot,
+            include_path=include_path,
+            task_params=harness.parse_task_params(task_params),
+            sleep_options=harness.parse_sleep_options(sleep or []),
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            out=out,
+            command=command_line(),
+            progress=lambda done, total: typer.echo(f"{done} of {total} evaluated", err=True),
+        )
+        report(result, out)

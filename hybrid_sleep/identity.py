@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,16 +118,27 @@ def weights_digest(model: nn.Module) -> str:
     Reads every byte: about a second a gigabyte. Parameters that accelerate keeps elsewhere
     (offloaded to the CPU or a disk) are fetched one by one.
     """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if parameter.is_meta:
-            parameter = load_offloaded_parameter(model, name)
-        flat = parameter.detach().cpu().contiguous().reshape(-1)
-        digest.update(f"{name}:{tuple(parameter.shape)}:{parameter.dtype}:".encode())
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+
+    def fetched() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, p in sorted(model.named_parameters(), key=lambda pair: pair[0]):
+            yield name, load_offloaded_parameter(model, name) if p.is_meta else p
+
     states = [state for state in map(adapter_state, model.modules()) if state is not None]
-    if states:
-        digest.update(repr(states).encode())
+    return _digest(fetched(), repr(states) if states else "")
+
+
+def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of names, shapes, dtypes and contents, whatever their order."""
+    return _digest(sorted(tensors.items(), key=lambda pair: pair[0]))
+
+
+def _digest(tensors: Iterable[tuple[str, torch.Tensor]], more: str = "") -> str:
+    digest = hashlib.sha256()
+    for name, value in tensors:
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(f"{name}:{tuple(value.shape)}:{value.dtype}:".encode())
+        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    digest.update(more.encode())
     return digest.hexdigest()
 
 

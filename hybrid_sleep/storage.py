@@ -8,19 +8,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from hybrid_sleep.history import History
-from hybrid_sleep.identity import Owner, architecture, same_architecture, weights_digest
-from hybrid_sleep.io import atomic_path
+from hybrid_sleep.identity import (
+    Owner,
+    architecture,
+    same_architecture,
+    tensors_digest,
+    weights_digest,
+)
+from hybrid_sleep.io import atomic_path, unreadable
 from hybrid_sleep.layers.context import AttentionMemory, FastWeights
 
 if TYPE_CHECKING:
     from hybrid_sleep.cache import SleepCache
 
 FILE_NAME = "sleep_cache.safetensors"
+FORMAT = "hybrid_sleep.cache.2"
 _HASHES = ("whole", "opening")
 _VECTORS = ("counts", "kept", "positions", "sleeps", "supervised")
 
@@ -51,7 +58,7 @@ def save_cache(cache: SleepCache, directory: str | os.PathLike) -> Path:
             if value is not None:
                 tensors[f"{prefix}.{field}"] = value
     metadata = {
-        "format": "hybrid_sleep.cache.2",
+        "format": FORMAT,
         "config": json.dumps(architecture(cache.config)),
         "weights": weights_digest(model),
         "weights_version": str(cache.config.weights_version),
@@ -59,6 +66,7 @@ def save_cache(cache: SleepCache, directory: str | os.PathLike) -> Path:
     }
     # safetensors refuses views that share storage; what is saved is what is seen.
     tensors = {name: value.detach().contiguous().clone() for name, value in tensors.items()}
+    metadata["contents"] = tensors_digest(tensors)
     path = Path(directory) / FILE_NAME
     with atomic_path(path) as partial:
         save_file(tensors, partial, metadata=metadata)
@@ -70,39 +78,43 @@ def load_cache(
 ) -> SleepCache:
     """Read what `save_cache` wrote, onto the device of `model`.
 
-    Raises FileNotFoundError where there is no such file, and ValueError where it is no cache, or
-    belongs to another config, other weights or another weights version.
+    Raises FileNotFoundError where there is no such file, and ValueError where it is no cache, is
+    damaged, or belongs to another config, other weights or another weights version.
     """
     path = Path(directory) / FILE_NAME
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(
             f"directory={str(directory)!r} holds no {FILE_NAME}; save_pretrained() writes one"
         )
-    with safe_open(path, framework="pt", device=str(model.input_device)) as file:
-        metadata = file.metadata() or {}
-        if metadata.get("format") != "hybrid_sleep.cache.2":
-            raise ValueError(
-                f"{path} has format {metadata.get('format')!r}, allowed is 'hybrid_sleep.cache.2'"
-            )
-        same_architecture(json.loads(metadata["config"]), model.config, f"cache {path}")
-        version = int(metadata["weights_version"])
-        if version != model.config.weights_version:
-            raise ValueError(
-                f"cache {path} was made under weights version {version}, the model is at "
-                f"{model.config.weights_version}; read the text again with a new cache"
-            )
-        if metadata["weights"] != weights_digest(model):
-            raise ValueError(
-                f"cache {path} was made by other weights than this model's (SHA-256 differs); "
-                "load the checkpoint it was made with"
-            )
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    metadata, tensors = _read(path, str(model.input_device))
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {metadata.get('format')!r}, allowed is {FORMAT!r}")
+    try:
+        config, version = json.loads(metadata["config"]), int(metadata["weights_version"])
+        columns, contents = int(metadata["columns"]), metadata["contents"]
+        if not isinstance(config, dict):
+            raise ValueError(f"its config is a {type(config).__name__}")
+    except (KeyError, ValueError) as error:
+        raise unreadable(path, f"its metadata cannot be read ({error})") from error
+    same_architecture(config, model.config, f"cache {path}")
+    if version != model.config.weights_version:
+        raise ValueError(
+            f"cache {path} was made under weights version {version}, the model is at "
+            f"{model.config.weights_version}; read the text again with a new cache"
+        )
+    if metadata.get("weights") != weights_digest(model):
+        raise ValueError(
+            f"cache {path} was made by other weights than this model's (SHA-256 differs); "
+            "load the checkpoint it was made with"
+        )
+    if contents != tensors_digest(tensors):
+        raise unreadable(path, "its tensors are not those that were saved (SHA-256 differs)")
     cache = cls(model.config)
     for name in _VECTORS:
         setattr(cache, name, tensors.pop(f"rows.{name}").cpu())
     cache.history = History(*(tensors.pop(f"rows.{name}") for name in _HASHES))
     cache.hidden = tensors.pop("hidden", None)
-    cache.columns = int(metadata["columns"])
+    cache.columns = columns
     parts: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():
         kind, layer, field = name.split(".")
@@ -117,3 +129,12 @@ def load_cache(
     cache.owner = Owner.of(model)
     cache.check_finite(f"cache {path}")
     return cache
+
+
+def _read(path: Path, device: str) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Metadata and tensors of a file of safetensors; OSError or ValueError if it is none."""
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise unreadable(path, error) from error

@@ -9,9 +9,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from typing import Any
 
 from hybrid_sleep.terminal import never_fail_on_characters
+
+GRACE = 5.0  # seconds
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,12 +44,25 @@ def main(arguments: list[str] | None = None) -> int:
         _say(f"interrupted: {interrupt or 'nothing more was written'}", sys.stderr)
         return 130
     except (ValueError, OSError) as error:
-        _say(f"error: {error}", sys.stderr)
+        _refuse(f"error: {error}")
         return 2
     finally:
         _leave()
     _say(result.report())
     return 0
+
+
+def _refuse(text: str) -> None:
+    """Say why this process ends; at least one does before the launcher ends them all.
+
+    The first process says it at once. Another one leaves it the time to, and says it itself if it
+    still runs then: the first has no such error, or is slow.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(GRACE)
+        text = f"rank {rank}: {text}"
+    print(text, file=sys.stderr, flush=True)
 
 
 def _say(text: str, to: Any = None) -> None:

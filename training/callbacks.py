@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from hybrid_sleep.io import write_text_atomic
+from hybrid_sleep.io import read_json_lines, unreadable, write_text_atomic
 from hybrid_sleep.training.display import Display, by_depth, memory_in_use
+from hybrid_sleep.training.folder import last_good, written
 from hybrid_sleep.training.ranks import over_ranks, ranks
-from hybrid_sleep.training.trainer import last_good, written
 
 if TYPE_CHECKING:
     from hybrid_sleep.training.losses import LossByPosition
@@ -63,7 +63,7 @@ class RunLog(TrainerCallback):
         self.flushed = time.perf_counter()
         if not self.main:
             return
-        kept = _up_to(self.path, state.global_step)
+        kept = up_to(self.path, state.global_step)
         write_text_atomic(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self.seconds = max((record.get("seconds", 0.0) for record in kept), default=0.0)
         for shown in (self.display, self.tensorboard):
@@ -196,14 +196,13 @@ class StopOnSignal(TrainerCallback):
             control.should_training_stop = True
 
 
-def _up_to(path: Path, step: int) -> list[dict[str, Any]]:
-    """The records of `path` up to `step`; none of a run that starts anew."""
-    kept = []
-    if step and path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            # A killed run can leave its last line cut short; that one is beyond its checkpoint.
-            with contextlib.suppress(json.JSONDecodeError):
-                record = json.loads(line)
-                if record["step"] <= step:
-                    kept.append(record)
-    return kept
+def up_to(path: Path, step: int) -> list[dict[str, Any]]:
+    """The records of `path` up to `step`; none of a run that starts anew.
+
+    A line that a kill cut short is beyond its checkpoint. ValueError if another one is damaged.
+    """
+    records = read_json_lines(path) if step and path.exists() else []
+    for number, record in enumerate(records, 1):
+        if not isinstance(record.get("step"), int):
+            raise unreadable(path, f"line {number} has no step")
+    return [record for record in records if record["step"] <= step]

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid_sleep.io import write_text_atomic
+from hybrid_sleep.training.folder import SAMPLES_FILE
 from hybrid_sleep.training.plots import save_run_plot
 
 if TYPE_CHECKING:
     from hybrid_sleep.training.config import RunConfig
     from hybrid_sleep.training.text.batches import TextHeldOut
 
-SAMPLES_FILE = "samples.txt"
 SAMPLES = 2
 WINDOWS = 4  # that a sample goes on for
 LONGEST = 2048  # tokens of a sample: they are written one by one, of long windows for hours

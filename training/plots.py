@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import contextlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,12 +19,13 @@ from hybrid_sleep.eval.plots import (
     VERMILLION,
     save_figure,
 )
+from hybrid_sleep.io import read_json_lines
+from hybrid_sleep.training.folder import FIGURE_FILE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FIGURE_FILE = "run.png"
 # Shape and line style differ with the colour.
 STYLES = (
     (BLUE, "o", "-"),
@@ -106,12 +105,7 @@ def smoothed(points: Sequence[tuple[int, float]], width: float) -> list[float]:
 def _read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{str(path)!r} is no file; allowed: a run's metrics.jsonl")
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        # A killed run can leave its last line cut short.
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return records
+    return read_json_lines(path)
 
 
 def _styles(depths: list[int]) -> dict[int, tuple[str, str, Any]]:

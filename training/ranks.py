@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 def ranks() -> int:
@@ -31,3 +34,22 @@ def of_all_ranks(value: Any) -> list[Any]:
     values = [None] * ranks()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def of_first(work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """What `work(*args, **kwargs)` returns in the first process, in all of them; a collective call.
+
+    The others do nothing meanwhile. A ValueError or OSError that it raises is raised in all.
+    """
+    if ranks() == 1:
+        return work(*args, **kwargs)
+    answer: list[Any] = [None, None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            answer[0] = work(*args, **kwargs)
+        except (ValueError, OSError) as error:
+            answer[1] = error
+    torch.distributed.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,29 +14,43 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from hybrid_sleep.io import write_text_atomic
+from hybrid_sleep.io import (
+    read_json,
+    read_json_lines,
+    sole_writer,
+    write_json_atomic,
+    write_text_atomic,
+)
 from hybrid_sleep.training import zero
 from hybrid_sleep.training.build import build_trainer, training_arguments
-from hybrid_sleep.training.callbacks import RunLog, StopOnSignal
+from hybrid_sleep.training.callbacks import RunLog, StopOnSignal, up_to
 from hybrid_sleep.training.config import RunConfig, load_run_config
 from hybrid_sleep.training.display import Display
 from hybrid_sleep.training.finish import finish, held_out_table
+from hybrid_sleep.training.folder import (
+    LIST_FILE,
+    METRICS_FILE,
+    RUN_FILE,
+    STAGING,
+    STATE_FILE,
+    TENSORBOARD,
+    WEIGHTS,
+    begin,
+    check_checkpoint,
+    check_folder,
+    checkpoints,
+    publish,
+    settle,
+    weights_in,
+    working,
+    written,
+)
+from hybrid_sleep.training.ranks import of_first
 from hybrid_sleep.training.schema import flat
 from hybrid_sleep.training.tensorboard import TensorBoardLog
 from hybrid_sleep.training.text.batches import TextHeldOut
-from hybrid_sleep.training.trainer import (
-    STAGING,
-    STATE_FILE,
-    SleepTrainer,
-    check_finite,
-    checkpoints,
-    publish,
-    written,
-)
+from hybrid_sleep.training.trainer import SleepTrainer, check_finite
 
-RUN_FILE = "run.yaml"
-METRICS_FILE = "metrics.jsonl"
-WEIGHTS = ".safetensors"
 # What may differ between the two parts of a resumed run: where it is, what it reports and keeps,
 # and how its batches are shared out.
 FREE_ON_RESUME = (
@@ -62,6 +75,7 @@ class TrainResult:
     the last `exact` and `per_label`, or `perplexity` and `by_window`, by depth. `samples` are texts
     that the model wrote on from held-out beginnings. Both are empty in all processes but the first.
     `seconds` is the time of this call, `steps` the steps of the whole run, of all its stages.
+    `finished_before`: there was nothing to do, and nothing was changed.
     """
 
     model_dir: Path
@@ -69,9 +83,15 @@ class TrainResult:
     seconds: float
     metrics: dict[str, Any] = field(default_factory=dict)
     samples: list[str] = field(default_factory=list)
+    finished_before: bool = False
 
     def report(self) -> str:
         """What to print at the end."""
+        if self.finished_before:
+            return (
+                f"this run is finished ({self.steps} steps) and nothing was changed; model in "
+                f"{self.model_dir}"
+            )
         done = f"trained {self.steps} steps in {self.seconds:.0f} s; model in {self.model_dir}"
         if "perplexity" not in self.metrics:
             return done
@@ -86,42 +106,105 @@ def train(
 
     In several processes (torchrun, deepspeed) every one calls this. resume: go on from the last
     checkpoint there; on a CPU and as many processes the result is bit for bit that of a run that
-    was never stopped. overwrite: replace an earlier run in that folder. progress: show one on
-    stderr. SIGINT and SIGTERM end the run after the current step with a checkpoint, and raise
-    KeyboardInterrupt with where it is; a second signal ends it at once.
+    was never stopped; of a finished run nothing is changed. overwrite: replace an earlier run in
+    that folder, whose files stay until this one is finished (it lies in `output_dir/unfinished`
+    until then), so that it may start from that run's model. progress: show one on stderr. SIGINT
+    and SIGTERM end the run after the current step with a checkpoint, and raise KeyboardInterrupt
+    with where it is; a second signal ends it at once.
 
-    Raises FileExistsError if the folder holds a run and neither is given, FileNotFoundError if
-    there is no checkpoint to resume from, ValueError if the checkpoint is another run's or if
-    training diverges, OSError if a checkpoint cannot be written; the last two name the last good
-    checkpoint.
+    Raises FileExistsError if the folder holds a run and neither is given, BlockingIOError if
+    another process is writing there, FileNotFoundError if there is no checkpoint to resume from,
+    ValueError if the checkpoint is another run's or not whole or if training diverges, OSError if a
+    checkpoint cannot be written; the last two name the last good checkpoint.
     """
     stages = run.stage_runs()
     if resume and overwrite:
         raise ValueError("resume=True and overwrite=True; allowed: one of the two")
-    first = _first_left(stages) if resume and len(stages) > 1 else 0
-    if not resume:
-        for stage in stages:
-            _check_folder(Path(stage.output_dir), overwrite)
+    for stage in stages:
+        if not resume:
+            check_folder(Path(stage.output_dir), overwrite)
+    if resume and not Path(stages[0].output_dir).is_dir():
+        raise _nothing_to_resume(Path(stages[0].output_dir))
     results = []
-    for number, stage in enumerate(stages[first:], first + 1):
-        going_on = resume and (len(stages) == 1 or bool(checkpoints(stage.output_dir)))
-        if progress and len(stages) > 1 and _is_first():
-            print(f"stage {number} of {len(stages)}: {stage.output_dir}", flush=True)
-        results.append(_train(stage, resume=going_on, overwrite=overwrite, progress=progress))
+    with contextlib.ExitStack() as held:
+        for number, stage in enumerate(stages):
+            # Processes find each other here, and the first then decides for all.
+            arguments = training_arguments(stage)
+            if number == 0:
+                of_first(_take, stages, overwrite, held, resume=resume)
+            place = of_first(_place, stage, resume=resume, later=number > 0)
+            if place.finished:
+                results.append(_finished(stage, main=arguments.process_index == 0))
+                continue
+            if progress and len(stages) > 1 and arguments.process_index == 0:
+                print(f"stage {number + 1} of {len(stages)}: {stage.output_dir}", flush=True)
+            results.append(_train(stage, place, progress=progress))
     done = results[-1]
     done.seconds = sum(result.seconds for result in results)
     done.steps = sum(stage.train.steps for stage in stages)
     return done
 
 
-def _train(run: RunConfig, *, resume: bool, overwrite: bool, progress: bool) -> TrainResult:
-    started = time.perf_counter()
+@dataclass(kw_only=True)
+class _Place:
+    """Where a run lies and goes on: `work` folder, checkpoint and what that says, or finished."""
+
+    work: Path
+    checkpoint: Path | None = None
+    state: dict[str, Any] = field(default_factory=lambda: {"processes": 1, "position": None})
+    finished: bool = False
+
+
+def _take(
+    stages: Sequence[RunConfig], overwrite: bool, held: contextlib.ExitStack, *, resume: bool
+) -> None:
+    """Keep others out of the folders of all stages, and begin there unless the run goes on."""
+    for stage in reversed(stages):
+        held.enter_context(sole_writer(stage.output_dir))
+    for stage in stages:
+        settle(Path(stage.output_dir))
+        if not resume:
+            check_folder(Path(stage.output_dir), overwrite)
+    for stage in stages:
+        if not resume:
+            begin(Path(stage.output_dir), stage.to_yaml())
+
+
+def _place(run: RunConfig, *, resume: bool, later: bool) -> _Place:
+    """Where `run` starts. later: a stage that may not have begun when the run was stopped."""
     out = Path(run.output_dir)
-    state: dict[str, Any] = {"processes": 1, "position": None}
-    if resume:
-        checkpoint = _checkpoint_of(run, out)
-        if (checkpoint / STATE_FILE).is_file():
-            state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    work = working(out)
+    if not resume:
+        return _Place(work=work)
+    saved = checkpoints(work)
+    if not saved and not weights_in(work):
+        if not later:
+            raise _nothing_to_resume(out)
+        return _Place(work=begin(out, run.to_yaml()))
+    _check_same(run, work)
+    if weights_in(work):
+        return _Place(work=work, finished=True)
+    check_checkpoint(saved[-1])
+    state = read_json(saved[-1] / STATE_FILE)
+    up_to(work / METRICS_FILE, run.train.steps)  # raises if it is damaged
+    return _Place(work=work, checkpoint=saved[-1], state=state)
+
+
+def _finished(run: RunConfig, *, main: bool) -> TrainResult:
+    out = Path(run.output_dir)
+    return TrainResult(
+        model_dir=out,
+        steps=run.train.steps,
+        seconds=0.0,
+        metrics=summary(out / METRICS_FILE) if main and (out / METRICS_FILE).exists() else {},
+        finished_before=True,
+    )
+
+
+def _train(run: RunConfig, place: _Place, *, progress: bool) -> TrainResult:
+    started = time.perf_counter()
+    out, work, checkpoint, state = Path(run.output_dir), place.work, place.checkpoint, place.state
+    resume = checkpoint is not None
     world = int(os.environ.get("WORLD_SIZE", "1"))
     universal = resume and run.train.deepspeed is not None and state["processes"] != world
     universal = universal and zero.stage(run.train) > 0
@@ -132,13 +215,11 @@ def _train(run: RunConfig, *, resume: bool, overwrite: bool, progress: bool) -> 
             "has no place for Muon's momentum"
         )
     arguments = training_arguments(run, universal=universal)
+    arguments.output_dir = str(work)
     main = arguments.process_index == 0
-    if not resume:
-        _check_folder(out, overwrite)
     trainer = build_trainer(run, arguments, position=state["position"])
+    trainer.checked = checkpoint
     trainer.accelerator.wait_for_everyone()
-    if main and not resume:
-        _clear_folder(run, out)
     if main and universal:
         zero.to_universal(checkpoint)
     trainer.accelerator.wait_for_everyone()
@@ -149,13 +230,13 @@ def _train(run: RunConfig, *, resume: bool, overwrite: bool, progress: bool) -> 
         if progress and main:
             display = stack.enter_context(Display(run.train.steps))
         if run.train.tensorboard and main:
-            tensorboard = stack.enter_context(TensorBoardLog(out / "tensorboard"))
+            tensorboard = stack.enter_context(TensorBoardLog(work / TENSORBOARD))
         stack.enter_context(stop.listening())
         stack.enter_context(threads(run.train.threads))
         stack.enter_context(_no_other_bars())
         log = RunLog(
             trainer,
-            out / METRICS_FILE,
+            work / METRICS_FILE,
             run.train.log_every,
             display,
             losses=trainer.losses,
@@ -171,15 +252,16 @@ def _train(run: RunConfig, *, resume: bool, overwrite: bool, progress: bool) -> 
     steps = trainer.state.global_step
     if stop.requested and steps < run.train.steps:
         raise KeyboardInterrupt(
-            f"step {steps} of {run.train.steps} is saved in {checkpoints(out)[-1]}; the same "
+            f"step {steps} of {run.train.steps} is saved in {checkpoints(work)[-1]}; the same "
             "command with --resume goes on from there"
         )
-    with written("the model", out):
-        save_model(trainer, run, out)
+    with written("the model", work):
+        save_model(trainer, run, work)
     texts = []
     if main:
         with threads(run.train.threads):
-            texts = finish(trainer.model, run, trainer.eval_dataset, out / METRICS_FILE)
+            texts = finish(trainer.model, run, trainer.eval_dataset, work / METRICS_FILE)
+        settle(out)
     trainer.accelerator.wait_for_everyone()
     return TrainResult(
         model_dir=out,
@@ -208,7 +290,10 @@ def save_model(trainer: SleepTrainer, run: RunConfig, out: Path) -> None:
             if run.text is not None:
                 run.load_tokenizer().save_pretrained(staging)
         write_text_atomic(staging / RUN_FILE, run.to_yaml())
-        for path in sorted(staging.iterdir(), key=lambda path: path.name.endswith(WEIGHTS)):
+        names = [path.name for path in staging.iterdir()]
+        names += [TENSORBOARD] if run.train.tensorboard else []
+        write_json_atomic(staging / LIST_FILE, sorted(names))
+        for path in sorted(staging.iterdir(), key=lambda path: bool(WEIGHTS.fullmatch(path.name))):
             publish(path, out / path.name)
         staging.rmdir()
     trainer.accelerator.wait_for_everyone()
@@ -239,10 +324,10 @@ def _no_other_bars() -> Iterator[None]:
 
 def summary(path: Path) -> dict[str, Any]:
     """Final loss and the last measurements by depth in a `metrics.jsonl`."""
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records = read_json_lines(path)
     losses = [record["loss"] for record in records if "depth" in record]
     tail = losses[-max(1, len(losses) // 10) :]
-    result: dict[str, Any] = {"loss": sum(tail) / len(tail)}
+    result: dict[str, Any] = {"loss": sum(tail) / len(tail)} if tail else {}
     for record in records:
         for name in ("exact", "per_label", "perplexity", "bits_per_byte", "by_window"):
             if name in record:
@@ -250,40 +335,11 @@ def summary(path: Path) -> dict[str, Any]:
     return result
 
 
-def _is_first() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def _has_model(folder: Path) -> bool:
-    return any(folder.glob("*" + WEIGHTS))
-
-
-def _first_left(stages: list[RunConfig]) -> int:
-    """Index of the first stage that is not finished, after checking that those before are ours."""
-    for index, stage in enumerate(stages[:-1]):
-        out = Path(stage.output_dir)
-        if not _has_model(out):
-            if index == 0 and not checkpoints(out):
-                raise _nothing_to_resume(out)
-            return index
-        _check_same(stage, out)
-    return len(stages) - 1
-
-
 def _nothing_to_resume(out: Path) -> FileNotFoundError:
     return FileNotFoundError(
         f"resume=True, but output_dir={str(out)!r} holds no checkpoint; allowed: a folder "
         "with one (train.save_every, or an interrupted run), or resume=False"
     )
-
-
-def _checkpoint_of(run: RunConfig, out: Path) -> Path:
-    """The checkpoint that `run` goes on from, if it is one of the same run."""
-    saved = checkpoints(out) if out.is_dir() else []
-    if not saved:
-        raise _nothing_to_resume(out)
-    _check_same(run, out)
-    return saved[-1]
 
 
 def _check_same(run: RunConfig, out: Path) -> None:
@@ -294,24 +350,3 @@ def _check_same(run: RunConfig, out: Path) -> None:
                 f"{key}={now.get(key)!r} to resume a run with {key}={before.get(key)!r}; "
                 f"allowed: the same run, in which only {', '.join(FREE_ON_RESUME)} may differ"
             )
-
-
-def _earlier(out: Path) -> list[Path]:
-    """What an earlier run left in `out`."""
-    return [*checkpoints(out), *out.glob("*" + WEIGHTS)] if out.is_dir() else []
-
-
-def _check_folder(out: Path, overwrite: bool) -> None:
-    old = _earlier(out)
-    if old and not overwrite:
-        raise FileExistsError(
-            f"output_dir={str(out)!r} holds {old[-1].name} of an earlier run; allowed: resume=True "
-            "to go on from its last checkpoint, overwrite=True to replace it, or another folder"
-        )
-
-
-def _clear_folder(run: RunConfig, out: Path) -> None:
-    """Remove an earlier run and leave `run.yaml`."""
-    for path in _earlier(out):
-        shutil.rmtree(path) if path.is_dir() else os.remove(path)
-    write_text_atomic(out / RUN_FILE, run.to_yaml())

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import torch
+from hybrid_sleep.training.weights import check_fits, read_config, read_weights
 
+if TYPE_CHECKING:
     from hybrid_sleep import HybridSleepForCausalLM
     from hybrid_sleep.training.config import InitConfig, RunConfig
 
 LAYER = re.compile(r"(model\.layers\.)(\d+)(\..*)")
 NEW_LAYER = "linear_attention"
-WEIGHTS_FILE = "model.safetensors"
 
 
 def inherited() -> set[str]:
@@ -34,22 +32,9 @@ def initial_model(init: InitConfig, given: dict[str, Any]) -> dict[str, Any]:
     given: the keys that the run states itself. Raises FileNotFoundError if there is no checkpoint,
     ValueError if it is another kind of model or the new layers do not fit into it.
     """
-    from hybrid_sleep import HybridSleepConfig
-
-    path = Path(init.checkpoint) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"init.checkpoint={init.checkpoint!r} holds no config.json; allowed: the folder of a "
-            "trained model"
-        )
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    if saved.get("model_type") != HybridSleepConfig.model_type:
-        raise ValueError(
-            f"init.checkpoint={init.checkpoint!r} has model_type={saved.get('model_type')!r}; "
-            f"allowed: {HybridSleepConfig.model_type!r}"
-        )
-    known = inherited()
-    model = {key: value for key, value in saved.items() if key in known}
+    config = read_config(init.checkpoint, _named(init))
+    # As it would come back from a file, where a tuple is a list.
+    model = json.loads(json.dumps({key: getattr(config, key) for key in sorted(inherited())}))
     tied = model["tie_word_embeddings"]
     if given.get("tie_word_embeddings", tied) != tied:
         raise ValueError(
@@ -116,26 +101,20 @@ def _take_over(model: HybridSleepForCausalLM, init: InitConfig) -> None:
 
     new = set(init.new_layers)
     kept = [i for i in range(model.config.num_hidden_layers) if i not in new]
-    own, weights = model.state_dict(), {}
-    for name, value in read_weights(init.checkpoint).items():
+    weights = {}
+    for name, value in read_weights(init.checkpoint, _named(init)).items():
         match = LAYER.fullmatch(name)
         if match is not None and int(match[2]) < len(kept):
             name = f"{match[1]}{kept[int(match[2])]}{match[3]}"
-        if name not in own or own[name].shape != value.shape:
-            found = f"shape {tuple(own[name].shape)}" if name in own else "none"
-            raise ValueError(
-                f"init.checkpoint has {name} of shape {tuple(value.shape)}, the model has {found}; "
-                "allowed: model keys that leave the checkpoint's weights their places and shapes"
-            )
         weights[name] = value
-    # A tied head is one parameter and saved once.
-    for name in dict(model.named_parameters()).keys() - weights.keys():
-        match = LAYER.fullmatch(name)
-        if match is None or int(match[2]) not in new:
-            raise ValueError(
-                f"init.checkpoint={init.checkpoint!r} lacks {name}; allowed: a checkpoint with "
-                "every weight of the model but those of init.new_layers"
-            )
+    inserted = [
+        name
+        for name in model.state_dict()
+        if (match := LAYER.fullmatch(name)) is not None and int(match[2]) in new
+    ]
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    allowed = "every weight of the model but those of init.new_layers, in its shape"
+    check_fits(model, found, _named(init), new=inserted, allowed=allowed)
     model.load_state_dict(weights, strict=False)
     with torch.no_grad():
         for i in new:
@@ -145,25 +124,5 @@ def _take_over(model: HybridSleepForCausalLM, init: InitConfig) -> None:
                 block.mlp.down_proj.weight.zero_()
 
 
-def read_weights(checkpoint: str) -> dict[str, torch.Tensor]:
-    """The weights in the folder `checkpoint` by name, from one file or from several.
-
-    Raises FileNotFoundError if there are none. `from_pretrained` would fill gaps with chance, and
-    under ZeRO-3 give every process a share.
-    """
-    from safetensors.torch import load_file
-
-    folder = Path(checkpoint)
-    index = folder / f"{WEIGHTS_FILE}.index.json"
-    names = [WEIGHTS_FILE]
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    weights = {}
-    for name in names:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"init.checkpoint={checkpoint!r} holds no {name}; allowed: the folder of a "
-                "trained model"
-            )
-        weights |= load_file(folder / name)
-    return weights
+def _named(init: InitConfig) -> str:
+    return f"init.checkpoint={init.checkpoint!r}"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
@@ -21,15 +18,21 @@ from hybrid_sleep.training import zero
 from hybrid_sleep.training.curriculum import WindowSchedule
 from hybrid_sleep.training.data import HeldOut, TaskBatches, derive_seed, only_item
 from hybrid_sleep.training.depth import DepthPolicy, parse_depth
+from hybrid_sleep.training.folder import (
+    STAGING,
+    STATE_FILE,
+    check_checkpoint,
+    checkpoints,
+    list_files,
+    publish,
+    written,
+)
 from hybrid_sleep.training.losses import LossByPosition
 from hybrid_sleep.training.optimizer import MuonAdamW, parameter_groups
-from hybrid_sleep.training.ranks import of_all_ranks
+from hybrid_sleep.training.ranks import of_all_ranks, of_first
 from hybrid_sleep.training.text.batches import TextBatches, TextHeldOut, merge_positions
+from hybrid_sleep.training.weights import WEIGHTS_FILE, check_fits, shapes
 
-STAGING = ".partial"
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-# Beside Trainer's files in a checkpoint: how many processes wrote it, and where in its text it is.
-STATE_FILE = "sleep_state.json"
 ADAMW = ("adamw_torch", "adamw_torch_fused")  # the default of transformers, by version
 METRICS = ("exact", "per_label", "loss", "perplexity", "bits_per_byte", "by_window")
 
@@ -62,7 +65,8 @@ class SleepTrainer(Trainer):
     `eval_dataset` may be a `HeldOut`, for exact accuracy by depth, or a `TextHeldOut`, for
     perplexity. A checkpoint is written beside its place and renamed, so that each one found is
     complete, and one with weights that are not finite is never written. `resume_from_checkpoint`
-    goes on bit for bit as if nothing had stopped, on a CPU and as many processes.
+    goes on bit for bit as if nothing had stopped, on a CPU and as many processes; a checkpoint that
+    is not whole any more is refused with ValueError.
 
     `args.activation_checkpointing` stands for `model.set_activation_checkpointing("block")`.
     """
@@ -86,6 +90,7 @@ class SleepTrainer(Trainer):
         self.last_step: StepRecord | None = None
         self._position: dict[str, Any] | None = None
         self._staging: Path | None = None
+        self.checked: Path | None = None  # a checkpoint that was found to be whole
         super().__init__(model, args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -101,6 +106,33 @@ class SleepTrainer(Trainer):
             betas, eps = (self.args.adam_beta1, self.args.adam_beta2), self.args.adam_epsilon
             self.optimizer = self._optimizer_class()(groups, betas=betas, eps=eps)
         return super().create_optimizer(model)
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Trainer's, from a checkpoint that is whole."""
+        if resume_from_checkpoint is True:
+            saved = checkpoints(self.args.output_dir)
+            resume_from_checkpoint = str(saved[-1]) if saved else True
+        if resume_from_checkpoint and resume_from_checkpoint is not True:
+            checkpoint = Path(resume_from_checkpoint)
+            if checkpoint != self.checked:
+                of_first(check_checkpoint, checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
+        # A model that is given is wrapped, its weights in other shapes.
+        if model is None and (Path(checkpoint) / WEIGHTS_FILE).exists():
+            where = f"checkpoint {checkpoint!r}"
+            check_fits(self.model, shapes(checkpoint, where), where)
+        super()._load_from_checkpoint(checkpoint, model)
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        # Trainer takes a step before it asks whether one is left, and text has no end.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -270,6 +302,7 @@ class SleepTrainer(Trainer):
             self.state.best_model_checkpoint = best = str(place.parent / Path(best).name)
         if best is not None:
             self.state.save_to_json(str(staging / place.name / "trainer_state.json"))
+        list_files(staging / place.name)
         publish(staging / place.name, place)
         shutil.rmtree(staging, ignore_errors=True)
         if self.args.save_total_limit:
@@ -324,37 +357,3 @@ def check_finite(model: torch.nn.Module, where: str) -> None:
                 f"weight {name} is not finite at {where}, so nothing was saved; try a lower "
                 "lr_muon or lr_adamw, a longer warmup or a smaller grad_clip"
             )
-
-
-@contextlib.contextmanager
-def written(what: str, run_dir: str | os.PathLike) -> Iterator[None]:
-    """Turn a failure to write `what` into an OSError that says where the run can go on."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        # torch and safetensors have their own names for a disk that is full.
-        reason = str(error).strip().partition("\n")[0]
-        raise OSError(f"{what} could not be written: {reason}; {last_good(run_dir)}") from error
-
-
-def last_good(run_dir: str | os.PathLike) -> str:
-    """Where a run that fails can be taken up again, in words."""
-    saved = checkpoints(run_dir)
-    if not saved:
-        return "no checkpoint was saved yet"
-    return f"the last good checkpoint is {saved[-1]}, --resume goes on from there"
-
-
-def checkpoints(run_dir: str | os.PathLike) -> list[Path]:
-    """The checkpoints in a run's folder, oldest first; all of them are complete."""
-    found = [path for path in Path(run_dir).glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
-
-
-def publish(source: Path, place: Path) -> None:
-    """Give the finished folder `source` its name `place` in one step, contents on disk first."""
-    for path in source.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-    os.replace(source, place)

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import fcntl
 import importlib.util
-import json
 import os
 import shutil
 import socket
@@ -15,6 +14,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from hybrid_sleep.io import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -54,11 +55,9 @@ def read_config(train: TrainConfig) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{where} is no file; allowed: a JSON such as configs/deepspeed/*")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is no JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{where} holds {type(config).__name__}; allowed: an object")
+        config = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"train.deepspeed: {error}; allowed: a JSON object") from error
     for key, why in REFUSED.items():
         if key in config:
             raise ValueError(f"{where} has {key!r}; allowed: to leave it out, {why}")

@@ -29,12 +29,13 @@ from hybrid_sleep.eval.benchmarks.keeping import KeepingCache, appended, keeper_
 from hybrid_sleep.eval.benchmarks.models import untrained
 from hybrid_sleep.eval.benchmarks.questions import Questions
 from hybrid_sleep.eval.benchmarks.slices import Row, collect, record_of
-from hybrid_sleep.eval.depth import check_depths, load_model, read_run
+from hybrid_sleep.eval.depth import check_depths, read_run
 from hybrid_sleep.eval.depth_report import run_record
 from hybrid_sleep.eval.tasks.base import check_int
 from hybrid_sleep.identity import weights_digest
 from hybrid_sleep.kernels.benchmarks.timing import in_turn
 from hybrid_sleep.provenance import check_device
+from hybrid_sleep.training.weights import load_model
 
 # By kind of device: the untrained model that is measured unless a trained one is given.
 SIZES: dict[str, Row] = {

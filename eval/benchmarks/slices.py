@@ -126,4 +126,5 @@ def _name(names: Row) -> str:
 
 
 def _is(row: Row, names: Row) -> bool:
-    return all(name in row and row[name] == value for name, value in names.items())
+    found = row.items() if isinstance(row, dict) else ()
+    return all(pair in found for pair in names.items())

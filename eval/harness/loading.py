@@ -10,6 +10,7 @@ import torch
 
 from hybrid_sleep.eval import depth
 from hybrid_sleep.provenance import check_device
+from hybrid_sleep.training import weights
 
 if TYPE_CHECKING:
     from hybrid_sleep import HybridSleepForCausalLM
@@ -50,22 +51,10 @@ def load_model(
     folder: Path, *, device: str, dtype: str, sleep_options: Mapping[str, Any]
 ) -> HybridSleepForCausalLM:
     """The model saved in `folder`, some of its sleep options replaced."""
-    from hybrid_sleep import HybridSleepConfig
-
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"checkpoint {str(folder)!r} is no folder with a config.json; allowed: a trained model"
-        )
     check_sleep_options(sleep_options)
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
     check_device(device)
-    content, _ = HybridSleepConfig.get_config_dict(folder)
-    if content.get("model_type") != HybridSleepConfig.model_type:
-        raise ValueError(
-            f"checkpoint {str(folder)!r} has model_type={content.get('model_type')!r}; allowed: "
-            f"{HybridSleepConfig.model_type!r} (lm-eval itself evaluates others: --model hf)"
-        )
-    config = HybridSleepConfig.from_dict({**content, **sleep_options})
+    config = weights.read_config(folder, f"checkpoint {str(folder)!r}", **sleep_options)
     kind = "auto" if dtype == "auto" else getattr(torch, dtype)
-    return depth.load_model(folder, device, config=config, dtype=kind)
+    return weights.load_model(folder, device, config=config, dtype=kind)

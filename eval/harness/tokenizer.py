@@ -69,15 +69,26 @@ def task_words(task: Task) -> list[str]:
 def load_tokenizer(folder: Path, run: RunConfig | None) -> Any:
     """The tokenizer saved in `folder` or above it, else that of the `run` it was trained by.
 
-    Raises ValueError if there is none of them.
+    Raises ValueError if there is none of them, or if its files are damaged.
     """
     # A checkpoint taken on the way lies inside the folder of its run.
     for place in (folder, folder.parent) if run is not None else (folder,):
         if (place / "tokenizer_config.json").is_file():
-            return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+            return _saved(place)
     if run is None:
         raise ValueError(
             f"checkpoint {str(folder)!r} has no tokenizer and no run.yaml; allowed: a folder with "
             "one of them"
         )
     return WordTokenizer(task_words(run.load_task())) if run.text is None else run.load_tokenizer()
+
+
+def _saved(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise their own
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"the tokenizer in {str(folder)!r} cannot be loaded ({reason}); allowed: one that was "
+            "saved there whole"
+        ) from error

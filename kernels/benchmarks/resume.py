@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from hybrid_sleep.io import read_json, unreadable
 from hybrid_sleep.provenance import provenance
 
 # Their versions decide what is measured; those that are not installed are not named.
@@ -42,16 +42,19 @@ def _source() -> str:
 
 
 def rows_of(out: Path | None, benchmark: str, now: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows in `out`/results.json that were measured under the same record as `now`, or none."""
+    """Rows in `out`/results.json that were measured under the same record as `now`, or none.
+
+    Raises OSError or ValueError if that file is damaged: a new one would take its place.
+    """
     path = None if out is None else out / "results.json"
-    if path is None or not path.is_file():
+    if path is None or not path.exists():
         return []
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        before = result["provenance"]
-        rows = result["rows"] if result["benchmark"] == benchmark else []
-    except (ValueError, KeyError, TypeError):
+    result = read_json(path)
+    if result.get("benchmark") != benchmark:
         return []
+    before, rows = result.get("provenance"), result.get("rows")
+    if not isinstance(before, dict) or not isinstance(rows, list):
+        raise unreadable(path, "it has no rows and provenance; remove it to measure anew")
     same = {name: x for name, x in before.items() if name not in WHEN} == {
         name: x for name, x in now.items() if name not in WHEN
     }

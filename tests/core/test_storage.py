@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from small import assert_same, small_config, small_ids, small_model, snapshot
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -314,4 +315,63 @@ def test_an_edit_that_torch_does_not_count_is_found_on_loading(tmp_path):
     ragged_cache(model).save_pretrained(tmp_path)
     model.lm_head.weight.data[0, 0] += 1
     with pytest.raises(ValueError, match="weights"):
+        SleepCache.from_pretrained(tmp_path, model=model)
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+def pointer(path):
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+
+
+def folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def one_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def rewritten(change):
+    def damage(path):
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            metadata = file.metadata()
+        change(tensors, metadata)
+        save_file(tensors, path, metadata=metadata)
+
+    return damage
+
+
+DAMAGES = {
+    "cut": (cut, "is damaged: "),
+    "emptied": (emptied, "is damaged: it is empty"),
+    "pointer": (pointer, "is a pointer of Git LFS"),
+    "folder": (folder, "is a folder; allowed: a file"),
+    "one bit": (one_bit, "tensors are not those that were saved"),
+    "a tensor gone": (rewritten(lambda t, m: t.pop("memory.1.S")), "tensors are not those"),
+    "rows gone": (rewritten(lambda t, m: t.pop("rows.counts")), "tensors are not those"),
+    "columns gone": (rewritten(lambda t, m: m.pop("columns")), "metadata .*columns"),
+    "no config": (rewritten(lambda t, m: m.update(config="{")), "metadata cannot be read"),
+    "config a list": (rewritten(lambda t, m: m.update(config="[]")), "its config is a list"),
+    "version a word": (rewritten(lambda t, m: m.update(weights_version="x")), "metadata cannot"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_damaged_file_is_named_with_what_is_wrong(tmp_path, damage, message):
+    model = small_model()
+    ragged_cache(model).save_pretrained(tmp_path)
+    path = tmp_path / FILE
+    damage(path)
+    with pytest.raises((ValueError, IsADirectoryError), match=f"{FILE} .*{message}"):
         SleepCache.from_pretrained(tmp_path, model=model)

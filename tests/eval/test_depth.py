@@ -361,7 +361,7 @@ def test_bad_arguments_are_named(change, message):
 def test_render_refuses_what_is_no_result(tmp_path):
     path = tmp_path / "results.json"
     path.write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
+    with pytest.raises(ValueError, match="results.json is damaged: no JSON"):
         report.render(path)
     path.write_text('{"benchmark": "speed"}')
     with pytest.raises(ValueError, match="benchmark='speed'.*depth"):

@@ -75,7 +75,7 @@ def test_lm_eval_makes_the_model_by_its_name(saved):
 
 
 def test_a_folder_of_another_model_or_of_none_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="is no folder with a config.json; allowed: a trai"):
+    with pytest.raises(FileNotFoundError, match="holds no config.json; allowed: the folder of a"):
         HybridSleepLM(tmp_path / "nothing")
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(ValueError, match="has model_type='gpt2'; allowed: 'hybrid_sleep'"):

@@ -348,7 +348,8 @@ class TestResume:
             assert resume.rows_of(tmp_path, "kernels", {**now, changed: "another"}) == []
         for text in ("{", "[]", '{"benchmark": "kernels"}'):
             file.write_text(text)
-            assert resume.rows_of(tmp_path, "kernels", now) == []
+            with pytest.raises(ValueError, match="results.json is damaged: "):
+                resume.rows_of(tmp_path, "kernels", now)
 
     def test_a_budget_ends_before_the_next_piece_would_not_fit(self, monkeypatch):
         clock = [0.0]

@@ -15,8 +15,8 @@ from transformers import TrainerCallback
 
 from hybrid_sleep.training import run as run_module
 from hybrid_sleep.training.callbacks import StopOnSignal
+from hybrid_sleep.training.folder import checkpoints
 from hybrid_sleep.training.run import build_trainer, train
-from hybrid_sleep.training.trainer import checkpoints
 
 ROOT = Path(__file__).parents[2]
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from hybrid_sleep.training import train
-from hybrid_sleep.training.trainer import checkpoints
+from hybrid_sleep.training.folder import checkpoints
 
 ROOT = Path(__file__).parents[2]
 # Torch's AdamW, whose steps carry a difference in the last bit on as it is; Muon orthogonalises in

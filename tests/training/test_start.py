@@ -128,9 +128,9 @@ def test_a_checkpoint_in_parts_or_with_a_tied_head_is_read_whole(tmp_path, tiny)
         ([4], {}, r"init.new_layers=\[4\]; allowed: indices below 3"),
         ([1, 1], {}, r"init.new_layers=\[1, 1\]; allowed: distinct"),
         ([-1], {}, r"init.new_layers=\[-1\]; allowed: distinct indices of layers, from 0"),
-        ([1], {"hidden_size": 8}, "init.checkpoint has .* of shape .*16.*, the model has shape"),
-        ([], {"vocab_size": 5}, r"init.checkpoint has .* of shape \(3, 16\)"),
-        ([], {"intermediate_size": 0}, "init.checkpoint has .*mlp.* the model has none"),
+        ([1], {"hidden_size": 8}, "init.checkpoint=.* has .* of shape .*16.*, the model has shape"),
+        ([], {"vocab_size": 5}, r"init.checkpoint=.* has .* of shape \(3, 16\)"),
+        ([], {"intermediate_size": 0}, "init.checkpoint=.* has .*mlp.* the model has none"),
         (
             [],
             {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3},

@@ -14,8 +14,9 @@ from hybrid_sleep.eval import tasks
 from hybrid_sleep.training.config import load_run_config, run_config
 from hybrid_sleep.training.data import HeldOut, TaskBatches
 from hybrid_sleep.training.depth import Uniform
+from hybrid_sleep.training.folder import checkpoints
 from hybrid_sleep.training.run import build_trainer, train
-from hybrid_sleep.training.trainer import SleepTrainer, accuracy_by_depth, checkpoints
+from hybrid_sleep.training.trainer import SleepTrainer, accuracy_by_depth
 
 
 def test_a_step_trains_at_the_depth_of_its_seed_and_number(tmp_path, tiny):

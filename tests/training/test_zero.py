@@ -47,8 +47,8 @@ ZERO2 = {"zero_optimization": {"stage": 2}}
 @pytest.mark.parametrize(
     ("content", "more", "message"),
     [
-        ("{", {}, "is no JSON"),
-        ("[]", {}, "holds list; allowed: an object"),
+        ("{", {}, "is damaged: no JSON"),
+        ("[]", {}, "it holds a list where a dict is expected; allowed: a JSON object"),
         ({"zero_optimization": {"stage": 4}}, {}, r"stage=4; allowed: 0, 1, 2, 3"),
         ({"optimizer": {}}, {}, "has 'optimizer'; allowed: to leave it out, train.lr_muon"),
         ({"scheduler": {}}, {}, "has 'scheduler'; allowed: to leave it out, train.schedule"),
