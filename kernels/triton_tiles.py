@@ -99,6 +99,15 @@ def read_or_left(read, left, i):
 
 
 @triton.jit
+def program_of(parts):
+    """What (a row or a head of one) and which of its `parts` this program is for, from the only
+    axis of a grid that may exceed 65535. Programs next to each other have the same part.
+    """
+    whats = tl.num_programs(0) // parts
+    return tl.program_id(0) % whats, tl.program_id(0) // whats
+
+
+@triton.jit
 def real_tokens(mask, b, start, i, T, HAS_MASK: tl.constexpr):
     """Which of the tokens `start + i` of row b are there and no pads."""
     real = i < T - start
@@ -125,7 +134,8 @@ def load_rows(
 
     Within a chunk offsets are 32 bits, which keeps them out of the way of the tiles.
     """
-    base = x + b.to(tl.int64) * stride_b + start.to(tl.int64) * stride_t + h * stride_h
+    base = x + b.to(tl.int64) * stride_b + start.to(tl.int64) * stride_t
+    base += h.to(tl.int64) * stride_h
     offsets = i[:, None] * stride_t + d[None, :]
     return tl.load(base + offsets, mask=tile_mask(real, d, D, BD), other=0.0)
 

@@ -108,7 +108,7 @@ def _prologue(
     )  # fmt: skip
     strides = raw.kv if raw.q is None else raw.q
     triton_kernels.prologue.launch(
-        (B * H, sizes.chunks),
+        (B * H * sizes.chunks,),
         q=raw.q, kv=kv, a=raw.a, b_raw=raw.b, q_weight=raw.q_weight, kv_weight=raw.kv_weight,
         A_log=raw.A_log, dt_bias=raw.dt_bias, q_tail=raw.q_tail, kv_tail=raw.kv_tail,
         mask=mask, previous=previous,

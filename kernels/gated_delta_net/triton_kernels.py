@@ -19,6 +19,7 @@ from hybrid_sleep.kernels.gated_delta_rule.triton_forward import store_chunk
 from hybrid_sleep.kernels.short_conv.triton_taps import conv_one, conv_tile
 from hybrid_sleep.kernels.triton_launch import config, kernel
 from hybrid_sleep.kernels.triton_tiles import (
+    program_of,
     real_tokens,
     sigmoid,
     silu,
@@ -54,7 +55,7 @@ def prologue(
     Writes q_out, k_out [B, T, G, K] and v_out [B, T, H, V], zeros at pads, with KEEP the inverse
     lengths q_length, k_length [B, T, G], and what `prepare` writes.
     """
-    bh, chunk = tl.program_id(0), tl.program_id(1)
+    bh, chunk = program_of(NT)
     b, h = bh // H, bh % H
     G: tl.constexpr = H // R
     g = h // R

@@ -100,7 +100,7 @@ def prepare(
         empty(k, (B, H, NT, C), how.state),
     )
     triton_forward.prepare.launch(
-        (B * H, NT),
+        (B * H * NT,),
         q=q, k=k, g=g.contiguous(), beta=beta.contiguous(), mask=mask, **found._asdict(),
         **strides("q", k if q is None else q), **strides("k", k), **sizes.shared(),
         HAS_MASK=mask is not None, OUT=q is not None, **how._asdict(),
@@ -242,9 +242,9 @@ def backward(
         d_decay=empty(v, chunks.strength.shape, how.state),
         d_strength=empty(v, chunks.strength.shape, how.state),
     )  # fmt: skip
-    triton_backward.pairs.launch((B * H, NT), **given, v=v, **strides("v", v), dv=dv)
+    triton_backward.pairs.launch((B * H * NT,), **given, v=v, **strides("v", v), dv=dv)
     triton_backward.gradients.launch(
-        (B * H, NT), **given, states=states, d_states=d_states, dq=dq, dk=dk, dg=dg, dbeta=dbeta
+        (B * H * NT,), **given, states=states, d_states=d_states, dq=dq, dk=dk, dg=dg, dbeta=dbeta
     )
     return dq, dk, dv, dg, dbeta, d_initial
 

@@ -28,6 +28,7 @@ from hybrid_sleep.kernels.triton_tiles import (
     load_decays,
     load_own,
     load_rows,
+    program_of,
     read_or_left,
     real_tokens,
     square_mask,
@@ -112,7 +113,7 @@ def pairs(
     They go through memory because `gradients` needs them transposed: doing that in registers for a
     product on warp groups is miscompiled by Triton 3.4 to 3.7 for compute capability 9.0.
     """
-    bh, chunk = tl.program_id(0), tl.program_id(1)
+    bh, chunk = program_of(NT)
     b, h = bh // H, bh % H
     i, kk = tl.arange(0, C), tl.arange(0, BK)
     start = chunk * C
@@ -177,7 +178,7 @@ def gradients(
     dq, dk [B, T, H, K] (one each for a value head, so that sharing heads are summed later), dg,
     dbeta [B, T, H].
     """
-    bh, chunk = tl.program_id(0), tl.program_id(1)
+    bh, chunk = program_of(NT)
     b, h = bh // H, bh % H
     i = tl.arange(0, C)
     start = chunk * C

@@ -30,6 +30,7 @@ from hybrid_sleep.kernels.triton_tiles import (
     decays_at_ends,
     load_rows,
     log2_decay,
+    program_of,
     real_tokens,
     running_decays,
     square_mask,
@@ -112,7 +113,7 @@ def prepare(
 
     q, k [B, T, H // R, K] by their strides, g and beta [B, T, H], mask [B, T] or None.
     """
-    bh, chunk = tl.program_id(0), tl.program_id(1)
+    bh, chunk = program_of(NT)
     b, h = bh // H, bh % H
     start, i, kk = chunk * C, tl.arange(0, C), tl.arange(0, BK)
     real = real_tokens(mask, b, start, i, T, HAS_MASK)

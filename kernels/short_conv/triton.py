@@ -75,7 +75,7 @@ def forward(
     final = empty(x, (B, weight.shape[1] - 1, C), x.dtype)
     given = _shared(x, weight, bias, initial_state, mask, previous, activation, how)
     triton_kernels.convolve.launch(
-        lambda meta: (triton.cdiv(T, meta["BT"]), triton.cdiv(C, meta["BD"]), B),
+        lambda meta: (B * triton.cdiv(T, meta["BT"]), triton.cdiv(C, meta["BD"])),
         **given, y=y, final=final,
     )  # fmt: skip
     return y, final
@@ -106,7 +106,7 @@ def backward(
     sums = empty(x, (B, pieces, W + 1, C), how.state) if has_out else None
     given = _shared(x, weight, bias, initial_state, mask, previous, activation, how)
     triton_kernels.gradients.launch(
-        lambda meta: (pieces + has_tail, triton.cdiv(C, meta["BD"]), B),
+        lambda meta: (B * (pieces + has_tail), triton.cdiv(C, meta["BD"])),
         **given, d_out=dy if has_out else None, dy_b=dy.stride(0), dy_t=dy.stride(1),
         d_final=None if d_final is None else d_final.contiguous(),
         following=None if mask is None else following_tokens(mask), dx=dx, d_tail=d_tail,

@@ -33,7 +33,7 @@ from hybrid_sleep.kernels.short_conv.triton_taps import (
     token_before,
 )
 from hybrid_sleep.kernels.triton_launch import kernel
-from hybrid_sleep.kernels.triton_tiles import real_tokens, sigmoid, silu, tile_mask
+from hybrid_sleep.kernels.triton_tiles import program_of, real_tokens, sigmoid, silu, tile_mask
 
 
 @kernel(
@@ -57,7 +57,8 @@ def convolve(
     x [B, T, channels] by its strides; weight, bias, tail, previous as in `conv_tile`; mask [B, T]
     or None.
     """
-    start, b = tl.program_id(0) * BT, tl.program_id(2)
+    b, block = program_of(tl.cdiv(T, BT))
+    start = block * BT
     i, d = tl.arange(0, BT), tl.program_id(1) * BD + tl.arange(0, BD)
     real = real_tokens(mask, b, start, i, T, HAS_PADS)
     sums = conv_tile(
@@ -129,7 +130,7 @@ def gradients(
     dx [B, T, channels], with HAS_TAIL d_tail [B, W - 1, channels], and with HAS_OUT what each piece
     adds to the gradients of weight and bias as sums [B, pieces, W + 1, channels], the bias last.
     """
-    piece, b = tl.program_id(0), tl.program_id(2)
+    b, piece = program_of(pieces + 1 if HAS_TAIL else pieces)
     i, d = tl.arange(0, BT), tl.program_id(1) * BD + tl.arange(0, BD)
     rows = tl.arange(0, BW)
     in_tail = piece >= pieces

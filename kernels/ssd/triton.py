@@ -129,7 +129,7 @@ def prepare(given: Inputs, sizes: Sizes, how: Precision) -> Gates:
         empty(given.v, (B, H, NT, C), how.state) if given.raw else None,
     )
     triton_forward.prepare.launch(
-        lambda meta: (NT, triton.cdiv(H, meta["BH"]), B),
+        lambda meta: (B * NT, triton.cdiv(H, meta["BH"])),
         g=given.g.contiguous(), A_log=given.A_log, dt_bias=given.dt_bias, mask=given.mask,
         **gates._asdict(), T=sizes.T, NT=NT, H=H, C=C, HAS_MASK=given.mask is not None,
         RAW=given.raw, ACC=how.ACC,
@@ -237,7 +237,7 @@ def backward(
     dg = empty(v, (B, T, H), how.state)
     parts = empty(v, (B, sizes.chunks, H, 3), how.state) if given.raw else None
     triton_backward.gradients.launch(
-        (B * H, sizes.chunks),
+        (B * H * sizes.chunks,),
         q=q, k=k, v=v, d_out=do, g=given.g.contiguous(), A_log=given.A_log, dt_bias=given.dt_bias,
         skip=given.skip, mask=given.mask, **gates._asdict(), states=states, d_states=d_states,
         dq=dq, dk=dk, dv=dv, dg=dg, parts=parts, scale=scale,

@@ -29,6 +29,7 @@ from hybrid_sleep.kernels.triton_tiles import (
     load_decays,
     load_own,
     load_rows,
+    program_of,
     read_or_left,
     real_tokens,
     sigmoid,
@@ -43,7 +44,8 @@ def save_rows(
     BD: tl.constexpr,
 ):  # fmt: skip
     """Write tile [C, BD] into x [B, T, H, D] of any strides, tokens start + i where `there`."""
-    base = x + b.to(tl.int64) * stride_b + start.to(tl.int64) * stride_t + h * stride_h
+    base = x + b.to(tl.int64) * stride_b + start.to(tl.int64) * stride_t
+    base += h.to(tl.int64) * stride_h
     offsets = i[:, None] * stride_t + d[None, :]
     tl.store(base + offsets, tile.to(x.dtype.element_ty), mask=tile_mask(there, d, D, BD))
 
@@ -53,7 +55,7 @@ def save_rows(
     key=("K", "V", "C", "HAS_OUT", "RAW"),
     blocks={"BV": "V"},
     wide=[config(8, BV=32)],
-    fits=lambda blocks, given: blocks["BV"] <= 32 or not given["RAW"],
+    fits=lambda blocks, given: blocks["BV"] <= 32 or (given["BK"] <= 64 and not given["RAW"]),
 )
 @triton.jit
 def gradients(
@@ -74,22 +76,22 @@ def gradients(
     dv [B, T, H, V], dg [B, T, H]. RAW: g is the projection a and dg its gradient, and
     parts [B, NT, H, 3] are the shares of A_log, dt_bias and skip.
     """
-    bh, chunk = tl.program_id(0), tl.program_id(1)
+    bh, chunk = program_of(NT)
     b, h = bh // H, bh % H
     i, kk = tl.arange(0, C), tl.arange(0, BK)
     start = chunk * C
     real = real_tokens(mask, b, start, i, T, HAS_MASK)
     there = i < T - start
     place = bh.to(tl.int64) * NT + chunk
+    _, left, _ = decays_at_ends(decay, place, i, C)
     before, after = states + place * K * V, d_states + place * K * V
-    whole, rest = load_decays(decay, place, i, C)
-    into, left, kept = decays_at_ends(decay, place, i, C)
     if RAW:
         step = tl.load(strength + place * C + i)
         past = tl.load(skip + h).to(ACC)
     k_tile = load_rows(k, b, start, i, h // R, kk, k_b, k_t, k_h, real, K, BK).to(DOT)
     if HAS_OUT:
         q_tile = load_rows(q, b, start, i, h // R, kk, q_b, q_t, q_h, real, K, BK).to(DOT)
+        whole, rest = load_decays(decay, place, i, C)
         # P and dP transposed are products of their own: turned in registers for a product on warp
         # groups, they are miscompiled by Triton 3.4 to 3.7 for compute capability 9.0.
         P_turned = tl.dot(k_tile, tl.trans(q_tile), input_precision=MODE).to(ACC) * scale
@@ -121,9 +123,12 @@ def gradients(
                 dW += past * dO.to(ACC)
         save_rows(dv, dW, b, start, i, h, vv, dv_b, dv_t, dv_h, there, V, BV)
 
+    # Loaded again: kept through the loop they would cost registers.
+    into, left, kept = decays_at_ends(decay, place, i, C)
     if HAS_OUT and RAW:
         d_skip = tl.sum(tl.where(i[:, None] == i[None, :], OV, 0.0), axis=1)
     if HAS_OUT:
+        whole, rest = load_decays(decay, place, i, C)
         dP = OV * scale * decay_between(whole, rest, i[:, None] >= i[None, :])
         if RAW:
             dP = dP * step[None, :]

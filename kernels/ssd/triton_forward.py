@@ -32,6 +32,7 @@ from hybrid_sleep.kernels.triton_tiles import (
     load_decays,
     load_rows,
     log2_decay,
+    program_of,
     real_tokens,
     running_decays,
     softplus,
@@ -62,7 +63,8 @@ def prepare(
     softplus(a + dt_bias) as strength [B, H, NT, C]; the decay is exp(A_log) times it. A_log,
     dt_bias [H].
     """
-    chunk, block, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    b, chunk = program_of(NT)
+    block = tl.program_id(1)
     start, i, hh = chunk * C, tl.arange(0, C), block * BH + tl.arange(0, BH)
     real = real_tokens(mask, b, start, i, T, HAS_MASK)
     heads = hh < H
