@@ -215,8 +215,7 @@ class SleepGenerationMixin(GenerationMixin):
         return cache
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
-        embedding = self.get_input_embeddings()
-        return embedding(ids.to(embedding.weight.device))
+        return self.get_input_embeddings()(ids.to(self.input_device))
 
     def _check_mask(self, mask: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """The mask of the prompt's own columns; a longer one also covers what a cache has read."""
