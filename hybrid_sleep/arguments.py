@@ -18,6 +18,7 @@ _REASONS = {
     "output_attentions": "attention weights differ by window and pass, and no mixer but attention "
     "has any; output_hidden_states=True gives the hidden states of pass 1",
     "cache_position": "the cache itself counts what it has read",
+    "shift_labels": "labels are shifted inside, over pads and within documents; give labels",
     **dict.fromkeys(
         ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
         "packed documents are named by document_ids, or by position_ids that start again",

@@ -27,12 +27,12 @@ KINDS = {
 def use(model: HybridSleepForCausalLM, place: Path) -> list[torch.Tensor]:
     """What a model does without gradients, as tensors to compare."""
     out = model.generate(IDS, max_new_tokens=3, return_dict_in_generate=True)
-    cache = out.past_key_values
+    cache = out.cache
     model.sleep(cache)
     cache.save_pretrained(place)
     cache = SleepCache.from_pretrained(place, model=model)
     state = [memory.S for memory in cache.memory if hasattr(memory, "S")]
-    return [out.sequences, *state, model(IDS[:, :1], past_key_values=cache).logits]
+    return [out.sequences, *state, model(IDS[:, :1], cache=cache).logits]
 
 
 @torch.no_grad()

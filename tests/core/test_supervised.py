@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from small import small_ids, small_model
-from transformers import Trainer, TrainingArguments
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from hybrid_sleep import HybridSleepForCausalLM, reading
 from hybrid_sleep.training import MarkSupervised, SleepTrainer
@@ -138,3 +139,27 @@ def test_what_is_no_mask_of_tokens_is_refused(supervised):
 def test_a_collator_without_labels_is_refused():
     with pytest.raises(ValueError, match="needs a collator that makes `labels`, got a batch of"):
         MarkSupervised(lambda features: {"input_ids": IDS})([])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_sft_of_trl_learns_from_the_right_windows_with_its_default_settings(tmp_path, warned):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(11)}, unk_token="0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="1")
+    data = datasets.Dataset.from_dict({"input_ids": IDS.tolist(), "labels": LABELS.tolist()})
+    arguments = trl.SFTConfig(
+        str(tmp_path), max_steps=1, use_cpu=True, report_to="none", save_strategy="no", bf16=False
+    )
+    losses = []
+    for mark in (True, False):
+        model = model_of()
+        trainer = trl.SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer)
+        if mark:
+            trainer.data_collator = MarkSupervised(trainer.data_collator)
+        losses.append(trainer.train().training_loss)
+        assert model.is_activation_checkpointing
+    want = model_of()(IDS, labels=LABELS).loss.item()
+    assert losses[0] == pytest.approx(want, rel=1e-5)
+    assert losses[1] != pytest.approx(want, rel=1e-3)
+    assert warned
