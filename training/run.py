@@ -50,6 +50,7 @@ from hybrid_sleep.training.schema import flat
 from hybrid_sleep.training.tensorboard import TensorBoardLog
 from hybrid_sleep.training.text.batches import TextHeldOut
 from hybrid_sleep.training.trainer import SleepTrainer, check_finite
+from hybrid_sleep.training.weights import check_model
 
 # What may differ between the two parts of a resumed run: where it is, what it reports and keeps,
 # and how its batches are shared out.
@@ -183,6 +184,11 @@ def _place(run: RunConfig, *, resume: bool, later: bool) -> _Place:
         return _Place(work=begin(out, run.to_yaml()))
     _check_same(run, work)
     if weights_in(work):
+        try:
+            check_model(work)
+        except (ValueError, OSError) as error:
+            again = f", or to remove it and resume from {saved[-1]}" if saved else ""
+            raise ValueError(f"the run is finished, but {error}{again}") from error
         return _Place(work=work, finished=True)
     check_checkpoint(saved[-1])
     state = read_json(saved[-1] / STATE_FILE)

@@ -53,6 +53,10 @@ def test_a_finished_run_says_so_and_changes_nothing(copied):
     assert result.finished_before and result.steps == 4
     assert "is finished (4 steps) and nothing was changed" in result.report()
     assert contents(out) == before
+    os.truncate(out / "model.safetensors", 100)
+    with pytest.raises(ValueError, match="is finished, but .*model.safetensors is damaged: .*or to"):
+        train(run, resume=True, progress=False)
+    (out / "model.safetensors").write_bytes(before[Path("model.safetensors")])
     shutil.rmtree(out / "checkpoint-4")
     shutil.rmtree(out / "checkpoint-2")
     assert train(run, resume=True, progress=False).finished_before
