@@ -19,7 +19,7 @@ FORMS = (
     "or {stages: {0: policy, step: policy, ...}}"
 )
 MAX_SIGMA = 4
-DEEPEST = 1000  # of a range that is drawn from: a depth's probability is worked out for each
+DEEPEST = 2000  # of a range that is drawn from: a depth's probability is worked out for each
 
 
 class DepthPolicy(ABC):

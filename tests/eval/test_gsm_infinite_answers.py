@@ -101,7 +101,7 @@ def test_free_text_replies(reply, answer):
 @pytest.mark.parametrize(
     "reply, answer",
     [
-        # Only the first "####" answers; what comes behind is another problem's.
+        # The first line of hashes answers; behind it is another problem.
         ("#### 12\n\nQuestion: Tom has 15 apples. How many?", 12),
         ("3 + 9 = 12\n#### 12\n\nQ: 2 and 3?\nA: 2 + 3 = 5\n#### 5", 12),
         ("#### 12\n#### 15", 12),

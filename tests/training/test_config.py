@@ -143,7 +143,7 @@ def test_committed_recipes_load(recipe, tmp_path):
         ("train.seed=4294967296", r"train.seed=42.*; allowed: .* >= 0, below 2\*\*32"),
         ("train.steps=9223372036854775808", r"train.steps=922.*allowed: an integer below"),
         ("task.params={5: 1}", r"task.params has the key 5; allowed: keys of text"),
-        ("sleep_passes={uniform: [1, 2000]}", r"uniform high is 2000; allowed: at most 1000"),
+        ("sleep_passes={uniform: [1, 2001]}", r"uniform high is 2001; allowed: at most 2000"),
         ("train.dtype=float16", r"train.dtype='float16'; allowed: float32, bfloat16"),
         ("train.device=tpu", r"train.device='tpu'; allowed: auto, cpu"),
         (

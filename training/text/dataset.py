@@ -7,6 +7,7 @@ import copy
 import glob
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -93,21 +94,17 @@ class DatasetSource(TextSource):
 
     def _check_tokens(self, count: int) -> None:
         """Raise ValueError naming the first row that is neither text nor ids below `count`."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
         column = self._data.data.column(self.column)
-        lists = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        kind = str(column.type)
+        if kind in ("string", "large_string"):
             return
-        if lists and pa.types.is_integer(column.type.value_type):
-            ids = [chunk.flatten() for chunk in column.chunks]
-            bounds = [pc.min_max(part) for part in ids if len(part)]
-            wrong = any(part.null_count for part in ids) or any(
-                bound["min"].as_py() < 0 or bound["max"].as_py() >= count for bound in bounds
-            )
-            if not wrong:
-                return
+        if re.match(r"(large_)?list<\w+: u?int\d+", kind):
+            # All at once, where Python would take minutes for what is most often in order.
+            lists = [chunk.flatten() for chunk in column.chunks]
+            if not any(ids.null_count for ids in lists):
+                arrays = [ids.to_numpy(zero_copy_only=False) for ids in lists if len(ids)]
+                if all(ids.min() >= 0 and ids.max() < count for ids in arrays):
+                    return
         for index, row in enumerate(self._data):
             self._parts(index, row)
             content = row[self.column]
