@@ -139,7 +139,7 @@ def sole_writer(folder: str | os.PathLike) -> Iterator[None]:
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; allowed: a folder to write into")
-    made = not folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = _locked(folder / LOCK_FILE)
@@ -152,10 +152,10 @@ def sole_writer(folder: str | os.PathLike) -> Iterator[None]:
     finally:
         (folder / LOCK_FILE).unlink(missing_ok=True)
         file.close()
-        if made:
-            # Unless something was written there, all is as before.
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        # Where nothing was written, all is as before.
+        with contextlib.suppress(OSError):
+            for path in made:
+                path.rmdir()
 
 
 def _locked(path: Path) -> Any:

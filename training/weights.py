@@ -75,8 +75,9 @@ def read_config(folder: str | os.PathLike, where: str, **changes: Any) -> Hybrid
 
     path = Path(folder) / CONFIG_FILE
     if not path.exists():
+        no_folder = "" if path.parent.is_dir() else "is no folder and "
         raise FileNotFoundError(
-            f"{where} holds no {CONFIG_FILE}; allowed: the folder of a trained model"
+            f"{where} {no_folder}holds no {CONFIG_FILE}; allowed: the folder of a trained model"
         )
     content = read_json(path)
     if content.get("model_type") != HybridSleepConfig.model_type:

@@ -54,7 +54,7 @@ def test_a_finished_run_says_so_and_changes_nothing(copied):
     assert "is finished (4 steps) and nothing was changed" in result.report()
     assert contents(out) == before
     os.truncate(out / "model.safetensors", 100)
-    with pytest.raises(ValueError, match="is finished, but .*model.safetensors is damaged: .*or to"):
+    with pytest.raises(ValueError, match="is finished, but .*safetensors is damaged: .*remove it"):
         train(run, resume=True, progress=False)
     (out / "model.safetensors").write_bytes(before[Path("model.safetensors")])
     shutil.rmtree(out / "checkpoint-4")
@@ -150,7 +150,7 @@ def test_only_one_writes_into_a_folder(copied, tmp_path):
         with pytest.raises(BlockingIOError):
             train(run, resume=True, progress=False)
     assert contents(out) == before
-    with io.sole_writer(tmp_path / "new"):
+    with io.sole_writer(tmp_path / "new" / "below"):
         pass
     assert not (tmp_path / "new").exists()
     (tmp_path / "file").write_text("")
