@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,13 +12,15 @@ from torch import Tensor, nn
 
 ADJUSTMENTS = ("original", "match_rms_adamw")
 ALGORITHMS = ("muon", "adamw")
+PRECISIONS = ("float32", "bfloat16")
 
 
 class MuonAdamW(torch.optim.Optimizer):
     """torch.optim.Muon on matrices and torch.optim.AdamW on the rest, as one optimizer.
 
     One set of `param_groups` and one state, as Trainer, accelerate and learning-rate schedules
-    expect; every step is torch's own.
+    expect; every step is torch's own, but for Muon's on a CPU without bfloat16 instructions: there
+    the same update is computed in float32, which is faster than imitating bfloat16.
 
     Args:
         params: parameters or parameter groups. A group says which algorithm it is for
@@ -28,6 +31,9 @@ class MuonAdamW(torch.optim.Optimizer):
         ns_steps: Newton-Schulz steps, 1 to 99.
         adjust_lr: how Muon scales its rate with a matrix's shape, `original` (Keller Jordan) or
             `match_rms_adamw` (Moonshot); see torch.optim.Muon.
+        precision: what Muon orthogonalises in, `float32` or, as torch does, `bfloat16`. None:
+            what the device of a group's first parameter is faster at. It is saved with the state,
+            so that a run that is resumed on another machine goes on as it began.
         betas, eps: of AdamW.
 
     Raises ValueError, before anything is added, for an unknown algorithm, a value out of range, or
@@ -43,6 +49,7 @@ class MuonAdamW(torch.optim.Optimizer):
         momentum: float = 0.95,
         ns_steps: int = 5,
         adjust_lr: str = "original",
+        precision: str | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
     ):
@@ -58,6 +65,7 @@ class MuonAdamW(torch.optim.Optimizer):
             "momentum": momentum,
             "ns_steps": ns_steps,
             "adjust_lr": adjust_lr,
+            "precision": precision,
             "muon_eps": self._muon.defaults["eps"],
             "betas": tuple(betas),
             "eps": eps,
@@ -70,6 +78,9 @@ class MuonAdamW(torch.optim.Optimizer):
         if isinstance(group["params"], Tensor):
             group["params"] = [group["params"]]
         group["params"] = list(group["params"])
+        if group["precision"] is None:
+            native = not group["params"] or bfloat16_is_native(group["params"][0].device)
+            group["precision"] = "bfloat16" if native else "float32"
         _check_group(group)
         super().add_param_group(group)
 
@@ -82,7 +93,9 @@ class MuonAdamW(torch.optim.Optimizer):
                 f"state_dict has parameter groups for {saved}, this optimizer for {own}; allowed: "
                 "a state saved by an optimizer over the same groups"
             )
-        super().load_state_dict(state_dict)
+        # States from before there was a choice are from torch's own steps.
+        groups = [{"precision": "bfloat16", **group} for group in state_dict["param_groups"]]
+        super().load_state_dict({**state_dict, "param_groups": groups})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -94,6 +107,10 @@ class MuonAdamW(torch.optim.Optimizer):
         for algorithm, optimizer in (("muon", self._muon), ("adamw", self._adamw)):
             groups = [group for group in self.param_groups if group["algorithm"] == algorithm]
             if algorithm == "muon":
+                for group in groups:
+                    if group["precision"] == "float32":
+                        self._muon_step(group)
+                groups = [group for group in groups if group["precision"] != "float32"]
                 # The two optimizers give these names other meanings, or other names.
                 groups = [
                     {**group, "adjust_lr_fn": group["adjust_lr"], "eps": group["muon_eps"]}
@@ -104,6 +121,61 @@ class MuonAdamW(torch.optim.Optimizer):
             if groups:
                 optimizer.step()
         return loss
+
+    def _muon_step(self, group: dict[str, Any]) -> None:
+        """torch.optim.Muon's update in float32, matrices of one shape together."""
+        shapes: dict[torch.Size, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                shapes.setdefault(parameter.shape, []).append(parameter)
+        momentum, nesterov = group["momentum"], group["nesterov"]
+        for (rows, columns), parameters in shapes.items():
+            updates = []
+            for parameter in parameters:
+                state = self.state[parameter]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+                buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
+                updates.append(parameter.grad.lerp(buffer, momentum) if nesterov else buffer)
+            stacked = orthogonalised(
+                torch.stack(updates).float(),
+                group["ns_coefficients"],
+                group["ns_steps"],
+                group["muon_eps"],
+            )
+            scale = math.sqrt(max(1, rows / columns))
+            if group["adjust_lr"] == "match_rms_adamw":
+                scale = 0.2 * math.sqrt(max(rows, columns))
+            for parameter, update in zip(parameters, stacked, strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update.to(parameter.dtype), alpha=-group["lr"] * scale)
+
+
+def orthogonalised(
+    updates: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+) -> Tensor:
+    """Matrices `[n, R, C]` with all singular values brought near 1, in the dtype of `updates`.
+
+    Newton-Schulz, `X <- a X + (b A + c A A) X` with `A = X X^T`, from X of Frobenius norm 1 (Keller
+    Jordan, "Muon", 2024).
+    """
+    a, b, c = coefficients
+    tall = updates.shape[1] > updates.shape[2]
+    x = updates.mT if tall else updates
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def bfloat16_is_native(device: torch.device) -> bool:
+    """Whether `device` multiplies bfloat16 in hardware; a CPU without it imitates it, slowly."""
+    if device.type != "cpu":
+        return True
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def parameter_groups(
@@ -160,6 +232,7 @@ def _check_group(group: dict[str, Any]) -> None:
     ns_steps = group["ns_steps"]
     demand(isinstance(ns_steps, int) and 1 <= ns_steps < 100, "ns_steps", "an integer in 1..99")
     demand(group["adjust_lr"] in ADJUSTMENTS, "adjust_lr", ", ".join(ADJUSTMENTS))
+    demand(group["precision"] in PRECISIONS, "precision", "None, " + ", ".join(PRECISIONS))
     betas = group["betas"]
     pair = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
     demand(pair, "betas", "two numbers in [0, 1)")

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from hybrid_sleep import HybridSleepConfig, HybridSleepForCausalLM
-from hybrid_sleep.training.optimizer import MuonAdamW, parameter_groups
+from hybrid_sleep.training import optimizer as module
+from hybrid_sleep.training.optimizer import MuonAdamW, bfloat16_is_native, parameter_groups
 
 SHAPES = [(8, 8), (8, 8), (24, 8), (8, 24), (24, 8), (1, 8), (5, 7)]
 
@@ -32,7 +33,7 @@ def test_matrices_are_torch_muon_bitwise(rule):
     ours, theirs = matrices(), matrices()
     options = {"lr": 0.1, "weight_decay": 0.2, "momentum": 0.9}
     optimizers = (
-        muon(ours, adjust_lr=rule, **options),
+        muon(ours, adjust_lr=rule, precision="bfloat16", **options),
         torch.optim.Muon(theirs, adjust_lr_fn=rule, **options),
     )
     for step in range(4):
@@ -44,10 +45,49 @@ def test_matrices_are_torch_muon_bitwise(rule):
     assert not any(torch.equal(p, q) for p, q in zip(ours, matrices(), strict=True))
 
 
-def test_a_muon_step_orthogonalises_its_momentum():
+@pytest.mark.parametrize("rule", ["original", "match_rms_adamw"])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_float32_steps_are_torch_muon_without_its_rounding(rule, nesterov, monkeypatch):
+    """torch's own step, in which what it makes bfloat16 is float64, gives the same to rounding."""
+    ours = matrices()
+    theirs = [nn.Parameter(p.detach().double()) for p in ours]
+    options = {"lr": 0.1, "weight_decay": 0.2, "momentum": 0.9}
+    one = muon(ours, adjust_lr=rule, precision="float32", **options)
+    one.param_groups[0]["nesterov"] = nesterov
+    two = torch.optim.Muon(theirs, adjust_lr_fn=rule, nesterov=nesterov, **options)
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    for step in range(4):
+        give_gradients(ours, seed=step)
+        for p, q in zip(ours, theirs, strict=True):
+            q.grad = p.grad.double()
+        one.step()
+        two.step()
+    for p, q in zip(ours, theirs, strict=True):
+        assert (p - q).abs().max() <= 1e-5 * q.abs().max()
+
+
+def test_the_precision_is_what_the_device_is_faster_at_and_outlives_it(monkeypatch):
+    native = bfloat16_is_native(torch.device("cpu"))
+    assert muon(matrices()).param_groups[0]["precision"] == ("bfloat16" if native else "float32")
+    for here, there in ((True, False), (False, True)):
+        monkeypatch.setattr(module, "bfloat16_is_native", lambda device, here=here: here)
+        saved = muon(matrices()).state_dict()
+        monkeypatch.setattr(module, "bfloat16_is_native", lambda device, there=there: there)
+        resumed = muon(matrices())
+        resumed.load_state_dict(saved)
+        wanted = "bfloat16" if here else "float32"
+        assert resumed.param_groups[0]["precision"] == wanted
+    # A state from before there was a choice came of torch's own steps.
+    del saved["param_groups"][0]["precision"]
+    resumed.load_state_dict(saved)
+    assert resumed.param_groups[0]["precision"] == "bfloat16"
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_muon_step_orthogonalises_its_momentum(precision):
     """Golden: the update of a matrix has singular values near 1, whatever those of the gradient."""
     weight = nn.Parameter(torch.zeros(6, 6))
-    optimizer = muon([weight], lr=1.0, momentum=0.0)
+    optimizer = muon([weight], lr=1.0, momentum=0.0, precision=precision)
     weight.grad = torch.diag(torch.tensor([9.0, 7.0, 5.0, 3.0, 2.0, 1.0]))
     optimizer.step()
     singular = torch.linalg.svdvals(weight.detach())
@@ -180,6 +220,7 @@ def test_parameters_without_gradient_do_not_move():
         ({"momentum": 1.0}, "momentum=1.0"),
         ({"ns_steps": 0}, "ns_steps=0"),
         ({"adjust_lr": "none"}, "adjust_lr='none'; allowed: original, match_rms_adamw"),
+        ({"precision": "half"}, "precision='half'; allowed: None, float32, bfloat16"),
         ({"betas": (0.9, 1.0)}, "betas="),
     ],
 )
