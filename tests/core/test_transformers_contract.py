@@ -3,6 +3,10 @@
 Where a check stands elsewhere it is not repeated: activation checkpointing
 (test_transformers_checkpointing), dtypes (test_dtypes), offloading (test_offloading), compiling
 (test_torch_compile), names in lists (test_registration), beams, caches, loading in a new process.
+
+What of transformers' `test_modeling_common` does not fit: it asks for attention weights (see
+`REFUSED`), for layers of the class GradientCheckpointingLayer (recomputation is our own), and for
+gradients at hidden states (which are put together from windows).
 """
 
 from __future__ import annotations
