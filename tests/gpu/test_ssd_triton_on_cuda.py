@@ -8,11 +8,12 @@ from torch.nn.functional import normalize
 
 from hybrid_sleep.kernels.mamba2 import mamba2
 from hybrid_sleep.kernels.ssd import ssd
+from hybrid_sleep.kernels.triton_paths import LARGEST_WIDE_KEY
 
 pytestmark = pytest.mark.gpu
 
 # What rounding the operands of products leaves, relative in norm; 2e-3 was found for 8 bits.
-FLOOR = {torch.bfloat16: 6e-3, torch.float16: 2e-3, torch.float32: 2e-5}
+FLOOR = {torch.bfloat16: 6e-3, torch.float32: 2e-5}
 
 SHAPES = {
     "heads fill it": dict(B=8, T=300, H=16, G=16, K=128, V=128),
@@ -21,6 +22,13 @@ SHAPES = {
     "small": dict(B=2, T=40, H=2, G=2, K=16, V=24),
     "largest": dict(B=1, T=200, H=2, G=1, K=256, V=256),
 }
+# The kernels decline what the PyTorch path is left with: wide keys in anything but bf16.
+CASES = [
+    pytest.param(shape, dtype, id=f"{name}-{dtype}")
+    for name, shape in SHAPES.items()
+    for dtype in FLOOR
+    if dtype == torch.bfloat16 or shape["K"] <= LARGEST_WIDE_KEY
+]
 
 
 def draw(*shape):
@@ -82,9 +90,8 @@ def distance(found, wanted):
     return float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-9))
 
 
-@pytest.mark.parametrize("dtype", FLOOR, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), CASES)
 @pytest.mark.parametrize("pads", [False, True], ids=["whole", "pads"])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("op", [ssd, mamba2], ids=lambda op: op.__name__)
 def test_as_close_as_the_chunked_path(op, shape, pads, dtype):
     inputs = rounded((rule_inputs if op is ssd else mixer_inputs)(**shape), dtype)
@@ -116,8 +123,7 @@ def test_a_hundred_runs_are_bit_identical(op, shape):
         assert [n for n, x in first.items() if not torch.equal(x, again[n])] == []
 
 
-@pytest.mark.parametrize("dtype", FLOOR, ids=str)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(("shape", "dtype"), CASES)
 def test_the_state_does_not_depend_on_whether_outputs_are_read(shape, dtype):
     inputs = {
         n: x.cuda().to(torch.float32 if n in STAY_WIDE else dtype)
