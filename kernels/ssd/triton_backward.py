@@ -159,6 +159,7 @@ def gradients(
         dK += inner
     save_rows(dk, dK, b, start, i, h, kk, dk_b, dk_t, dk_h, there, K, BK)
 
+    real = real_tokens(mask, b, start, i, T, HAS_MASK)
     d_gates = tl.where(real, d_gates, 0.0)
     gates = (b.to(tl.int64) * T + start + i) * H + h
     if RAW:

@@ -91,7 +91,8 @@ def plain_hybrid(model, ids_T: torch.Tensor) -> torch.Tensor:
             if c.state_space == "mamba2":
                 o = o + m.skip[:, None] * v
             gate = F.silu(m.g_proj(x)).unflatten(-1, (heads, -1))
-            mixed = m.o_proj((m.o_norm(o) * gate).flatten(1))
+            o = F.rms_norm(o, o.shape[-1:], m.o_norm.weight, m.o_norm.eps)
+            mixed = m.o_proj((o * gate).flatten(1))
         h = h + mixed
         h = h + layer.mlp(layer.mlp_norm(h))
     return model.lm_head(model.model.norm(h))
@@ -123,7 +124,7 @@ def naive_sleep(model, cache: SleepCache, opening: list, kept: int, depth: int) 
         cache.hidden,
         sleeping=True,
     )
-    context.__dict__["keep_tails"] = True
+    context = context._replace(keep_tails=True)
     memory = dict(enumerate(cache.memory))
 
     def again(i, h, keep_S):
