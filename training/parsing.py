@@ -79,10 +79,12 @@ def dump_yaml(content: Any) -> str:
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False)
 
 
-def parse_overrides(overrides: Mapping[str, Any] | Iterable[str]) -> list[tuple[str, Any]]:
+def parse_overrides(
+    overrides: Mapping[str, Any] | Iterable[str], example: str = "train.steps=100"
+) -> list[tuple[str, Any]]:
     """Pairs of dotted key and value, from a mapping or from `key=value` texts (read as YAML).
 
-    Raises ValueError naming the text that is none.
+    Raises ValueError naming the text that is none, with an `example` of one.
     """
     if isinstance(overrides, Mapping):
         return list(overrides.items())
@@ -90,7 +92,7 @@ def parse_overrides(overrides: Mapping[str, Any] | Iterable[str]) -> list[tuple[
     for text in [overrides] if isinstance(overrides, str) else overrides:
         key, equals, value = text.partition("=")
         if not (key.strip() and equals):
-            raise ValueError(f"override {text!r}; allowed: key=value, such as train.steps=100")
+            raise ValueError(f"override {text!r}; allowed: key=value, such as {example}")
         try:
             parsed.append((key.strip(), parse_yaml(value, key.strip())))
         except ValueError as error:

@@ -167,7 +167,7 @@ def parse_sleep_options(texts: Sequence[str]) -> dict[str, Any]:
     from hybrid_sleep.training.parsing import parse_overrides
 
     try:
-        return check_sleep_options(dict(parse_overrides(texts)))
+        return check_sleep_options(dict(parse_overrides(texts, "window=256")))
     except ValueError as error:
         raise ValueError(f"sleep: {error}") from None
 

@@ -72,7 +72,7 @@ def test_every_variant_and_seed_is_a_run_in_a_folder_of_its_own(tmp_path, config
         ([("a", []), ("a", [])], r"variants=\['a', 'a'\]; allowed: .* different names"),
         ([("a", []), ("b", ["train.step=1"])], "variant 'b': .*unknown key train.step"),
         ([("a", []), ("b", ["task.params.steps=2"])], "variant 'b': task=.*allowed: one task"),
-        ([("b", ["init.checkpoint=none"])], "variant 'b': .*init.checkpoint='none' holds no"),
+        ([("b", ["init.checkpoint=none"])], "variant 'b': .*init.checkpoint='none' is no folder"),
     ],
 )
 def test_impossible_variants_are_refused_by_name(config, variants, message):

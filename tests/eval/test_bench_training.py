@@ -101,6 +101,7 @@ def test_what_a_step_holds_is_what_weak_references_count(checkpointing):
     assert found["gradient_bytes"] == sum(x.nbytes for x in gradients) > 0
 
 
+@pytest.mark.slow
 def test_options_in_order_of_what_they_need():
     sizes = {"batch": 64, "window": 8, "windows": 4, "layers": 4}
     bench, peak, held = training.Bench("cpu", 2), {}, {}

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from marks import slow
 
 from hybrid_sleep.kernels import triton_paths
 from hybrid_sleep.kernels.gated_delta_net import gated_delta_net
 from hybrid_sleep.kernels.mamba2 import mamba2
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+DTYPES = [torch.float32, slow(torch.float64)]
 NAMES = ("o", "S", "q_tail", "kv_tail")
 
 fused = pytest.mark.skipif(not triton_paths.interpreting(), reason="needs Triton's interpreter")
@@ -88,7 +90,7 @@ CASES = {
 
 
 @fused
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_fused_is_composed(op, case, dtype):
     inputs, options = inputs_of(op, **case)
@@ -105,7 +107,7 @@ def test_a_gradient_from_one_result_alone(op, only):
 
 
 @fused
-@pytest.mark.parametrize("pads", ["left", "anywhere", "a whole row"])
+@pytest.mark.parametrize("pads", ["anywhere", slow("left"), slow("a whole row")])
 def test_pads_change_nothing_whatever_stands_there(op, guarded, pads):
     T = 21
     inputs, options = inputs_of(op, B=3, T=T)
@@ -123,8 +125,9 @@ def test_pads_change_nothing_whatever_stands_there(op, guarded, pads):
 
 
 @fused
-@pytest.mark.parametrize("tails", [True, False], ids=["tails", "no tails"])
-@pytest.mark.parametrize("padded", [False, True], ids=["no pads", "pads"])
+@pytest.mark.parametrize(
+    ("tails", "padded"), [(True, True), slow(True, False), slow(False, True), slow(False, False)]
+)
 def test_one_token_after_another_is_the_sequence(op, guarded, tails, padded):
     T = 6
     inputs, options = inputs_of(op, B=3, T=T, G=2, R=2, K=3, V=20, state=tails, tails=tails)

@@ -60,6 +60,7 @@ def test_reading_sleeping_and_generating(model):
         assert torch.equal(model.generate(ids[:1, :5], **options), text)
 
 
+@pytest.mark.slow
 def test_gradients_through_sleeps(model):
     model.train()
     ids = torch.randint(11, (2, 18))

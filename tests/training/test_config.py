@@ -194,7 +194,7 @@ def test_missing_keys_are_named(small, key):
 def test_files_that_are_no_run(small, tmp_path):
     with pytest.raises(FileNotFoundError, match="none.yaml' is no file"):
         load_run_config(tmp_path / "none.yaml")
-    with pytest.raises(FileNotFoundError, match="init.checkpoint='none' holds no config.json"):
+    with pytest.raises(FileNotFoundError, match="init.checkpoint='none' is no folder and holds no"):
         load_run_config(small, ["init={checkpoint: none}"])
     with pytest.raises(FileNotFoundError, match="train.deepspeed='none.json' is no file"):
         load_run_config(small, ["train.deepspeed=none.json"])
