@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import pytest
-from marks import slow
 
 pytest.importorskip("triton")
 
@@ -48,7 +47,7 @@ def check(ops, *arguments):
         assert sum(row["wgmma"] > 0 for row in rows if row["dtype"] == "bfloat16") > 3
 
 
-@pytest.mark.parametrize("ops", [GROUPS[0], *map(slow, GROUPS[1:])], ids=lambda ops: ops[1])
+@pytest.mark.parametrize("ops", GROUPS, ids=lambda ops: ops[1])
 def test_every_configuration_compiles_within_its_limits(ops, tmp_path):
     check(ops, tmp_path, "--dims", "128,128")
 
