@@ -113,7 +113,7 @@ RINGS = "task.params={width: 5, states: 2, steps: %d}"
                 RINGS % 1,
                 "model.window=5",
                 "stages=[{train.steps: 40, train.trainable: new_layers, model.eviction: hard}, "
-                "{train.steps: 80}]",
+                "{train.steps: 120}]",
             ],
             0.08,
         ),
