@@ -151,6 +151,7 @@ def test_a_cache_pickled_after_its_model_changed_serves_no_one():
         orphan.save_pretrained("nowhere")
 
 
+@pytest.mark.slow
 def test_a_pickled_cache_goes_on_in_another_process(tmp_path):
     model = small_model(dtype=torch.float32)
     model.save_pretrained(tmp_path / "model")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import slow
 from safetensors import safe_open
 from safetensors.torch import save_file
 from small import assert_same, small_config, small_ids, small_model, snapshot
@@ -80,7 +81,7 @@ CONTINUE_THEN_DIE = """
 """
 
 
-@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+@pytest.mark.parametrize("eviction", ["hard", slow("sliding")])
 def test_another_process_continues_with_the_same_bits(tmp_path, eviction):
     """And where that process dies while it saves, the old memory is whole."""
     from safetensors.torch import load_file

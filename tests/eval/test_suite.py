@@ -196,6 +196,7 @@ def load_config_model(task):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_map_trains_every_cell_at_its_compute(tmp_path, config):
     out = tmp_path / "results"
     given = {"depths": "1,3", "compute": "1,2", "seeds": "5", "count": 30, "out": out}

@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from marks import slow
 
 from hybrid_sleep.training import load_run_config, train
 
@@ -81,7 +82,7 @@ SHORT = {
 }
 
 
-@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("name", [n if n == "rule110_cpu" else slow(n) for n in SHORT])
 def test_a_task_is_learned_beyond_its_floor(tmp_path, name):
     overrides, margin = SHORT[name]
     overrides = [*overrides, "train.eval_examples=400", f"output_dir={tmp_path}"]
@@ -105,7 +106,7 @@ RINGS = "task.params={width: 5, states: 2, steps: %d}"
             [RINGS % 2, "model.window=5", "train.steps=60"],
             0.15,
         ),
-        (
+        slow(
             "attention_cpu",
             [RINGS % 1, "model.window=13", "train.steps=150"],
             "two_stage_cpu",
