@@ -164,12 +164,10 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         real = real_tokens(attention_mask, batch, columns)
-        owner = Owner.of(self) if owner is None else owner
         memory = SleepCache(self.config) if cache is None else cache
-        if cache is not None:
-            cache.check(owner)
-        elif use_cache:
-            memory.owner = owner
+        if cache is not None or use_cache:
+            # A new cache belongs to no one yet; one that no one will see again needs no owner.
+            memory.check(Owner.of(self) if owner is None else owner)
         some = columns_to_keep and not output_hidden_states
         first = max(0, columns - columns_to_keep) if some else 0
         how = {"supervised": supervised, "every_layer": output_hidden_states}
@@ -273,10 +271,13 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
         layer but the last gives, and `last_hidden_state`. None takes the config's.
         """
         loss_arguments = {k: kwargs.pop(k) for k in _LOSS_ARGUMENTS if k in kwargs}
-        tokens = check_tokens(self.config, input_ids, inputs_embeds)
-        document_ids = documents_given(
-            tokens, document_ids, kwargs.pop("position_ids", None), attention_mask, cache
-        )
+        position_ids = kwargs.pop("position_ids", None)
+        if any(x is not None for x in (labels, document_ids, position_ids)):
+            # Without them the backbone's own check is enough, and on a GPU each one waits for it.
+            tokens = check_tokens(self.config, input_ids, inputs_embeds)
+            document_ids = documents_given(
+                tokens, document_ids, position_ids, attention_mask, cache
+            )
         if labels is not None:
             check_labels(self.config, labels, tokens)
             if supervised is None:
