@@ -22,7 +22,7 @@ from hybrid_sleep.eval.variants import (
     runs_of,
     train_and_measure,
 )
-from hybrid_sleep.provenance import describe
+from hybrid_sleep.support.provenance import describe
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

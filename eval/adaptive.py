@@ -7,7 +7,7 @@ from typing import Any
 
 from hybrid_sleep.eval.depth import SPLIT
 from hybrid_sleep.eval.tasks import Task
-from hybrid_sleep.io import keyed
+from hybrid_sleep.support.io import keyed
 
 TOLERANCES = (0.3, 0.1, 0.03)
 
@@ -30,7 +30,7 @@ def measure_adaptive(
     """
     import torch
 
-    from hybrid_sleep.sleep import check_passes
+    from hybrid_sleep.sleep.algorithm import check_passes
 
     check_passes("auto", model.config)
     examples = list(task.examples(SPLIT, seed, count))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from hybrid_sleep.eval.depth_report import read_baseline, run_record, summarise
 from hybrid_sleep.eval.tasks import Task
 from hybrid_sleep.eval.tasks.base import check_int
-from hybrid_sleep.provenance import check_device
+from hybrid_sleep.support.provenance import check_device
 from hybrid_sleep.training.weights import check_model, load_model
 
 if TYPE_CHECKING:

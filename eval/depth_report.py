@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from hybrid_sleep.eval.statistics import over_seeds, wilson
 from hybrid_sleep.eval.tasks import Task
-from hybrid_sleep.io import keyed, read_json, unreadable
-from hybrid_sleep.provenance import describe, provenance
+from hybrid_sleep.support.io import keyed, read_json, unreadable
+from hybrid_sleep.support.provenance import describe, provenance
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

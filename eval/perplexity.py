@@ -46,7 +46,7 @@ def measure_perplexity(
     """
     import torch
 
-    from hybrid_sleep.packing import positions_in_document
+    from hybrid_sleep.sleep.documents import positions_in_document
 
     depths = check_depths(depths)
     window = model.config.window

@@ -61,7 +61,7 @@ def _dress(axes: Axes, title: str) -> None:
 
 def save_figure(figure: Figure, path: Any) -> None:
     """Write `figure` as PNG, atomically, without a date: the same result gives the same file."""
-    from hybrid_sleep.io import atomic_path
+    from hybrid_sleep.support.io import atomic_path
 
     with atomic_path(path) as partial:
         figure.savefig(partial, format="png", metadata={"Software": None})

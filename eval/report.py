@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_sleep.eval.plots import save_figure
-from hybrid_sleep.io import read_json, unreadable, write_json_atomic, write_text_atomic
+from hybrid_sleep.support.io import read_json, unreadable, write_json_atomic, write_text_atomic
 
 # Each module has `markdown(result) -> str` and `figure(result)`; the name is the figure's file.
 BENCHMARKS = {

@@ -34,7 +34,7 @@ from hybrid_sleep.eval.variants import (
     runs_of,
     train_and_measure,
 )
-from hybrid_sleep.io import keyed
+from hybrid_sleep.support.io import keyed
 
 ADAPTIVE = "adaptive"
 FEWEST_SEEDS = 3

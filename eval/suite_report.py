@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybrid_sleep.eval.baselines import REFERENCE
 from hybrid_sleep.eval.plots import GREY, STYLES
-from hybrid_sleep.provenance import describe
+from hybrid_sleep.support.provenance import describe
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

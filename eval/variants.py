@@ -20,7 +20,7 @@ from hybrid_sleep.eval import flops
 from hybrid_sleep.eval.benchmarks.slices import Row, collect
 from hybrid_sleep.eval.depth import measure_depth
 from hybrid_sleep.eval.tasks.base import IGNORED
-from hybrid_sleep.io import keyed
+from hybrid_sleep.support.io import keyed
 from hybrid_sleep.training.weights import load_model
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ _exports = {
     "HybridSleepConfig": "configuration",
     "HybridSleepModel": "modeling",
     "HybridSleepForCausalLM": "modeling",
-    "SleepCache": "cache",
-    "SleepReport": "report",
+    "SleepCache": "sleep.cache",
+    "SleepReport": "sleep.report",
 }
 __all__ = ["__version__", *_exports]
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from hybrid_sleep.cache import SleepCache
 from hybrid_sleep.configuration import HybridSleepConfig
-from hybrid_sleep.packing import document_ids_of
-from hybrid_sleep.windows import real_tokens
+from hybrid_sleep.sleep.cache import SleepCache
+from hybrid_sleep.sleep.documents import document_ids_of
+from hybrid_sleep.sleep.windows import real_tokens
 
 # Token types mean nothing to a causal model; transformers' own drop them as well.
 _IGNORED = ("token_type_ids",)

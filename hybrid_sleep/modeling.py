@@ -11,21 +11,13 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
 from hybrid_sleep.arguments import check_labels, check_tokens, documents_given, refuse_unknown
-from hybrid_sleep.cache import SleepCache
 from hybrid_sleep.configuration import HybridSleepConfig
-from hybrid_sleep.engine import SleepEngine
-from hybrid_sleep.generation import SleepGenerationMixin
-from hybrid_sleep.identity import Owner
 from hybrid_sleep.layers.block import Block
-from hybrid_sleep.layers.context import Context, see
 from hybrid_sleep.layers.rotary import Rotary
 from hybrid_sleep.layers.stack import NOT_COMPILED, Checkpointing, Granularity, parse_granularity
-from hybrid_sleep.packing import find_documents, next_labels_in_document, positions_in_document
 from hybrid_sleep.pretrained import HybridSleepPreTrainedModel
-from hybrid_sleep.reading import check_supervised, read, read_documents
 from hybrid_sleep.registration import register_with_transformers
-from hybrid_sleep.report import SleepReport
-from hybrid_sleep.sleep import (
+from hybrid_sleep.sleep.algorithm import (
     MAX_PASSES,
     TOLERANCE,
     Passes,
@@ -33,8 +25,20 @@ from hybrid_sleep.sleep import (
     check_passes,
     consolidate,
 )
+from hybrid_sleep.sleep.cache import SleepCache
+from hybrid_sleep.sleep.documents import (
+    find_documents,
+    next_labels_in_document,
+    positions_in_document,
+)
+from hybrid_sleep.sleep.execution import SleepEngine
+from hybrid_sleep.sleep.forward import check_supervised, read, read_documents
+from hybrid_sleep.sleep.generation import SleepGenerationMixin
+from hybrid_sleep.sleep.report import SleepReport
+from hybrid_sleep.sleep.state import Context, see
+from hybrid_sleep.sleep.weights import Owner
+from hybrid_sleep.sleep.windows import next_labels, real_tokens
 from hybrid_sleep.validation import check_count
-from hybrid_sleep.windows import next_labels, real_tokens
 
 _LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index")
 

@@ -9,11 +9,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hybrid_sleep.configuration import HybridSleepConfig
-from hybrid_sleep.identity import Owner, weights_version
-from hybrid_sleep.io import write_text_atomic
 from hybrid_sleep.layers.stack import Checkpointing
 from hybrid_sleep.layers.state_space import StateSpaceMixer
 from hybrid_sleep.registration import register_with_peft
+from hybrid_sleep.sleep.weights import Owner, weights_version
+from hybrid_sleep.support.io import write_text_atomic
 
 _REMOTE_FILE = "modeling_hybrid_sleep.py"
 _REMOTE_CODE = '''"""Lets transformers load this checkpoint with trust_remote_code=True."""

@@ -25,20 +25,11 @@ LINES_ELSEWHERE = 400
 
 # Lowest first. A module imports from its own level and from lower ones, never from a higher one.
 LEVELS = (
-    (
-        "io", "validation", "configuration", "identity", "history", "provenance",
-        "registration", "terminal", "versions",
-    ),
+    ("support", "validation", "configuration", "registration"),
     ("kernels",),
-    ("layers",),
-    ("cache", "storage", "windows", "packing", "pretrained", "report", "capture", "engine"),
-    ("sleep", "prefix"),
-    ("arguments", "reading", "generation"),
+    ("sleep", "layers", "arguments", "pretrained"),
     ("modeling",),
-    ("doctor", "training", "eval"),
-    ("commands",),
-    ("bench",),
-    ("compare", "evaluate"),
+    ("training", "eval"),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(LEVELS) for name in names}

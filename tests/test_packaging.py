@@ -120,7 +120,7 @@ def install(python: Path, *what: object) -> None:
 PROBE = """
 import importlib.util, json, sys
 from importlib import resources
-import hybrid_sleep, hybrid_sleep.io
+import hybrid_sleep, hybrid_sleep.support.io
 
 found = {name: importlib.util.find_spec(name).origin for name in json.loads(sys.argv[1])}
 runs = resources.files("hybrid_sleep.configs").joinpath("runs")

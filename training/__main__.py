@@ -12,7 +12,7 @@ import sys
 import time
 from typing import Any
 
-from hybrid_sleep.terminal import never_fail_on_characters
+from hybrid_sleep.support.terminal import never_fail_on_characters
 
 GRACE = 5.0  # seconds
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from hybrid_sleep.io import read_json_lines, unreadable, write_text_atomic
+from hybrid_sleep.support.io import read_json_lines, unreadable, write_text_atomic
 from hybrid_sleep.training.display import Display, by_depth, memory_in_use
 from hybrid_sleep.training.folder import last_good, written
 from hybrid_sleep.training.ranks import over_ranks, ranks

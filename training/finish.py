@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybrid_sleep.io import write_text_atomic
+from hybrid_sleep.support.io import write_text_atomic
 from hybrid_sleep.training.folder import SAMPLES_FILE
 from hybrid_sleep.training.plots import save_run_plot
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from hybrid_sleep.io import read_json, unreadable, write_json_atomic, write_text_atomic
+from hybrid_sleep.support.io import read_json, unreadable, write_json_atomic, write_text_atomic
 from hybrid_sleep.training.weights import CONFIG_FILE, INDEX_FILE
 
 RUN_FILE = "run.yaml"

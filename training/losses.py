@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from hybrid_sleep.packing import next_labels_in_document, positions_in_document
+from hybrid_sleep.sleep.documents import next_labels_in_document, positions_in_document
+from hybrid_sleep.sleep.windows import next_labels
 from hybrid_sleep.validation import check_count
-from hybrid_sleep.windows import next_labels
 
 CHUNK = 2**24  # logits turned to fp32 at a time
 

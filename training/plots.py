@@ -19,7 +19,7 @@ from hybrid_sleep.eval.plots import (
     VERMILLION,
     save_figure,
 )
-from hybrid_sleep.io import read_json_lines
+from hybrid_sleep.support.io import read_json_lines
 from hybrid_sleep.training.folder import FIGURE_FILE
 
 if TYPE_CHECKING:

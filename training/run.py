@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from hybrid_sleep.io import (
+from hybrid_sleep.support.io import (
     read_json,
     read_json_lines,
     sole_writer,

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from hybrid_sleep.io import write_json_atomic
+from hybrid_sleep.support.io import write_json_atomic
 from hybrid_sleep.training import zero
 from hybrid_sleep.training.curriculum import WindowSchedule
 from hybrid_sleep.training.data import HeldOut, TaskBatches, derive_seed, only_item

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybrid_sleep.io import read_json, unreadable
+from hybrid_sleep.support.io import read_json, unreadable
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybrid_sleep.io import read_json
+from hybrid_sleep.support.io import read_json
 
 if TYPE_CHECKING:
     import torch

@@ -32,9 +32,9 @@ from hybrid_sleep.eval.benchmarks.slices import Row, collect, record_of
 from hybrid_sleep.eval.depth import check_depths, read_run
 from hybrid_sleep.eval.depth_report import run_record
 from hybrid_sleep.eval.tasks.base import check_int
-from hybrid_sleep.identity import weights_digest
 from hybrid_sleep.kernels.benchmarks.timing import in_turn
-from hybrid_sleep.provenance import check_device
+from hybrid_sleep.sleep.weights import weights_digest
+from hybrid_sleep.support.provenance import check_device
 from hybrid_sleep.training.weights import load_model
 
 # By kind of device: the untrained model that is measured unless a trained one is given.

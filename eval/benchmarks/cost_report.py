@@ -6,7 +6,7 @@ from statistics import median
 from typing import Any
 
 from hybrid_sleep.eval.benchmarks.break_even import RIVALS, costs_of
-from hybrid_sleep.provenance import describe
+from hybrid_sleep.support.provenance import describe
 
 WAYS = {"kept": "all kept", "reread": "reread", "reread_awake": "reread, N = 1"}
 MOST = 10_000  # questions on the axis

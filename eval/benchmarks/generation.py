@@ -23,7 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from hybrid_sleep.eval.benchmarks.models import VOCABULARY, untrained
 from hybrid_sleep.eval.tasks.base import check_int
-from hybrid_sleep.provenance import check_device, describe, provenance
+from hybrid_sleep.support.provenance import check_device, describe, provenance
 
 ALLOWED = 1.05
 

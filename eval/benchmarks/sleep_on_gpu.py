@@ -20,7 +20,7 @@ from hybrid_sleep.eval.benchmarks.generation import synchronise
 from hybrid_sleep.eval.benchmarks.models import untrained
 from hybrid_sleep.eval.benchmarks.slices import Row, collect, record_of
 from hybrid_sleep.eval.tasks.base import check_int
-from hybrid_sleep.provenance import check_device, describe
+from hybrid_sleep.support.provenance import check_device, describe
 
 SIZE = {
     "hidden": 1024,

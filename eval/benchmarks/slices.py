@@ -14,8 +14,8 @@ from typing import Any
 
 import hybrid_sleep
 from hybrid_sleep.eval.tasks.base import check_int
-from hybrid_sleep.io import write_json_atomic
 from hybrid_sleep.kernels.benchmarks.resume import Budget, record, rows_of
+from hybrid_sleep.support.io import write_json_atomic
 
 Row = dict[str, Any]
 

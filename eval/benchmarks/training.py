@@ -26,7 +26,7 @@ from hybrid_sleep.eval.benchmarks.models import untrained
 from hybrid_sleep.eval.benchmarks.slices import Row, collect, record_of
 from hybrid_sleep.eval.tasks.base import check_int
 from hybrid_sleep.kernels.benchmarks.timing import spread
-from hybrid_sleep.provenance import check_device
+from hybrid_sleep.support.provenance import check_device
 
 # By kind of device: a model of which it is representative, and the batch that it trains on.
 SIZES: dict[str, Row] = {

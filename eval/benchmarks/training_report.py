@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from hybrid_sleep.provenance import describe
+from hybrid_sleep.support.provenance import describe
 
 LIMITS = (0.01, 2.0)  # of the memory axis
 GAP = 0.06  # between the names of two options, in heights of the panel

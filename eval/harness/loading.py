@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hybrid_sleep.eval import depth
-from hybrid_sleep.provenance import check_device
+from hybrid_sleep.support.provenance import check_device
 from hybrid_sleep.training import weights
 
 if TYPE_CHECKING:

@@ -33,12 +33,12 @@ from hybrid_sleep.eval.harness.loading import check_installed, find_run, load_mo
 from hybrid_sleep.eval.harness.tokenizer import load_tokenizer
 from hybrid_sleep.eval.progress import progress_bar
 from hybrid_sleep.eval.tasks.base import check_int
-from hybrid_sleep.sleep import check_passes
+from hybrid_sleep.sleep.algorithm import check_passes
 from hybrid_sleep.training.text.tokenizer import Encoder
 
 if TYPE_CHECKING:
     from hybrid_sleep import HybridSleepForCausalLM
-    from hybrid_sleep.sleep import Passes
+    from hybrid_sleep.sleep.algorithm import Passes
 
 NAME = "hybrid_sleep"
 LARGEST_BATCH = 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hybrid_sleep.eval.plots import GREY, INK, STYLES, new_figure
-from hybrid_sleep.provenance import describe
+from hybrid_sleep.support.provenance import describe
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

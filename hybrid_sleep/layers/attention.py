@@ -8,8 +8,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from hybrid_sleep.configuration import HybridSleepConfig
-from hybrid_sleep.layers.context import AttentionMemory, Context
 from hybrid_sleep.layers.rotary import rotate
+from hybrid_sleep.sleep.state import AttentionMemory, Context
 
 logger = logging.get_logger(__name__)
 

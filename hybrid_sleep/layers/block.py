@@ -7,10 +7,10 @@ from torch import nn
 
 from hybrid_sleep.configuration import HybridSleepConfig
 from hybrid_sleep.layers.attention import Attention
-from hybrid_sleep.layers.context import Context, Memory
 from hybrid_sleep.layers.gated_deltanet import GatedDeltaNet
 from hybrid_sleep.layers.mamba2 import Mamba2
 from hybrid_sleep.layers.mlp import SwiGLU
+from hybrid_sleep.sleep.state import Context, Memory
 
 STATE_SPACE_MIXERS = {"gated_deltanet": GatedDeltaNet, "mamba2": Mamba2}
 

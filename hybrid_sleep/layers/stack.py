@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hybrid_sleep.layers.context import Context, Memory
-from hybrid_sleep.layers.trees import map_tensors
+from hybrid_sleep.sleep.state import Context, Memory
+from hybrid_sleep.sleep.trees import map_tensors
 
 # Which rows sleep when is decided in every call, from counters that are never the same: traced, it
 # would be compiled again each time.

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from hybrid_sleep.configuration import HybridSleepConfig
+from hybrid_sleep.kernels.common.mixers import Mixed
 from hybrid_sleep.kernels.gated_norm import gated_norm
-from hybrid_sleep.kernels.mixers import Mixed
-from hybrid_sleep.layers.context import Context, FastWeights
+from hybrid_sleep.sleep.state import Context, FastWeights
 
 DECAY_RATE = (1.0, 16.0)
 TIME_STEP = (1e-3, 1e-1)

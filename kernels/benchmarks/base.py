@@ -22,12 +22,12 @@ from typing import Any
 import torch
 
 import hybrid_sleep
-from hybrid_sleep.io import write_json_atomic
 from hybrid_sleep.kernels.benchmarks import timing
 from hybrid_sleep.kernels.benchmarks.cases import Shape
 from hybrid_sleep.kernels.benchmarks.contenders import Op
 from hybrid_sleep.kernels.benchmarks.resume import Budget, record, rows_of
-from hybrid_sleep.provenance import check_device
+from hybrid_sleep.support.io import write_json_atomic
+from hybrid_sleep.support.provenance import check_device
 
 BURST_SECONDS = 0.02
 MOST_CALLS = 50

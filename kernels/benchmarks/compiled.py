@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hybrid_sleep.io import write_json_atomic, write_text_atomic
-from hybrid_sleep.kernels.triton_paths import LARGEST_WIDE_KEY
-from hybrid_sleep.provenance import describe, provenance
+from hybrid_sleep.kernels.common.triton_paths import LARGEST_WIDE_KEY
+from hybrid_sleep.support.io import write_json_atomic, write_text_atomic
+from hybrid_sleep.support.provenance import describe, provenance
 
 CAPABILITY = 90
 # Bytes of shared memory that one program may have on compute capability 9.0.
@@ -135,7 +135,7 @@ def launches(call: Call) -> list[Any]:
     """The launches that this call of an op, and its backward pass, would make."""
     import importlib
 
-    from hybrid_sleep.kernels import dispatch, triton_launch
+    from hybrid_sleep.kernels.common import dispatch, triton_launch
 
     package = importlib.import_module(f"hybrid_sleep.kernels.{call.op}")
     inputs, options = INPUTS[call.op](call)
@@ -241,7 +241,7 @@ def run(
         raise RuntimeError(f"the package triton is not installed ({install})")
     from triton.runtime.driver import driver
 
-    from hybrid_sleep.kernels import triton_launch
+    from hybrid_sleep.kernels.common import triton_launch
 
     if triton_launch.INTERPRET:
         raise RuntimeError("TRITON_INTERPRET=1: unset it, the interpreter compiles nothing")

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from hybrid_sleep.io import atomic_path, write_json_atomic, write_text_atomic
 from hybrid_sleep.kernels.benchmarks.cases import Shape
 from hybrid_sleep.kernels.benchmarks.resume import Budget, record, rows_of
 from hybrid_sleep.kernels.benchmarks.timing import in_turn, spread
 from hybrid_sleep.kernels.gated_delta_rule import gated_delta_rule
+from hybrid_sleep.support.io import atomic_path, write_json_atomic, write_text_atomic
 
 LEAST_SECONDS = 1.5
 # Speedups to reach, as geometric means over the shapes, slower on none of them.

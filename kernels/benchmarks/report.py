@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hybrid_sleep.io import atomic_path, write_json_atomic, write_text_atomic
 from hybrid_sleep.kernels.benchmarks.contenders import OURS
-from hybrid_sleep.provenance import describe
+from hybrid_sleep.support.io import atomic_path, write_json_atomic, write_text_atomic
+from hybrid_sleep.support.provenance import describe
 
 FIGURES = {"kernels": "kernels.png", "base": "base.png"}
 INK, GREY, PALE = "#222222", "#6E6E6E", "#DDDDDD"

@@ -8,8 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hybrid_sleep.io import read_json, unreadable
-from hybrid_sleep.provenance import provenance
+from hybrid_sleep.support.io import read_json, unreadable
+from hybrid_sleep.support.provenance import provenance
 
 # Their versions decide what is measured; those that are not installed are not named.
 PACKAGES = ("triton", "flash-linear-attention", "fla-core", "mamba-ssm", "causal-conv1d")

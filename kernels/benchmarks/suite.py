@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from hybrid_sleep.io import write_json_atomic
 from hybrid_sleep.kernels.benchmarks import check, roofline, timing
 from hybrid_sleep.kernels.benchmarks.cases import STATE, Inputs, Shape, Side, inputs, job, ours
 from hybrid_sleep.kernels.benchmarks.contenders import OURS, TARGETS, Missing, Op, Peer
 from hybrid_sleep.kernels.benchmarks.resume import Budget, record, rows_of
-from hybrid_sleep.provenance import check_device
+from hybrid_sleep.support.io import write_json_atomic
+from hybrid_sleep.support.provenance import check_device
 
 LEAST_SECONDS = 1.0
 # Of one call: everybody else in the row waits for it, round after round.

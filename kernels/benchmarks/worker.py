@@ -46,7 +46,7 @@ class _Worker:
         self.work = self.cases.job(self.cases.ours(op, "auto"), given, direction)
         self.time_one = self.timing.timer(device)
         seconds = [self.time_one(self.work) for _ in range(3)]
-        dispatch = importlib.import_module("hybrid_sleep.kernels.dispatch")
+        dispatch = importlib.import_module("hybrid_sleep.kernels.common.dispatch")
         return {
             "file": sys.modules[f"hybrid_sleep.kernels.{op}"].__file__,
             "path": dispatch.explain(op)["implementation"],

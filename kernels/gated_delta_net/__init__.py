@@ -6,10 +6,10 @@ from functools import partial
 
 from torch import Tensor
 
-from hybrid_sleep.kernels import dispatch, triton_paths
-from hybrid_sleep.kernels.checks import check_tensor
+from hybrid_sleep.kernels.common import dispatch, triton_paths
+from hybrid_sleep.kernels.common.checks import check_tensor
+from hybrid_sleep.kernels.common.mixers import Mixed, check_mixer, select
 from hybrid_sleep.kernels.gated_delta_net import reference
-from hybrid_sleep.kernels.mixers import Mixed, check_mixer, select
 
 __all__ = ["gated_delta_net"]
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hybrid_sleep.kernels.common.mixers import Dims, Mixed, convolve, decay_rate, time_step
 from hybrid_sleep.kernels.gated_delta_rule import gated_delta_rule
-from hybrid_sleep.kernels.mixers import Dims, Mixed, convolve, decay_rate, time_step
 
 
 class Raw(NamedTuple):

@@ -9,17 +9,17 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hybrid_sleep.kernels.checks import compute_dtype, hide_pads
+from hybrid_sleep.kernels.common.checks import compute_dtype, hide_pads
+from hybrid_sleep.kernels.common.mixers import Dims, Mixed, decay_rate, time_step
+from hybrid_sleep.kernels.common.triton_launch import Precision, empty, next_power, precision
+from hybrid_sleep.kernels.common.triton_mixers import step
+from hybrid_sleep.kernels.common.triton_sizes import Sizes, chunk_length, for_inputs, whole
 from hybrid_sleep.kernels.gated_delta_net import triton_kernels
 from hybrid_sleep.kernels.gated_delta_net.reference import Raw
 from hybrid_sleep.kernels.gated_delta_rule import triton as rule
-from hybrid_sleep.kernels.mixers import Dims, Mixed, decay_rate, time_step
 from hybrid_sleep.kernels.short_conv import triton as conv
 from hybrid_sleep.kernels.short_conv.tail import tail_after
 from hybrid_sleep.kernels.short_conv.triton_taps import previous_tokens
-from hybrid_sleep.kernels.triton_launch import Precision, empty, next_power, precision
-from hybrid_sleep.kernels.triton_mixers import step
-from hybrid_sleep.kernels.triton_sizes import Sizes, chunk_length, for_inputs, whole
 
 
 class Heads(NamedTuple):

@@ -15,10 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybrid_sleep.kernels.gated_delta_rule.triton_forward import store_chunk
-from hybrid_sleep.kernels.short_conv.triton_taps import conv_one, conv_tile
-from hybrid_sleep.kernels.triton_launch import config, kernel
-from hybrid_sleep.kernels.triton_tiles import (
+from hybrid_sleep.kernels.common.triton_launch import config, kernel
+from hybrid_sleep.kernels.common.triton_tiles import (
     program_of,
     real_tokens,
     sigmoid,
@@ -27,6 +25,8 @@ from hybrid_sleep.kernels.triton_tiles import (
     square_mask,
     store_rows,
 )
+from hybrid_sleep.kernels.gated_delta_rule.triton_forward import store_chunk
+from hybrid_sleep.kernels.short_conv.triton_taps import conv_one, conv_tile
 
 # Added to the squared length, as in `reference.l2_normalize`.
 EPS = tl.constexpr(1e-6)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hybrid_sleep.kernels import dispatch, peers, triton_paths
-from hybrid_sleep.kernels.checks import (
+from hybrid_sleep.kernels import peers
+from hybrid_sleep.kernels.common import dispatch, triton_paths
+from hybrid_sleep.kernels.common.checks import (
     check_chunk_size,
     check_mask,
     check_sequence,

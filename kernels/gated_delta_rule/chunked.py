@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hybrid_sleep.kernels.checks import compute_dtype, full_precision, hide_pads
-from hybrid_sleep.kernels.chunks import (
+from hybrid_sleep.kernels.common.checks import compute_dtype, full_precision, hide_pads
+from hybrid_sleep.kernels.common.chunks import (
     add_mm,
     batch_blocks,
     decays_at_ends,

@@ -9,10 +9,9 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hybrid_sleep.kernels.checks import compute_dtype
-from hybrid_sleep.kernels.gated_delta_rule import triton_backward, triton_forward
-from hybrid_sleep.kernels.triton_launch import Precision, empty, next_power, precision
-from hybrid_sleep.kernels.triton_sizes import (
+from hybrid_sleep.kernels.common.checks import compute_dtype
+from hybrid_sleep.kernels.common.triton_launch import Precision, empty, next_power, precision
+from hybrid_sleep.kernels.common.triton_sizes import (
     Sizes,
     chunk_length,
     dense,
@@ -20,6 +19,7 @@ from hybrid_sleep.kernels.triton_sizes import (
     strides,
     whole,
 )
+from hybrid_sleep.kernels.gated_delta_rule import triton_backward, triton_forward
 
 # Programs that fill a GPU: below this many, the chunks are cut into segments.
 PROGRAMS = 128

@@ -20,8 +20,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybrid_sleep.kernels.triton_launch import config, kernel
-from hybrid_sleep.kernels.triton_tiles import (
+from hybrid_sleep.kernels.common.triton_launch import config, kernel
+from hybrid_sleep.kernels.common.triton_tiles import (
     crossing,
     decay_between,
     decays_at_ends,

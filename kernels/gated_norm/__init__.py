@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hybrid_sleep.kernels import dispatch, triton_paths
-from hybrid_sleep.kernels.checks import check_sequence, check_tensor
+from hybrid_sleep.kernels.common import dispatch, triton_paths
+from hybrid_sleep.kernels.common.checks import check_sequence, check_tensor
 from hybrid_sleep.kernels.gated_norm import reference
 
 __all__ = ["gated_norm"]

@@ -21,9 +21,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hybrid_sleep.kernels.checks import compute_dtype
-from hybrid_sleep.kernels.triton_launch import empty, kernel, next_power, precision
-from hybrid_sleep.kernels.triton_tiles import sigmoid, silu, tile_mask
+from hybrid_sleep.kernels.common.checks import compute_dtype
+from hybrid_sleep.kernels.common.triton_launch import empty, kernel, next_power, precision
+from hybrid_sleep.kernels.common.triton_tiles import sigmoid, silu, tile_mask
 
 # Programs of the backward pass, each with a sum of its own of d_weight: several for every SM.
 PROGRAMS = 1024

@@ -6,9 +6,9 @@ from functools import partial
 
 from torch import Tensor
 
-from hybrid_sleep.kernels import dispatch, triton_paths
+from hybrid_sleep.kernels.common import dispatch, triton_paths
+from hybrid_sleep.kernels.common.mixers import Mixed, check_mixer, select
 from hybrid_sleep.kernels.mamba2 import reference
-from hybrid_sleep.kernels.mixers import Mixed, check_mixer, select
 
 __all__ = ["mamba2"]
 

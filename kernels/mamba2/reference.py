@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from hybrid_sleep.kernels.mixers import Dims, Mixed, convolve, decay_rate, time_step
+from hybrid_sleep.kernels.common.mixers import Dims, Mixed, convolve, decay_rate, time_step
 from hybrid_sleep.kernels.ssd import ssd
 
 

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hybrid_sleep.kernels.checks import compute_dtype
+from hybrid_sleep.kernels.common.checks import compute_dtype
+from hybrid_sleep.kernels.common.mixers import Dims, Mixed
+from hybrid_sleep.kernels.common.triton_launch import empty, precision
+from hybrid_sleep.kernels.common.triton_mixers import step
+from hybrid_sleep.kernels.common.triton_sizes import for_inputs, whole
 from hybrid_sleep.kernels.mamba2 import triton_kernels
 from hybrid_sleep.kernels.mamba2.reference import Raw
-from hybrid_sleep.kernels.mixers import Dims, Mixed
 from hybrid_sleep.kernels.short_conv import triton as conv
 from hybrid_sleep.kernels.short_conv.tail import tail_after
 from hybrid_sleep.kernels.short_conv.triton_taps import previous_tokens
 from hybrid_sleep.kernels.ssd import triton as rule
-from hybrid_sleep.kernels.triton_launch import empty, precision
-from hybrid_sleep.kernels.triton_mixers import step
-from hybrid_sleep.kernels.triton_sizes import for_inputs, whole
 
 SCALE = 1.0
 

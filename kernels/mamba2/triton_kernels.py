@@ -13,10 +13,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hybrid_sleep.kernels.common.triton_launch import config, kernel
+from hybrid_sleep.kernels.common.triton_tiles import log2_decay, softplus, square_mask
 from hybrid_sleep.kernels.short_conv.triton_taps import conv_one
 from hybrid_sleep.kernels.ssd.triton_forward import decay_rate
-from hybrid_sleep.kernels.triton_launch import config, kernel
-from hybrid_sleep.kernels.triton_tiles import log2_decay, softplus, square_mask
 
 
 @kernel(

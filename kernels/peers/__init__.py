@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from packaging.specifiers import SpecifierSet
 
-from hybrid_sleep.kernels import dispatch
+from hybrid_sleep.kernels.common import dispatch
 from hybrid_sleep.kernels.peers import causal_conv1d, fla, mamba_ssm
 
 __all__ = ["PEERS", "Peer", "import_error", "register", "version"]

@@ -7,7 +7,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from hybrid_sleep.kernels.dispatch import Call
+from hybrid_sleep.kernels.common.dispatch import Call
 
 MODULE = "causal_conv1d"
 WIDTHS = (2, 3, 4)

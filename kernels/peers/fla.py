@@ -7,8 +7,8 @@ import importlib
 import torch
 from torch import Tensor
 
-from hybrid_sleep.kernels.checks import hide_pads
-from hybrid_sleep.kernels.dispatch import Call
+from hybrid_sleep.kernels.common.checks import hide_pads
+from hybrid_sleep.kernels.common.dispatch import Call
 
 MODULE = "fla.ops.gated_delta_rule"
 LARGEST_KEY_DIM = 256

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybrid_sleep.kernels.checks import hide_pads
-from hybrid_sleep.kernels.dispatch import Call
+from hybrid_sleep.kernels.common.checks import hide_pads
+from hybrid_sleep.kernels.common.dispatch import Call
 
 MODULE = "mamba_ssm.ops.triton.ssd_combined"
 CHUNK = 128

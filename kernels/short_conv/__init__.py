@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hybrid_sleep.kernels import dispatch, peers, triton_paths
-from hybrid_sleep.kernels.checks import check_mask, check_sequence, check_tensor
+from hybrid_sleep.kernels import peers
+from hybrid_sleep.kernels.common import dispatch, triton_paths
+from hybrid_sleep.kernels.common.checks import check_mask, check_sequence, check_tensor
 from hybrid_sleep.kernels.short_conv import chunked, reference
 
 __all__ = ["short_conv"]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hybrid_sleep.kernels.checks import compute_dtype, hide_pads
+from hybrid_sleep.kernels.common.checks import compute_dtype, hide_pads
 from hybrid_sleep.kernels.short_conv.tail import tail_after
 
 

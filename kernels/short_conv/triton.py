@@ -7,11 +7,11 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hybrid_sleep.kernels.checks import compute_dtype
+from hybrid_sleep.kernels.common.checks import compute_dtype
+from hybrid_sleep.kernels.common.triton_launch import Precision, empty, next_power, precision
+from hybrid_sleep.kernels.common.triton_sizes import dense
 from hybrid_sleep.kernels.short_conv import triton_kernels
 from hybrid_sleep.kernels.short_conv.triton_taps import following_tokens, previous_tokens
-from hybrid_sleep.kernels.triton_launch import Precision, empty, next_power, precision
-from hybrid_sleep.kernels.triton_sizes import dense
 
 # Tokens that a program of the backward pass walks over: a multiple of every block of them.
 SPAN, SHORT_SPAN = 256, 64

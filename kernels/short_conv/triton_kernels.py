@@ -23,6 +23,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hybrid_sleep.kernels.common.triton_launch import kernel
+from hybrid_sleep.kernels.common.triton_tiles import (
+    program_of,
+    real_tokens,
+    sigmoid,
+    silu,
+    tile_mask,
+)
 from hybrid_sleep.kernels.short_conv.triton_taps import (
     conv_at,
     conv_tile,
@@ -32,8 +40,6 @@ from hybrid_sleep.kernels.short_conv.triton_taps import (
     token_after,
     token_before,
 )
-from hybrid_sleep.kernels.triton_launch import kernel
-from hybrid_sleep.kernels.triton_tiles import program_of, real_tokens, sigmoid, silu, tile_mask
 
 
 @kernel(

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybrid_sleep.kernels.triton_tiles import silu, tile_mask
+from hybrid_sleep.kernels.common.triton_tiles import silu, tile_mask
 
 
 def previous_tokens(mask: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hybrid_sleep.kernels.checks import compute_dtype, hide_pads
+from hybrid_sleep.kernels.common.checks import compute_dtype, hide_pads
 
 
 def ssd(

@@ -20,9 +20,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybrid_sleep.kernels.ssd.triton_forward import decay_rate
-from hybrid_sleep.kernels.triton_launch import config, kernel
-from hybrid_sleep.kernels.triton_tiles import (
+from hybrid_sleep.kernels.common.triton_launch import config, kernel
+from hybrid_sleep.kernels.common.triton_tiles import (
     crossing,
     decay_between,
     decays_at_ends,
@@ -36,6 +35,7 @@ from hybrid_sleep.kernels.triton_tiles import (
     square_mask,
     tile_mask,
 )
+from hybrid_sleep.kernels.ssd.triton_forward import decay_rate
 
 
 @triton.jit

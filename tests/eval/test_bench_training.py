@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
-from hybrid_sleep.cli import app
+from hybrid_sleep.cli.app import app
 from hybrid_sleep.eval import report
 from hybrid_sleep.eval.benchmarks import slices, training, training_report
 

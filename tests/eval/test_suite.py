@@ -73,7 +73,7 @@ def made_up():
 
 
 def report_of():
-    from hybrid_sleep.provenance import provenance
+    from hybrid_sleep.support.provenance import provenance
 
     return provenance()
 

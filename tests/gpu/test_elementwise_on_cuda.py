@@ -14,7 +14,7 @@ from hybrid_sleep.kernels.short_conv import short_conv
 
 pytest.importorskip("triton")
 
-from hybrid_sleep.kernels import triton_launch
+from hybrid_sleep.kernels.common import triton_launch
 
 pytestmark = pytest.mark.gpu
 

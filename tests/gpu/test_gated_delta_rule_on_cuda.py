@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from hybrid_sleep.kernels import dispatch
+from hybrid_sleep.kernels.common import dispatch
 from hybrid_sleep.kernels.gated_delta_net import gated_delta_net
 from hybrid_sleep.kernels.gated_delta_rule import gated_delta_rule
 from hybrid_sleep.kernels.mamba2 import mamba2
@@ -169,7 +169,7 @@ def test_decoding_is_reading(op, dtype):
 @pytest.mark.parametrize("shape", [(1, 600, 2, 128, 128), (4, 200, 4, 64, 128)], ids=str)
 def test_every_configuration_is_right(shape, dtype, choice, monkeypatch):
     """Tuning takes one of them; on this chip other projects' backward was wrong in some."""
-    triton_launch = pytest.importorskip("hybrid_sleep.kernels.triton_launch")
+    triton_launch = pytest.importorskip("hybrid_sleep.kernels.common.triton_launch")
 
     def launch(kernel, grid, **arguments):
         allowed = kernel.allowed(arguments)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from hybrid_sleep.kernels.common.triton_paths import LARGEST_WIDE_KEY
 from hybrid_sleep.kernels.mamba2 import mamba2
 from hybrid_sleep.kernels.ssd import ssd
-from hybrid_sleep.kernels.triton_paths import LARGEST_WIDE_KEY
 
 pytestmark = pytest.mark.gpu
 

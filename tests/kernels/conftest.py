@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from hybrid_sleep.kernels import dispatch
+from hybrid_sleep.kernels.common import dispatch
 from hybrid_sleep.kernels.gated_delta_rule import gated_delta_rule
 from hybrid_sleep.kernels.ssd import ssd
 
@@ -67,7 +67,7 @@ def guarded(monkeypatch) -> Guards:
     for op in dispatch.OPS:
         importlib.import_module(f"hybrid_sleep.kernels.{op}.triton")
     guards = Guards()
-    launch = importlib.import_module("hybrid_sleep.kernels.triton_launch")
+    launch = importlib.import_module("hybrid_sleep.kernels.common.triton_launch")
     original = launch.empty
     for name, module in list(sys.modules.items()):
         if name.startswith("hybrid_sleep.") and vars(module).get("empty") is original:

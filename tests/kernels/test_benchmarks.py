@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hybrid_sleep.cli import app
+from hybrid_sleep.cli.app import app
 from hybrid_sleep.kernels.benchmarks import (
     cases,
     check,

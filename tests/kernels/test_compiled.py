@@ -11,8 +11,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from hybrid_sleep.kernels import dispatch
 from hybrid_sleep.kernels.benchmarks import compiled
+from hybrid_sleep.kernels.common import dispatch
 
 # A mixer launches the kernels of its rule: together they are compiled once.
 GROUPS = (
@@ -64,7 +64,7 @@ def test_every_op_is_in_a_group():
 
 def test_every_kernel_of_every_op_is_launched_by_some_call():
     """A kernel that no recorded call launches would be compiled nowhere."""
-    from hybrid_sleep.kernels import triton_launch
+    from hybrid_sleep.kernels.common import triton_launch
 
     launched = {
         launch.kernel.name

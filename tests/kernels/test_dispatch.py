@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from hybrid_sleep.kernels import dispatch
+from hybrid_sleep.kernels.common import dispatch
 from hybrid_sleep.kernels.gated_delta_rule import gated_delta_rule
 from hybrid_sleep.kernels.short_conv import short_conv
 from hybrid_sleep.kernels.ssd import ssd

@@ -13,8 +13,8 @@ from hybrid_sleep.kernels.gated_delta_rule import gated_delta_rule
 
 pytest.importorskip("triton")
 
+from hybrid_sleep.kernels.common.triton_sizes import Sizes
 from hybrid_sleep.kernels.gated_delta_rule import triton as path
-from hybrid_sleep.kernels.triton_sizes import Sizes
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 DTYPES = [torch.float32, slow(torch.float64)]

@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hybrid_sleep.kernels import dispatch
+from hybrid_sleep.kernels.common import dispatch
 from hybrid_sleep.kernels.gated_norm import gated_norm
 
 if find_spec("triton") is not None:
     # Before `guarded` looks for modules that allocate.
-    from hybrid_sleep.kernels import triton_launch
+    from hybrid_sleep.kernels.common import triton_launch
     from hybrid_sleep.kernels.gated_norm import triton as path
 
 EPS = 1e-6

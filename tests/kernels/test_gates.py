@@ -10,7 +10,7 @@ import pytest
 import torch
 from strong_gates import GATES, differentiate, far, with_gates
 
-from hybrid_sleep.kernels import chunks
+from hybrid_sleep.kernels.common import chunks
 from hybrid_sleep.kernels.gated_delta_rule import gated_delta_rule
 from hybrid_sleep.kernels.ssd import ssd
 

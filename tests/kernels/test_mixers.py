@@ -1,6 +1,6 @@
 """The fused mixers against the composition of their parts, and what they refuse.
 
-The composition itself is held against a token-by-token formulation in tests/core.
+The composition itself is held against a token-by-token formulation in tests/sleep.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import pytest
 import torch
 from marks import slow
 
-from hybrid_sleep.kernels import triton_paths
+from hybrid_sleep.kernels.common import triton_paths
 from hybrid_sleep.kernels.gated_delta_net import gated_delta_net
 from hybrid_sleep.kernels.mamba2 import mamba2
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small import small_model
 
-from hybrid_sleep.kernels import dispatch, triton_paths
+from hybrid_sleep.kernels.common import dispatch, triton_paths
 
 pytestmark = pytest.mark.skipif(
     not triton_paths.interpreting(), reason="needs Triton's interpreter"

@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hybrid_sleep.kernels import dispatch, peers
+from hybrid_sleep.kernels import peers
+from hybrid_sleep.kernels.common import dispatch
 from hybrid_sleep.kernels.gated_delta_rule import reference as delta_rule
 from hybrid_sleep.kernels.peers import causal_conv1d, fla, mamba_ssm
 from hybrid_sleep.kernels.short_conv import reference as conv

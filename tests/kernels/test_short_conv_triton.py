@@ -15,14 +15,14 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from hybrid_sleep.kernels import triton_launch
+from hybrid_sleep.kernels.common import triton_launch
+from hybrid_sleep.kernels.common.triton_tiles import real_tokens
 from hybrid_sleep.kernels.short_conv import triton as path
 from hybrid_sleep.kernels.short_conv.triton_taps import (
     conv_tile,
     following_tokens,
     previous_tokens,
 )
-from hybrid_sleep.kernels.triton_tiles import real_tokens
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 

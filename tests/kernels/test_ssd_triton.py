@@ -14,9 +14,9 @@ from hybrid_sleep.kernels.ssd import ssd
 pytest.importorskip("triton")
 
 # Imported here, so that `guarded` finds what they allocate with.
+from hybrid_sleep.kernels.common.triton_launch import recording
 from hybrid_sleep.kernels.mamba2 import triton as _mixer  # noqa: F401
 from hybrid_sleep.kernels.ssd import triton as path
-from hybrid_sleep.kernels.triton_launch import recording
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 

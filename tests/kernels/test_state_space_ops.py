@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from hybrid_sleep.kernels import chunks
+from hybrid_sleep.kernels.common import chunks
 from hybrid_sleep.kernels.gated_delta_rule import gated_delta_rule
 
 SEQUENCES = ("q", "k", "v", "g", "beta")

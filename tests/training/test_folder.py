@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_sleep import io
+from hybrid_sleep.support import io
 from hybrid_sleep.training import __main__ as command
 from hybrid_sleep.training import folder
 from hybrid_sleep.training import run as run_module

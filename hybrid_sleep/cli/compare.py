@@ -1,0 +1,200 @@
+"""`hybrid-sleep bench depth`, `map` and `ablate`: accuracy of models beside each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hybrid_sleep.cli.bench import bench
+from hybrid_sleep.cli.commands import command, command_line, measure, report
+from hybrid_sleep.support.io import sole_writer
+
+CONFIG_SUFFIXES = (".yaml", ".yml")
+Seeds = Annotated[str, typer.Option(help="Seeds, such as 0,1,2.")]
+Jobs = Annotated[int, typer.Option(help="Trainings side by side, each in a process.")]
+Count = Annotated[int, typer.Option(help="Test examples of each model and depth.")]
+Minutes = Annotated[
+    float | None, typer.Option(help="Stop before these are over; the same call goes on.")
+]
+
+
+@bench.command("depth")
+@command
+def bench_depth(
+    source: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CHECKPOINT... | CONFIG [KEY=VALUE]...",
+            help="Trained models (several are taken as seeds of one recipe), or a run's YAML file.",
+        ),
+    ],
+    depths: Annotated[
+        str | None,
+        typer.Option(
+            help="Sleep depths, such as 1-8 or 1,2,4 (default: 1-8; of a CONFIG, up to its own)."
+        ),
+    ] = None,
+    count: Count = 2000,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/bench-depth"),
+    seed: Annotated[
+        int | None, typer.Option(help="CHECKPOINT: which test examples (default: 0).")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="CHECKPOINT: examples in one forward (default: 250).")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="CHECKPOINT: a torch device (default: cpu).")
+    ] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(help="CHECKPOINT: results.json of a model trained at one depth, to compare."),
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="CONFIG: seeds, at least three (default: 0,1,2).")
+    ] = None,
+    baselines: Annotated[
+        str | None,
+        typer.Option(
+            help="CONFIG: all, none or some of once, deeper, wider, looped, full_cache "
+            "(default: all)."
+        ),
+    ] = None,
+    ablate: Annotated[
+        str | None,
+        typer.Option(
+            help="CONFIG: all, none or some of state_space, eviction, loop, schedule, attention, "
+            "depth, difficulty, adaptive (default: none)."
+        ),
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="CONFIG: trainings side by side (default: 1).")
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="CONFIG: stop before these are over; the same call goes on."),
+    ] = None,
+) -> None:
+    """Accuracy and cost against sleep depth, by difficulty, with floor, chance and spread.
+
+    Of trained models, on the task of the run.yaml beside their weights. Or of a run's YAML file:
+    it is trained with each seed, and so is every baseline, at equal compute and at equal tokens:
+    N = 1 for longer, deeper, wider, with its layers looped at wake, with its whole KV cache kept.
+    """
+    of_models = {"seed": seed, "batch_size": batch_size, "device": device, "baseline": baseline}
+    of_config = {
+        "seeds": seeds, "baselines": baselines, "ablations": ablate, "jobs": jobs,
+        "minutes": minutes,
+    }  # fmt: skip
+    from_config = Path(source[0]).suffix in CONFIG_SUFFIXES
+    for name, value in (of_models if from_config else of_config).items():
+        if value is not None:
+            flag = {"ablations": "ablate"}.get(name, name).replace("_", "-")
+            kind = "trained models" if from_config else "a run's YAML file"
+            raise ValueError(f"--{flag}={value} with {source[0]!r}; allowed: with {kind}")
+    given: dict[str, Any] = of_config if from_config else of_models
+    given = {name: value for name, value in given.items() if value is not None}
+    if from_config:
+        from hybrid_sleep.eval import suite
+
+        measure(
+            "train and measure",
+            suite.run,
+            out,
+            config=source[0],
+            overrides=source[1:],
+            depths=depths,
+            count=count,
+            **given,
+        )
+    else:
+        from hybrid_sleep.eval.depth import bench_checkpoints, parse_depths
+
+        levels = parse_depths("1-8" if depths is None else depths)
+        with sole_writer(out):
+            result = bench_checkpoints(
+                source, levels, count=count, command=command_line(), **given
+            )
+            report(result, out)
+
+
+@bench.command("map")
+@command
+def bench_map(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A run's YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to all.")
+    ] = None,
+    vary: Annotated[
+        str, typer.Option(metavar="KEY=[VALUE,...]", help="What makes the task harder.")
+    ] = "task.params.steps=[2,4,6]",
+    depths: Annotated[str, typer.Option(help="Sleep depths, such as 1,2,4.")] = "1,2,4",
+    compute: Annotated[
+        str, typer.Option(help="Multiples of the FLOPs that the config's own run takes.")
+    ] = "1,3",
+    seeds: Seeds = "0,1,2",
+    count: Count = 2000,
+    jobs: Jobs = 1,
+    minutes: Minutes = None,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/bench-map"),
+) -> None:
+    """Where depth wins: difficulty x sleep depth x compute, a model trained for every cell.
+
+    Models of one compute take the same FLOPs to train; parameters and the cost of a token awake are
+    the same everywhere. Rows in the folder from the same code are kept.
+    """
+    from hybrid_sleep.eval import depth_map
+
+    measure(
+        "map",
+        depth_map.run,
+        out,
+        config=config,
+        vary=vary,
+        overrides=overrides or [],
+        depths=depths,
+        compute=compute,
+        seeds=seeds,
+        count=count,
+        jobs=jobs,
+        minutes=minutes,
+    )
+
+
+@bench.command("ablate")
+@command
+def bench_ablate(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A run's YAML file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Changes to all; {seed} is the seed."),
+    ] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME:KEY=VALUE,...", help="The first is what others are held to."),
+    ] = None,
+    seeds: Seeds = "0,1,2",
+    depths: Annotated[str, typer.Option(help="Sleep depths, such as 1-4 or 1,2,4.")] = "1-4",
+    count: Count = 2000,
+    jobs: Jobs = 1,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/bench-ablate"),
+) -> None:
+    """Train variants of a run with several seeds: accuracy by sleep depth, seed against seed.
+
+    Models go to output_dir/NAME/seedSEED. Rows in the folder from the same code are kept.
+    """
+    from hybrid_sleep.eval import ablation
+
+    measure(
+        "ablate",
+        ablation.run,
+        out,
+        config=config,
+        variants=variant or [],
+        overrides=overrides or [],
+        seeds=seeds,
+        depths=depths,
+        count=count,
+        jobs=jobs,
+    )

@@ -1,0 +1,1 @@
+"""The mechanism: windows, passes, boundaries, and the cache that lives through them."""

@@ -1,0 +1,1 @@
+"""What the kernels of all ops share: checks, dispatch, chunks, tiles and launches."""
