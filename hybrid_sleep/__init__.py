@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import importlib
 import sys
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 __version__ = "0.1.0"
 
 _root = Path(__file__).resolve().parent.parent
+
+
+class _Beside:
+    """Finds the folders that install inside this package, where a checkout keeps them beside it."""
+
+    names = frozenset(f"{__name__}.{folder}" for folder in ("kernels", "training", "eval", "configs"))
+
+    @classmethod
+    def find_spec(cls, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        return PathFinder.find_spec(name, [str(_root)]) if name in cls.names else None
+
+
 if (_root / "pyproject.toml").is_file() and (_root / "kernels").is_dir():
-    # A checkout keeps kernels/, training/, eval/ and configs/ beside this package, not inside it.
-    __path__.append(str(_root))
+    # First, before an editable installation of another checkout answers for these names.
+    sys.meta_path.insert(0, _Beside)
 
 # Names are loaded when asked for: printing the command line's help should not wait for torch.
 _exports = {

@@ -178,6 +178,26 @@ def test_wheel_holds_every_module_and_config_and_nothing_else(checkout, wheel):
             assert archive.read(target) == (checkout / source).read_bytes(), target
 
 
+def test_only_what_is_installed_is_importable_from_a_checkout():
+    code = """
+import importlib, importlib.util, pkgutil, sys
+import hybrid_sleep
+
+inside = {module.name for module in pkgutil.iter_modules(hybrid_sleep.__path__)}
+assert not inside & {"setup", "tests", "docs", "hybrid_sleep"}, inside
+for name in ("setup", "tests", "docs", "hybrid_sleep", "hybrid_sleep.support.io", "pyproject"):
+    try:
+        importlib.import_module(f"hybrid_sleep.{name}")
+    except ModuleNotFoundError:
+        continue
+    raise AssertionError(name)
+for folder in sys.argv[2:]:
+    spec = importlib.util.find_spec(f"hybrid_sleep.{folder}")
+    assert list(spec.submodule_search_locations) == [f"{sys.argv[1]}/{folder}"], spec
+"""
+    run(sys.executable, "-c", code, ROOT, *BESIDE, cwd=ROOT)
+
+
 def test_kernels_folder_hides_no_installed_package_of_that_name(tmp_path):
     assert not (ROOT / "kernels" / "__init__.py").exists()
     (tmp_path / "kernels").mkdir()
