@@ -13,9 +13,9 @@ _root = Path(__file__).resolve().parent.parent
 
 
 class _Beside:
-    """Finds the folders that install inside this package, where a checkout keeps them beside it."""
+    """Finds the four folders of a checkout that lie beside this package and install inside it."""
 
-    names = frozenset(f"{__name__}.{folder}" for folder in ("kernels", "training", "eval", "configs"))
+    names = frozenset(f"{__name__}.{top}" for top in ("kernels", "training", "eval", "configs"))
 
     @classmethod
     def find_spec(cls, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
