@@ -1,16 +1,8 @@
-"""Accuracy against sleep depth: the same checkpoint, asked after 1, 2, 3... passes per window.
-
-A checkpoint is asked the way a user would ask it. The whole past and the separator go in without
-labels, so every full window sleeps, at the depth asked for; the token at position t is predicted
-by the logits at t-1, from pass 1. Later labels are predicted with the earlier ones given, in the
-same forward. For `exact` that is the same as answering freely: an example counts only if every
-label is right, and up to the first mistake the two see the same tokens.
-"""
+"""Accuracy against sleep depth: the same checkpoint, evaluated at 1, 2, 3... passes per window."""
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from hybrid_sleep.eval.depth_report import read_baseline, run_record, summarise
 from hybrid_sleep.eval.tasks import Task
-from hybrid_sleep.eval.tasks.base import check_int
+from hybrid_sleep.eval.tasks.accuracy import check_depths, measure_accuracy
 from hybrid_sleep.support.provenance import check_device
 from hybrid_sleep.training.weights import check_model, load_model
+from hybrid_sleep.validation import check_count
 
 if TYPE_CHECKING:
-    import torch
-
     from hybrid_sleep.training import RunConfig
 
 SPLIT = "test"
@@ -70,56 +61,32 @@ def measure_depth(
     mode and left as it was found. Raises ValueError for depths that are not distinct integers of
     at least 1, or a count or batch size below 1.
     """
-    import torch
-
     depths = check_depths(depths)
-    check_int("count", count, 1)
-    check_int("batch_size", batch_size, 1)
-    check_int("seed", seed, 0)
+    check_count("count", count)
+    check_count("batch_size", batch_size)
+    check_count("seed", seed, 0)
     examples = list(task.examples(SPLIT, seed, count))
-    tokens = torch.tensor([example["input_ids"] for example in examples])
-    device = next(model.parameters()).device
-    result = DepthResult(count=count, eval_seed=seed)
-    predictions = {depth: [] for depth in depths}
-    seconds = dict.fromkeys(depths, 0.0)
+    batches = [examples[start : start + batch_size] for start in range(0, count, batch_size)]
     done, total = 0, count * sum(depths)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            # The first call pays for allocations and caches that belong to no depth.
-            predict(model, tokens[:batch_size].to(device), 1)
-            for start in range(0, count, batch_size):
-                input_ids = tokens[start : start + batch_size].to(device)
-                for depth in depths:
-                    began = time.perf_counter()
-                    predictions[depth].append(predict(model, input_ids, depth).cpu())
-                    seconds[depth] += time.perf_counter() - began
-                    done += len(input_ids) * depth
-                    if progress is not None:
-                        progress(done, total)
-    finally:
-        model.train(training)
-    for depth in depths:
-        score = task.score(torch.cat(predictions[depth]), examples)
-        for name in ("exact", "per_question", "per_label", "by_difficulty"):
-            getattr(result, name)[depth] = score[name]
-        result.questions = score["questions"]
-        result.seconds[depth] = seconds[depth]
+
+    def step(passes: int) -> None:
+        nonlocal done
+        done += passes
+        if progress is not None:
+            progress(done, total)
+
+    # The first call pays for allocations and caches that belong to no depth.
+    measure_accuracy(model, task, batches[:1], [1])
+    measured = measure_accuracy(model, task, batches, depths, progress=step)
+    result = DepthResult(count=count, eval_seed=seed)
+    for depth, accuracy in measured.items():
+        result.exact[depth] = accuracy.exact
+        result.per_question[depth] = accuracy.per_question
+        result.per_label[depth] = accuracy.per_label
+        result.by_difficulty[depth] = accuracy.by_difficulty
+        result.questions = accuracy.questions
+        result.seconds[depth] = accuracy.seconds
     return result
-
-
-def predict(model: Any, input_ids: torch.Tensor, depth: int) -> torch.Tensor:
-    """The model's choice for every token of `input_ids` [B, T], given those before it.
-
-    The first token, which nothing precedes, gets -1.
-    """
-    import torch
-
-    chosen = model(input_ids=input_ids[:, :-1], sleep_passes=depth, use_cache=False).logits.argmax(
-        -1
-    )
-    return torch.nn.functional.pad(chosen, (1, 0), value=-1)
 
 
 def bench_checkpoints(
@@ -148,7 +115,7 @@ def bench_checkpoints(
     depths = check_depths(depths)
     check_device(device)
     if not checkpoints:
-        raise ValueError("checkpoints is empty; allowed: one or more folders of trained models")
+        raise ValueError("checkpoints must be one or more folders of trained models, got none")
     runs = [read_run(checkpoint) for checkpoint in checkpoints]
     check_seeds_of_one_recipe(checkpoints, runs)
     for checkpoint in checkpoints:
@@ -227,14 +194,6 @@ def parse_depths(text: str) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.partition("-")
         if not first.strip().isdecimal() or (dash and not last.strip().isdecimal()):
-            raise ValueError(f"depths={text!r}; allowed: such as 1-8 or 1,2,4")
+            raise ValueError(f"depths must be such as 1-8 or 1,2,4, got {text!r}")
         depths += range(int(first), int(last if dash else first) + 1)
     return check_depths(depths)
-
-
-def check_depths(depths: Iterable[int]) -> list[int]:
-    """`depths` in ascending order; ValueError unless distinct integers of at least 1."""
-    checked = [check_int("depths", depth, 1) for depth in depths]
-    if not checked or len(set(checked)) < len(checked):
-        raise ValueError(f"depths={checked}; allowed: one or more distinct integers of at least 1")
-    return sorted(checked)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hybrid_sleep.support.io import write_text_atomic
 from hybrid_sleep.training.folder import SAMPLES_FILE
 from hybrid_sleep.training.plots import save_run_plot
+from hybrid_sleep.training.text.samples import samples
 
 if TYPE_CHECKING:
     from hybrid_sleep.training.config import RunConfig
@@ -35,8 +36,6 @@ def write_samples(model: Any, held_out: TextHeldOut, *, passes: int, seed: int) 
 
     Of windows that are long it is 2048 tokens.
     """
-    from hybrid_sleep.eval.perplexity import samples
-
     tokenizer, window = held_out.encoder.tokenizer, model.config.window
     batch = next(held_out.batches())
     prompts = []

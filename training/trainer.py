@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from hybrid_sleep.eval.tasks.perplexity import measure_perplexity
 from hybrid_sleep.support.io import write_json_atomic
 from hybrid_sleep.training import zero
 from hybrid_sleep.training.curriculum import WindowSchedule
@@ -31,6 +32,7 @@ from hybrid_sleep.training.losses import LossByPosition
 from hybrid_sleep.training.optimizer import MuonAdamW, parameter_groups
 from hybrid_sleep.training.ranks import of_all_ranks, of_first
 from hybrid_sleep.training.text.batches import TextBatches, TextHeldOut, merge_positions
+from hybrid_sleep.training.text.tokenizer import FIRST_BYTE, reads_bytes
 from hybrid_sleep.training.weights import WEIGHTS_FILE, check_fits, shapes
 
 ADAMW = ("adamw_torch", "adamw_torch_fused")  # the default of transformers, by version
@@ -239,11 +241,9 @@ class SleepTrainer(Trainer):
         if isinstance(held_out, HeldOut):
             scores = accuracy_by_depth(self.model, held_out)
         elif isinstance(held_out, TextHeldOut):
-            from hybrid_sleep.eval.perplexity import measure_perplexity
-
-            tokenizer = held_out.encoder.tokenizer
+            first_byte = FIRST_BYTE if reads_bytes(held_out.encoder.tokenizer) else None
             scores = measure_perplexity(
-                self.model, held_out.batches(), held_out.depths, tokenizer=tokenizer
+                self.model, held_out.batches(), held_out.depths, bytes_from=first_byte
             )
         else:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)

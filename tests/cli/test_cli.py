@@ -212,14 +212,17 @@ def test_an_interrupted_benchmark_keeps_the_checkpoints_it_finished(config, tmp_
     assert "Interrupted after 1" in (tmp_path / "b" / "results.md").read_text()
 
 
+AT = ("bench", "depth", ".", "--depths")
+
+
 @pytest.mark.parametrize(
     "words, says",
     [
         (["bench", "depth", "nowhere"], "checkpoint 'nowhere' is no folder"),
         (["bench", "depth", "."], "no run.yaml"),
-        (["bench", "depth", ".", "--depths", "4-1"], "depths=[]"),
-        (["bench", "depth", ".", "--depths", "0-2"], "depths=0; allowed: an integer"),
-        (["bench", "depth", ".", "--depths", "two"], "depths='two'; allowed: such as 1-8"),
+        ([*AT, "4-1"], "depths must be one or more distinct integers, got []"),
+        ([*AT, "0-2"], "depths must be an integer of at least 1, got 0"),
+        ([*AT, "two"], "depths must be such as 1-8 or 1,2,4, got 'two'"),
         (["bench", "depth", ".", "--seeds", "0"], "--seeds=0 with '.'; allowed: with a run's"),
         (["bench", "depth", "x.yaml", "--seed", "1"], "--seed=1 with 'x.yaml'; allowed: with"),
         (["bench", "depth", "x.yaml"], "config 'x.yaml' is no file"),

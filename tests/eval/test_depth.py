@@ -337,20 +337,20 @@ def test_parse_depths():
     assert depth.parse_depths("1-4") == [1, 2, 3, 4]
     assert depth.parse_depths("8,1,2-3") == [1, 2, 3, 8]
     for wrong in ("", "0-3", "3-1", "1,1", "a", "1-", "-2", "1.5"):
-        with pytest.raises(ValueError, match="depths=.*allowed"):
+        with pytest.raises(ValueError, match="^depths must be .*, got "):
             depth.parse_depths(wrong)
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"depths": [0]}, r"depths=0.*at least 1"),
+        ({"depths": [0]}, r"depths must be .* at least 1, got 0"),
         ({"depths": [1, 1]}, r"distinct"),
         ({"depths": []}, r"one or more"),
-        ({"depths": [2.0]}, r"depths=2\.0"),
-        ({"count": 0}, r"count=0"),
-        ({"batch_size": 0}, r"batch_size=0"),
-        ({"seed": -1}, r"seed=-1"),
+        ({"depths": [2.0]}, r"depths must be .*, got 2\.0"),
+        ({"count": 0}, r"count must be .*, got 0"),
+        ({"batch_size": 0}, r"batch_size must be .*, got 0"),
+        ({"seed": -1}, r"seed must be .*, got -1"),
     ],
 )
 def test_bad_arguments_are_named(change, message):

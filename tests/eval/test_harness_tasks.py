@@ -9,8 +9,9 @@ import torch
 
 from hybrid_sleep import HybridSleepConfig, HybridSleepForCausalLM
 from hybrid_sleep.eval import tasks
-from hybrid_sleep.eval.depth import measure_depth, predict
+from hybrid_sleep.eval.depth import measure_depth
 from hybrid_sleep.eval.tasks import IGNORED, TASKS
+from hybrid_sleep.eval.tasks.accuracy import predict
 
 pytest.importorskip("lm_eval")
 

@@ -1,4 +1,4 @@
-"""Perplexity against a loop over single documents, and samples far past the window."""
+"""Perplexity against a loop over single documents."""
 
 import math
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from small import small_config, small_ids, small_model
 
-from hybrid_sleep.eval.perplexity import measure_perplexity, samples
-from hybrid_sleep.training.text.tokenizer import load_tokenizer
+from hybrid_sleep.eval.tasks.perplexity import measure_perplexity
+from hybrid_sleep.training.text.tokenizer import FIRST_BYTE, load_tokenizer
 
 WINDOW = 5
 
@@ -58,7 +58,7 @@ def test_perplexity_is_that_of_every_document_alone(model, packed):
     else:
         batches = [{"input_ids": ids[None]} for ids in documents]
     model.train()
-    measured = measure_perplexity(model, batches, [3, 1], tokenizer=load_tokenizer("bytes"))
+    measured = measure_perplexity(model, batches, [3, 1], bytes_from=FIRST_BYTE)
     assert model.training
     model.eval()
     assert list(measured) == [1, 3]
@@ -101,49 +101,16 @@ def test_positions_share_eight_parts_of_a_wide_window():
 
 def test_what_cannot_be_measured_is_refused(model):
     one = {"input_ids": torch.tensor([[5]])}
-    with pytest.raises(ValueError, match="batches hold no token behind another"):
+    with pytest.raises(ValueError, match="batches must hold a token behind another"):
         measure_perplexity(model, [one], [1])
-    with pytest.raises(ValueError, match="batches hold no token"):
+    with pytest.raises(ValueError, match="batches must hold a token"):
         measure_perplexity(model, [], [1])
     with pytest.raises(ValueError, match="depths"):
         measure_perplexity(model, [one], [1, 1])
 
 
-def test_samples_are_drawn_from_the_models_own_distribution(model):
-    """Each token again by hand: a whole forward over all that came before, the same random draw."""
+def test_bytes_begin_behind_the_special_tokens():
     tokenizer = load_tokenizer("bytes")
-    prompts, count = ["ab", "c"], 4 * WINDOW
-    texts = samples(model, tokenizer, prompts, tokens=count, passes=2, seed=7)
-    state = torch.get_rng_state()
-    assert texts == samples(model, tokenizer, prompts, tokens=count, passes=2, seed=7)
-    assert torch.equal(state, torch.get_rng_state())
-    assert texts[0] == samples(model, tokenizer, prompts[:1], tokens=count, passes=2, seed=7)[0]
-    assert texts != samples(model, tokenizer, prompts, tokens=count, passes=2, seed=8)
-    assert texts != samples(model, tokenizer, prompts, tokens=count, passes=1, seed=7)
-
-    from hybrid_sleep.training.data import derive_seed
-
-    for place, prompt in enumerate(prompts):
-        ids = torch.tensor([tokenizer(prompt, add_special_tokens=False).input_ids])
-        before = ids.shape[1]
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(derive_seed("sample", 7, place))
-            for _ in range(count):
-                logits = model(input_ids=ids, sleep_passes=2, use_cache=False).logits[:, -1].float()
-                logits[:, tokenizer.eos_token_id] = -math.inf
-                drawn = torch.multinomial((logits / 0.8).softmax(-1), 1)
-                ids = torch.cat([ids, drawn], dim=1)
-        assert texts[place] == tokenizer.decode(ids[0, before:], skip_special_tokens=True)
-
-
-def test_samples_hold_only_tokens_that_the_tokenizer_knows():
-    model = small_model(small_config(vocab_size=2000))
-    (text,) = samples(model, load_tokenizer("bytes"), ["a"], tokens=20)
-    assert len(text) <= 20
-
-
-def test_a_prompt_without_tokens_is_refused(model):
-    with pytest.raises(ValueError, match="prompt '' has no tokens"):
-        samples(model, load_tokenizer("bytes"), ["a", ""], tokens=2)
-    with pytest.raises(ValueError, match="tokens=0"):
-        samples(model, load_tokenizer("bytes"), ["a"], tokens=0)
+    special = tokenizer.all_special_ids
+    assert tokenizer("\x00", add_special_tokens=False).input_ids == [FIRST_BYTE]
+    assert max(special) < FIRST_BYTE

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from hybrid_sleep.training.text.source import Document
 
 BYTES = "bytes"
+FIRST_BYTE = 3  # of the ids of `bytes`; pad, eos and unk come before
 
 
 def load_tokenizer(name: str) -> Any:

@@ -1,24 +1,18 @@
-"""How well a model predicts text at each sleep depth, and text that it writes itself."""
+"""How well a model predicts text at each sleep depth."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from hybrid_sleep.eval.depth import check_depths
-from hybrid_sleep.eval.tasks.base import check_int
-from hybrid_sleep.training.data import derive_seed
-from hybrid_sleep.training.text.source import Document
-from hybrid_sleep.training.text.tokenizer import Encoder, reads_bytes
+from hybrid_sleep.eval.tasks.accuracy import check_depths
 
 if TYPE_CHECKING:
     import torch
 
 POSITION_BINS = 8
 LAST_WINDOW = 8
-TEMPERATURE = 0.8
-SPECIAL_IDS = 3
 
 
 def measure_perplexity(
@@ -26,7 +20,7 @@ def measure_perplexity(
     batches: Iterable[Mapping[str, Any]],
     depths: Iterable[int],
     *,
-    tokenizer: Any = None,
+    bytes_from: int | None = None,
 ) -> dict[int, dict[str, Any]]:
     """The loss of `model` on text at each of `depths`, from pass 1, sleeping at every full window.
 
@@ -40,7 +34,8 @@ def measure_perplexity(
         by_window: mean loss by the window of its document that the predicting token is in, 0, 1,
             2...; the entry of window 8 has all later ones too. Only long documents have later
             windows: compare depths at one window, rather than windows at one depth.
-        bits_per_byte: if `tokenizer` reads bytes. Eos tokens count as no byte, but their bits do.
+        bits_per_byte: if `bytes_from` is given: ids from there on are a byte each, those below
+            special tokens, which count as no byte, but their bits do.
     A mean over no token is None. The model is put in eval mode and left as it was found. Raises
     ValueError for depths that are not distinct integers of at least 1, and if nothing is predicted.
     """
@@ -67,8 +62,8 @@ def measure_perplexity(
             predicts, place = position[:, 1:] > 0, position[:, :-1]
             cell = place % window * bins // window * (LAST_WINDOW + 1)
             cell = (cell + (place // window).clamp(max=LAST_WINDOW))[predicts].cpu()
-            # The special tokens of a tokenizer of bytes come first.
-            byte_count += int((ids[:, 1:][predicts] >= SPECIAL_IDS).sum())
+            if bytes_from is not None:
+                byte_count += int((ids[:, 1:][predicts] >= bytes_from).sum())
             given = {"input_ids": ids, "use_cache": False}
             if bool((documents != 0).any()):
                 given["document_ids"] = documents
@@ -87,7 +82,7 @@ def measure_perplexity(
     for depth, (total, count) in sums.items():
         tokens = int(count.sum())
         if not tokens:
-            raise ValueError("batches hold no token behind another; allowed: at least one pair")
+            raise ValueError("batches must hold a token behind another, got none")
         loss = float(total.sum()) / tokens
         results[depth] = {
             "loss": loss,
@@ -96,64 +91,9 @@ def measure_perplexity(
             "by_position": _means(total.sum(1), count.sum(1)),
             "by_window": _means(total.sum(0), count.sum(0)),
         }
-        if tokenizer is not None and reads_bytes(tokenizer) and byte_count:
+        if byte_count:
             results[depth]["bits_per_byte"] = float(total.sum()) / math.log(2) / byte_count
     return results
-
-
-def samples(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    *,
-    tokens: int,
-    passes: int | None = None,
-    seed: int = 0,
-) -> list[str]:
-    """What `model` writes behind each prompt: `tokens` tokens drawn at temperature 0.8.
-
-    It sleeps at every full window, `passes` deep (None: its config's depth), so a text may be many
-    windows long; it is not ended by an eos token. Each text depends on its prompt and (`seed`,
-    place in `prompts`) alone. Raises ValueError for a prompt without tokens.
-    """
-    import torch
-
-    check_int("tokens", tokens, 1)
-    device = next(model.parameters()).device
-    encoder = Encoder(tokenizer)
-    encoded = []
-    for prompt in prompts:
-        ids = encoder(Document(prompt, ends=False))
-        if not len(ids):
-            raise ValueError(f"prompt {prompt!r} has no tokens; allowed: at least one")
-        encoded.append(torch.from_numpy(ids)[None].to(device))
-    # A vocabulary may be wider than the tokenizer's, which cannot decode the rest.
-    unknown = list(range(len(tokenizer), model.config.vocab_size))
-    texts = []
-    training = model.training
-    model.eval()
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            for place, ids in enumerate(encoded):
-                torch.manual_seed(derive_seed("sample", seed, place))
-                out = model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    do_sample=True,
-                    temperature=TEMPERATURE,
-                    top_k=0,
-                    max_new_tokens=tokens,
-                    min_new_tokens=tokens,
-                    suppress_tokens=unknown or None,
-                    eos_token_id=encoder.eos,
-                    pad_token_id=encoder.pad,
-                    sleep_passes=passes,
-                )
-                new = out[0, ids.shape[1] :].tolist()
-                texts.append(tokenizer.decode(new, skip_special_tokens=True))
-    finally:
-        model.train(training)
-    return texts
 
 
 def _means(total: torch.Tensor, count: torch.Tensor) -> list[float | None]:
