@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid_sleep.eval import depth as depths_of
-from hybrid_sleep.eval import depth_report, report
+from hybrid_sleep.eval import depth_report, results
 from hybrid_sleep.eval.progress import progress_bar
 from hybrid_sleep.eval.tasks import IGNORED, Task
 from hybrid_sleep.eval.tasks.base import check_int
@@ -82,12 +82,12 @@ def _train_and_measure(run: RunConfig, out: Path, began: float, command: str | N
             "seconds": time.perf_counter() - began,
             "seconds_training": trained - began,
         }
-        paths = report.save(result, out)
+        paths = results.save(result, out)
         saved = f"the accuracies in {paths[0]}"
         console.print(table(result))
         result["generation"] = generate(model, task, result["best_depth"])
         result["seconds"] = time.perf_counter() - began
-        paths = report.save(result, out)
+        paths = results.save(result, out)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"kept {saved}") from None
     for line in (*words(result), *written(result["generation"])):

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from hybrid_sleep.eval.statistics import over_seeds, wilson
 from hybrid_sleep.eval.tasks import Task
-from hybrid_sleep.support.io import keyed, read_json, unreadable
+from hybrid_sleep.support.io import keyed, unreadable
 from hybrid_sleep.support.provenance import describe, provenance
+from hybrid_sleep.support.records import read_records
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -124,7 +125,7 @@ def read_baseline(path: str | os.PathLike, run: RunConfig) -> dict[str, Any]:
     Raises OSError or ValueError if the file cannot be read, is no such result, or one of another
     task or model.
     """
-    result = read_json(path)
+    result = read_records(path)
     if result.get("benchmark") != "depth":
         raise ValueError(
             f"baseline={str(path)!r}; allowed: results.json of hybrid-sleep bench depth"

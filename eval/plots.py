@@ -1,70 +1,32 @@
-"""Figures, each from the dict of a results.json alone.
-
-Colours are Okabe and Ito's, told apart in every common colour blindness; shapes and line styles
-differ as well. Type is sized for a figure shown at half a page's width.
-"""
+"""Accuracy against depth as a figure. Palette and axes are those of `support.plots`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-BLUE, SKY, ORANGE, VERMILLION, GREEN = "#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73"
-INK, GREY, PALE = "#222222", "#6E6E6E", "#DDDDDD"
-STYLES = (
-    (BLUE, "o", "-"),
-    (VERMILLION, "D", "--"),
-    (GREEN, "s", "-."),
-    (ORANGE, "^", ":"),
-    (SKY, "v", "-"),
-    (INK, "P", "--"),
-    (GREY, "X", "-."),
+from hybrid_sleep.support.plots import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PALE,
+    SKY,
+    STYLES,
+    VERMILLION,
+    new_figure,
+    new_panels,
+    save_figure,
 )
 
-
-def new_figure(title: str, width: float = 6.4, height: float = 4.2) -> tuple[Figure, Axes]:
-    """An empty figure in the house style, without pyplot's global state."""
+if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
-    axes = figure.add_subplot()
-    _dress(axes, title)
-    return figure, axes
-
-
-def new_panels(
-    titles: Sequence[str], width: float = 6.4, height: float = 3.0
-) -> tuple[Figure, list[Axes]]:
-    """Empty panels one above the other, each `height` high, in the house style."""
-    from matplotlib.figure import Figure
-
-    size = (width, height * len(titles) + 0.6)
-    figure = Figure(figsize=size, dpi=200, layout="constrained")
-    panels = list(figure.subplots(len(titles), squeeze=False)[:, 0])
-    for axes, title in zip(panels, titles, strict=True):
-        _dress(axes, title)
-    return figure, panels
-
-
-def _dress(axes: Axes, title: str) -> None:
-    axes.set_title(title, fontsize=14, color=INK, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GREY)
-    axes.tick_params(labelsize=12, colors=INK)
-    axes.grid(axis="y", color=PALE, linewidth=0.8)
-    axes.set_axisbelow(True)
-
-
-def save_figure(figure: Figure, path: Any) -> None:
-    """Write `figure` as PNG, atomically, without a date: the same result gives the same file."""
-    from hybrid_sleep.support.io import atomic_path
-
-    with atomic_path(path) as partial:
-        figure.savefig(partial, format="png", metadata={"Software": None})
+# Where older imports look for them.
+__all__ = [
+    "BLUE", "GREEN", "GREY", "INK", "ORANGE", "PALE", "SKY", "STYLES", "VERMILLION",
+    "depth_figure", "new_figure", "new_panels", "save_figure",
+]  # fmt: skip
 
 
 def depth_figure(result: dict[str, Any]) -> Figure:

@@ -15,7 +15,7 @@ from typing import Any
 import hybrid_sleep
 from hybrid_sleep.eval.tasks.base import check_int
 from hybrid_sleep.kernels.benchmarks.resume import Budget, record, rows_of
-from hybrid_sleep.support.io import write_json_atomic
+from hybrid_sleep.support.records import write_records
 
 Row = dict[str, Any]
 
@@ -70,7 +70,7 @@ def collect(
             there[_name(names)] = {**names, **row}
             update("interrupted")
             if out is not None:
-                write_json_atomic(out / "results.json", result)
+                write_records(out / "results.json", result)
             if progress is not None:
                 progress(len(there), len(wanted))
         if len(there) < len({_name(names) for names in wanted}):

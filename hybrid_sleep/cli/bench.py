@@ -280,8 +280,8 @@ def bench_render(
     ],
 ) -> None:
     """Rebuild the table and the figure beside each results.json, from it alone."""
-    from hybrid_sleep.eval import report
+    from hybrid_sleep.eval import results as files
 
     for path in results:
-        for written in report.render(path):
+        for written in files.render(path):
             typer.echo(f"wrote {written}")

@@ -104,7 +104,7 @@ def measure(what: str, run: Callable[..., dict[str, Any]], out: Path, **given: A
 
 def report(result: dict[str, Any], out: Path) -> None:
     """Write a benchmark's files, and show its table."""
-    from hybrid_sleep.eval.report import save
+    from hybrid_sleep.eval.results import save
 
     paths = save(result, out)
     typer.echo(paths[1].read_text(encoding="utf-8"))

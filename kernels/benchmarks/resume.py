@@ -8,8 +8,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hybrid_sleep.support.io import read_json, unreadable
+from hybrid_sleep.support.io import unreadable
 from hybrid_sleep.support.provenance import provenance
+from hybrid_sleep.support.records import read_records
 
 # Their versions decide what is measured; those that are not installed are not named.
 PACKAGES = ("triton", "flash-linear-attention", "fla-core", "mamba-ssm", "causal-conv1d")
@@ -49,7 +50,7 @@ def rows_of(out: Path | None, benchmark: str, now: dict[str, Any]) -> list[dict[
     path = None if out is None else out / "results.json"
     if path is None or not path.exists():
         return []
-    result = read_json(path)
+    result = read_records(path)
     if result.get("benchmark") != benchmark:
         return []
     before, rows = result.get("provenance"), result.get("rows")

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 from hybrid_sleep.cli.app import app
-from hybrid_sleep.eval import report
+from hybrid_sleep.eval import results
 from hybrid_sleep.eval.benchmarks import slices, training, training_report
 
 CPU = torch.device("cpu")
@@ -144,13 +144,13 @@ def test_rows_are_measured_shown_and_rebuilt(tmp_path, base):
         seconds = row["cpu_seconds"]["median"]
         tokens = row["batch"] * row["windows"] * row["window"]
         assert row["tokens_per_second"] == pytest.approx(tokens / seconds)
-    _, table, figure = report.save(result, tmp_path)
+    _, table, figure = results.save(result, tmp_path)
     first, picture = table.read_text(), figure.read_bytes()
     assert "| window + 1 layer | all passes |" in first and "| none | last 1 |" in first
     assert picture.startswith(b"\x89PNG")
     table.unlink()
     figure.unlink()
-    report.render(tmp_path / "results.json")
+    results.render(tmp_path / "results.json")
     assert table.read_text() == first and figure.read_bytes() == picture
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hybrid_sleep.eval import report
+from hybrid_sleep.eval import results
 from hybrid_sleep.eval.benchmarks import generation, sleep, sleep_on_gpu, slices
 from hybrid_sleep.eval.benchmarks.models import untrained
 from hybrid_sleep.kernels.benchmarks import resume
@@ -133,7 +133,7 @@ def test_generation_runs_and_the_cache_does_not_grow(tmp_path):
     for name in ("sleep", "total"):
         ratio = per_window[name][-1] / per_window[f"fresh_{name}"][-1]
         assert result["ratio"][name] == pytest.approx(ratio)
-    paths = report.save(result, tmp_path)
+    paths = results.save(result, tmp_path)
     assert "window 4" in paths[1].read_text()
     assert paths[2].read_bytes().startswith(b"\x89PNG")
 
@@ -144,7 +144,7 @@ def test_sleep_is_timed_at_the_depth_asked_for(tmp_path):
     for row in result["rows"]:
         assert row["pairs"] >= 2
         assert row["quartiles"][0] <= row["ratio"] <= row["quartiles"][1]
-    paths = report.save(result, tmp_path)
+    paths = results.save(result, tmp_path)
     text = paths[1].read_text()
     assert text.count("| mamba2 |") == 2
     assert all(("yes" if row["ratio"] <= row["bound"] else "**no**") in text
@@ -167,7 +167,7 @@ def test_interrupted_they_keep_what_is_finished(tmp_path):
     limit = 1
     result = sleep.run(shapes=[TINY], passes=(2, 3), repeats=2, least_seconds=0, progress=stop)
     assert not result["complete"] and [row["passes"] for row in result["rows"]] == [2]
-    assert "Interrupted" in report.save(result, tmp_path)[1].read_text()
+    assert "Interrupted" in results.save(result, tmp_path)[1].read_text()
 
     options = {"windows": 2, "window": 3, "passes": 1, "hidden": 16, "layers": 2}
     limit = 3  # of the second repeat
@@ -234,7 +234,7 @@ def test_it_stops_before_its_time_is_up_and_goes_on(tmp_path, monkeypatch):
     part = sleep.run(**how, minutes=4)
     assert timed == [2, 3] and now.seconds <= 240
     assert (part["ended"], part["complete"]) == ("time is up", False)
-    assert "Time is up" in report.save(part, tmp_path)[1].read_text()
+    assert "Time is up" in results.save(part, tmp_path)[1].read_text()
     assert sleep.run(**how, minutes=60)["ended"] == "done" and timed == [2, 3, 4, 5, 6]
 
 
@@ -242,7 +242,7 @@ def test_a_cpu_has_nothing_to_say_about_a_gpu(tmp_path, monkeypatch):
     counting(monkeypatch)
     result = sleep.run(shapes=[TINY], passes=(2,), repeats=2)
     assert result["measured_on"] == "cpu" and "target" not in result
-    text = report.save(result, tmp_path)[1].read_text()
+    text = results.save(result, tmp_path)[1].read_text()
     assert "Measured on a CPU; says nothing about a GPU" in text
     assert "cuda" not in json.dumps(result["rows"])
 
@@ -250,7 +250,7 @@ def test_a_cpu_has_nothing_to_say_about_a_gpu(tmp_path, monkeypatch):
 def test_results_from_before_graphs_are_still_rendered(tmp_path):
     committed = Path(sleep.__file__).parents[1] / "results" / "sleep"
     (tmp_path / "results.json").write_bytes((committed / "results.json").read_bytes())
-    table, _ = report.render(tmp_path / "results.json")
+    table, _ = results.render(tmp_path / "results.json")
     assert table.read_text() == (committed / "results.md").read_text()
 
 
@@ -282,7 +282,7 @@ def test_gpu_rows_are_measured_and_shown(on_gpu, tmp_path):
     for row in on_gpu["rows"]:
         if row["kind"] == "wake":
             assert row["cache_bytes"]["before"] == row["cache_bytes"]["after"]
-    text = report.save(on_gpu, tmp_path)[1].read_text()
+    text = results.save(on_gpu, tmp_path)[1].read_text()
     assert text.count("| gated_deltanet |") == 10 and "after 64 windows" in text
 
 

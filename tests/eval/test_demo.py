@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from hybrid_sleep.eval import demo, report, tasks
+from hybrid_sleep.eval import demo, results, tasks
 from hybrid_sleep.eval import depth as depths_of
 
 REAL_RECIPE = demo.recipe
@@ -87,7 +87,7 @@ def test_demo_writes_what_it_measured(short, tmp_path, capsys, monkeypatch):
     assert "`hybrid-sleep demo --seed 3`" in page and "hybrid-sleep bench depth a b c" in page
 
     before = {p.name: p.read_bytes() for p in (tmp_path / "d").iterdir() if p.is_file()}
-    report.render(path)
+    results.render(path)
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "d").iterdir() if p.is_file()}
 
 

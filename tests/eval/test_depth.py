@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from hybrid_sleep import HybridSleepConfig, HybridSleepForCausalLM, training
-from hybrid_sleep.eval import depth, depth_report, report, tasks
+from hybrid_sleep.eval import depth, depth_report, tasks
+from hybrid_sleep.eval import results as files
 from hybrid_sleep.eval.statistics import over_seeds, wilson
 from hybrid_sleep.training.config import TaskConfig, TrainConfig
 
@@ -216,13 +217,13 @@ def test_table_and_figure_come_from_the_json_alone(tmp_path, checkpoints):
     result = depth_report.summarise(
         TASK, [made_up(0.01 * i) for i in runs], [record(i) for i in runs]
     )
-    paths = report.save(result, tmp_path)
+    paths = files.save(result, tmp_path)
     assert [path.name for path in paths] == ["results.json", "results.md", "accuracy.png"]
     before = [path.read_bytes() for path in paths]
     assert before[2].startswith(b"\x89PNG")
     for path in paths[1:]:
         path.unlink()
-    assert report.render(paths[0]) == paths[1:]
+    assert files.render(paths[0]) == paths[1:]
     assert [path.read_bytes() for path in paths] == before
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in paths)
 
@@ -287,7 +288,7 @@ def saved_baseline(tmp_path, passes=2, depths=(1, 2), **changes):
         for values in exact.values()
     ]  # fmt: skip
     result = depth_report.summarise(TASK, results, runs, command="measured so")
-    return report.save(result, tmp_path)[0]
+    return files.save(result, tmp_path)[0]
 
 
 def test_a_baseline_is_asked_at_its_own_depth(tmp_path):
@@ -317,7 +318,7 @@ def test_a_baseline_that_compares_nothing_is_refused(tmp_path, changes, message)
 
 
 def test_a_baseline_of_several_depths_is_refused(tmp_path):
-    path = report.save(depth_report.summarise(TASK, [made_up()], [record(0)]), tmp_path)[0]
+    path = files.save(depth_report.summarise(TASK, [made_up()], [record(0)]), tmp_path)[0]
     with pytest.raises(ValueError, match="trained at one depth"):
         depth_report.read_baseline(path, trained(20, 1))
 
@@ -362,7 +363,7 @@ def test_render_refuses_what_is_no_result(tmp_path):
     path = tmp_path / "results.json"
     path.write_text("{")
     with pytest.raises(ValueError, match="results.json is damaged: no JSON"):
-        report.render(path)
+        files.render(path)
     path.write_text('{"benchmark": "speed"}')
-    with pytest.raises(ValueError, match="benchmark='speed'.*depth"):
-        report.render(path)
+    with pytest.raises(ValueError, match="benchmark must be one of depth.*got 'speed'"):
+        files.render(path)

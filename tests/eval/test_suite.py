@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from hybrid_sleep import HybridSleepForCausalLM
-from hybrid_sleep.eval import adaptive, depth_map, report, suite, suite_report, tasks, variants
+from hybrid_sleep.eval import adaptive, depth_map, suite, suite_report, tasks, variants
+from hybrid_sleep.eval import results as files
 from hybrid_sleep.eval.depth import measure_depth
 from hybrid_sleep.training import load_run_config, train
 
@@ -125,9 +126,9 @@ def test_a_run_is_trained_beside_its_baselines_and_goes_on(tmp_path, config):
     last = next(r for r in result["rows"] if (r["variant"], r["seed"]) == ("sleep", 2))
     assert last["per_question"] == {str(d): measured.per_question[d] for d in (1, 2)}
     assert result["floor"]["exact"] == run.load_task().floor()["exact"]
-    paths = report.save(result, out)
+    paths = files.save(result, out)
     before = [path.read_bytes() for path in paths[1:]]
-    assert report.render(paths[0]) == paths[1:]
+    assert files.render(paths[0]) == paths[1:]
     assert [path.read_bytes() for path in paths[1:]] == before
     assert b"the command" in before[0] and b"mean passes" in before[0]
 
@@ -211,9 +212,9 @@ def test_a_map_trains_every_cell_at_its_compute(tmp_path, config):
         assert str(row["config"]["task"]["params"]["steps"]) == cell["value"]
     for cell in result["grid"]:
         assert (cell["ahead"] is None) == (cell["depth"] == 1)
-    text = depth_map.markdown(json.loads(json.dumps(report.save(result, out) and result)))
+    text = depth_map.markdown(json.loads(json.dumps(files.save(result, out) and result)))
     assert "| 0 | 0.250 | 1x |" in text
-    assert report.render(out / "results.json")
+    assert files.render(out / "results.json")
 
 
 def test_the_map_says_who_wins_and_whether_the_seeds_agree():

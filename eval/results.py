@@ -1,0 +1,152 @@
+"""Results of benchmarks as data: a dataclass a kind, read and written as results.json, and shown.
+
+A result is saved as three files: results.json, and a Markdown table and a figure that are made of
+it alone, by the renderer of its kind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import pkgutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
+
+from hybrid_sleep.support.io import unreadable, write_text_atomic
+from hybrid_sleep.support.markdown import DONE
+from hybrid_sleep.support.markdown import footer as footer_of
+from hybrid_sleep.support.plots import save_figure
+from hybrid_sleep.support.records import read_records, write_records
+
+
+class Kind(NamedTuple):
+    """Where a kind of result is shown, and what it is read as.
+
+    renderer: module with `markdown(result) -> str` and `figure(result)`. figure: name of the file.
+    result: the subclass of `Result`, as "module:name"; without one the renderer gets a dict.
+    """
+
+    renderer: str
+    figure: str
+    result: str | None = None
+
+
+KINDS = {
+    "depth": Kind("hybrid_sleep.eval.depth_report", "accuracy.png"),
+    "demo": Kind("hybrid_sleep.eval.demo", "accuracy.png"),
+    "generation": Kind("hybrid_sleep.eval.benchmarks.generation", "generation.png"),
+    "cost": Kind("hybrid_sleep.eval.benchmarks.cost_report", "cost.png"),
+    "kernels": Kind("hybrid_sleep.kernels.benchmarks.report", "kernels.png"),
+    "base": Kind("hybrid_sleep.kernels.benchmarks.report", "base.png"),
+    "fallback": Kind("hybrid_sleep.kernels.benchmarks.fallback", "fallback.png"),
+    "sleep": Kind("hybrid_sleep.eval.benchmarks.sleep", "sleep.png"),
+    "training": Kind("hybrid_sleep.eval.benchmarks.training_report", "training.png"),
+    "ablation": Kind("hybrid_sleep.eval.ablation", "accuracy.png"),
+    "harness": Kind("hybrid_sleep.eval.harness.report", "accuracy.png"),
+    "map": Kind("hybrid_sleep.eval.depth_map", "map.png"),
+    "suite": Kind("hybrid_sleep.eval.suite_report", "accuracy.png"),
+}
+
+
+@dataclass(kw_only=True)
+class Result:
+    """What every kind has; a subclass is a dataclass with a `benchmark` and fields of its own.
+
+    provenance: see `support.provenance`. command: what gives this result again. ended: "done", or
+    why the work stopped earlier. Fields hold what was measured or chosen; what follows from them is
+    a property or a method. They must come back from JSON as they were: numbers, text, None, lists,
+    dicts (keys may be integers) and dataclasses of these, all with type annotations.
+    """
+
+    benchmark: ClassVar[str]
+    provenance: dict[str, Any]
+    command: str | None = None
+    ended: str = field(default=DONE)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all that was planned has been measured."""
+        return self.ended == DONE
+
+    @classmethod
+    def from_content(cls, content: dict[str, Any]) -> Self:
+        """The result that is in a results.json; ValueError (pydantic's) if it is not one.
+
+        Entries that no field is named after are left out: earlier versions wrote more.
+        """
+        from pydantic import TypeAdapter
+
+        if "ended" not in content and content.get("complete") is False:
+            content = {**content, "ended": "interrupted"}
+        return TypeAdapter(cls).validate_python(content)
+
+    def content(self) -> dict[str, Any]:
+        """What goes into results.json."""
+        return {"benchmark": self.benchmark, **dataclasses.asdict(self)}
+
+    def footer(self, versions: str = "") -> list[str]:
+        """The last lines of a results.md; see `support.markdown.footer`."""
+        return footer_of(self.provenance, self.command, self.ended, versions)
+
+
+def save(result: Result | dict[str, Any], out: str | os.PathLike) -> list[Path]:
+    """Write results.json, results.md and the figure into `out`, each atomically; their paths."""
+    path = Path(out) / "results.json"
+    write_records(path, result.content() if isinstance(result, Result) else result)
+    # Made of what the file gives back, so that `render` makes the same.
+    return [path, *render(path)]
+
+
+def render(path: str | os.PathLike) -> list[Path]:
+    """Make table and figure beside a results.json anew; their paths.
+
+    Raises OSError or ValueError if the file cannot be read, is damaged, or is not the result of a
+    benchmark this version knows.
+    """
+    path = Path(path)
+    content = read_records(path)
+    name = content.get("benchmark")
+    if not isinstance(name, str) or name not in KINDS:
+        raise ValueError(f"{path}: benchmark must be one of {', '.join(KINDS)}, got {name!r}")
+    kind = KINDS[name]
+    renderer = importlib.import_module(kind.renderer)
+    table, figure = path.with_name("results.md"), path.with_name(kind.figure)
+    result = content if kind.result is None else _typed(kind.result, content, path)
+    try:
+        text, picture = renderer.markdown(result), renderer.figure(result)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        what = f"it is no result that this version can show ({type(error).__name__}: {error})"
+        raise unreadable(path, what) from error
+    write_text_atomic(table, text)
+    save_figure(picture, figure)
+    return [table, figure]
+
+
+def read(path: str | os.PathLike, kind: type[Result]) -> Any:
+    """The result in `path`, a `kind`; OSError or ValueError, naming the file, if it is none."""
+    content = read_records(path)
+    if content.get("benchmark") != kind.benchmark:
+        found = content.get("benchmark")
+        raise ValueError(f"{path}: benchmark must be {kind.benchmark!r}, got {found!r}")
+    return _parse(kind, content, path)
+
+
+def _typed(name: str, content: dict[str, Any], path: Path) -> Result:
+    return _parse(pkgutil.resolve_name(name), content, path)
+
+
+def _parse(kind: type[Result], content: dict[str, Any], path: str | os.PathLike) -> Any:
+    from pydantic import ValidationError
+
+    try:
+        return kind.from_content(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        what = f"it is no result that this version can show ({place}: {first['msg']})"
+        raise unreadable(path, what) from error
+    except (KeyError, TypeError, AttributeError) as error:
+        what = f"it is no result that this version can show ({type(error).__name__}: {error})"
+        raise unreadable(path, what) from error
