@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from hybrid_sleep.eval.benchmarks.slices import record_of
 from hybrid_sleep.eval.depth import parse_depths
 from hybrid_sleep.eval.plots import GREY, STYLES, new_figure
-from hybrid_sleep.eval.tasks.base import check_int
 from hybrid_sleep.eval.variants import (
     device_of,
     parse_seeds,
@@ -23,6 +22,7 @@ from hybrid_sleep.eval.variants import (
     train_and_measure,
 )
 from hybrid_sleep.support.provenance import describe
+from hybrid_sleep.validation import check_count
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,7 +49,7 @@ def run(
     `runs_of`).
     """
     depths = parse_depths(depths)
-    check_int("count", count, 1)
+    check_count("count", count)
     variants = [parse_variant(text) for text in variants]
     runs = runs_of(config, overrides, variants, parse_seeds(seeds))
     first = next(iter(runs.values()))

@@ -15,7 +15,7 @@ from hybrid_sleep.eval import depth as depths_of
 from hybrid_sleep.eval import depth_report, results
 from hybrid_sleep.eval.progress import progress_bar
 from hybrid_sleep.eval.tasks import IGNORED, Task
-from hybrid_sleep.eval.tasks.base import check_int
+from hybrid_sleep.validation import check_count
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,7 +41,7 @@ def run_demo(*, seed: int = 0, out: str | os.PathLike, command: str | None = Non
     began = time.perf_counter()
     from hybrid_sleep.training.run import threads
 
-    check_int("seed", seed, 0)
+    check_count("seed", seed, 0)
     run = recipe(seed, Path(out) / "training")
     with threads(run.train.threads):
         return _train_and_measure(run, Path(out), began, command)

@@ -17,7 +17,6 @@ from hybrid_sleep.eval.benchmarks.slices import record_of
 from hybrid_sleep.eval.depth import parse_depths
 from hybrid_sleep.eval.plots import GREY, STYLES
 from hybrid_sleep.eval.statistics import over_seeds
-from hybrid_sleep.eval.tasks.base import check_int
 from hybrid_sleep.eval.variants import (
     cost_of,
     device_of,
@@ -27,6 +26,7 @@ from hybrid_sleep.eval.variants import (
     train_and_measure,
 )
 from hybrid_sleep.support.provenance import describe
+from hybrid_sleep.validation import check_count
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -83,7 +83,7 @@ def run(
     key, values = parse_vary(vary)
     levels, multiples = parse_depths(depths), parse_compute(compute)
     numbers = parse_seeds(seeds)
-    check_int("count", count, 1)
+    check_count("count", count)
     given = dict(parse_overrides(overrides))
     base = one_stage(load_run_config(config, {**given, key: values[0]}))
     unit = cost_of(base)["training_flops"]

@@ -26,7 +26,6 @@ from hybrid_sleep.eval.baselines import (
 from hybrid_sleep.eval.benchmarks.slices import Row, record_of
 from hybrid_sleep.eval.depth import parse_depths
 from hybrid_sleep.eval.statistics import over_seeds
-from hybrid_sleep.eval.tasks.base import check_int
 from hybrid_sleep.eval.variants import (
     device_of,
     one_stage,
@@ -35,6 +34,7 @@ from hybrid_sleep.eval.variants import (
     train_and_measure,
 )
 from hybrid_sleep.support.io import keyed
+from hybrid_sleep.validation import check_count
 
 ADAPTIVE = "adaptive"
 FEWEST_SEEDS = 3
@@ -111,7 +111,7 @@ def run(
     numbers = parse_seeds(seeds)
     if len(numbers) < FEWEST_SEEDS:
         raise ValueError(f"seeds={seeds!r}; allowed: at least {FEWEST_SEEDS}, such as 0,1,2")
-    check_int("count", count, 1)
+    check_count("count", count)
     asked = parse_names("ablations", ablations, (*ABLATIONS, ADAPTIVE))
     compared = parse_names("baselines", baselines, tuple(BASELINES))
     first = one_stage(load_run_config(config, [*overrides, f"train.seed={numbers[0]}"]))

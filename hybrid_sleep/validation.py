@@ -33,12 +33,19 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def check_count(name: str, value: Any, minimum: int = 1) -> int:
-    """Return `value` if it is an integer of at least `minimum`, else raise ValueError naming it."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
-    if value > LARGEST:
-        raise ValueError(f"{name} must be an integer of at most 2**63 - 1, got {value!r}")
+def check_count(name: str, value: Any, minimum: int = 1, maximum: int = LARGEST) -> int:
+    """Return `value` if it is an integer of `minimum`..`maximum`, else raise ValueError naming it.
+
+    The message leaves out the upper bound where it is what torch can hold and `value` keeps it.
+    """
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if not (is_integer and minimum <= value <= maximum):
+        bounds = f"of at least {minimum}"
+        if maximum < LARGEST:
+            bounds += f" and at most {maximum}"
+        elif is_integer and value > maximum:
+            bounds = "of at most 2**63 - 1"
+        raise ValueError(f"{name} must be an integer {bounds}, got {value!r}")
     return value
 
 

@@ -31,11 +31,11 @@ from hybrid_sleep.eval.benchmarks.questions import Questions
 from hybrid_sleep.eval.benchmarks.slices import Row, collect, record_of
 from hybrid_sleep.eval.depth import check_depths, read_run
 from hybrid_sleep.eval.depth_report import run_record
-from hybrid_sleep.eval.tasks.base import check_int
 from hybrid_sleep.kernels.benchmarks.timing import in_turn
 from hybrid_sleep.sleep.weights import weights_digest
 from hybrid_sleep.support.provenance import check_device
 from hybrid_sleep.training.weights import load_model
+from hybrid_sleep.validation import check_count
 
 # By kind of device: the untrained model that is measured unless a trained one is given.
 SIZES: dict[str, Row] = {
@@ -89,16 +89,16 @@ def run(
     """
     kind = torch.device(check_device(device)).type
     depths = check_depths(depths)
-    windows = sorted({check_int("windows", count, 1) for count in windows})
+    windows = sorted({check_count("windows", count) for count in windows})
     if not windows:
         raise ValueError("windows is empty; allowed: one or more integers of at least 1")
-    check_int("cycles", cycles, 2)
-    check_int("repeats", repeats, 2)
+    check_count("cycles", cycles, 2)
+    check_count("repeats", repeats, 2)
     if model is not None and sizes:
         raise ValueError(f"{', '.join(sizes)} given with model={os.fspath(model)!r}; allowed: one")
     sizes = {**SIZES[kind], **(sizes or {})}
     for name in ("hidden", "layers", "window"):
-        check_int(name, sizes[name], 2)
+        check_count(name, sizes[name], 2)
     runs = {name: read_run(path) for name, path in (("model", model), ("depo", depo)) if path}
     threads = torch.get_num_threads()
     if kind == "cpu":
@@ -113,7 +113,7 @@ def run(
             raise ValueError(f"model={model!r} has no state-space layer; allowed: one that has")
         window = subject.config.window
         question, answer = (
-            max(1, window // 4) if count is None else check_int(name, count, 1)
+            max(1, window // 4) if count is None else check_count(name, count)
             for name, count in (("question", question), ("answer", answer))
         )
         if question + answer > window:

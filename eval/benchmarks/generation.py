@@ -22,8 +22,8 @@ from typing import Any
 from transformers.generation.streamers import BaseStreamer
 
 from hybrid_sleep.eval.benchmarks.models import VOCABULARY, untrained
-from hybrid_sleep.eval.tasks.base import check_int
 from hybrid_sleep.support.provenance import check_device, describe, provenance
+from hybrid_sleep.validation import check_count
 
 ALLOWED = 1.05
 
@@ -146,7 +146,7 @@ def run(
 
     for name, value, least in (("windows", windows, 2), ("window", window, 2),
                                ("passes", passes, 1), ("repeats", repeats, 1)):  # fmt: skip
-        check_int(name, value, least)
+        check_count(name, value, least)
     check_device(device)
     model = untrained(state_space, hidden=hidden, layers=layers, window=window, device=device)
     first_token = torch.randint(VOCABULARY, (1, 1), generator=torch.Generator().manual_seed(0))

@@ -18,8 +18,8 @@ from hybrid_sleep.eval.benchmarks import sleep_on_gpu
 from hybrid_sleep.eval.benchmarks.generation import synchronise
 from hybrid_sleep.eval.benchmarks.models import VOCABULARY, untrained
 from hybrid_sleep.eval.benchmarks.slices import Row, collect, record_of
-from hybrid_sleep.eval.tasks.base import check_int
 from hybrid_sleep.support.provenance import check_device, describe
+from hybrid_sleep.validation import check_count
 
 LEAST_SECONDS = 3.0
 
@@ -81,9 +81,9 @@ def run(
     import torch
 
     check_device(device)
-    check_int("repeats", repeats, 2)
+    check_count("repeats", repeats, 2)
     for depth in passes:
-        check_int("passes", depth, 2)
+        check_count("passes", depth, 2)
     slice_of = {"minutes": minutes, "out": out, "progress": progress}
     if torch.device(device).type == "cuda":
         return sleep_on_gpu.run(repeats=repeats, device=device, command=command, **slice_of)

@@ -19,8 +19,8 @@ from typing import Any
 from hybrid_sleep.eval.benchmarks.generation import synchronise
 from hybrid_sleep.eval.benchmarks.models import untrained
 from hybrid_sleep.eval.benchmarks.slices import Row, collect, record_of
-from hybrid_sleep.eval.tasks.base import check_int
 from hybrid_sleep.support.provenance import check_device, describe
+from hybrid_sleep.validation import check_count
 
 SIZE = {
     "hidden": 1024,
@@ -66,7 +66,7 @@ def run(
 
     if torch.device(check_device(device)).type != "cuda":
         raise ValueError(f"device={device!r}: these are measurements of a GPU; allowed: cuda")
-    check_int("repeats", repeats, 2)
+    check_count("repeats", repeats, 2)
     result = {
         "benchmark": "sleep",
         "measured_on": "cuda",

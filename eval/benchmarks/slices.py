@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import hybrid_sleep
-from hybrid_sleep.eval.tasks.base import check_int
 from hybrid_sleep.kernels.benchmarks.resume import Budget, record, rows_of
 from hybrid_sleep.support.records import write_records
+from hybrid_sleep.validation import check_count
 
 Row = dict[str, Any]
 
@@ -52,7 +52,7 @@ def collect(
     jobs: rows measured side by side, each in a process of its own if more than one; `measure` and
     what it returns must then be picklable.
     """
-    check_int("jobs", jobs, 1)
+    check_count("jobs", jobs)
     budget = Budget(minutes)
     wanted = [json.loads(json.dumps(names)) for names in wanted]
     before = rows_of(out, result["benchmark"], result["provenance"])

@@ -24,9 +24,9 @@ from typing import Any
 from hybrid_sleep.eval.benchmarks.generation import synchronise
 from hybrid_sleep.eval.benchmarks.models import untrained
 from hybrid_sleep.eval.benchmarks.slices import Row, collect, record_of
-from hybrid_sleep.eval.tasks.base import check_int
 from hybrid_sleep.kernels.benchmarks.timing import spread
 from hybrid_sleep.support.provenance import check_device
+from hybrid_sleep.validation import check_count
 
 # By kind of device: a model of which it is representative, and the batch that it trains on.
 SIZES: dict[str, Row] = {
@@ -128,7 +128,7 @@ def run(
     import torch
 
     kind = torch.device(check_device(device)).type
-    check_int("repeats", repeats, 2)
+    check_count("repeats", repeats, 2)
     threads = torch.get_num_threads()
     if kind == "cpu":
         torch.set_num_threads(1)

@@ -32,9 +32,9 @@ from hybrid_sleep.eval.harness.batches import (
 from hybrid_sleep.eval.harness.loading import check_installed, find_run, load_model
 from hybrid_sleep.eval.harness.tokenizer import load_tokenizer
 from hybrid_sleep.eval.progress import progress_bar
-from hybrid_sleep.eval.tasks.base import check_int
 from hybrid_sleep.sleep.algorithm import check_passes
 from hybrid_sleep.training.text.tokenizer import Encoder
+from hybrid_sleep.validation import check_count
 
 if TYPE_CHECKING:
     from hybrid_sleep import HybridSleepForCausalLM
@@ -93,7 +93,7 @@ class SleepRequests:
     ):
         if batch_size != "auto" and (not str(batch_size).isdecimal() or int(batch_size) < 1):
             raise ValueError(f"batch_size={batch_size!r}; allowed: 'auto', or at least 1")
-        check_int("max_batch_size", max_batch_size, 1)
+        check_count("max_batch_size", max_batch_size)
         if isinstance(pretrained, (str, os.PathLike)):
             folder = Path(pretrained)
             model = load_model(folder, device=device, dtype=dtype, sleep_options=sleep_options)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid_sleep.eval.depth import check_depths, parse_depths
-from hybrid_sleep.eval.tasks.base import check_int
+from hybrid_sleep.validation import check_count
 
 if TYPE_CHECKING:
     from hybrid_sleep.training import RunConfig
@@ -77,8 +77,8 @@ def run(
         raise ValueError(f"tasks={tasks!r}; allowed: a list of one or more names, each once")
     for name, value, least in (("limit", limit, 1), ("num_fewshot", num_fewshot, 0)):
         if value is not None:
-            check_int(name, value, least)
-    check_int("seed", seed, 0)
+            check_count(name, value, least)
+    check_count("seed", seed, 0)
     if isinstance(sleep_passes, str):
         sleep_passes = parse_depths(sleep_passes)
     check_sleep_options(sleep_options or {})

@@ -17,8 +17,8 @@ from hybrid_sleep.eval.harness.loading import check_installed
 from hybrid_sleep.eval.harness.model import NAME, Likelihood
 from hybrid_sleep.eval.harness.tokenizer import task_words
 from hybrid_sleep.eval.tasks import IGNORED, TASKS, Task, load
-from hybrid_sleep.eval.tasks.base import check_int
 from hybrid_sleep.eval.tasks.gsm_infinite import parse_answer, parse_set
+from hybrid_sleep.validation import check_count
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -56,8 +56,8 @@ def task_manager(
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._index import Entry, Kind
 
-    check_int("count", count, 1)
-    check_int("seed", seed, 0)
+    check_count("count", count)
+    check_count("seed", seed, 0)
     for name, given in (params or {}).items():
         load(name, **given)
     manager = TaskManager(**kwargs)

@@ -15,6 +15,7 @@ from hybrid_sleep.eval.tasks.mqar import Mqar
 from hybrid_sleep.eval.tasks.parity import Parity
 from hybrid_sleep.eval.tasks.rule110 import Rule110
 from hybrid_sleep.eval.tasks.word_problem import WordProblem
+from hybrid_sleep.validation import check_choice
 
 TASKS: dict[str, type[Task]] = {
     task.name: task
@@ -43,19 +44,18 @@ def load(name: str, **params: Any) -> Task:
     Raises ValueError for a name or a parameter that does not exist (listing those that do), and
     for a parameter out of range. An example has at most a million tokens.
     """
-    if name not in TASKS:
-        raise ValueError(f"name={name!r} is no task; allowed: {', '.join(sorted(TASKS))}")
+    check_choice("name", name, tuple(sorted(TASKS)))
     allowed = inspect.signature(TASKS[name]).parameters
     for param in params:
         if param not in allowed:
             raise ValueError(
-                f"{param}={params[param]!r} is no parameter of task {name!r}; "
-                f"allowed: {', '.join(allowed)}"
+                f"parameters of task {name!r} must be among {', '.join(allowed)}, "
+                f"got {param}={params[param]!r}"
             )
     task = TASKS[name](**params)
     if task.length > LONGEST_EXAMPLE:
         raise ValueError(
-            f"{', '.join(f'{key}={value!r}' for key, value in params.items())}: examples of "
-            f"{task.length:,} tokens; allowed: at most {LONGEST_EXAMPLE:,}"
+            f"examples must have at most {LONGEST_EXAMPLE:,} tokens, got {task.length:,} with "
+            + ", ".join(f"{key}={value!r}" for key, value in params.items())
         )
     return task

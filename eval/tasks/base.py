@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
+
+from hybrid_sleep.validation import check_choice, check_count
 
 if TYPE_CHECKING:
     import torch
@@ -47,17 +48,17 @@ class Task(ABC):
         for each question). No example of one split is ever in another, whatever the seeds. Raises
         ValueError for arguments out of range, before the first.
         """
-        check_split(split)
-        check_int("seed", seed, 0)
+        check_choice("split", split, SPLITS)
+        check_count("seed", seed, 0)
         if count is not None:
-            check_int("count", count, 0)
+            check_count("count", count, 0)
         return self._examples(split, seed, count)
 
     def batch(self, split: str, seed: int, count: int) -> dict[str, torch.Tensor]:
         """The first `count` examples as `input_ids`, `labels`: LongTensors [count, length]."""
-        check_split(split)
-        check_int("seed", seed, 0)
-        check_int("count", count, 1)
+        check_choice("split", split, SPLITS)
+        check_count("seed", seed, 0)
+        check_count("count", count)
         return self._batch(split, seed, count)
 
     @abstractmethod
@@ -90,8 +91,8 @@ class Task(ABC):
         Raises ValueError for a difficulty it does not have, and where examples mix several.
         """
         raise ValueError(
-            f"difficulty={difficulty!r}; allowed: a task whose examples can be limited to one "
-            f"difficulty, which those of {self.name!r} cannot"
+            f"difficulty must not be chosen for task {self.name!r}, whose examples cannot be "
+            f"limited to one, got {difficulty!r}"
         )
 
     def describe(self, example: Mapping[str, Any]) -> str:
@@ -117,16 +118,19 @@ class Task(ABC):
         else:
             labels = np.asarray([example["labels"] for example in examples])
         if labels.ndim != 2 or labels.size == 0:
-            raise ValueError(f"examples hold labels of shape {labels.shape}; allowed: [count, T]")
+            raise ValueError(f"labels must have shape [count, T], got {labels.shape}")
         predictions = np.asarray(predictions)
         if predictions.shape != labels.shape:
             raise ValueError(
-                f"predictions have shape {predictions.shape}; allowed: that of the labels, "
-                f"{labels.shape}"
+                f"predictions must have the shape of the labels, {labels.shape}, "
+                f"got {predictions.shape}"
             )
         supervised = labels != IGNORED
         if not supervised.any(axis=1).all():
-            raise ValueError("examples: every example needs at least one label that is not -100")
+            lacking = np.flatnonzero(~supervised.any(axis=1)).tolist()
+            raise ValueError(
+                f"examples must each have a label that is not {IGNORED}, got none in {lacking}"
+            )
         right = predictions == labels
         solved = self._solved(right, supervised)
         scores: dict[str, Any] = {
@@ -153,36 +157,16 @@ class Task(ABC):
         return np.bincount(question, ~right[supervised]) == 0
 
 
-def check_int(name: str, value: Any, least: int) -> int:
-    """`value` as an int of at least `least`; ValueError naming the argument otherwise."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool) or number < least:
-        raise ValueError(f"{name}={value!r}; allowed: an integer of at least {least}")
-    return number
+def check_levels(name: str, value: Any, minimum: int) -> tuple[int, ...]:
+    """`value`, an integer of at least `minimum` or a list of different ones, as an ascending tuple.
 
-
-def check_size(name: str, value: Any, least: int, most: int = LARGEST_SIZE) -> int:
-    """`value` as an int of `least`..`most`; ValueError naming the parameter otherwise."""
-    if check_int(name, value, least) > most:
-        raise ValueError(f"{name}={value!r}; allowed: at most {most:,}")
-    return operator.index(value)
-
-
-def check_levels(name: str, value: Any, least: int) -> tuple[int, ...]:
-    """`value` ascending; ValueError unless a size from `least` on, or a list of different ones."""
+    Raises ValueError naming it for anything else.
+    """
     if not isinstance(value, Sequence) or isinstance(value, str):
-        return (check_size(name, value, least),)
-    chosen = {check_size(name, number, least) for number in value}
-    if not chosen or len(chosen) < len(value):
-        raise ValueError(f"{name}={value!r}; allowed: an integer, or a list of different ones")
-    return tuple(sorted(chosen))
-
-
-def check_split(split: str) -> int:
-    """The index of `split`; ValueError listing the splits if there is no such split."""
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r}; allowed: {', '.join(SPLITS)}")
-    return SPLITS.index(split)
+        return (check_count(name, value, minimum, LARGEST_SIZE),)
+    levels = {check_count(name, number, minimum, LARGEST_SIZE) for number in value}
+    if not levels or len(levels) < len(value):
+        raise ValueError(
+            f"{name} must be an integer or a list of one or more different ones, got {value!r}"
+        )
+    return tuple(sorted(levels))

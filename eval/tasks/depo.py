@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hybrid_sleep.eval.tasks.base import IGNORED, Task, check_size
+from hybrid_sleep.eval.tasks.base import IGNORED, LARGEST_SIZE, Task
 from hybrid_sleep.eval.tasks.depo_floor import ENUMERATED_NODES, best_guess
 from hybrid_sleep.eval.tasks.draws import U64, draw, mix
+from hybrid_sleep.validation import check_choice, check_count
 
 if TYPE_CHECKING:
     import torch
@@ -82,28 +83,32 @@ class Depo(Task):
         shortest: int | None = None,
         longest: int | None = None,
     ):
-        if variant not in VARIANTS:
-            raise ValueError(f"variant={variant!r}; allowed: {', '.join(VARIANTS)}")
+        check_choice("variant", variant, tuple(VARIANTS))
         given = (nodes, hops, queries, alphabet, shortest, longest)
         chosen = {
-            name: check_size(name, default if value is None else value, *LIMITS.get(name, (1,)))
+            name: check_count(
+                name, default if value is None else value, *LIMITS.get(name, (1, LARGEST_SIZE))
+            )
             for (name, default), value in zip(VARIANTS[variant].items(), given, strict=True)
         }
         self.nodes, self.hops, self.queries, self.alphabet, shortest, longest = chosen.values()
         if not shortest <= longest <= shortest + 2:
-            raise ValueError(f"longest={longest}; allowed: shortest={shortest}..{shortest + 2}")
+            raise ValueError(
+                f"longest must lie in shortest={shortest}..{shortest + 2}, got {longest}"
+            )
         self.lengths = range(shortest, longest + 1)
         names = sum(self.alphabet**length for length in self.lengths)
         if names < self.nodes or (self.alphabet + 1) ** longest > LARGEST_NUMBER:
             raise ValueError(
-                f"alphabet={self.alphabet}, longest={longest} make {names} names; allowed: at "
-                f"least nodes={self.nodes}, and (alphabet + 1)**longest <= {LARGEST_NUMBER}"
+                f"alphabet and longest must make at least nodes={self.nodes} names, and (alphabet "
+                f"+ 1)**longest be at most {LARGEST_NUMBER}, got alphabet={self.alphabet}, "
+                f"longest={longest}: {names} names"
             )
         cycles = math.comb(names, self.nodes) * math.factorial(self.nodes - 1)
         if cycles < FEWEST_CYCLES:
             raise ValueError(
-                f"nodes={self.nodes} of {names} names make {cycles} cycles; allowed: at least "
-                f"{FEWEST_CYCLES}, so that neither split is empty"
+                f"nodes must make at least {FEWEST_CYCLES} cycles, so that neither split is empty, "
+                f"got {self.nodes} of {names} names: {cycles} cycles"
             )
         self.variant = variant
         self.shortest, self.longest = shortest, longest
@@ -162,8 +167,8 @@ class Depo(Task):
             or not all(query[2] == (self.answer,) for query in queries)
         ):
             raise ValueError(
-                f"input_ids={list(map(int, input_ids))}; allowed: pairs of names, then questions "
-                "(k, name, answer token, name)"
+                "input_ids must be pairs of names, then questions (k, name, answer token, name), "
+                f"got {list(map(int, input_ids))}"
             )
         return {
             "edges": list(zip(printed[::2], printed[1::2], strict=True)),
@@ -220,7 +225,9 @@ class Depo(Task):
     def only(self, difficulty: int) -> Depo:
         """The same cycles and tokens, `difficulty` steps asked for in every question."""
         if difficulty not in self.train_hops:
-            raise ValueError(f"difficulty={difficulty!r}; allowed: hops={self.train_hops}")
+            raise ValueError(
+                f"difficulty must be one of hops={self.train_hops}, got {difficulty!r}"
+            )
         task = copy.copy(self)
         task.test_hops = task.train_hops = [difficulty]
         return task

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hybrid_sleep.eval.tasks.base import IGNORED, Task, check_levels, check_size
+from hybrid_sleep.eval.tasks.base import IGNORED, LARGEST_SIZE, Task, check_levels
 from hybrid_sleep.eval.tasks.draws import U64, distinct, draw, mix
+from hybrid_sleep.validation import check_count, check_flag, check_number
 
 if TYPE_CHECKING:
     import torch
@@ -66,33 +67,30 @@ class Mqar(Task):
         random_non_queries: bool = True,
         windows: int = 1,
     ):
-        self.vocab_size = check_size("vocab_size", vocab_size, 2)
+        self.vocab_size = check_count("vocab_size", vocab_size, 2, LARGEST_SIZE)
         self.levels = self.asked = check_levels("pairs", pairs, 1)
-        self.windows = check_size("windows", windows, 1)
+        self.windows = check_count("windows", windows, 1, LARGEST_SIZE)
         fewest, self.most = self.levels[0], self.levels[-1]
-        if check_size("length", length, 4) % 2 or length < 4 * self.most:
+        if check_count("length", length, 4, LARGEST_SIZE) % 2 or length < 4 * self.most:
             raise ValueError(
-                f"length={length}; allowed: an even number, at least 4 * pairs = {4 * self.most}"
+                f"length must be even and at least 4 * pairs = {4 * self.most}, got {length}"
             )
         if any(level % windows for level in self.levels):
-            raise ValueError(f"windows={windows}; allowed: divisors of pairs={pairs}")
-        real = isinstance(power_a, (int, float)) and not isinstance(power_a, bool)
-        if not (real and 0 < power_a < math.inf):
-            raise ValueError(f"power_a={power_a!r}; allowed: a number above 0")
-        if not isinstance(random_non_queries, bool):
-            raise ValueError(f"random_non_queries={random_non_queries!r}; allowed: true or false")
+            raise ValueError(f"windows must divide pairs={pairs}, got {windows}")
+        check_number("power_a", power_a, above=0)
+        check_flag("random_non_queries", random_non_queries)
         self.first_value = vocab_size // 2
         self.keys, self.values = self.first_value - 1, vocab_size - self.first_value
         if self.keys < self.most:
             raise ValueError(
-                f"vocab_size={vocab_size}; allowed: at least {2 * self.most + 2}, for "
-                f"{self.most} different keys"
+                f"vocab_size must be at least {2 * self.most + 2}, for {self.most} different keys, "
+                f"got {vocab_size}"
             )
         sets = math.comb(self.keys, fewest) * math.perm(self.values, fewest)
         if sets < FEWEST_SETS:
             raise ValueError(
-                f"vocab_size={vocab_size} and pairs={fewest} make {sets} sets of pairs; allowed: "
-                f"at least {FEWEST_SETS}, so that neither split is empty"
+                f"vocab_size and pairs must make at least {FEWEST_SETS} sets of pairs, so that "
+                f"neither split is empty, got {vocab_size} and {fewest}: {sets} sets"
             )
         self.power_a, self.random_non_queries = float(power_a), random_non_queries
         self.params = {
@@ -142,8 +140,8 @@ class Mqar(Task):
             or sorted(tokens[at] for at in asked) != sorted(pairs)
         ):
             raise ValueError(
-                f"input_ids={tokens}; allowed: {self.windows} windows of {self.window} tokens, "
-                "blanks and then pairs, and one in which each key is asked for once"
+                f"input_ids must be {self.windows} windows of {self.window} tokens, blanks and "
+                f"then pairs, and one in which each key is asked for once, got {tokens}"
             )
         queries = [(at, tokens[at], pairs[tokens[at]]) for at in asked]
         return {"pairs": list(pairs.items()), "queries": queries}
@@ -167,7 +165,9 @@ class Mqar(Task):
     def only(self, difficulty: int) -> Mqar:
         """The same layout, `difficulty` pairs in every example."""
         if difficulty not in self.levels:
-            raise ValueError(f"difficulty={difficulty!r}; allowed: pairs={list(self.levels)}")
+            raise ValueError(
+                f"difficulty must be one of pairs={list(self.levels)}, got {difficulty!r}"
+            )
         task = copy.copy(self)
         task.asked = (difficulty,)
         return task

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from hybrid_sleep.eval.tasks.base import IGNORED, Task, check_int, check_size
+from hybrid_sleep.eval.tasks.base import IGNORED, Task
 from hybrid_sleep.eval.tasks.draws import U64, distinct, draw, mix
 from hybrid_sleep.eval.tasks.groups import Group
+from hybrid_sleep.validation import check_choice, check_count
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 LAYOUTS = ("recall", "tagging")
 FEWEST_WORDS = 4096  # so that neither split is empty, and the test split hardly lopsided
 
-LARGEST = 10_000  # elements
+MOST_ELEMENTS = 10_000
 
 
 class PrefixProducts(Task):
@@ -57,25 +58,24 @@ class PrefixProducts(Task):
         prefixes: Sequence[int] | None,
     ):
         self.group, self.order = group, len(group)
-        self.elements = check_size("elements", elements, 2, LARGEST)
-        check_int("windows", windows, 1)
+        self.elements = check_count("elements", elements, 2, MOST_ELEMENTS)
+        check_count("windows", windows)
         if self.order**self.elements < FEWEST_WORDS:
             raise ValueError(
-                f"elements={elements} make {self.order**self.elements} words; allowed: at least "
-                f"{FEWEST_WORDS}, so that neither split is small"
+                f"elements must make at least {FEWEST_WORDS} words, so that neither split is "
+                f"small, got {elements}, which make {self.order**self.elements}"
             )
-        if layout not in LAYOUTS:
-            raise ValueError(f"layout={layout!r}; allowed: {', '.join(LAYOUTS)}")
+        check_choice("layout", layout, LAYOUTS)
         self.layout = layout
         self.params = {"elements": self.elements, "layout": layout, "windows": windows}
         if layout == "tagging":
             if prefixes is not None:
                 raise ValueError(
-                    f"prefixes={prefixes!r} with layout='tagging'; allowed: null, as every "
-                    "element is tagged"
+                    "prefixes must be None with layout='tagging', where every element is tagged, "
+                    f"got {prefixes!r}"
                 )
             if windows > self.elements:
-                raise ValueError(f"windows={windows}; allowed: at most elements={elements}")
+                raise ValueError(f"windows must be at most elements={elements}, got {windows}")
             self.prefixes = list(range(1, self.elements + 1))
             self.length = self.elements + 1
             self.window = -(-self.length // windows)
@@ -86,8 +86,8 @@ class PrefixProducts(Task):
         self.window = self.elements // windows
         if self.elements % windows or asked > self.window:
             raise ValueError(
-                f"windows={windows} cuts elements={elements}; allowed: a divisor that leaves at "
-                f"least {asked} elements, the tokens of {len(self.prefixes)} questions, to a window"
+                f"windows must divide elements={elements} and leave at least {asked} elements, the "
+                f"tokens of {len(self.prefixes)} questions, to a window, got {windows}"
             )
         self.length = self.elements + asked
         self.vocab_size = self.order + len(self.prefixes)
@@ -98,10 +98,11 @@ class PrefixProducts(Task):
             powers = {1 << power for power in range(self.elements.bit_length())}
             return sorted(powers | {self.elements})
         given = prefixes if isinstance(prefixes, Sequence) and not isinstance(prefixes, str) else []
-        chosen = {check_int("prefixes", t, 1) for t in given}
+        chosen = {check_count("prefixes", t) for t in given}
         if not chosen or len(chosen) < len(given) or max(chosen) > self.elements:
             raise ValueError(
-                f"prefixes={prefixes!r}; allowed: a list of different ones of 1..{self.elements}"
+                "prefixes must be a list of one or more different integers of "
+                f"1..{self.elements}, got {prefixes!r}"
             )
         return sorted(chosen)
 
@@ -143,8 +144,8 @@ class PrefixProducts(Task):
         if len(tokens) != self.length or not right or {*word, *answers} - {*range(self.order)}:
             ends = "the stop token" if self.layout == "tagging" else "questions (t, product)"
             raise ValueError(
-                f"input_ids={tokens}; allowed: {self.elements} elements below {self.order}, "
-                f"then {ends}: {self.length} tokens"
+                f"input_ids must be {self.elements} elements below {self.order}, then {ends}: "
+                f"{self.length} tokens, got {tokens}"
             )
         if self.layout == "tagging":
             answers = self.group.prefix_products(np.array(word)).tolist()

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hybrid_sleep.eval.tasks.base import IGNORED, SPLITS, Task, check_int, check_levels, check_size
+from hybrid_sleep.eval.tasks.base import IGNORED, LARGEST_SIZE, SPLITS, Task, check_levels
 from hybrid_sleep.eval.tasks.draws import TEST_SHARE, THRESHOLD, U64, draw
+from hybrid_sleep.validation import check_count
 
 if TYPE_CHECKING:
     import torch
@@ -57,14 +58,14 @@ class Rule110(Task):
     difficulty = "steps"
 
     def __init__(self, width: int = 24, states: int = 4, steps: int | Sequence[int] = 8):
-        self.width = check_size("width", width, 3)
-        self.states = check_size("states", states, 1)
+        self.width = check_count("width", width, 3, LARGEST_SIZE)
+        self.states = check_count("states", states, 1, LARGEST_SIZE)
         self.rollouts = check_levels("steps", steps, 0)
         self.steps = self.rollouts[-1]
         if self.steps * self.width > MOST_WORK:
             raise ValueError(
-                f"steps={self.steps}, width={self.width}; allowed: at most {MOST_WORK:,} cells to "
-                "work out for a label"
+                f"steps * width must be at most {MOST_WORK:,}, the cells to work out for a label, "
+                f"got {self.steps} * {self.width}"
             )
         self.asked = np.arange(len(self.rollouts))
         kept = self.steps if len(self.rollouts) == 1 else list(self.rollouts)
@@ -103,14 +104,14 @@ class Rule110(Task):
         `bits` is a string of 0 and 1, a list, or an array [..., width]; leftmost cell first.
         Raises ValueError unless it has `width` cells, all 0 or 1, and steps >= 0.
         """
-        steps = self.steps if steps is None else check_int("steps", steps, 0)
+        steps = self.steps if steps is None else check_count("steps", steps, 0)
         text = isinstance(bits, str)
         cells = np.array([*bits] if text else bits)
         if not np.isin(cells, ["0", "1"] if text else [0, 1]).all():
-            raise ValueError(f"bits={bits!r}; allowed: cells 0 and 1 only")
+            raise ValueError(f"bits must be cells 0 and 1, got {bits!r}")
         if cells.ndim == 0 or cells.shape[-1] != self.width:
             raise ValueError(
-                f"bits={bits!r} has shape {cells.shape}; allowed: width={self.width} cells"
+                f"bits must be width={self.width} cells, got shape {cells.shape}: {bits!r}"
             )
         ended = np.moveaxis(evolve(np.moveaxis(cells.astype(np.uint8), -1, 0), steps), 0, -1)
         if text:
@@ -133,8 +134,8 @@ class Rule110(Task):
             or not SEP <= separator[0] < self.vocab_size
         ):
             raise ValueError(
-                f"input_ids={tokens}; allowed: {self.states * self.width} cells 0 and 1, a "
-                f"separator {SEP}..{self.vocab_size - 1}, {self.states} labels 0 and 1"
+                f"input_ids must be {self.states * self.width} cells 0 and 1, a separator "
+                f"{SEP}..{self.vocab_size - 1}, {self.states} labels 0 and 1, got {tokens}"
             )
         rows = np.reshape(past, (self.states, self.width)).tolist()
         return {
@@ -174,7 +175,9 @@ class Rule110(Task):
     def only(self, difficulty: int) -> Rule110:
         """The same rings and separators, `difficulty` steps asked for in every example."""
         if difficulty not in self.rollouts:
-            raise ValueError(f"difficulty={difficulty!r}; allowed: steps={list(self.rollouts)}")
+            raise ValueError(
+                f"difficulty must be one of steps={list(self.rollouts)}, got {difficulty!r}"
+            )
         task = copy.copy(self)
         task.asked = np.array([self.rollouts.index(difficulty)])
         return task

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hybrid_sleep.eval.tasks import TASKS, load
-from hybrid_sleep.eval.tasks.base import IGNORED, Task, check_int, check_split
+from hybrid_sleep.eval.tasks.base import IGNORED, SPLITS, Task
+from hybrid_sleep.validation import check_choice, check_count
 
 COLUMNS = 100
 INDENT = 12
@@ -52,9 +53,9 @@ def show_lines(
     `load` or `Task.examples` refuse.
     """
     task = load(name, **params)
-    check_split(split)
-    check_int("seed", seed, 0)
-    check_int("count", count, 1)
+    check_choice("split", split, SPLITS)
+    check_count("seed", seed, 0)
+    check_count("count", count)
     yield from _wrapped(f"{name}: {_about(task)}", "")
     yield ""
     yield from _facts(task)

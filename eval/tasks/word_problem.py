@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from hybrid_sleep.eval.tasks.groups import group as find_group
 from hybrid_sleep.eval.tasks.prefix_products import PrefixProducts
+from hybrid_sleep.validation import check_choice
 
 GROUPS = ("S3", "S5", "A5", "Z60")
 
@@ -36,7 +37,6 @@ class WordProblem(PrefixProducts):
         windows: int = 1,
         prefixes: Sequence[int] | None = None,
     ):
-        if group not in GROUPS:
-            raise ValueError(f"group={group!r}; allowed: {', '.join(GROUPS)}")
+        check_choice("group", group, GROUPS)
         super().__init__(find_group(group), elements, layout, windows, prefixes)
         self.params = {"group": group, **self.params}

@@ -263,4 +263,4 @@ def test_bad_arguments_are_named(options, message):
 
 def test_the_command_says_what_is_wrong():
     said = CliRunner().invoke(app, ["bench", "train", "--repeats", "1"])
-    assert said.exit_code == 2 and "repeats=1; allowed: an integer of at least 2" in said.stderr
+    assert said.exit_code == 2 and "repeats must be an integer of at least 2, got 1" in said.stderr

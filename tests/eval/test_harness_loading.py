@@ -25,7 +25,7 @@ from hybrid_sleep.eval.harness import HybridSleepLM
     [
         ({"batch_size": 0}, "batch_size=0; allowed: 'auto', or at least 1"),
         ({"batch_size": "auto:4"}, "batch_size='auto:4'; allowed"),
-        ({"max_batch_size": 0}, "max_batch_size=0; allowed"),
+        ({"max_batch_size": 0}, "max_batch_size must be an integer of at least 1, got 0"),
         ({"sleep_passes": "deep"}, "sleep_passes must be an integer of at least 1 or 'auto'"),
         ({"windows": 3}, "windows=3; allowed: window, loop, eviction, sleep_attention"),
         ({"window": 0}, "window must be an integer of at least 1, got 0"),

@@ -109,12 +109,12 @@ def test_guessing_scores_the_floor():
 @pytest.mark.parametrize(
     "params, message",
     [
-        ({"group": "S3"}, r"group='S3'.*elements, layout, windows, prefixes"),
-        ({"elements": 11}, r"elements=11.*2048.*4096"),
-        ({"elements": True}, r"elements=True.*integer"),
-        ({"windows": 8}, r"windows=8.*12 elements"),
-        ({"layout": "tags"}, r"layout='tags'.*recall, tagging"),
-        ({"layout": "tagging", "prefixes": [1]}, r"prefixes=\[1\].*null"),
+        ({"group": "S3"}, r"elements, layout, windows, prefixes, got group='S3'"),
+        ({"elements": 11}, r"elements must .*4096.*got 11.*2048"),
+        ({"elements": True}, r"elements must be an integer.*got True"),
+        ({"windows": 8}, r"windows must .*12 elements.*got 8"),
+        ({"layout": "tags"}, r"layout must .*'recall', 'tagging', got 'tags'"),
+        ({"layout": "tagging", "prefixes": [1]}, r"prefixes must be None .*got \[1\]"),
     ],
 )
 def test_errors_name_the_argument_and_what_is_allowed(params, message):

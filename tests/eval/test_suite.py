@@ -151,9 +151,9 @@ def test_what_side_by_side_processes_are_sent_survives_the_way(config):
         ({"ablations": "loop,loop"}, "ablations='loop,loop'; allowed: .* each once"),
         ({"ablations": "schedule"}, "ablation='schedule': labels"),
         ({"overrides": ["sleep_passes=1"]}, "sleep_passes=1 makes a run that is its own baseline"),
-        ({"depths": "0"}, "depths=0; allowed"),
-        ({"jobs": 0}, "jobs=0; allowed"),
-        ({"count": 0}, "count=0; allowed"),
+        ({"depths": "0"}, "depths must be an integer of at least 1, got 0"),
+        ({"jobs": 0}, "jobs must be an integer of at least 1, got 0"),
+        ({"count": 0}, "count must be an integer of at least 1, got 0"),
     ],
 )
 def test_what_cannot_be_benchmarked_is_refused_before_training(config, given, message, monkeypatch):
@@ -244,10 +244,10 @@ def test_the_map_says_who_wins_and_whether_the_seeds_agree():
     [
         ("task.params.steps=4", {}, "vary='task.params.steps=4'; allowed: such as"),
         ("task.params.steps=[]", {}, "vary=.*allowed"),
-        ("task.params.steps=[-1]", {}, "steps=-1; allowed"),
+        ("task.params.steps=[-1]", {}, "steps must be .* at least 0 .*, got -1"),
         ("task.params.steps=[1]", {"compute": "1,1"}, "compute='1,1'; allowed: different numbers"),
         ("task.params.steps=[1]", {"compute": "0"}, "compute='0'; allowed"),
-        ("task.params.steps=[1]", {"depths": "x"}, "depths='x'; allowed"),
+        ("task.params.steps=[1]", {"depths": "x"}, "depths must be such as .*, got 'x'"),
     ],
 )
 def test_an_impossible_map_is_refused(config, vary, given, message):

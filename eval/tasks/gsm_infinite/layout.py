@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from hybrid_sleep.eval.tasks.base import IGNORED, Task, check_int
+from hybrid_sleep.eval.tasks.base import IGNORED, Task
 from hybrid_sleep.eval.tasks.gsm_infinite.sentences import Vocabulary
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ class WordTask(Task):
         self.window = length // windows
         if length % windows or self.window < tail:
             raise ValueError(
-                f"windows={windows} cuts length={length}; allowed: a divisor of length that leaves "
-                f"at least {tail} tokens, which {what} takes, to a window"
+                f"windows must divide length={length} and leave at least {tail} tokens, which "
+                f"{what} takes, to a window, got {windows}"
             )
 
     @abstractmethod
@@ -74,7 +74,9 @@ class WordTask(Task):
     def only(self, difficulty: int) -> WordTask:
         """The same task with problems of `difficulty` operations only."""
         if difficulty not in self.recipe.ops:
-            raise ValueError(f"difficulty={difficulty!r}; allowed: ops={list(self.recipe.ops)}")
+            raise ValueError(
+                f"difficulty must be one of ops={list(self.recipe.ops)}, got {difficulty!r}"
+            )
         task = copy.copy(self)
         task.recipe = replace(self.recipe, ops=(difficulty,))
         return task
@@ -129,7 +131,7 @@ class WordTask(Task):
         return words
 
     def _foreign(self, what: str) -> ValueError:
-        return ValueError(f"input_ids has {what}; allowed: a sequence of task {self.name!r}")
+        return ValueError(f"input_ids must be a sequence of task {self.name!r}, got {what}")
 
     def _examples(self, split: str, seed: int, count: int | None) -> Iterator[dict[str, Any]]:
         for problem in itertools.islice(self._problems(split, seed), count):
@@ -182,20 +184,7 @@ def check_choices(
         wrong = True
     if wrong:
         raise ValueError(
-            f"{name}={given!r}; allowed: a list of one or more of {allowed or ', '.join(options)}"
+            f"{name} must be a list of one or more of {allowed or ', '.join(options)}, "
+            f"each once, got {given!r}"
         )
     return chosen
-
-
-def check_length(length: Any) -> int:
-    """`length` as an integer of 1..32768; ValueError otherwise."""
-    if check_int("length", length, 1) > LONGEST:
-        raise ValueError(f"length={length}; allowed: at most {LONGEST}")
-    return int(length)
-
-
-def check_flags(**flags: Any) -> None:
-    """ValueError naming the first that is neither true nor false."""
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"{name}={value!r}; allowed: true or false")

@@ -9,7 +9,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from hybrid_sleep.eval.tasks.base import check_int
+from hybrid_sleep.validation import check_count
 
 FIELDS = ("problem", "question", "solution", "op", "template", "mode", "length", "d")
 SYMBOLIC_FIELDS = (
@@ -40,18 +40,18 @@ def official_problems(
     without an answer, naming its place; FileNotFoundError for a folder that does not exist.
     """
     if not isinstance(source, (str, os.PathLike)):
-        raise ValueError(f"source={source!r}; allowed: a name on the hub, or a folder")
-    check_int("op", op, 1)
+        raise ValueError(f"source must be a name on the hub or a folder, got {source!r}")
+    check_count("op", op)
     if limit is not None:
-        check_int("limit", limit, 1)
+        check_count("limit", limit)
     rows = _load(source, f"ops_{op}")
     symbolic = "answer_list" in rows.column_names
     fields = SYMBOLIC_FIELDS if symbolic else FIELDS
     lacking = [field for field in fields if field not in rows.column_names]
     if lacking:
         raise ValueError(
-            f"source={os.fspath(source)!r} lacks {', '.join(lacking)}; allowed: a symbolic, medium "
-            "or hard subset of GSM-Infinite"
+            "source must be a symbolic, medium or hard subset of GSM-Infinite, "
+            f"got {os.fspath(source)!r} without {', '.join(lacking)}"
         )
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
@@ -60,10 +60,14 @@ def official_problems(
         asked = [{"role": "user", "content": f"{row['problem']}\n{row['question']}"}]
         answer = _names(row) if symbolic else _integer(row)
         if answer is None:
-            wanted = "list of names `V12`" if symbolic else "`Answer: ` and an integer"
+            field, content = (
+                ("answer_list", "be a list of names `V12`")
+                if symbolic
+                else ("solution", "have `Answer: ` and an integer")
+            )
             raise ValueError(
-                f"source={os.fspath(source)!r}, ops_{op}, row {index}: its "
-                f"{'answer_list' if symbolic else 'solution'} has no {wanted}"
+                f"{field} must {content}, got {row[field]!r} in {os.fspath(source)!r}, ops_{op}, "
+                f"row {index}"
             )
         problem = {field: row[field] for field in fields}
         found.append({**problem, "messages": row.get("messages") or asked, **answer})
@@ -88,29 +92,29 @@ def _load(source: str | os.PathLike, split: str) -> Any:
         from datasets import config, load_dataset
     except ImportError as error:
         raise ValueError(
-            "official_problems needs the package datasets, which is not installed; allowed: "
-            "pip install 'hybrid-sleep[train]'"
+            "the package datasets must be installed (pip install 'hybrid-sleep[train]'), "
+            f"got {error}"
         ) from error
     name = os.fspath(source)
     if not name or not Path(name).is_dir():
         if isinstance(source, os.PathLike) or not re.fullmatch(r"[\w.-]*\w/[\w.-]+", name):
             raise FileNotFoundError(
-                f"source={name!r} is no folder; allowed: a folder that datasets reads, or a name "
-                "on the hub such as InfiniAILab/gsm_infinite_medium_0"
+                "source must be a folder that datasets reads, or a name on the hub such as "
+                f"InfiniAILab/gsm_infinite_medium_0, got {name!r}"
             )
         # The library itself tries again for half a minute or more.
         if not config.HF_HUB_OFFLINE and (reason := _unreachable(config.HF_ENDPOINT)):
             raise ValueError(
-                f"source={name!r}: {config.HF_ENDPOINT} cannot be reached ({reason}); allowed: a "
-                "folder, or HF_HUB_OFFLINE=1 for what was loaded before"
+                "source must be a folder, or with HF_HUB_OFFLINE=1 what was loaded before, while "
+                f"{config.HF_ENDPOINT} cannot be reached ({reason}), got {name!r}"
             )
     try:
         return load_dataset(name, split=split)
     except Exception as error:  # builders, file formats and the hub all raise their own
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"source={name!r}, split {split!r} cannot be loaded ({reason}); allowed: what "
-            "datasets.load_dataset loads, with splits ops_1, ops_2 and so on"
+            "source must be what datasets.load_dataset loads, with splits ops_1, ops_2 and so on, "
+            f"got {name!r}, whose split {split!r} cannot be loaded ({reason})"
         ) from error
 
 

@@ -144,7 +144,7 @@ class Vocabulary:
             return [self.ids[token] for token in split_tokens(text)]
         except KeyError as error:
             raise ValueError(
-                f"text holds {error.args[0]!r}; allowed: the words, digits and marks of the task"
+                f"text must have words, digits and marks of the task, got {error.args[0]!r}"
             ) from None
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from functools import lru_cache
 from typing import Any
 
-from hybrid_sleep.eval.tasks.base import IGNORED, check_int
+from hybrid_sleep.eval.tasks.base import IGNORED
 from hybrid_sleep.eval.tasks.gsm_infinite.filling import slack
 from hybrid_sleep.eval.tasks.gsm_infinite.forest import (
     ForestProblem,
@@ -33,11 +33,10 @@ from hybrid_sleep.eval.tasks.gsm_infinite.layout import (
     SAMPLED,
     WordTask,
     check_choices,
-    check_flags,
-    check_length,
 )
 from hybrid_sleep.eval.tasks.gsm_infinite.sentences import Vocabulary
 from hybrid_sleep.eval.tasks.gsm_infinite.stream import Stream
+from hybrid_sleep.validation import check_count, check_flag
 
 CUE = "Answer:"
 LARGEST_OP = 50
@@ -84,15 +83,16 @@ class GsmSymbolic(WordTask):
         digits: int = 3,
         question_first: bool = True,
     ):
-        check_flags(noise=noise, question_first=question_first)
-        if check_int("digits", digits, 2) > MOST_DIGITS:
-            raise ValueError(f"digits={digits!r}; allowed: 2..{MOST_DIGITS}")
+        check_flag("noise", noise)
+        check_flag("question_first", question_first)
+        check_count("digits", digits, 2, MOST_DIGITS)
+        check_count("length", length, 1, LONGEST)
         chosen = check_choices("ops", ops, range(1, LARGEST_OP + 1), f"1..{LARGEST_OP}")
-        length, shortest = check_length(length), sure_costs(digits)[0]
+        shortest = sure_costs(digits)[0]
         self.recipe = ForestRecipe(
             ops=chosen,
-            answers=check_int("answers", answers, 1),
-            digits=int(digits),
+            answers=check_count("answers", answers),
+            digits=digits,
             length=length,
             slack=slack(length, shortest) if noise else None,
             noise=noise,
@@ -101,7 +101,7 @@ class GsmSymbolic(WordTask):
         self.params = {
             "ops": list(chosen),
             "length": length,
-            "windows": check_int("windows", windows, 1),
+            "windows": check_count("windows", windows),
             "noise": noise,
             "answers": self.recipe.answers,
             "digits": self.recipe.digits,
@@ -113,8 +113,8 @@ class GsmSymbolic(WordTask):
         if length // shortest > 10**digits:
             enough = len(str(length // shortest - 1))
             raise ValueError(
-                f"digits={digits} names {10**digits} variables, of which length={length} may need "
-                f"more; allowed: at least {enough}"
+                f"digits must be at least {enough} to name all variables that length={length} may "
+                f"need, got {digits}"
             )
         _check_fit(self.recipe)
 
@@ -159,7 +159,7 @@ def _check_fit(recipe: ForestRecipe) -> None:
     drawn = {op: _probes(op, recipe.answers, recipe.digits) for op in recipe.ops}
     needed = sorted(trees.tokens(recipe.digits) for trees in drawn[most])[PROBED * 3 // 4]
     if length < needed:
-        raise ValueError(f"length={length} is too short for op={most}; allowed: at least {needed}")
+        raise ValueError(f"length must be at least {needed} for op={most}, got {length}")
     if recipe.slack is None or recipe.slack == shortest - 1:
         return
 
@@ -170,8 +170,8 @@ def _check_fit(recipe: ForestRecipe) -> None:
     if not fitting(length):
         longer = next(tried for tried in itertools.count(length) if fitting(tried))
         raise ValueError(
-            f"length={length} is one that other trees cannot fill problems of these ops up to; "
-            f"allowed: noise=false, or a longer one such as {longer}"
+            "length must be one that other trees can fill problems of these ops up to (unless "
+            f"noise=False), such as {longer}, got {length}"
         )
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from functools import lru_cache
 from typing import Any
 
-from hybrid_sleep.eval.tasks.base import IGNORED, check_int
+from hybrid_sleep.eval.tasks.base import IGNORED
 from hybrid_sleep.eval.tasks.gsm_infinite.answers import parse_answer
 from hybrid_sleep.eval.tasks.gsm_infinite.filling import slack
 from hybrid_sleep.eval.tasks.gsm_infinite.generator import (
@@ -29,13 +29,12 @@ from hybrid_sleep.eval.tasks.gsm_infinite.layout import (
     SAMPLED,
     WordTask,
     check_choices,
-    check_flags,
-    check_length,
 )
 from hybrid_sleep.eval.tasks.gsm_infinite.reading import read_statement, theme_of
 from hybrid_sleep.eval.tasks.gsm_infinite.sentences import Vocabulary, all_words
 from hybrid_sleep.eval.tasks.gsm_infinite.stream import Stream
 from hybrid_sleep.eval.tasks.gsm_infinite.themes import THEMES
+from hybrid_sleep.validation import check_count, check_flag
 
 MODES = ("forward", "reverse")
 CUE = "Answer:"
@@ -94,13 +93,13 @@ class GsmInfinite(WordTask):
         solution: bool = False,
     ):
         chosen = check_choices("ops", ops, range(1, LARGEST_OP + 1), f"1..{LARGEST_OP}")
-        if check_int("d", d, 2) > 3:
-            raise ValueError(f"d={d!r}; allowed: 2 or 3")
-        check_flags(noise=noise, question_first=question_first, solution=solution)
-        length = check_length(length)
+        check_flag("noise", noise)
+        check_flag("question_first", question_first)
+        check_flag("solution", solution)
+        check_count("length", length, 1, LONGEST)
         self.recipe = Recipe(
             ops=chosen,
-            d=int(d),
+            d=check_count("d", d, 2, 3),
             themes=check_choices("themes", themes, tuple(THEMES)),
             modes=check_choices("modes", modes, MODES),
             length=length,
@@ -112,7 +111,7 @@ class GsmInfinite(WordTask):
             "ops": list(chosen),
             "d": self.recipe.d,
             "length": length,
-            "windows": check_int("windows", windows, 1),
+            "windows": check_count("windows", windows),
             "noise": noise,
             "modes": list(self.recipe.modes),
             "themes": list(self.recipe.themes),
@@ -169,7 +168,7 @@ def _check_fit(recipe: Recipe) -> None:
     shortest = sorted(draft.tokens for draft in drafts)[len(drafts) * 3 // 4]
     if length < shortest:
         raise ValueError(
-            f"length={length} is too short for op={most}; allowed: at least {shortest}"
+            f"length must be at least {shortest} for op={most}, got {length}"
         )
     if recipe.slack is None or recipe.slack == SHORTEST - 1:
         return
@@ -182,8 +181,8 @@ def _check_fit(recipe: Recipe) -> None:
     if not fits(length):
         longer = next(tried for tried in itertools.count(length) if fits(tried))
         raise ValueError(
-            f"length={length} is one that distractors cannot fill problems of these ops up to; "
-            f"allowed: noise=false, or a longer one such as {longer}"
+            "length must be one that distractors can fill problems of these ops up to (unless "
+            f"noise=False), such as {longer}, got {length}"
         )
 
 
