@@ -199,7 +199,7 @@ def cost_of(run: RunConfig) -> dict[str, int]:
 
 
 def _training_cost(run: RunConfig) -> dict[str, int]:
-    from hybrid_sleep.training.curriculum import parse_windows
+    from hybrid_sleep.training.schedules import parse_windows
 
     config, task = run.model_config(), run.load_task()
     windows = None if run.train.windows is None else parse_windows(run.train.windows)

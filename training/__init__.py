@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib
 
 _exports = {
-    "MarkSupervised": "collate",
     "RunConfig": "config",
     "load_run_config": "config",
+    "MarkSupervised": "data",
     "DepthPolicy": "depth",
     "parse_depth": "depth",
+    "FitRecord": "loop",
+    "StepRecord": "loop",
+    "fit": "loop",
     "MuonAdamW": "optimizer",
+    "optimizer_for": "optimizer",
     "parameter_groups": "optimizer",
     "SleepTrainer": "trainer",
     "TrainResult": "run",

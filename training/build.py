@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from functools import partial
 from typing import Any
@@ -13,9 +12,9 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from hybrid_sleep.training import zero
 from hybrid_sleep.training.config import RunConfig
-from hybrid_sleep.training.curriculum import parse_windows
 from hybrid_sleep.training.data import HeldOut, TaskBatches
 from hybrid_sleep.training.losses import LossByPosition
+from hybrid_sleep.training.schedules import learning_rates, parse_windows
 from hybrid_sleep.training.start import build_model
 from hybrid_sleep.training.text.batches import TextBatches, TextHeldOut
 from hybrid_sleep.training.text.source import open_source
@@ -44,14 +43,12 @@ def training_arguments(run: RunConfig, *, universal: bool = False) -> TrainingAr
         zero.prepare(deepspeed, "cpu" if on_cpu else "cuda")
         if universal:
             deepspeed["checkpoint"] = {"load_universal": True}
-    schedule: dict[str, Any] = {"lr_scheduler_type": settings.schedule}
-    if settings.schedule == "constant":
-        schedule = {"lr_scheduler_type": "constant_with_warmup"}
-    elif settings.schedule == "trapezoid":
-        cooldown = math.ceil(settings.cooldown * settings.steps)
-        cooldown = min(cooldown, settings.steps - settings.warmup)
-        kwargs = {"num_decay_steps": cooldown, "decay_type": "linear"}
-        schedule = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": kwargs}
+    schedule = learning_rates(
+        settings.schedule,
+        steps=settings.steps,
+        warmup=settings.warmup,
+        cooldown=settings.cooldown,
+    )
     return TrainingArguments(
         output_dir=run.output_dir,
         max_steps=settings.steps,
@@ -60,7 +57,6 @@ def training_arguments(run: RunConfig, *, universal: bool = False) -> TrainingAr
         learning_rate=settings.lr_adamw,
         weight_decay=settings.weight_decay,
         adam_beta2=0.95,
-        warmup_steps=settings.warmup,
         max_grad_norm=settings.grad_clip or 0.0,
         eval_strategy="steps" if settings.eval_every else "no",
         eval_steps=settings.eval_every,

@@ -21,9 +21,10 @@ from hybrid_sleep.training.folder import last_good, written
 from hybrid_sleep.training.ranks import over_ranks, ranks
 
 if TYPE_CHECKING:
+    from hybrid_sleep.training.loop import StepRecord
     from hybrid_sleep.training.losses import LossByPosition
     from hybrid_sleep.training.tensorboard import TensorBoardLog
-    from hybrid_sleep.training.trainer import SleepTrainer, StepRecord
+    from hybrid_sleep.training.trainer import SleepTrainer
 
 
 class RunLog(TrainerCallback):

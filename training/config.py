@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hybrid_sleep.training import zero
-from hybrid_sleep.training.curriculum import parse_windows
 from hybrid_sleep.training.depth import DepthPolicy, parse_depth
 from hybrid_sleep.training.parsing import dump_yaml, parse_overrides, parse_yaml
+from hybrid_sleep.training.schedules import parse_windows
 from hybrid_sleep.training.schema import as_path, build, none_missing, only_known, set_key, typed
 from hybrid_sleep.training.start import inherited, initial_model
 from hybrid_sleep.training.text.config import TextConfig

@@ -1,9 +1,9 @@
-"""Batches of a task, made when they are needed and the same whenever they are made again."""
+"""Batches: a task's, the same whenever they are made again, and what a model needs in them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +94,37 @@ class HeldOut:
 
     def __len__(self) -> int:
         return self.count
+
+
+@dataclass(frozen=True)
+class MarkSupervised:
+    """A data collator that also says which tokens a loss is computed on.
+
+    collator: makes batches with `labels`, -100 where unsupervised. `supervised: [B, T]` is added,
+    from which the model knows which windows may sleep where Trainer keeps the labels to itself:
+    with label smoothing, with `compute_loss_func`, and in trl's SFTTrainer.
+
+        Trainer(model, args, data_collator=MarkSupervised(collator), ...)
+
+    Raises ValueError where a batch has no labels.
+    """
+
+    collator: Callable[..., dict[str, Any]]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        batch = mark_supervised(self.collator(*args, **kwargs))
+        if "supervised" not in batch:
+            raise ValueError(
+                "MarkSupervised needs a collator that makes `labels`, got a batch of "
+                f"{', '.join(batch)}"
+            )
+        return batch
+
+
+def mark_supervised(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """`batch` with `supervised`, the tokens that have a label, where it has labels."""
+    labels = batch.get("labels")
+    return dict(batch) if labels is None else {**batch, "supervised": labels != -100}
 
 
 def derive_seed(*parts: Any) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hybrid_sleep.training.curriculum import check_starts, stage_at
+from hybrid_sleep.training.schedules import check_starts, stage_at
 from hybrid_sleep.validation import check_count
 
 FORMS = (

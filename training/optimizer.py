@@ -186,8 +186,7 @@ def parameter_groups(
     Muon gets the weights of linear layers (none if `lr_muon` is None). AdamW gets the rest:
     embeddings and the output head (also when tied), norms, biases, gates (`A_log`, `dt_bias`),
     convolutions. Weight decay applies to what has at least two dimensions. Empty groups are left
-    out. Raises ValueError if nothing is
-    trainable.
+    out. Raises ValueError if nothing is trainable.
     """
     ends = ("get_input_embeddings", "get_output_embeddings")
     tokens = {id(getattr(model, end)()) for end in ends if hasattr(model, end)}
@@ -218,6 +217,24 @@ def parameter_groups(
     if not groups:
         raise ValueError("model has no parameter with requires_grad=True; allowed: at least one")
     return groups
+
+
+def optimizer_for(
+    model: nn.Module,
+    lr_muon: float | None = 2e-3,
+    lr_adamw: float = 5e-5,
+    weight_decay: float = 0.0,
+    *,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+) -> torch.optim.Optimizer:
+    """Muon and AdamW over the `parameter_groups` of `model`; lr_muon None: AdamW over all of them.
+
+    The defaults are those of a run config. Raises ValueError if nothing is trainable.
+    """
+    groups = parameter_groups(model, lr_muon, lr_adamw, weight_decay)
+    kind = torch.optim.AdamW if lr_muon is None else MuonAdamW
+    return kind(groups, betas=betas, eps=eps)
 
 
 def _check_group(group: dict[str, Any]) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,7 @@ from transformers import Trainer
 from hybrid_sleep.eval.tasks.perplexity import measure_perplexity
 from hybrid_sleep.support.io import write_json_atomic
 from hybrid_sleep.training import zero
-from hybrid_sleep.training.curriculum import WindowSchedule
-from hybrid_sleep.training.data import HeldOut, TaskBatches, derive_seed, only_item
+from hybrid_sleep.training.data import HeldOut, TaskBatches, mark_supervised, only_item
 from hybrid_sleep.training.depth import DepthPolicy, parse_depth
 from hybrid_sleep.training.folder import (
     STAGING,
@@ -28,26 +26,18 @@ from hybrid_sleep.training.folder import (
     publish,
     written,
 )
+from hybrid_sleep.training.loop import StepRecord, seed_step
 from hybrid_sleep.training.losses import LossByPosition
-from hybrid_sleep.training.optimizer import MuonAdamW, parameter_groups
+from hybrid_sleep.training.optimizer import optimizer_for, parameter_groups
 from hybrid_sleep.training.ranks import of_all_ranks, of_first
+from hybrid_sleep.training.schedules import WindowSchedule
 from hybrid_sleep.training.text.batches import TextBatches, TextHeldOut, merge_positions
 from hybrid_sleep.training.text.tokenizer import FIRST_BYTE, reads_bytes
 from hybrid_sleep.training.weights import WEIGHTS_FILE, check_fits, shapes
+from hybrid_sleep.validation import check_number
 
 ADAMW = ("adamw_torch", "adamw_torch_fused")  # the default of transformers, by version
 METRICS = ("exact", "per_label", "loss", "perplexity", "bits_per_byte", "by_window")
-
-
-@dataclass
-class StepRecord:
-    """What a step did: index (0 for the first), depth, tokens read, mean loss, micro-batches."""
-
-    step: int
-    depth: int
-    tokens: int
-    loss: torch.Tensor
-    parts: int = 1
 
 
 class SleepTrainer(Trainer):
@@ -84,8 +74,8 @@ class SleepTrainer(Trainer):
         losses: LossByPosition | None = None,
         **kwargs: Any,
     ):
-        if lr_muon is not None and not lr_muon > 0:
-            raise ValueError(f"lr_muon={lr_muon!r}; allowed: None or a number > 0")
+        if lr_muon is not None:
+            check_number("lr_muon", lr_muon, above=0)
         self.policy: DepthPolicy = parse_depth(sleep_passes)
         self.lr_muon = lr_muon
         self.windows, self.losses = windows, losses
@@ -98,15 +88,17 @@ class SleepTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         ours = self.lr_muon is not None or self.args.optim in ADAMW
         if self.optimizer is None and ours:
-            groups = parameter_groups(
-                self.model if model is None else model,
-                self.lr_muon,
-                self.args.learning_rate,
-                self.args.weight_decay,
-            )
-            self._decays = [group["weight_decay"] for group in groups]
-            betas, eps = (self.args.adam_beta1, self.args.adam_beta2), self.args.adam_epsilon
-            self.optimizer = self._optimizer_class()(groups, betas=betas, eps=eps)
+            trained = self.model if model is None else model
+            rates = (self.lr_muon, self.args.learning_rate, self.args.weight_decay)
+            adam = {
+                "betas": (self.args.adam_beta1, self.args.adam_beta2),
+                "eps": self.args.adam_epsilon,
+            }
+            if self.lr_muon is not None and self._zero_stage:
+                self.optimizer = zero.muon(parameter_groups(trained, *rates), **adam)
+            else:
+                self.optimizer = optimizer_for(trained, *rates, **adam)
+            self._decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         return super().create_optimizer(model)
 
     def train(
@@ -141,11 +133,6 @@ class SleepTrainer(Trainer):
         if checkpoint is not None and self._zero_stage == 3:
             zero.mend(self.optimizer, self._decays)
 
-    def _optimizer_class(self) -> Callable[..., torch.optim.Optimizer]:
-        if self.lr_muon is None:
-            return torch.optim.AdamW
-        return zero.muon if self._zero_stage else MuonAdamW
-
     @property
     def _zero_stage(self) -> int:
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
@@ -176,10 +163,8 @@ class SleepTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        given = dict(inputs)
-        if "labels" in inputs:
-            # Trainer keeps labels to itself for label smoothing and for `compute_loss_func`.
-            given["supervised"] = inputs["labels"] != -100
+        # Trainer keeps labels to itself for label smoothing and for `compute_loss_func`.
+        given = mark_supervised(inputs)
         if not model.training:
             return super().compute_loss(model, given, return_outputs, num_items_in_batch)
         given |= {"sleep_passes": self.depth(), "use_cache": False}
@@ -198,21 +183,14 @@ class SleepTrainer(Trainer):
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
         self._position = inputs.pop("position", None)
         tokens = inputs["input_ids"].numel()
-        step, last = self.state.global_step, self.last_step
-        later = last is not None and last.step == step
-        # Dropout is drawn anew from the step and rank, so that there is no state of it to lose.
-        part = last.parts if later else 0
-        torch.manual_seed(derive_seed("step", self.args.seed, step, part, self.args.process_index))
+        step = self.state.global_step
+        if self.last_step is None or self.last_step.step != step:
+            self.last_step = StepRecord(step, self.depth())
+        seed_step(self.args.seed, step, self.last_step.parts, self.args.process_index)
         with self._window_of(step):
-            loss = super().training_step(model, inputs, *args)
-        if not later:
-            self.last_step = StepRecord(step, self.depth(), tokens, loss)
-        else:
-            # A later micro-batch of the same step; Trainer has scaled each by its share.
-            last.tokens += tokens
-            last.loss = last.loss + loss
-            last.parts += 1
-        return loss
+            share = super().training_step(model, inputs, *args)
+        self.last_step.add(share, tokens)
+        return share
 
     @contextlib.contextmanager
     def _window_of(self, step: int) -> Iterator[None]:

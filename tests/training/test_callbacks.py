@@ -14,10 +14,10 @@ from transformers import TrainerControl, TrainerState
 
 from hybrid_sleep.training.callbacks import RunLog, StopOnSignal
 from hybrid_sleep.training.display import Display, memory_in_use
+from hybrid_sleep.training.loop import StepRecord
 from hybrid_sleep.training.losses import LossByPosition
 from hybrid_sleep.training.run import build_trainer
 from hybrid_sleep.training.tensorboard import TensorBoardLog
-from hybrid_sleep.training.trainer import StepRecord
 
 ROOT = Path(__file__).parents[2]
 
@@ -235,7 +235,7 @@ from types import SimpleNamespace
 from transformers import TrainerControl, TrainerState
 from hybrid_sleep.training.callbacks import RunLog, StopOnSignal
 from hybrid_sleep.training.losses import LossByPosition
-from hybrid_sleep.training.trainer import StepRecord
+from hybrid_sleep.training.loop import StepRecord
 
 # Imports take longer than all the rest; a process that has computed nothing yet may fork.
 folder, child = Path(sys.argv[1]), os.fork()

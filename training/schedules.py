@@ -1,15 +1,43 @@
-"""What holds from which training step on: schedules written `{0: ..., 500: ...}`."""
+"""What changes from step to step: learning rates, windows, and curricula `{0: ..., 500: ...}`."""
 
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from hybrid_sleep.validation import check_count
+from hybrid_sleep.validation import check_choice, check_count, check_number
 
 T = TypeVar("T")
+SCHEDULES = ("constant", "linear", "cosine", "trapezoid")
+
+
+def learning_rates(
+    schedule: str, *, steps: int, warmup: int = 0, cooldown: float = 0.3
+) -> dict[str, Any]:
+    """A learning-rate schedule over `steps` as the arguments that `TrainingArguments` has for it.
+
+    The rate rises linearly for `warmup` steps, then follows `schedule`: `constant`; `linear` or
+    `cosine` to zero at the last step; `trapezoid`, constant and then linear to zero over the last
+    `cooldown` share of all steps. ValueError for another name or a value out of range.
+    """
+    check_choice("schedule", schedule, SCHEDULES)
+    check_count("steps", steps)
+    check_count("warmup", warmup, minimum=0)
+    if warmup > steps:
+        raise ValueError(f"warmup must be at most steps={steps}, got {warmup}")
+    if check_number("cooldown", cooldown, least=0) > 1:
+        raise ValueError(f"cooldown must be a share of the steps, 0 to 1, got {cooldown}")
+    arguments: dict[str, Any] = {"lr_scheduler_type": schedule, "warmup_steps": warmup}
+    if schedule == "constant":
+        arguments["lr_scheduler_type"] = "constant_with_warmup"
+    elif schedule == "trapezoid":
+        decay = min(math.ceil(cooldown * steps), steps - warmup)
+        arguments["lr_scheduler_type"] = "warmup_stable_decay"
+        arguments["lr_scheduler_kwargs"] = {"num_decay_steps": decay, "decay_type": "linear"}
+    return arguments
 
 
 def check_starts(name: str, starts: Iterable[Any]) -> None:
