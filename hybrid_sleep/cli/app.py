@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
-from hybrid_sleep.cli import compare, evaluate
-from hybrid_sleep.cli.commands import command, command_line, options
+from hybrid_sleep.cli import evaluate
+from hybrid_sleep.cli.bench import bench
+from hybrid_sleep.cli.commands import command, command_line, shown
+from hybrid_sleep.cli.options import Overrides
 from hybrid_sleep.support.io import sole_writer
 from hybrid_sleep.support.terminal import never_fail_on_characters
 
@@ -16,12 +18,13 @@ app = typer.Typer(
     name="hybrid-sleep",
     help="Language models that sleep: train one, measure it, look at what this machine has.",
     no_args_is_help=True,
+    # Joins the lines of a docstring's paragraph again.
+    rich_markup_mode="markdown",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(compare.bench, name="bench")
+app.add_typer(bench, name="bench")
 app.add_typer(evaluate.tasks, name="tasks")
-app.command("eval")(evaluate.evaluate)
 
 
 @app.callback()
@@ -30,7 +33,7 @@ def _main(
         bool, typer.Option(help="Show the whole traceback of an error instead of one line.")
     ] = False,
 ) -> None:
-    options["traceback"] = traceback
+    shown["traceback"] = traceback
     never_fail_on_characters()
 
 
@@ -58,14 +61,11 @@ def demo(
 def train(
     config: Annotated[
         Path,
-        typer.Argument(metavar="CONFIG", help="A run's YAML file, such as configs/runs/*.yaml."),
+        typer.Argument(metavar="CONFIG", help="A run's YAML file, see configs/runs/ for some."),
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Changes to it, such as train.steps=100."),
-    ] = None,
+    overrides: Overrides = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")
+        bool, typer.Option("--resume", help="Continue from the run's last checkpoint.")
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run in output_dir.")
@@ -81,6 +81,9 @@ def train(
     run = training.load_run_config(config, overrides or [])
     result = training.train(run, resume=resume, overwrite=overwrite, progress=not quiet)
     typer.echo(result.report())
+
+
+app.command("eval")(evaluate.evaluate)
 
 
 @app.command()

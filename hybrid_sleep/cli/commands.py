@@ -16,7 +16,8 @@ from hybrid_sleep.support.io import sole_writer
 from hybrid_sleep.training.zero import choose_accelerator
 
 PATIENCE = 2.0  # seconds of silence
-options = {"traceback": False}
+CONTINUES = "the time is up; the same call continues"
+shown = {"traceback": False}
 
 
 def command(work: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,12 +36,12 @@ def command(work: Callable[..., Any]) -> Callable[..., Any]:
             typer.echo(f"interrupted: {str(interrupt) or 'nothing more was written'}", err=True)
             raise typer.Exit(130) from None
         except (ValueError, OSError) as error:
-            if options["traceback"]:
+            if shown["traceback"]:
                 raise
             typer.echo(f"error: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(2) from None
         except (MemoryError, RuntimeError) as error:
-            if options["traceback"] or not _is_too_large(error):
+            if shown["traceback"] or not _is_too_large(error):
                 raise
             typer.echo(f"error: out of memory ({str(error).partition(chr(10))[0]})", err=True)
             raise typer.Exit(2) from None
@@ -92,24 +93,37 @@ def patiently(lines: Iterable[str], what: str) -> Iterator[str]:
         yield line
 
 
-def measure(what: str, run: Callable[..., dict[str, Any]], out: Path, **given: Any) -> None:
-    """Report `run` of what is given: with this command, a progress bar, and `out` to go on in."""
+def measure(
+    name: str, run: Callable[..., dict[str, Any]], out: Path | None, **given: Any
+) -> None:
+    """Run the benchmark `name` with what is given, showing progress, and report its result.
+
+    `run` gets `out` as well, whose earlier results it may keep (default: out/bench-NAME, with the
+    kind of a device that is given and is no CPU behind it).
+    """
     from hybrid_sleep.eval.progress import progress_bar
 
+    kind = given.get("device", "cpu").partition(":")[0]
+    out = out or Path("out") / f"bench-{name}{'' if kind == 'cpu' else f'-{kind}'}"
     with sole_writer(out):
-        with progress_bar(what) as progress:
+        with progress_bar(name) as progress:
             result = run(**given, out=out, command=command_line(), progress=progress)
         report(result, out)
 
 
 def report(result: dict[str, Any], out: Path) -> None:
-    """Write a benchmark's files, and show its table."""
+    """Write a benchmark's files and show its table; KeyboardInterrupt if it was interrupted."""
+    show(result, out)
+    if result.get("ended") == "time is up":
+        typer.echo(CONTINUES, err=True)
+    elif not result.get("complete", True):
+        raise KeyboardInterrupt("these files hold what was finished")
+
+
+def show(result: dict[str, Any], out: Path) -> None:
+    """Write a benchmark's files and show its table."""
     from hybrid_sleep.eval.results import save
 
     paths = save(result, out)
     typer.echo(paths[1].read_text(encoding="utf-8"))
     typer.echo("wrote " + ", ".join(str(path) for path in paths), err=True)
-    if result.get("ended") == "time is up":
-        typer.echo("the time is up; the same call goes on", err=True)
-    elif not result.get("complete", True):
-        raise KeyboardInterrupt("these files hold what was finished")

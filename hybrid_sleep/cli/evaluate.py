@@ -1,4 +1,4 @@
-"""`hybrid-sleep tasks` and `hybrid-sleep eval`: what there is to ask a model, and asking it."""
+"""`hybrid-sleep tasks` and `hybrid-sleep eval`: tasks in words, and models evaluated on them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ from typing import Annotated
 import typer
 
 from hybrid_sleep.cli.commands import command, command_line, patiently, report
+from hybrid_sleep.cli.options import Device
 from hybrid_sleep.support.io import sole_writer
 
-tasks = typer.Typer(help="Tasks: list them, show one in words.", no_args_is_help=True)
+tasks = typer.Typer(
+    help="Tasks: list them, show one in words.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
 
 
 @tasks.command("list")
@@ -31,8 +36,8 @@ def tasks_show(
         typer.Argument(metavar="KEY=VALUE", help="Its parameters, such as steps=4."),
     ] = None,
     split: Annotated[str, typer.Option(help="train or test.")] = "test",
-    seed: Annotated[int, typer.Option(help="Which examples.")] = 0,
-    count: Annotated[int, typer.Option(help="How many.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the examples.")] = 0,
+    count: Annotated[int, typer.Option(help="Number of examples.")] = 1,
 ) -> None:
     """A task in words: its size, its floor, and examples window by window."""
     from hybrid_sleep.eval.tasks.show import show_lines
@@ -53,27 +58,32 @@ def evaluate(
         typer.Option(metavar="TASK,TASK", help="lm-eval's tasks, your own, or hybrid_sleep_NAME."),
     ],
     sleep_passes: Annotated[
-        str | None, typer.Option(help="Depths, such as 1,2,4 (default: the config's).")
+        str | None,
+        typer.Option(metavar="N,N", help="Sleep depths, such as 1,2,4 (default: the config's)."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Documents of each task at most.")] = None,
-    batch_size: Annotated[str, typer.Option(help="Rows read together, or auto.")] = "8",
-    num_fewshot: Annotated[int | None, typer.Option(help="Examples before a question.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents of each task, at most.")] = None,
+    batch_size: Annotated[str, typer.Option(help="Rows of one forward pass, or auto.")] = "8",
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Solved examples before each question.")
+    ] = None,
     include_path: Annotated[
         Path | None, typer.Option(help="A folder with YAML files of your own tasks.")
     ] = None,
     task_params: Annotated[
-        str, typer.Option(metavar="YAML", help="Of our tasks, such as 'rule110: {steps: 4}'.")
+        str, typer.Option(metavar="YAML", help="Parameters of our tasks: 'rule110: {steps: 4}'.")
     ] = "{}",
     sleep: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="In place of the config's, such as window=256."),
+        typer.Option(metavar="KEY=VALUE", help="Overrides the config, such as window=256."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Which examples of ours, and which shots.")] = 0,
-    device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
+    seed: Annotated[
+        int, typer.Option(help="Of our tasks' examples, and of the solved ones.")
+    ] = 0,
+    device: Device = "cpu",
     dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16...")] = "auto",
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/eval"),
 ) -> None:
-    """Tasks of lm-evaluation-harness, and ours in it, at one sleep depth or several.
+    """Accuracy on tasks of lm-evaluation-harness, and on ours in it, at one or more sleep depths.
 
     What an earlier call finished in the folder, with the same code and settings, is kept.
     """

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
+import typer
 import yaml
 from typer.testing import CliRunner
 
 from hybrid_sleep.cli import app as cli
 from hybrid_sleep.eval import tasks
+from hybrid_sleep.support.records import read_records
 
+ROOT = Path(__file__).resolve().parents[2]
 RUN = {
     "model": {
         "hidden_size": 16,
@@ -121,26 +127,53 @@ def test_help_imports_no_torch():
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, timeout=60)
 
 
-@pytest.mark.parametrize(
-    "words, says",
-    [
-        ([], ["demo", "train", "bench", "tasks", "eval", "doctor"]),
-        (["demo"], ["--seed", "--out", "five minutes"]),
-        (["train"], ["CONFIG", "KEY=VALUE", "--resume", "--overwrite"]),
-        (["bench"], ["depth", "map", "ablate", "cost", "generation", "sleep", "render"]),
-        (["bench", "depth"], ["CHECKPOINT", "--depths", "--count", "--baselines", "floor"]),
-        (["bench", "cost"], ["--depo", "--windows", "--depths", "(default: an untrained"]),
-        (["bench", "map"], ["--vary", "--compute", "--depths", "--seeds", "--jobs"]),
-        (["eval"], ["CHECKPOINT", "--tasks", "--sleep-passes", "--batch-size"]),
-        (["bench", "generation"], ["--windows", "--repeats"]),
-        (["bench", "sleep"], ["--repeats", "--out"]),
-    ],
-    ids=" ".join,
-)
-def test_help_says_what_there_is(words, says):
-    text = call(*words, "--help").output
-    for expected in says:
-        assert expected in text
+def commands(group, *path):
+    for name, found in group.commands.items():
+        if hasattr(found, "commands"):
+            yield from commands(found, *path, name)
+        else:
+            yield (*path, name), found
+
+
+def documented() -> list[str]:
+    """Every call of the command in the documents, and the one of every committed result."""
+    found = {}
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for block in re.findall(r"^```\w*\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL):
+            for line in re.findall(r"^(?:\$ )?(hybrid-sleep [^#\n]*)", block, re.MULTILINE):
+                # What a call does is told behind two spaces.
+                found[re.split(r"\s{2,}", line)[0].strip()] = path
+    for path in sorted(ROOT.glob("*/**/results/**/results.json")):
+        line = json.loads(path.read_text()).get("command") or ""
+        if line.startswith("hybrid-sleep "):
+            found[line] = path
+    return list(found)
+
+
+def test_every_command_is_told_what_each_option_means():
+    for path, found in commands(typer.main.get_command(cli.app)):
+        text = call(*path, "--help").output
+        for parameter in found.params:
+            told = getattr(parameter, "help", "") or ""
+            assert len(told) > 5, (path, parameter.name)
+            flag = parameter.opts[0] if parameter.opts[0].startswith("-") else ""
+            assert flag in text, (path, flag)
+
+
+def test_documented_calls_are_what_the_command_takes():
+    lines = documented()
+    assert len(lines) > 20
+    for line in lines:
+        found, words = typer.main.get_command(cli.app), shlex.split(line)[1:]
+        while hasattr(found, "commands") and words:
+            assert words[0] in found.commands, line
+            name, *words = words
+            found = found.commands[name]
+        if not hasattr(found, "commands"):
+            try:
+                found.make_context(name, words)
+            except Exception as error:
+                pytest.fail(f"{line}: {error}")
 
 
 def test_train_then_measure_two_seeds(config, tmp_path, argv):
@@ -177,7 +210,7 @@ def test_a_checkpoint_taken_on_the_way_can_be_measured(config, tmp_path):
     out = tmp_path / "bench"
     checkpoint = tmp_path / "model" / "checkpoint-1"
     call("bench", "depth", checkpoint, "--depths", "1", "--count", "5", "--out", out)
-    (run,) = json.loads((out / "results.json").read_text())["runs"]
+    (run,) = read_records(out / "results.json")["runs"]
     assert run["checkpoint"] == "checkpoint-1" and run["config"]["task"] == RUN["task"]
 
 
@@ -223,8 +256,8 @@ AT = ("bench", "depth", ".", "--depths")
         ([*AT, "4-1"], "depths must be one or more distinct integers, got []"),
         ([*AT, "0-2"], "depths must be an integer of at least 1, got 0"),
         ([*AT, "two"], "depths must be such as 1-8 or 1,2,4, got 'two'"),
-        (["bench", "depth", ".", "--seeds", "0"], "--seeds=0 with '.'; allowed: with a run's"),
-        (["bench", "depth", "x.yaml", "--seed", "1"], "--seed=1 with 'x.yaml'; allowed: with"),
+        (["bench", "depth", ".", "--seeds", "0"], "--seeds must come with a run's YAML file, got"),
+        (["bench", "depth", "x.yaml", "--seed", "1"], "--seed must come with trained models, got"),
         (["bench", "depth", "x.yaml"], "config 'x.yaml' is no file"),
         (["bench", "depth", "x.yaml", "--seeds", "0"], "seeds='0'; allowed: at least 3"),
         (["bench", "map", "x.yaml", "--compute", "no"], "compute='no'; allowed: different numbers"),

@@ -1,4 +1,4 @@
-"""`hybrid-sleep bench depth`, `map` and `ablate`: accuracy of models beside each other."""
+"""`hybrid-sleep bench depth`, `map` and `ablate`: accuracy of models, compared."""
 
 from __future__ import annotations
 
@@ -7,22 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from hybrid_sleep.cli.bench import bench
 from hybrid_sleep.cli.commands import command, command_line, measure, report
+from hybrid_sleep.cli.options import Config, Count, Depths, Jobs, Minutes, Out, Overrides, Seeds
 from hybrid_sleep.support.io import sole_writer
 
 CONFIG_SUFFIXES = (".yaml", ".yml")
-Seeds = Annotated[str, typer.Option(help="Seeds, such as 0,1,2.")]
-Jobs = Annotated[int, typer.Option(help="Trainings side by side, each in a process.")]
-Count = Annotated[int, typer.Option(help="Test examples of each model and depth.")]
-Minutes = Annotated[
-    float | None, typer.Option(help="Stop before these are over; the same call goes on.")
-]
 
 
-@bench.command("depth")
 @command
-def bench_depth(
+def depth(
     source: Annotated[
         list[str],
         typer.Argument(
@@ -33,11 +26,12 @@ def bench_depth(
     depths: Annotated[
         str | None,
         typer.Option(
-            help="Sleep depths, such as 1-8 or 1,2,4 (default: 1-8; of a CONFIG, up to its own)."
+            metavar="N,N",
+            help="Sleep depths, such as 1-8 or 1,2,4 (default: 1-8; of a CONFIG, up to its own).",
         ),
     ] = None,
     count: Count = 2000,
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/bench-depth"),
+    out: Out = None,
     seed: Annotated[
         int | None, typer.Option(help="CHECKPOINT: which test examples (default: 0).")
     ] = None,
@@ -52,66 +46,66 @@ def bench_depth(
         typer.Option(help="CHECKPOINT: results.json of a model trained at one depth, to compare."),
     ] = None,
     seeds: Annotated[
-        str | None, typer.Option(help="CONFIG: seeds, at least three (default: 0,1,2).")
+        str | None,
+        typer.Option(metavar="N,N", help="CONFIG: seeds, at least three (default: 0,1,2)."),
     ] = None,
     baselines: Annotated[
         str | None,
         typer.Option(
+            metavar="NAME,NAME",
             help="CONFIG: all, none or some of once, deeper, wider, looped, full_cache "
-            "(default: all)."
+            "(default: all).",
         ),
     ] = None,
     ablate: Annotated[
         str | None,
         typer.Option(
+            metavar="NAME,NAME",
             help="CONFIG: all, none or some of state_space, eviction, loop, schedule, attention, "
-            "depth, difficulty, adaptive (default: none)."
+            "depth, difficulty, adaptive (default: none).",
         ),
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option(help="CONFIG: trainings side by side (default: 1).")
+        int | None, typer.Option(help="CONFIG: trainings at the same time (default: 1).")
     ] = None,
     minutes: Annotated[
         float | None,
-        typer.Option(help="CONFIG: stop before these are over; the same call goes on."),
+        typer.Option(help="CONFIG: stop before so many are over; the same call continues."),
     ] = None,
 ) -> None:
-    """Accuracy and cost against sleep depth, by difficulty, with floor, chance and spread.
+    """Accuracy and cost by sleep depth and difficulty, with floor, chance and intervals.
 
     Of trained models, on the task of the run.yaml beside their weights. Or of a run's YAML file:
-    it is trained with each seed, and so is every baseline, at equal compute and at equal tokens:
-    N = 1 for longer, deeper, wider, with its layers looped at wake, with its whole KV cache kept.
+    the run and every baseline are trained with each seed, at equal compute and at equal tokens. The
+    baselines sleep once (N = 1) and train for longer, have more layers, are wider, loop their
+    layers in decoding, or keep the whole KV cache.
     """
     of_models = {"seed": seed, "batch_size": batch_size, "device": device, "baseline": baseline}
     of_config = {
-        "seeds": seeds, "baselines": baselines, "ablations": ablate, "jobs": jobs,
+        "seeds": seeds,
+        "baselines": baselines,
+        "ablations": ablate,
+        "jobs": jobs,
         "minutes": minutes,
-    }  # fmt: skip
+    }
     from_config = Path(source[0]).suffix in CONFIG_SUFFIXES
     for name, value in (of_models if from_config else of_config).items():
         if value is not None:
             flag = {"ablations": "ablate"}.get(name, name).replace("_", "-")
             kind = "trained models" if from_config else "a run's YAML file"
-            raise ValueError(f"--{flag}={value} with {source[0]!r}; allowed: with {kind}")
+            raise ValueError(f"--{flag} must come with {kind}, got {value} with {source[0]!r}")
     given: dict[str, Any] = of_config if from_config else of_models
     given = {name: value for name, value in given.items() if value is not None}
     if from_config:
         from hybrid_sleep.eval import suite
 
-        measure(
-            "train and measure",
-            suite.run,
-            out,
-            config=source[0],
-            overrides=source[1:],
-            depths=depths,
-            count=count,
-            **given,
-        )
+        given |= {"config": source[0], "overrides": source[1:], "depths": depths}
+        measure("depth", suite.run, out, count=count, **given)
     else:
         from hybrid_sleep.eval.depth import bench_checkpoints, parse_depths
 
         levels = parse_depths("1-8" if depths is None else depths)
+        out = out or Path("out/bench-depth")
         with sole_writer(out):
             result = bench_checkpoints(
                 source, levels, count=count, command=command_line(), **given
@@ -119,30 +113,28 @@ def bench_depth(
             report(result, out)
 
 
-@bench.command("map")
 @command
-def bench_map(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A run's YAML file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to all.")
-    ] = None,
+def depth_map(
+    config: Config,
+    overrides: Overrides = None,
     vary: Annotated[
         str, typer.Option(metavar="KEY=[VALUE,...]", help="What makes the task harder.")
     ] = "task.params.steps=[2,4,6]",
-    depths: Annotated[str, typer.Option(help="Sleep depths, such as 1,2,4.")] = "1,2,4",
+    depths: Depths = "1,2,4",
     compute: Annotated[
-        str, typer.Option(help="Multiples of the FLOPs that the config's own run takes.")
+        str,
+        typer.Option(metavar="X,X", help="Multiples of the FLOPs that the config's own run takes."),
     ] = "1,3",
     seeds: Seeds = "0,1,2",
     count: Count = 2000,
     jobs: Jobs = 1,
     minutes: Minutes = None,
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/bench-map"),
+    out: Out = None,
 ) -> None:
-    """Where depth wins: difficulty x sleep depth x compute, a model trained for every cell.
+    """Where depth wins: difficulty x sleep depth x compute, one model trained for each.
 
-    Models of one compute take the same FLOPs to train; parameters and the cost of a token awake are
-    the same everywhere. Rows in the folder from the same code are kept.
+    Models of one compute take the same FLOPs to train; parameters and the cost of decoding a token
+    are the same for all. Results in the folder from the same code are kept.
     """
     from hybrid_sleep.eval import depth_map
 
@@ -162,27 +154,28 @@ def bench_map(
     )
 
 
-@bench.command("ablate")
 @command
-def bench_ablate(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A run's YAML file.")],
+def ablate(
+    config: Config,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Changes to all; {seed} is the seed."),
     ] = None,
     variant: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME:KEY=VALUE,...", help="The first is what others are held to."),
+        typer.Option(
+            metavar="NAME:KEY=VALUE,...", help="The others are compared with the first one."
+        ),
     ] = None,
     seeds: Seeds = "0,1,2",
-    depths: Annotated[str, typer.Option(help="Sleep depths, such as 1-4 or 1,2,4.")] = "1-4",
+    depths: Depths = "1-4",
     count: Count = 2000,
     jobs: Jobs = 1,
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/bench-ablate"),
+    out: Out = None,
 ) -> None:
     """Train variants of a run with several seeds: accuracy by sleep depth, seed against seed.
 
-    Models go to output_dir/NAME/seedSEED. Rows in the folder from the same code are kept.
+    Models go to output_dir/NAME/seedSEED. Results in the folder from the same code are kept.
     """
     from hybrid_sleep.eval import ablation
 

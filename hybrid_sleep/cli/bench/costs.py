@@ -1,0 +1,133 @@
+"""`hybrid-sleep bench generation`, `sleep`, `cost` and `train`: time and memory of models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hybrid_sleep.cli.commands import command, measure
+from hybrid_sleep.cli.options import Depths, Device, Minutes, Out, Repeats
+
+
+@command
+def generation(
+    windows: Annotated[int, typer.Option(help="Windows to generate.")] = 64,
+    window: Annotated[int, typer.Option(help="Tokens in a window.")] = 64,
+    passes: Annotated[int, typer.Option(help="Passes of each sleep.")] = 4,
+    repeats: Repeats = 5,
+    state_space: Annotated[str, typer.Option(help="gated_deltanet or mamba2.")] = "gated_deltanet",
+    device: Device = "cpu",
+    out: Out = None,
+) -> None:
+    """Seconds per token and memory of the last generated window against the first."""
+    from hybrid_sleep.eval.benchmarks import generation
+
+    def run(out: Path, **given: Any) -> dict[str, Any]:
+        return generation.run(**given)
+
+    measure(
+        "generation",
+        run,
+        out,
+        windows=windows,
+        window=window,
+        passes=passes,
+        repeats=repeats,
+        state_space=state_space,
+        device=device,
+    )
+
+
+@command
+def sleep(
+    repeats: Repeats = 9,
+    device: Device = "cpu",
+    minutes: Minutes = None,
+    out: Out = None,
+) -> None:
+    """Time of one sleep of depth N beside N calls of the model, over window shapes.
+
+    On a CUDA device: sleeps from CUDA graphs, eager ones and calls, and single tokens before and
+    after 64 windows. What an earlier call finished in the folder, with the same code, versions and
+    device, is kept.
+    """
+    from hybrid_sleep.eval.benchmarks import sleep
+
+    measure("sleep", sleep.run, out, repeats=repeats, device=device, minutes=minutes)
+
+
+@command
+def cost(
+    model: Annotated[
+        Path | None, typer.Option(help="A trained model (default: an untrained one).")
+    ] = None,
+    depo: Annotated[
+        Path | None, typer.Option(help="A model trained on Depo, to be asked many questions.")
+    ] = None,
+    hidden: Annotated[int | None, typer.Option(help="Width of the untrained model.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers of the untrained model.")] = None,
+    window: Annotated[int | None, typer.Option(help="Window of the untrained model.")] = None,
+    state_space: Annotated[
+        str | None, typer.Option(help="gated_deltanet or mamba2, of the untrained model.")
+    ] = None,
+    depths: Depths = "1,2,4,8",
+    windows: Annotated[
+        str, typer.Option(metavar="N,N", help="Windows in the past, such as 1,8,64.")
+    ] = "1,8,64",
+    question: Annotated[
+        int | None, typer.Option(help="Tokens of a question (default: a quarter of the window).")
+    ] = None,
+    answer: Annotated[
+        int | None, typer.Option(help="Tokens of an answer (default: a quarter of the window).")
+    ] = None,
+    cycles: Annotated[int, typer.Option(help="Cycles of Depo to ask about.")] = 50,
+    repeats: Repeats = 5,
+    device: Device = "cpu",
+    minutes: Minutes = None,
+    out: Out = None,
+) -> None:
+    """Time, FLOPs, bytes and energy of sleeps, and after how many questions one has paid off.
+
+    Sleeps by depth; decoding after consolidated windows and with a KV cache that keeps all of them;
+    with --depo, many questions answered from the saved fast weights of one sleep. What an earlier
+    call finished in the folder, with the same code, versions and device, is kept.
+    """
+    from hybrid_sleep.eval.benchmarks import cost
+    from hybrid_sleep.eval.depth import parse_depths
+
+    given = {"hidden": hidden, "layers": layers, "window": window, "state_space": state_space}
+    measure(
+        "cost",
+        cost.run,
+        out,
+        model=model,
+        sizes={name: value for name, value in given.items() if value is not None},
+        depo=depo,
+        depths=parse_depths(depths),
+        windows=cost.parse_windows(windows),
+        question=question,
+        answer=answer,
+        cycles=cycles,
+        repeats=repeats,
+        device=device,
+        minutes=minutes,
+    )
+
+
+@command
+def train(
+    repeats: Repeats = 5,
+    device: Device = "cpu",
+    minutes: Minutes = None,
+    out: Out = None,
+) -> None:
+    """Tokens per second and peak memory of a training step, by depth, windows and recomputation.
+
+    Each kind of activation checkpointing and truncation is timed in pairs with keeping everything.
+    What an earlier call finished in the folder, with the same code, versions and device, is kept.
+    """
+    from hybrid_sleep.eval.benchmarks import training
+
+    measure("train", training.run, out, repeats=repeats, device=device, minutes=minutes)
