@@ -11,7 +11,6 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from hybrid_sleep.eval.benchmarks.slices import record_of
 from hybrid_sleep.eval.depth import parse_depths
 from hybrid_sleep.eval.plots import GREY, STYLES, new_figure
 from hybrid_sleep.eval.variants import (
@@ -21,7 +20,7 @@ from hybrid_sleep.eval.variants import (
     runs_of,
     train_and_measure,
 )
-from hybrid_sleep.support.provenance import describe
+from hybrid_sleep.support.provenance import describe, provenance
 from hybrid_sleep.validation import check_count
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def run(
         "changes": {name: list(changes) for name, changes in variants},
         "rows": [],
         "command": command,
-        "provenance": record_of(device),
+        "provenance": provenance(device),
     }
     return train_and_measure(
         result,

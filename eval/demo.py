@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from hybrid_sleep.eval import depth as depths_of
 from hybrid_sleep.eval import depth_report, results
-from hybrid_sleep.eval.progress import progress_bar
 from hybrid_sleep.eval.tasks import IGNORED, Task
+from hybrid_sleep.support.progress import progress_bar
 from hybrid_sleep.validation import check_count
 
 if TYPE_CHECKING:

@@ -110,7 +110,7 @@ def bench_checkpoints(
     training did not write or that is not whole, for checkpoints of different recipes or of the same
     seed, and for a baseline that cannot be compared.
     """
-    from hybrid_sleep.eval.progress import progress_bar
+    from hybrid_sleep.support.progress import progress_bar
 
     depths = check_depths(depths)
     check_device(device)

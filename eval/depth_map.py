@@ -13,7 +13,6 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from hybrid_sleep.eval.benchmarks.slices import record_of
 from hybrid_sleep.eval.depth import parse_depths
 from hybrid_sleep.eval.plots import GREY, STYLES
 from hybrid_sleep.eval.statistics import over_seeds
@@ -25,7 +24,7 @@ from hybrid_sleep.eval.variants import (
     runs_of,
     train_and_measure,
 )
-from hybrid_sleep.support.provenance import describe
+from hybrid_sleep.support.provenance import describe, provenance
 from hybrid_sleep.validation import check_count
 
 if TYPE_CHECKING:
@@ -123,7 +122,7 @@ def run(
         "cells": cells,
         "rows": [],
         "command": command,
-        "provenance": record_of(device_of(base)),
+        "provenance": provenance(device_of(base)),
     }
     return train_and_measure(
         result,

@@ -23,7 +23,6 @@ from hybrid_sleep.eval.baselines import (
     asked_at,
     baselines_of,
 )
-from hybrid_sleep.eval.benchmarks.slices import Row, record_of
 from hybrid_sleep.eval.depth import parse_depths
 from hybrid_sleep.eval.statistics import over_seeds
 from hybrid_sleep.eval.variants import (
@@ -34,6 +33,8 @@ from hybrid_sleep.eval.variants import (
     train_and_measure,
 )
 from hybrid_sleep.support.io import keyed
+from hybrid_sleep.support.provenance import provenance
+from hybrid_sleep.support.resume import Row
 from hybrid_sleep.validation import check_count
 
 ADAPTIVE = "adaptive"
@@ -138,7 +139,7 @@ def run(
         "left_out": left_out,
         "rows": [],
         "command": command,
-        "provenance": record_of(device),
+        "provenance": provenance(device),
     }
     extra = None
     if ADAPTIVE in asked:

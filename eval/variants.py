@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid_sleep.eval import flops
-from hybrid_sleep.eval.benchmarks.slices import Row, collect
 from hybrid_sleep.eval.depth import measure_depth
 from hybrid_sleep.eval.tasks.base import IGNORED
 from hybrid_sleep.support.io import keyed
+from hybrid_sleep.support.resume import Row, collect
 from hybrid_sleep.training.weights import load_model
 
 if TYPE_CHECKING:

@@ -28,12 +28,12 @@ from hybrid_sleep.eval.benchmarks.generation import synchronise
 from hybrid_sleep.eval.benchmarks.keeping import KeepingCache, appended, keeper_of
 from hybrid_sleep.eval.benchmarks.models import untrained
 from hybrid_sleep.eval.benchmarks.questions import Questions
-from hybrid_sleep.eval.benchmarks.slices import Row, collect, record_of
 from hybrid_sleep.eval.depth import check_depths, read_run
 from hybrid_sleep.eval.depth_report import run_record
 from hybrid_sleep.kernels.benchmarks.timing import in_turn
 from hybrid_sleep.sleep.weights import weights_digest
-from hybrid_sleep.support.provenance import check_device
+from hybrid_sleep.support.provenance import check_device, provenance
+from hybrid_sleep.support.resume import Row, collect
 from hybrid_sleep.training.weights import load_model
 from hybrid_sleep.validation import check_count
 
@@ -75,7 +75,7 @@ def run(
     command: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure every row that `out` does not have; see `slices.collect` for `minutes` and `out`.
+    """Measure every row that `out` does not have; see `resume.collect` for `minutes` and `out`.
 
     model: a folder written by training; None for an untrained model of `sizes`, those of SIZES
         where they are not given. depo: such a folder of a model trained on Depo, for the questions
@@ -139,7 +139,7 @@ def run(
             "depo": None if asked is None else {**run_record(depo, runs["depo"]), **asked.about()},
             "rows": [],
             "command": command,
-            "provenance": record_of(device),
+            "provenance": provenance(device),
         }
         bench = Bench(subject, repeats, question, answer)
         result["energy"] = None if bench.meter is None else bench.meter.name

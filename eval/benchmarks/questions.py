@@ -23,11 +23,11 @@ from hybrid_sleep import SleepCache
 from hybrid_sleep.eval import flops
 from hybrid_sleep.eval.benchmarks.break_even import break_even, together
 from hybrid_sleep.eval.benchmarks.keeping import KeepingCache, keeper_of
-from hybrid_sleep.eval.benchmarks.slices import Row
 from hybrid_sleep.eval.statistics import over_seeds
 from hybrid_sleep.eval.tasks.depo import Depo
 from hybrid_sleep.kernels.benchmarks.timing import spread
 from hybrid_sleep.sleep.weights import weights_digest
+from hybrid_sleep.support.resume import Row
 from hybrid_sleep.training.weights import load_model
 
 WAYS = ("saved", "kept", "reread", "reread_awake")

@@ -17,8 +17,8 @@ from typing import Any
 from hybrid_sleep.eval.benchmarks import sleep_on_gpu
 from hybrid_sleep.eval.benchmarks.generation import synchronise
 from hybrid_sleep.eval.benchmarks.models import VOCABULARY, untrained
-from hybrid_sleep.eval.benchmarks.slices import Row, collect, record_of
-from hybrid_sleep.support.provenance import check_device, describe
+from hybrid_sleep.support.provenance import check_device, describe, provenance
+from hybrid_sleep.support.resume import Row, collect
 from hybrid_sleep.validation import check_count
 
 LEAST_SECONDS = 3.0
@@ -93,7 +93,7 @@ def run(
         "repeats": repeats,
         "rows": [],
         "command": command,
-        "provenance": record_of(device),
+        "provenance": provenance(device),
     }
     models: dict[Shape, Any] = {}
 

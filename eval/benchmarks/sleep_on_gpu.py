@@ -18,8 +18,8 @@ from typing import Any
 
 from hybrid_sleep.eval.benchmarks.generation import synchronise
 from hybrid_sleep.eval.benchmarks.models import untrained
-from hybrid_sleep.eval.benchmarks.slices import Row, collect, record_of
-from hybrid_sleep.support.provenance import check_device, describe
+from hybrid_sleep.support.provenance import check_device, describe, provenance
+from hybrid_sleep.support.resume import Row, collect
 from hybrid_sleep.validation import check_count
 
 SIZE = {
@@ -58,7 +58,7 @@ def run(
     command: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure every row that `out` does not have; see `slices.collect` for `minutes` and `out`.
+    """Measure every row that `out` does not have; see `resume.collect` for `minutes` and `out`.
 
     Raises ValueError where `device` is no CUDA device: nothing here is ever estimated.
     """
@@ -73,7 +73,7 @@ def run(
         "repeats": repeats,
         "rows": [],
         "command": command,
-        "provenance": record_of(device),
+        "provenance": provenance(device),
     }
     bench = Bench(device, repeats)
     return collect(

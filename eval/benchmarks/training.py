@@ -23,9 +23,9 @@ from typing import Any
 
 from hybrid_sleep.eval.benchmarks.generation import synchronise
 from hybrid_sleep.eval.benchmarks.models import untrained
-from hybrid_sleep.eval.benchmarks.slices import Row, collect, record_of
 from hybrid_sleep.kernels.benchmarks.timing import spread
-from hybrid_sleep.support.provenance import check_device
+from hybrid_sleep.support.provenance import check_device, provenance
+from hybrid_sleep.support.resume import Row, collect
 from hybrid_sleep.validation import check_count
 
 # By kind of device: a model of which it is representative, and the batch that it trains on.
@@ -119,7 +119,7 @@ def run(
     command: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure every row that `out` does not have; see `slices.collect` for `minutes` and `out`.
+    """Measure every row that `out` does not have; see `resume.collect` for `minutes` and `out`.
 
     rows: as `wanted_rows` gives them, all of them by default. repeats: pairs of timed steps a row,
     at least 2. A row that does not fit a CUDA device says `out_of_memory`. On a CPU one thread
@@ -140,7 +140,7 @@ def run(
             "repeats": repeats,
             "rows": [],
             "command": command,
-            "provenance": record_of(device),
+            "provenance": provenance(device),
         }
         bench = Bench(device, repeats)
         wanted = wanted_rows(kind) if rows is None else rows

@@ -31,8 +31,8 @@ from hybrid_sleep.eval.harness.batches import (
 )
 from hybrid_sleep.eval.harness.loading import check_installed, find_run, load_model
 from hybrid_sleep.eval.harness.tokenizer import load_tokenizer
-from hybrid_sleep.eval.progress import progress_bar
 from hybrid_sleep.sleep.algorithm import check_passes
+from hybrid_sleep.support.progress import progress_bar
 from hybrid_sleep.training.text.tokenizer import Encoder
 from hybrid_sleep.validation import check_count
 

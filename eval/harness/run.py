@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid_sleep.eval.depth import check_depths, parse_depths
+from hybrid_sleep.support.provenance import provenance
 from hybrid_sleep.validation import check_count
 
 if TYPE_CHECKING:
@@ -67,11 +68,11 @@ def run(
     none, a task that is not known, that does not suit the model or whose data are out of reach, and
     for any argument out of range.
     """
-    from hybrid_sleep.eval.benchmarks.slices import Row, collect, record_of
     from hybrid_sleep.eval.harness import HybridSleepLM
     from hybrid_sleep.eval.harness.loading import check_sleep_options, find_run
     from hybrid_sleep.eval.harness.names import check_names
     from hybrid_sleep.eval.harness.scores import scores
+    from hybrid_sleep.support.resume import Row, collect
 
     if isinstance(tasks, str) or not tasks or len(set(tasks)) < len(tasks):
         raise ValueError(f"tasks={tasks!r}; allowed: a list of one or more names, each once")
@@ -121,7 +122,7 @@ def run(
         **settings,
         "rows": [],
         "command": command,
-        "provenance": {**record_of(device), **_versions()},
+        "provenance": {**provenance(device), **_versions()},
     }
     weights = _digest_weights(folder)
     wanted = [

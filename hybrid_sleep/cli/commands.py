@@ -101,7 +101,7 @@ def measure(
     `run` gets `out` as well, whose earlier results it may keep (default: out/bench-NAME, with the
     kind of a device that is given and is no CPU behind it).
     """
-    from hybrid_sleep.eval.progress import progress_bar
+    from hybrid_sleep.support.progress import progress_bar
 
     kind = given.get("device", "cpu").partition(":")[0]
     out = out or Path("out") / f"bench-{name}{'' if kind == 'cpu' else f'-{kind}'}"

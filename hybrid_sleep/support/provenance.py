@@ -2,21 +2,50 @@
 
 from __future__ import annotations
 
+import ast
 import datetime
+import functools
+import hashlib
 import importlib
+import importlib.util
 import os
 import platform
 import subprocess
+from collections.abc import Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 VERSIONS = ("torch", "transformers", "numpy")
+# Kernels come from these; those that are not installed are not named.
+KERNEL_PACKAGES = ("triton", "flash-linear-attention", "fla-core", "mamba-ssm", "causal-conv1d")
+# What only shows numbers cannot change one: modules, and packages with all that is in them.
+PRESENTATION = (
+    "cli",
+    "eval.benchmarks.cost_report",
+    "eval.benchmarks.training_report",
+    "eval.depth_report",
+    "eval.harness.report",
+    "eval.plots",
+    "eval.results",
+    "eval.suite_report",
+    "eval.tasks.show",
+    "kernels.benchmarks.report",
+    "support.markdown",
+    "support.plots",
+    "support.progress",
+    "support.records",
+    "support.terminal",
+    "training.display",
+    "training.plots",
+)
 
 
 def provenance(device: Any = "cpu") -> dict[str, Any]:
     """Versions, commit, date (UTC), and the hardware behind `device` (a torch device or its name).
 
     `commit` is None outside a git checkout, and ends in "-dirty" if tracked files were changed.
+    `source` is the `fingerprint` of the code, `packages` the versions of kernel packages.
     """
     import torch
 
@@ -28,10 +57,68 @@ def provenance(device: Any = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         # Unlike the distribution's, a module's version also says how it was built (+cpu, +cu130).
         **{name: importlib.import_module(name).__version__ for name in VERSIONS},
+        "packages": {name: version for name in KERNEL_PACKAGES if (version := _version(name))},
+        "source": fingerprint(),
         "device": _device_name(torch.device(device)),
         "threads": torch.get_num_threads(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+@functools.cache
+def fingerprint() -> str:
+    """12 hex digits that tell apart two states of the code that can give different numbers.
+
+    All code of the package but `PRESENTATION`; comments, docstrings and layout do not count. A
+    commit's name says less, as files may have changed since, and more, as most commits change no
+    number.
+    """
+    return fingerprint_of(_folders())
+
+
+def fingerprint_of(folders: Mapping[str, Path]) -> str:
+    """`fingerprint` of the modules in `folders`, by what they are imported as: "" and, below it,
+    "kernels", "training" and "eval", wherever they lie."""
+    digest = hashlib.sha256()
+    for name, path in sorted(_modules(folders)):
+        tree = ast.parse(path.read_bytes(), str(path))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                if ast.get_docstring(node, clean=False) is not None:
+                    del node.body[0]
+        digest.update(f"{name}: {ast.dump(tree)}\n".encode())
+    return digest.hexdigest()[:12]
+
+
+def _modules(
+    folders: Mapping[str, Path], left_out: tuple[str, ...] = PRESENTATION
+) -> Iterator[tuple[str, Path]]:
+    """Dotted names within this package, and the files, of all modules but those `left_out`."""
+    for top, folder in folders.items():
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            # Installed, the other folders lie inside this package's own.
+            if not top and parts[0] in folders:
+                continue
+            name = ".".join([top, *parts]).strip(".").removesuffix(".__init__")
+            if not any(f"{name}.".startswith(f"{shown}.") for shown in left_out):
+                yield name, path
+
+
+def _folders() -> dict[str, Path]:
+    package = __name__.partition(".")[0]
+    found = {"": Path(importlib.import_module(package).__file__).resolve().parent}
+    for top in ("kernels", "training", "eval"):
+        (place,) = importlib.util.find_spec(f"{package}.{top}").submodule_search_locations
+        found[top] = Path(place).resolve()
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def check_device(device: str) -> str:

@@ -2,5 +2,5 @@
 
 `fallback` measures the gated delta rule on a CPU, `suite` every op on a GPU, `base` two commits.
 They share the ops (`contenders`), their inputs (`cases`), the clock (`timing`), least costs
-(`roofline`), the check before a figure (`check`) and going on where a call stopped (`resume`).
+(`roofline`) and the check before a figure (`check`).
 """

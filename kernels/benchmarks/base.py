@@ -25,9 +25,9 @@ import hybrid_sleep
 from hybrid_sleep.kernels.benchmarks import timing
 from hybrid_sleep.kernels.benchmarks.cases import Shape
 from hybrid_sleep.kernels.benchmarks.contenders import Op
-from hybrid_sleep.kernels.benchmarks.resume import Budget, record, rows_of
 from hybrid_sleep.support.io import write_json_atomic
-from hybrid_sleep.support.provenance import check_device
+from hybrid_sleep.support.provenance import check_device, provenance
+from hybrid_sleep.support.resume import Budget, finished_rows
 
 BURST_SECONDS = 0.02
 MOST_CALLS = 50
@@ -72,7 +72,7 @@ def run(
     budget = Budget(minutes)
     checkout = root() if checkout is None else checkout
     commit = _commit(checkout, revision)
-    now = {**record(device), "base": commit}
+    now = {**provenance(device), "base": commit}
     if shapes is not None:
         ops = [replace(op, shapes=tuple(shapes)) for op in ops]
     wanted = {
@@ -81,7 +81,7 @@ def run(
         for shape in op.shapes
         for direction in op.directions
     }
-    rows = {_key(row): row for row in rows_of(out, "base", now)}
+    rows = {_key(row): row for row in finished_rows(out, "base", now)}
 
     def result() -> dict[str, Any]:
         return {

@@ -23,10 +23,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from hybrid_sleep.kernels.benchmarks.cases import Shape
-from hybrid_sleep.kernels.benchmarks.resume import Budget, record, rows_of
 from hybrid_sleep.kernels.benchmarks.timing import in_turn, spread
 from hybrid_sleep.kernels.gated_delta_rule import gated_delta_rule
 from hybrid_sleep.support.io import atomic_path, write_json_atomic, write_text_atomic
+from hybrid_sleep.support.provenance import provenance
+from hybrid_sleep.support.resume import Budget, finished_rows
 
 LEAST_SECONDS = 1.5
 # Speedups to reach, as geometric means over the shapes, slower on none of them.
@@ -65,9 +66,9 @@ def run(
     if repeats < 2:
         raise ValueError(f"repeats={repeats}: must be at least 2")
     budget = Budget(minutes)
-    now = record("cpu")
+    now = provenance("cpu")
     found: dict[Shape, list[dict[str, Any]]] = {}
-    for row in rows_of(out, "fallback", now):
+    for row in finished_rows(out, "fallback", now):
         found.setdefault(Shape(**{name: row[name] for name in Shape._fields}), []).append(row)
 
     def result() -> dict[str, Any]:

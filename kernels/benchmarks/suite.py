@@ -18,9 +18,9 @@ import torch
 from hybrid_sleep.kernels.benchmarks import check, roofline, timing
 from hybrid_sleep.kernels.benchmarks.cases import STATE, Inputs, Shape, Side, inputs, job, ours
 from hybrid_sleep.kernels.benchmarks.contenders import OURS, TARGETS, Missing, Op, Peer
-from hybrid_sleep.kernels.benchmarks.resume import Budget, record, rows_of
 from hybrid_sleep.support.io import write_json_atomic
-from hybrid_sleep.support.provenance import check_device
+from hybrid_sleep.support.provenance import check_device, provenance
+from hybrid_sleep.support.resume import Budget, finished_rows
 
 LEAST_SECONDS = 1.0
 # Of one call: everybody else in the row waits for it, round after round.
@@ -53,13 +53,13 @@ def run(
     if repeats < 2:
         raise ValueError(f"repeats={repeats}: must be at least 2")
     budget = Budget(minutes)
-    now = record(device)
+    now = provenance(device)
     wanted = [
         (op, shape, direction) for op in ops for shape in op.shapes for direction in op.directions
     ]
     order = [_name(*one) for one in wanted]
     # Also those of ops that are not asked for now: a file may be filled op by op.
-    rows = {_key(row): row for row in rows_of(out, "kernels", now) if _has_a_figure(row)}
+    rows = {_key(row): row for row in finished_rows(out, "kernels", now) if _has_a_figure(row)}
     limits: roofline.Limits | None = None
     measured = 0
 

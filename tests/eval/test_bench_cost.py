@@ -245,7 +245,7 @@ def test_rows_that_are_there_are_not_measured_again(measured, tmp_path, monkeypa
     monkeypatch.setattr(cost.Bench, "sleep", note)
     monkeypatch.setattr(cost.Bench, "wake", note)
     monkeypatch.setattr(cost, "judge", lambda result: None)
-    monkeypatch.setattr(cost, "record_of", lambda device: measured.result["provenance"])
+    monkeypatch.setattr(cost, "provenance", lambda device: measured.result["provenance"])
     before = (measured.out / "results.json").read_text()
 
     def run(**changes):
@@ -325,7 +325,7 @@ def test_joules_are_shown_where_a_device_counts_them(measured):
         ({"question": 0}, "question must be an integer of at least 1, got 0"),
         ({"sizes": {"window": 1}}, "window must be an integer of at least 2, got 1"),
         ({"windows": cost.parse_windows("1, 0")}, "windows must be .* at least 1, got 0"),
-        ({"minutes": 0}, "minutes=0: must be above 0"),
+        ({"minutes": 0}, "minutes must be a finite number above 0, got 0"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_measured(changes, named, monkeypatch):

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from hybrid_sleep.eval import results
-from hybrid_sleep.eval.benchmarks import generation, sleep, sleep_on_gpu, slices
+from hybrid_sleep.eval.benchmarks import generation, sleep, sleep_on_gpu
 from hybrid_sleep.eval.benchmarks.models import untrained
-from hybrid_sleep.kernels.benchmarks import resume
+from hybrid_sleep.support import provenance, resume
 
 TINY = sleep.Shape(state_space="mamba2", batch=2, window=5, hidden=16, layers=2)
 
@@ -198,9 +198,10 @@ def test_rows_that_are_there_are_not_measured_again(tmp_path, monkeypatch):
     assert timed == [2, 3, 4]
     assert [row["passes"] for row in again["rows"]] == [4, 3, 2]
     # Other code, versions or another device: nothing of it counts.
-    real = slices.record
-    monkeypatch.setattr(slices, "record", lambda device: {**real(device), "torch": "1.0"})
-    sleep.run(shapes=[TINY], passes=(2,), repeats=2, out=tmp_path)
+    now = provenance.provenance("cpu")
+    monkeypatch.setattr(sleep, "provenance", lambda device: {**now, "torch": "1.0"})
+    with pytest.warns(UserWarning, match="its 3 rows were measured with another torch; all rows"):
+        sleep.run(shapes=[TINY], passes=(2,), repeats=2, out=tmp_path)
     assert timed == [2, 3, 4, 2]
 
 
@@ -267,9 +268,9 @@ def on_gpu(monkeypatch):
     rounds = bench._rounds
     bench._rounds = lambda works, **how: rounds(works, **{**how, "least_seconds": 0.0})
     result = {"benchmark": "sleep", "measured_on": "cuda", "command": None,
-              "provenance": slices.record_of("cpu")}  # fmt: skip
+              "provenance": provenance.provenance("cpu")}  # fmt: skip
     wanted = [row for row in sleep_on_gpu.wanted_rows() if row["state_space"] == "gated_deltanet"]
-    return slices.collect(result, wanted, bench.measure, finish=sleep_on_gpu.judge)
+    return resume.collect(result, wanted, bench.measure, finish=sleep_on_gpu.judge)
 
 
 def test_gpu_rows_are_measured_and_shown(on_gpu, tmp_path):
@@ -315,7 +316,7 @@ def test_shapes_cover_both_state_spaces_evictions_and_a_loop_range():
         (lambda: generation.run(repeats=0), r"repeats=0.*at least 1"),
         (lambda: sleep.run(repeats=1), r"repeats=1.*at least 2"),
         (lambda: sleep.run(passes=(1,)), r"passes=1.*at least 2"),
-        (lambda: sleep.run(minutes=0), r"minutes=0.*above 0"),
+        (lambda: sleep.run(minutes=0), r"minutes must be a finite number above 0, got 0"),
         (lambda: sleep_on_gpu.run(device="cpu"), r"device='cpu'.*GPU.*allowed: cuda"),
     ],
 )

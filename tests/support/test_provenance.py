@@ -58,3 +58,95 @@ def test_a_device_that_is_not_here_is_refused():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="device='cuda'.*cpu"):
             provenance.check_device("cuda")
+
+
+CODE = """
+def rate(step):
+    return 0.1 / step
+"""
+DRESSED = """'''What it does.'''
+
+# Why.
+
+
+def rate(step):
+    'The rate.'
+    return (
+        0.1
+        / step
+    )
+"""
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Folders like those of a checkout, and `key()`, their fingerprint."""
+    for path in (
+        "hybrid_sleep/__init__.py",
+        "hybrid_sleep/cli/app.py",
+        "hybrid_sleep/sleep/algorithm.py",
+        "kernels/ssd/chunked.py",
+        "training/optimizer.py",
+        "training/plots.py",
+        "eval/tasks/depo.py",
+        "eval/plots.py",
+    ):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(CODE)
+
+    def key(inside=""):
+        beside = {name: tmp_path / inside / name for name in ("kernels", "training", "eval")}
+        return provenance.fingerprint_of({"": tmp_path / "hybrid_sleep", **beside})
+
+    return tmp_path, key
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["training/optimizer.py", "kernels/ssd/chunked.py", "eval/tasks/depo.py",
+     "hybrid_sleep/sleep/algorithm.py", "hybrid_sleep/__init__.py"],
+)  # fmt: skip
+def test_any_two_edits_that_can_change_a_number_have_two_fingerprints(tree, path):
+    folder, key = tree
+    keys = {key()}
+    for rate in ("0.2", "0.3"):
+        (folder / path).write_text(CODE.replace("0.1", rate))
+        keys.add(key())
+    assert len(keys) == 3
+    (folder / path).unlink()
+    assert key() not in keys
+
+
+@pytest.mark.parametrize(
+    "path", ["eval/plots.py", "training/plots.py", "hybrid_sleep/cli/app.py"]
+)
+def test_what_shows_numbers_is_left_out(tree, path):
+    folder, key = tree
+    before = key()
+    (folder / path).write_text(CODE.replace("0.1", "0.2"))
+    assert key() == before
+
+
+def test_comments_docstrings_and_layout_are_left_out(tree):
+    folder, key = tree
+    before = key()
+    (folder / "training" / "optimizer.py").write_text(DRESSED)
+    assert key() == before
+
+
+def test_an_installed_package_has_the_fingerprint_of_its_checkout(tree):
+    folder, key = tree
+    before = key()
+    for name in ("kernels", "training", "eval"):
+        (folder / name).rename(folder / "hybrid_sleep" / name)
+    assert key(inside="hybrid_sleep") == before
+
+
+def test_the_fingerprint_is_of_this_package_less_what_is_named():
+    folders = provenance._folders()
+    counted = {name for name, _ in provenance._modules(folders)}
+    assert {"sleep.cache", "kernels.ssd.chunked", "training.optimizer", "eval.tasks.depo"} < counted
+    every = {name for name, _ in provenance._modules(folders, left_out=())}
+    for name in provenance.PRESENTATION:
+        assert any(f"{module}.".startswith(f"{name}.") for module in every), name
+    assert provenance.provenance()["source"] == provenance.fingerprint()

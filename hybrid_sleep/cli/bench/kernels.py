@@ -39,7 +39,7 @@ def kernels(
     """
     import torch
 
-    from hybrid_sleep.eval.progress import progress_bar
+    from hybrid_sleep.support.progress import progress_bar
     from hybrid_sleep.kernels.benchmarks import base as comparison
     from hybrid_sleep.kernels.benchmarks import contenders, fallback, suite
     from hybrid_sleep.support.provenance import check_device

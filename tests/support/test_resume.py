@@ -1,4 +1,4 @@
-"""Rows measured side by side: as one by one, in time, and not on after a kill."""
+"""Rows that are kept or measured anew; side by side as one by one, in time, not on after a kill."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 import hybrid_sleep
-from hybrid_sleep.eval.benchmarks.slices import collect
+from hybrid_sleep.support import provenance, resume
+from hybrid_sleep.support.resume import Budget, collect, finished_rows
 
 ROOT = Path(hybrid_sleep.__file__).resolve().parent.parent
 
@@ -28,6 +29,47 @@ def failing(names):
 
 def header():
     return {"benchmark": "squares", "provenance": {"commit": "c"}, "rows": []}
+
+
+def test_rows_are_kept_only_where_nothing_has_changed_that_counts(tmp_path):
+    now = provenance.provenance("cpu")
+    rows = [{"op": "ssd"}]
+
+    def kept(**changes):
+        before = {"benchmark": "b", "rows": rows, "provenance": {**now, **changes}}
+        (tmp_path / "results.json").write_text(json.dumps(before))
+        return finished_rows(tmp_path, "b", now)
+
+    assert kept() == rows
+    assert kept(date="yesterday", commit="another") == rows
+    for name in now.keys() - {"date", "commit"}:
+        with pytest.warns(UserWarning, match=rf"its 1 rows were .* another {name}; all rows are"):
+            assert kept(**{name: "another"}) == []
+    # As versions before this wrote it, and one to come may.
+    with pytest.warns(UserWarning, match=r"another seen; all rows are measured anew"):
+        assert kept(seen=1) == []
+
+
+def test_what_is_no_file_of_this_benchmark_keeps_nothing(tmp_path):
+    assert finished_rows(None, "b", {}) == []
+    assert finished_rows(tmp_path, "b", {}) == []
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps({"benchmark": "a", "rows": [{}], "provenance": {}}))
+    assert finished_rows(tmp_path, "b", {}) == []
+    for text in ("{", "[]", '{"benchmark": "b"}'):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="results.json is damaged: "):
+            finished_rows(tmp_path, "b", {})
+
+
+def test_a_budget_ends_before_the_next_row_would_not_fit(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(resume.time, "monotonic", lambda: clock[0])
+    budget, endless = Budget(1), Budget(None)
+    clock[0] = 25
+    assert not budget.over()
+    clock[0] = 36
+    assert budget.over() and not endless.over()
 
 
 def test_rows_side_by_side_are_those_of_one_after_the_other(tmp_path):
@@ -67,7 +109,7 @@ def test_without_time_nothing_is_begun(tmp_path):
 def test_processes_end_when_the_one_that_started_them_is_killed(tmp_path):
     (tmp_path / "work.py").write_text(
         "import os, pathlib, time\n"
-        "from hybrid_sleep.eval.benchmarks.slices import collect\n"
+        "from hybrid_sleep.support.resume import collect\n"
         "def wait(names):\n"
         "    pathlib.Path(names['file']).write_text(str(os.getpid()))\n"
         "    time.sleep(600)\n"
