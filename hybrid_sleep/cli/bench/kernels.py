@@ -39,9 +39,9 @@ def kernels(
     """
     import torch
 
-    from hybrid_sleep.support.progress import progress_bar
     from hybrid_sleep.kernels.benchmarks import base as comparison
     from hybrid_sleep.kernels.benchmarks import contenders, fallback, suite
+    from hybrid_sleep.support.progress import progress_bar
     from hybrid_sleep.support.provenance import check_device
 
     kind = torch.device(check_device(device)).type
