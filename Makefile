@@ -1,6 +1,6 @@
 # make demo          train a small model on this CPU, then accuracy against sleep depth
-# make test          style, and every test that is neither slow nor needs a GPU
-# make lint          style alone
+# make test          style, types, and every test that is neither slow nor needs a GPU
+# make lint          style and types alone
 # make test-newest   the tests with the newest releases of everything, in an environment of its own
 # make constraints   write constraints.txt from that environment
 # make clean         remove the environments and what the tools left behind
@@ -15,6 +15,8 @@ TEST_ARGS ?=
 DEMO_ARGS ?=
 
 VENV := .venv
+# Where mypy finds the folders that install inside hybrid_sleep/.
+BESIDE := .mypy_cache/beside/hybrid_sleep
 NEWEST := .venv-newest
 BIN := $(VENV)/bin
 # The demo needs less than the tests, which add the rest to the same environment.
@@ -47,6 +49,9 @@ test: lint
 
 lint: $(FOR_TESTS)
 	$(BIN)/ruff check .
+	@mkdir -p $(BESIDE)
+	@ln -sfn $(foreach top,kernels training eval hybrid_sleep/__init__.py,../../../$(top)) $(BESIDE)
+	$(BIN)/mypy
 
 # The stamps are written last, so an interrupted installation is taken up again.
 $(FOR_DEMO): $(ASKS)
@@ -76,5 +81,5 @@ constraints:
 	@mv constraints.new constraints.txt
 
 clean:
-	rm -rf $(VENV) $(NEWEST) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

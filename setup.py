@@ -23,6 +23,7 @@ setup(
     + [package for folder in BESIDE for package in find(folder, f"hybrid_sleep.{folder}")],
     package_dir={f"hybrid_sleep.{folder}": folder for folder in BESIDE},
     package_data={
+        "hybrid_sleep": ["py.typed"],
         "hybrid_sleep.configs": ["**/*.yaml", "**/*.json"],
         "hybrid_sleep.eval": ["results/baseline_n1/results.json"],
     },

@@ -6,6 +6,7 @@ import importlib
 import sys
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -36,11 +37,18 @@ _exports = {
 }
 __all__ = ["__version__", *_exports]
 
+if TYPE_CHECKING:
+    from hybrid_sleep.configuration import HybridSleepConfig as HybridSleepConfig
+    from hybrid_sleep.modeling import HybridSleepForCausalLM as HybridSleepForCausalLM
+    from hybrid_sleep.modeling import HybridSleepModel as HybridSleepModel
+    from hybrid_sleep.sleep.cache import SleepCache as SleepCache
+    from hybrid_sleep.sleep.report import SleepReport as SleepReport
+else:
 
-def __getattr__(name: str):
-    if name in _exports:
-        return getattr(importlib.import_module(f"hybrid_sleep.{_exports[name]}"), name)
-    raise AttributeError(f"module 'hybrid_sleep' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name in _exports:
+            return getattr(importlib.import_module(f"hybrid_sleep.{_exports[name]}"), name)
+        raise AttributeError(f"module 'hybrid_sleep' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

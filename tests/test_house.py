@@ -180,6 +180,25 @@ def test_no_module_imports_itself_by_way_of_others():
         visit(name, [])
 
 
+def test_names_that_are_loaded_late_are_known_to_type_checkers():
+    found = IMPORTS[ROOT / "hybrid_sleep" / "__init__.py"]
+    typed = {name.rpartition(".")[2] for _, name, _, typing in found if typing}
+    assert typed == set(hybrid_sleep._exports)
+
+
+def test_errors_that_a_type_checker_must_ignore_are_explained():
+    # mypy itself demands the code in brackets.
+    silent = re.compile(r"#\s*type:\s*ignore(?!\[[\w, -]+\]\s+#\s*\w)")
+    none(
+        [
+            f"{where(path, number)}: say behind it why: {line.strip()}"
+            for path in PACKAGE
+            for number, line in enumerate(TEXT[path].splitlines(), 1)
+            if silent.search(line)
+        ]
+    )
+
+
 def test_own_modules_are_imported_by_their_full_name():
     beside = {"kernels", "training", "eval", "configs", "tests", ""}
     none(

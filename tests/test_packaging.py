@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 BESIDE = ("kernels", "training", "eval", "configs")
 BASELINE = "eval/results/baseline_n1/results.json"
+TYPED = "hybrid_sleep/py.typed"
 RUNNERS = ("python", "python -m pytest", "pytest")
 OPTIONAL = ("fla", "mamba_ssm", "causal_conv1d", "flash_attn", "triton", "deepspeed", "lm_eval")
 
@@ -28,7 +29,7 @@ def sources(root: Path) -> dict[str, str]:
         suffixes = (".yaml", ".json") if folder == "configs" else (".py",)
         for path in sorted((root / folder).rglob("*")):
             file = path.relative_to(root).as_posix()
-            if path.suffix in suffixes and "/results/" not in file or file == BASELINE:
+            if path.suffix in suffixes and "/results/" not in file or file in (BASELINE, TYPED):
                 found[prefix + file] = file
     return found
 

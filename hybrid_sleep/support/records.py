@@ -74,7 +74,7 @@ def _common(configs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Entries that all have, down to the entries of dicts inside."""
     shared = {}
     for name, value in configs[0].items():
-        values = [config.get(name) for config in configs]
+        values: list[Any] = [config.get(name) for config in configs]
         # As text, since 1 == 1.0 == True.
         if all(name in config for config in configs) and len(set(map(json.dumps, values))) == 1:
             shared[name] = value

@@ -124,7 +124,8 @@ def _declared() -> tuple[str, list[Requirement]]:
     except metadata.PackageNotFoundError:
         return _declared_by_checkout()
     lines = about.get_all("Requires-Dist") or []
-    return about.get("Requires-Python") or "", [Requirement(line) for line in lines]
+    python = about.get_all("Requires-Python") or [""]
+    return python[0], [Requirement(line) for line in lines]
 
 
 def _declared_by_checkout() -> tuple[str, list[Requirement]]:
