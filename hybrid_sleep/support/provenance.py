@@ -7,7 +7,6 @@ import datetime
 import functools
 import hashlib
 import importlib
-import importlib.util
 import os
 import platform
 import subprocess
@@ -107,9 +106,9 @@ def _modules(
 
 def _folders() -> dict[str, Path]:
     package = __name__.partition(".")[0]
-    found = {"": Path(importlib.import_module(package).__file__).resolve().parent}
-    for top in ("kernels", "training", "eval"):
-        (place,) = importlib.util.find_spec(f"{package}.{top}").submodule_search_locations
+    found = {}
+    for top in ("", "kernels", "training", "eval"):
+        (place,) = importlib.import_module(f"{package}.{top}".rstrip(".")).__path__
         found[top] = Path(place).resolve()
     return found
 

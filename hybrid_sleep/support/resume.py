@@ -9,7 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,8 @@ def _measured(
     # Forked, a process would share torch's threads in whatever state they were.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_parent) as pool:
-        queue, running = list(pending), {}
+        queue = list(pending)
+        running: dict[Future[Row], Row] = {}
         try:
             while queue or running:
                 while queue and len(running) < jobs and not budget.over():
@@ -153,8 +154,11 @@ def _measured(
 def _end_with_parent() -> None:
     """Let this process end when the one that started it is killed, instead of working on."""
 
+    starter = multiprocessing.parent_process()
+    assert starter is not None
+
     def watch() -> None:
-        multiprocessing.parent_process().join()
+        starter.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
