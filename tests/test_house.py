@@ -46,7 +46,6 @@ STILL_WRONG = {
     ("sleep", "configuration"),
     ("sleep", "layers"),
     ("sleep", "arguments"),
-    ("training", "eval"),
 }
 
 OPTIONAL = {"fla", "mamba_ssm", "causal_conv1d", "flash_attn", "triton", "deepspeed", "lm_eval"}

@@ -79,7 +79,8 @@ def training_arguments(run: RunConfig, *, universal: bool = False) -> TrainingAr
         use_cache=True,
         remove_unused_columns=False,
         disable_tqdm=True,
-        report_to="none",
+        # TensorBoard's callback is added with a folder of its own.
+        report_to=[name for name in settings.reporters if name != "tensorboard"],
         **schedule,
     )
 

@@ -1,34 +1,46 @@
-"""What a run writes while it goes on, and how it stops: on every rank at the same step."""
+"""What a run writes, shows and reports while it goes on, and how it stops: on all ranks at once."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
+import resource
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
+from transformers.integrations import (
+    TensorBoardCallback,
+    get_available_reporting_integrations,
+)
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hybrid_sleep.support.io import read_json_lines, unreadable, write_text_atomic
-from hybrid_sleep.training.display import Display, by_depth, memory_in_use
 from hybrid_sleep.training.folder import last_good, written
 from hybrid_sleep.training.ranks import over_ranks, ranks
+from hybrid_sleep.training.schema import alike
 
 if TYPE_CHECKING:
     from hybrid_sleep.training.loop import StepRecord
     from hybrid_sleep.training.losses import LossByPosition
-    from hybrid_sleep.training.tensorboard import TensorBoardLog
     from hybrid_sleep.training.trainer import SleepTrainer
+
+PLAIN_LINES = 20  # in a whole run, where a line cannot be rewritten in place
+NARROW = 100  # columns below which a terminal has no room for a bar
 
 
 class RunLog(TrainerCallback):
-    """Writes `metrics.jsonl` and feeds a display and a TensorBoard log, all from the first process.
+    """Writes `metrics.jsonl` and feeds a display, from the first process, and reporters.
 
     Make one on every rank: losses are means over ranks, tokens and `losses` (which the trainer
     fills) sums, memory the largest of any rank. Lines: `{step, depth, loss, lr}` for every step
@@ -36,7 +48,8 @@ class RunLog(TrainerCallback):
     `{step, seconds, tokens_per_second, memory}` (see `memory_in_use`) and, with `losses`,
     `{step, loss_by_position, loss_by_depth}` since the last; what an evaluation gives by depth,
     `{step, exact, per_label}` or `{step, held_out_loss, perplexity, ...}`. A resumed run first
-    drops what lies beyond its checkpoint.
+    drops what lies beyond its checkpoint. reports: whether the trainer has reporters, such as
+    W&B's; it then logs to them whenever lines are written, what is measured here included.
 
     Raises ValueError on every rank when a loss is not finite on any, naming step and depth, before
     a checkpoint is written after that step.
@@ -50,12 +63,12 @@ class RunLog(TrainerCallback):
         display: Display | None = None,
         *,
         losses: LossByPosition | None = None,
-        tensorboard: TensorBoardLog | None = None,
+        reports: bool = False,
     ):
         self.trainer, self.path, self.every, self.losses = trainer, path, every, losses
         self.main = trainer.args.process_index == 0
         self.display = display if self.main else None
-        self.tensorboard = tensorboard if self.main else None
+        self.reports = reports
         self.rates: dict[str, float] = {}
         self.pending: list[tuple[StepRecord, dict[str, float]]] = []
         self.seconds = 0.0
@@ -67,9 +80,8 @@ class RunLog(TrainerCallback):
         kept = up_to(self.path, state.global_step)
         write_text_atomic(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self.seconds = max((record.get("seconds", 0.0) for record in kept), default=0.0)
-        for shown in (self.display, self.tensorboard):
-            if shown is not None:
-                shown.start(state.global_step)
+        if self.display is not None:
+            self.display.start(state.global_step)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         groups = kwargs["optimizer"].param_groups
@@ -78,8 +90,10 @@ class RunLog(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.pending.append((self.trainer.last_step, self.rates))
         last = state.global_step >= state.max_steps
-        if state.global_step % self.every == 0 or last or control.should_save:
+        ahead = control.should_save or control.should_evaluate
+        if state.global_step % self.every == 0 or last or ahead:
             self.flush()
+            control.should_log = control.should_log or self.reports
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.flush()
@@ -133,12 +147,16 @@ class RunLog(TrainerCallback):
         ]
         step, depth = lines[-1]["step"], lines[-1]["depth"]
         timing = {"seconds": self.seconds, "tokens_per_second": speed, "memory": memory}
+        measured = {"lr": lines[-1]["lr"], **timing}
         lines.append({"step": step, **timing})
         if self.losses is not None:
             self.losses.load(parts[2].view_as(self.losses.tensor()))
+            measured |= self.losses.summary()
             lines.append({"step": step, **self.losses.summary()})
             self.losses.reset()
         self._write(lines)
+        if self.reports:
+            self.trainer.measured = scalars(measured)
         if self.display is not None:
             self.display.update(step, sum(losses) / len(losses), depth, speed, memory)
 
@@ -155,8 +173,26 @@ class RunLog(TrainerCallback):
         run_dir = self.trainer.args.output_dir
         with written("metrics", run_dir), open(self.path, "a", encoding="utf-8") as out:
             out.writelines(json.dumps(line) + "\n" for line in lines)
-        if self.tensorboard is not None:
-            self.tensorboard.write(lines)
+
+
+class TensorBoardEvents(TensorBoardCallback):
+    """transformers' TensorBoard log, in `folder`.
+
+    A run that goes on hides what an earlier process wrote beyond its checkpoint (TensorBoard's
+    purge), so that no step is shown twice.
+    """
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.logging_dir = str(folder)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the event file behind the step that the run is at."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        if state.is_world_process_zero:
+            self.tb_writer = SummaryWriter(self.logging_dir, purge_step=state.global_step + 1)
+        super().on_train_begin(args, state, control, **kwargs)
 
 
 class StopOnSignal(TrainerCallback):
@@ -195,6 +231,98 @@ class StopOnSignal(TrainerCallback):
             self.requested = True
             control.should_save = True
             control.should_training_stop = True
+
+
+class Display:
+    """Step, loss, depth, memory, tokens/s and time left, in one line on stderr."""
+
+    def __init__(self, steps: int):
+        console = Console(stderr=True)
+        self.live = console.is_terminal
+        self.steps, self.said = steps, 0
+        bar = [] if console.width < NARROW else [BarColumn(bar_width=16)]
+        self.progress = Progress(
+            *bar,
+            TextColumn("{task.completed}/{task.total}  {task.description}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+            disable=not self.live,
+            # By rich's default, lines more than 30 s apart would show no time left.
+            speed_estimate_period=3600,
+        )
+        self.task = self.progress.add_task("", total=steps)
+
+    def __enter__(self) -> Display:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.progress.stop()
+
+    def start(self, step: int) -> None:
+        """Begin at `step`, which is not 0 when a run goes on."""
+        self.progress.update(self.task, completed=step)
+
+    def update(
+        self, step: int, loss: float, depth: int, speed: float, memory: dict[str, Any]
+    ) -> None:
+        """Show the state after `step` steps; `loss` is the mean since the last update."""
+        used = "/".join(f"{memory[name] / 2**30:.1f}" for name in ("current", "peak"))
+        text = f"loss {loss:.3f}  depth {depth}  {memory['of']} {used} GiB  {speed:,.0f} tokens/s"
+        self.progress.update(self.task, completed=step, description=text)
+        if not self.live and (step - self.said >= self.steps / PLAIN_LINES or step >= self.steps):
+            self.said = step
+            self.say(f"step {step}/{self.steps}  {text}")
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.progress.console.print(text, highlight=False, soft_wrap=True)
+
+
+def by_depth(values: dict[int, float]) -> str:
+    """Values by depth in one short line."""
+    return ", ".join(f"{value:.3f} at depth {depth}" for depth, value in values.items())
+
+
+def memory_in_use(device: torch.device) -> dict[str, Any]:
+    """`{of, current, peak}` in bytes, the peak since the process began.
+
+    `of` is "cuda", what PyTorch has allocated on the current GPU, or "rss", the resident set of
+    this process.
+    """
+    if device.type == "cuda":
+        current, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+        return {"of": "cuda", "current": current, "peak": peak}
+    current = psutil.Process().memory_info().rss
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak *= 1 if sys.platform == "darwin" else 1024
+    # The kernel updates the two at different moments.
+    return {"of": "rss", "current": current, "peak": max(current, peak)}
+
+
+def scalars(value: Any, name: str = "") -> dict[str, float]:
+    """Every number in nested dicts and lists under its path: `loss_by_position/0`, `lr/muon`."""
+    if isinstance(value, dict | list):
+        inner = value.items() if isinstance(value, dict) else enumerate(value)
+        found = (scalars(item, f"{name}/{key}" if name else str(key)) for key, item in inner)
+        return {path: number for part in found for path, number in part.items()}
+    return {name: value} if isinstance(value, int | float) else {}
+
+
+def check_reporters(names: Iterable[str]) -> None:
+    """Raise ValueError unless transformers can report to each of `names` on this machine."""
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(
+                f"train.report_to must be none or some of {', '.join(INTEGRATION_TO_CALLBACK)}, "
+                f"got {name!r}{alike(name, INTEGRATION_TO_CALLBACK)}"
+            )
+        if name not in get_available_reporting_integrations():
+            raise ValueError(
+                f"train.report_to must name packages that are installed, got {name!r}, which is "
+                f"not (pip install {name})"
+            )
 
 
 def up_to(path: Path, step: int) -> list[dict[str, Any]]:

@@ -77,8 +77,8 @@ class TrainConfig:
     accuracy, or the perplexity of held-out text, at `eval_depths` (None: every depth that training
     draws) on `eval_examples` examples drawn from the training split with a seed of their own, or
     rows of that text. A checkpoint every `save_every` steps (None: only when interrupted), of which
-    the last `keep_checkpoints` are kept. `tensorboard` writes event files into
-    `output_dir/tensorboard` as well.
+    the last `keep_checkpoints` are kept. `report_to`, one name or a list, is what transformers
+    reports to as well: wandb, mlflow, tensorboard (into `output_dir/tensorboard`) and others.
 
     Machine: `dtype` float32, or bfloat16 (autocast over fp32 weights); `device` auto or cpu;
     `deepspeed` is the path of a DeepSpeed JSON, such as those in configs/deepspeed; `workers`
@@ -108,7 +108,7 @@ class TrainConfig:
     log_every: int = 10
     save_every: int | None = None
     keep_checkpoints: int = 1
-    tensorboard: bool = False
+    report_to: str | list[str] = "none"
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu"] = "auto"
@@ -153,6 +153,12 @@ class TrainConfig:
         demand(0 <= self.seed < 2**32, "seed", "an integer >= 0, below 2**32")
         if self.deepspeed is not None:
             self.deepspeed = as_path("train.deepspeed", self.deepspeed, "null or a JSON file")
+
+    @property
+    def reporters(self) -> list[str]:
+        """The names in `report_to`."""
+        names = [self.report_to] if isinstance(self.report_to, str) else self.report_to
+        return [name for name in names if name != "none"]
 
 
 PARTS = {"task": TaskConfig, "text": TextConfig, "init": InitConfig, "train": TrainConfig}
@@ -339,7 +345,7 @@ def _model_section(given: Any) -> dict[str, Any]:
 
 def run_config(content: Mapping[str, Any]) -> RunConfig:
     """A RunConfig from nested mappings, as read from YAML. Raises ValueError (see the class)."""
-    content = dict(content)
+    content = _as_written_today(content)
     only_known(content, {f.name for f in dataclasses.fields(RunConfig)}, "")
     for name, kind in PARTS.items():
         # Only what may be left out may be null.
@@ -350,6 +356,20 @@ def run_config(content: Mapping[str, Any]) -> RunConfig:
         raise ValueError(f"stages={stages!r}; allowed: a list of mappings of dotted keys to values")
     none_missing(RunConfig, content, "")
     return RunConfig(**content)
+
+
+def _as_written_today(content: Mapping[str, Any]) -> dict[str, Any]:
+    """`content` with the keys of today, if an earlier version wrote it.
+
+    `train.tensorboard` of the run.yaml of finished runs, whose results are still evaluated.
+    """
+    train = content.get("train")
+    if not isinstance(train, Mapping) or not isinstance(train.get("tensorboard"), bool):
+        return dict(content)
+    train = dict(train)
+    if train.pop("tensorboard") and train.get("report_to", "none") == "none":
+        train["report_to"] = "tensorboard"
+    return {**content, "train": train}
 
 
 def load_run_config(

@@ -8,33 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybrid_sleep.eval.plots import (
-    BLUE,
-    GREEN,
-    GREY,
-    INK,
-    ORANGE,
-    PALE,
-    SKY,
-    VERMILLION,
-    save_figure,
-)
 from hybrid_sleep.support.io import read_json_lines
+from hybrid_sleep.support.plots import BLUE, GREY, SKY, STYLES, new_panels, save_figure
 from hybrid_sleep.training.folder import FIGURE_FILE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Shape and line style differ with the colour.
-STYLES = (
-    (BLUE, "o", "-"),
-    (ORANGE, "s", (0, (5, 1.5))),
-    (GREEN, "^", (0, (3, 1.2, 1, 1.2))),
-    (VERMILLION, "D", (0, (1.5, 1.2))),
-    (SKY, "v", "-"),
-    (INK, "x", (0, (5, 1.5))),
-)
 SMOOTH = 0.04  # share of a run's steps that the smoothed loss averages over
 TAIL = 0.1  # share of a run at its start and at its end whose loss is shown by position
 
@@ -45,8 +26,6 @@ def plot_run(metrics_path: str | os.PathLike, floor: float | None = None) -> Fig
     floor: accuracy that needs no model, drawn among the exact accuracies. Raises
     FileNotFoundError if there is no such file, ValueError if it holds no training step.
     """
-    from matplotlib.figure import Figure
-
     records = _read(Path(metrics_path))
     losses = [(line["step"], line["depth"], line["loss"]) for line in records if "depth" in line]
     if not losses:
@@ -57,18 +36,18 @@ def plot_run(metrics_path: str | os.PathLike, floor: float | None = None) -> Fig
         depths |= {int(depth) for record in records for depth in record.get(name, ())}
     styles = _styles(sorted(depths))
     by_position = [record for record in records if "loss_by_position" in record]
-    panels = 1 + len(measures) + bool(by_position)
-    figure = Figure(figsize=(6.4, 3.1 * panels + 0.6), dpi=200, layout="constrained")
-    axes = list(figure.subplots(panels, 1, squeeze=False)[:, 0])
-    _draw_loss(_style(axes.pop(0), "Training loss", "training step"), losses, styles)
-    for name in measures:
-        title = "Every label right" if name == "exact" else "Held-out perplexity"
-        panel = _style(axes.pop(0), title, "training step")
+    names = {"exact": "Every label right", "perplexity": "Held-out perplexity"}
+    titles = ["Training loss", *(names[name] for name in measures)]
+    titles += ["Loss by place in the window"] if by_position else []
+    figure, axes = new_panels(titles, height=3.1)
+    _draw_loss(axes[0], losses, styles)
+    for panel, name in zip(axes[1:], measures, strict=False):
         _draw_measure(panel, records, name, styles, floor if name == "exact" else None)
-    for panel in figure.axes[: 1 + len(measures)]:
+    for panel in axes[: 1 + len(measures)]:
+        panel.set_xlabel("training step", fontsize=13)
         panel.set_xlim(0, 1.02 * records[-1]["step"])
     if by_position:
-        _draw_positions(_style(axes.pop(0), "Loss by place in the window", ""), by_position)
+        _draw_positions(axes[-1], by_position)
     from matplotlib.lines import Line2D
 
     handles = [
@@ -122,17 +101,6 @@ def _styles(depths: list[int]) -> dict[int, tuple[str, str, Any]]:
         )
         for i, depth in enumerate(depths)
     }  # fmt: skip
-
-
-def _style(axes: Axes, title: str, below: str) -> Axes:
-    axes.set_title(title, fontsize=14, color=INK, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GREY)
-    axes.tick_params(labelsize=12, colors=INK)
-    axes.grid(axis="y", color=PALE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.set_xlabel(below, fontsize=13)
-    return axes
 
 
 def _draw_loss(axes: Axes, losses: list[tuple[int, int, float]], styles: dict[int, Any]) -> None:

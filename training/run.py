@@ -23,14 +23,20 @@ from hybrid_sleep.support.io import (
 )
 from hybrid_sleep.training import zero
 from hybrid_sleep.training.build import build_trainer, training_arguments
-from hybrid_sleep.training.callbacks import RunLog, StopOnSignal, up_to
+from hybrid_sleep.training.callbacks import (
+    Display,
+    RunLog,
+    StopOnSignal,
+    TensorBoardEvents,
+    check_reporters,
+    up_to,
+)
 from hybrid_sleep.training.config import RunConfig, load_run_config
-from hybrid_sleep.training.display import Display
-from hybrid_sleep.training.finish import finish, held_out_table
 from hybrid_sleep.training.folder import (
     LIST_FILE,
     METRICS_FILE,
     RUN_FILE,
+    SAMPLES_FILE,
     STAGING,
     STATE_FILE,
     TENSORBOARD,
@@ -45,10 +51,11 @@ from hybrid_sleep.training.folder import (
     working,
     written,
 )
+from hybrid_sleep.training.plots import save_run_plot
 from hybrid_sleep.training.ranks import of_first
 from hybrid_sleep.training.schema import flat
-from hybrid_sleep.training.tensorboard import TensorBoardLog
 from hybrid_sleep.training.text.batches import TextHeldOut
+from hybrid_sleep.training.text.samples import held_out_samples
 from hybrid_sleep.training.trainer import SleepTrainer, check_finite
 from hybrid_sleep.training.weights import check_model
 
@@ -61,7 +68,7 @@ FREE_ON_RESUME = (
     "train.eval_depths",
     "train.eval_examples",
     "train.keep_checkpoints",
-    "train.tensorboard",
+    "train.report_to",
     "train.threads",
     "train.workers",
 )
@@ -97,7 +104,7 @@ class TrainResult:
         if "perplexity" not in self.metrics:
             return done
         texts = [f"--- sample {i}\n{text}" for i, text in enumerate(self.samples, 1)]
-        return "\n".join(["held-out text:", held_out_table(self.metrics), *texts, done])
+        return "\n".join(["held-out text:", _held_out_table(self.metrics), *texts, done])
 
 
 def train(
@@ -122,6 +129,7 @@ def train(
     if resume and overwrite:
         raise ValueError("resume=True and overwrite=True; allowed: one of the two")
     for stage in stages:
+        check_reporters(stage.train.reporters)
         if not resume:
             check_folder(Path(stage.output_dir), overwrite)
     if resume and not Path(stages[0].output_dir).is_dir():
@@ -232,11 +240,7 @@ def _train(run: RunConfig, place: _Place, *, progress: bool) -> TrainResult:
     stop = StopOnSignal()
     trainer.add_callback(stop)
     with contextlib.ExitStack() as stack:
-        display = tensorboard = None
-        if progress and main:
-            display = stack.enter_context(Display(run.train.steps))
-        if run.train.tensorboard and main:
-            tensorboard = stack.enter_context(TensorBoardLog(work / TENSORBOARD))
+        display = stack.enter_context(Display(run.train.steps)) if progress and main else None
         stack.enter_context(stop.listening())
         stack.enter_context(threads(run.train.threads))
         stack.enter_context(_no_other_bars())
@@ -246,9 +250,11 @@ def _train(run: RunConfig, place: _Place, *, progress: bool) -> TrainResult:
             run.train.log_every,
             display,
             losses=trainer.losses,
-            tensorboard=tensorboard,
+            reports=bool(run.train.reporters),
         )
         trainer.add_callback(log)
+        if TENSORBOARD in run.train.reporters:
+            trainer.add_callback(TensorBoardEvents(work / TENSORBOARD))
         trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)
         every = run.train.eval_every or run.train.steps + 1
         if trainer.state.global_step >= run.train.steps and run.train.steps % every:
@@ -266,7 +272,7 @@ def _train(run: RunConfig, place: _Place, *, progress: bool) -> TrainResult:
     texts = []
     if main:
         with threads(run.train.threads):
-            texts = finish(trainer.model, run, trainer.eval_dataset, work / METRICS_FILE)
+            texts = _describe(trainer.model, run, trainer.eval_dataset, work)
         settle(out)
     trainer.accelerator.wait_for_everyone()
     return TrainResult(
@@ -276,6 +282,17 @@ def _train(run: RunConfig, place: _Place, *, progress: bool) -> TrainResult:
         metrics=summary(out / METRICS_FILE) if main else {},
         samples=texts,
     )
+
+
+def _describe(model: Any, run: RunConfig, held_out: Any, work: Path) -> list[str]:
+    """Draw `run.png` and, of text, write `samples.txt`; returns the samples, prompts included."""
+    floor = run.load_task().floor().get("exact") if run.text is None else None
+    save_run_plot(work / METRICS_FILE, work, floor)
+    if run.text is None or held_out is None:
+        return []
+    texts = held_out_samples(model, held_out, passes=run.sleep_passes.deepest, seed=run.train.seed)
+    write_text_atomic(work / SAMPLES_FILE, "\n\n".join(texts) + "\n")
+    return texts
 
 
 def save_model(trainer: SleepTrainer, run: RunConfig, out: Path) -> None:
@@ -297,7 +314,7 @@ def save_model(trainer: SleepTrainer, run: RunConfig, out: Path) -> None:
                 run.load_tokenizer().save_pretrained(staging)
         write_text_atomic(staging / RUN_FILE, run.to_yaml())
         names = [path.name for path in staging.iterdir()]
-        names += [TENSORBOARD] if run.train.tensorboard else []
+        names += [TENSORBOARD] if TENSORBOARD in run.train.reporters else []
         write_json_atomic(staging / LIST_FILE, sorted(names))
         for path in sorted(staging.iterdir(), key=lambda path: bool(WEIGHTS.fullmatch(path.name))):
             publish(path, out / path.name)
@@ -339,6 +356,18 @@ def summary(path: Path) -> dict[str, Any]:
             if name in record:
                 result[name] = {int(depth): value for depth, value in record[name].items()}
     return result
+
+
+def _held_out_table(metrics: dict[str, Any]) -> str:
+    """Perplexity of held-out text by depth, and the loss by window, in a table for the terminal."""
+    measured = {name: metrics[name] for name in ("perplexity", "bits_per_byte") if name in metrics}
+    windows = metrics.get("by_window", {})
+    lines = ["depth  " + "  ".join(f"{name:>13}" for name in measured) + "  loss in window 0, 1..."]
+    for depth in metrics["perplexity"]:
+        numbers = "  ".join(f"{values[depth]:13.4f}" for values in measured.values())
+        by_window = " ".join("-" if x is None else f"{x:.3f}" for x in windows.get(depth, []))
+        lines.append(f"{depth:5}  {numbers}  {by_window}")
+    return "\n".join(lines)
 
 
 def _nothing_to_resume(out: Path) -> FileNotFoundError:

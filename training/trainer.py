@@ -15,6 +15,7 @@ from transformers import Trainer
 from hybrid_sleep.eval.tasks.perplexity import measure_perplexity
 from hybrid_sleep.support.io import write_json_atomic
 from hybrid_sleep.training import zero
+from hybrid_sleep.training.callbacks import scalars
 from hybrid_sleep.training.data import HeldOut, TaskBatches, mark_supervised, only_item
 from hybrid_sleep.training.depth import DepthPolicy, parse_depth
 from hybrid_sleep.training.folder import (
@@ -80,6 +81,7 @@ class SleepTrainer(Trainer):
         self.lr_muon = lr_muon
         self.windows, self.losses = windows, losses
         self.last_step: StepRecord | None = None
+        self.measured: dict[str, float] = {}  # by `RunLog`, for reporters
         self._position: dict[str, Any] | None = None
         self._staging: Path | None = None
         self.checked: Path | None = None  # a checkpoint that was found to be whole
@@ -231,10 +233,16 @@ class SleepTrainer(Trainer):
             for name, x in score.items()
             if name in METRICS
         }
-        self.log(metrics)
+        self.log(scalars(metrics))
         handler = self.callback_handler
         self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Trainer's; a log of training steps also has what `RunLog` measured of them."""
+        if "loss" in logs:
+            logs, self.measured = {**logs, **self.measured}, {}
+        super().log(logs, *args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)

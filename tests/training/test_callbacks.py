@@ -12,12 +12,9 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
-from hybrid_sleep.training.callbacks import RunLog, StopOnSignal
-from hybrid_sleep.training.display import Display, memory_in_use
+from hybrid_sleep.training.callbacks import Display, RunLog, StopOnSignal, memory_in_use
 from hybrid_sleep.training.loop import StepRecord
-from hybrid_sleep.training.losses import LossByPosition
 from hybrid_sleep.training.run import build_trainer
-from hybrid_sleep.training.tensorboard import TensorBoardLog
 
 ROOT = Path(__file__).parents[2]
 
@@ -155,63 +152,6 @@ def test_the_live_line_has_everything_and_fits(monkeypatch, capfd, columns):
     assert shown in line
     assert "left" in line
     assert ("\u2501" in line) == (columns >= 100)
-
-
-def events(folder):
-    """`{tag: {step: [values]}}` as TensorBoard shows them."""
-    accumulator = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator"
-    ).EventAccumulator(str(folder))
-    accumulator.Reload()
-    found = {}
-    for tag in accumulator.Tags()["scalars"]:
-        for event in accumulator.Scalars(tag):
-            found.setdefault(tag, {}).setdefault(event.step, []).append(event.value)
-    return found
-
-
-def test_tensorboard_shows_the_metrics_and_no_step_twice(tmp_path):
-    pytest.importorskip("tensorboard")
-    path, folder = tmp_path / "metrics.jsonl", tmp_path / "events"
-
-    def part(first, losses):
-        with TensorBoardLog(folder) as tensorboard:
-            counted = LossByPosition([1, 2], bins=2)
-            log = RunLog(fake_trainer(tmp_path), path, 1, losses=counted, tensorboard=tensorboard)
-            run = Steps(log)
-            run.begin(first)
-            for loss in losses:
-                counted.add(torch.zeros(1, 4, 8), torch.zeros(1, 4).long(), 4, depth=2)
-                run.step(loss, depth=2)
-            log.on_evaluate(None, run.state, run.control, {"eval_exact_2": 0.75})
-
-    part(0, [6.0, 5.0, 4.0, 3.0])
-    part(2, [4.5, 3.5])
-    expected = {}
-    for record in records(path):
-        step = record.pop("step")
-        record.get("memory", {}).pop("of", None)
-        for key, value in record.items():
-            if isinstance(value, list):
-                value = dict(enumerate(value))
-            for inner, number in value.items() if isinstance(value, dict) else [(None, value)]:
-                tag = key if inner is None else f"{key}/{inner}"
-                if number is not None:
-                    expected.setdefault(tag, {})[step] = [pytest.approx(number, rel=1e-6)]
-    found = events(folder)
-    assert found == expected
-    assert found["loss"] == {1: [6.0], 2: [5.0], 3: [4.5], 4: [3.5]}
-    assert found["loss_by_depth/2"][3] == pytest.approx([math.log(8)])
-    assert {"lr/muon", "memory/peak", "tokens_per_second", "exact/2"} < found.keys()
-    part(0, [7.0])
-    assert events(folder)["loss"] == {1: [7.0]}
-
-
-def test_without_tensorboard_the_error_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ValueError, match=r"pip install 'hybrid-sleep\[train\]'"):
-        TensorBoardLog(tmp_path / "events")
-    assert not (tmp_path / "events").exists()
 
 
 def test_a_signal_between_asking_and_answering_is_not_lost(monkeypatch):

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hybrid_sleep.training.data import derive_seed
 from hybrid_sleep.training.text.source import Document
 from hybrid_sleep.training.text.tokenizer import Encoder
 from hybrid_sleep.validation import check_count
 
+if TYPE_CHECKING:
+    from hybrid_sleep.training.text.batches import TextHeldOut
+
 TEMPERATURE = 0.8
+SAMPLES = 2  # of a run
+WINDOWS = 4  # that a sample goes on for
+LONGEST = 2048  # tokens of a sample: they are written one by one, of long windows for hours
 
 
 def samples(
@@ -66,3 +72,23 @@ def samples(
     finally:
         model.train(training)
     return texts
+
+
+def held_out_samples(model: Any, held_out: TextHeldOut, *, passes: int, seed: int) -> list[str]:
+    """The beginnings of held-out documents, each with what `model` writes behind: four windows.
+
+    Of windows that are long it is 2048 tokens.
+    """
+    tokenizer, window = held_out.encoder.tokenizer, model.config.window
+    batch = next(held_out.batches())
+    prompts = []
+    for ids, document in zip(batch["input_ids"], batch["document_ids"], strict=True):
+        # What the first document of the row begins with; a cut character is left out.
+        start = ids[document == 0][: max(1, window // 2)]
+        prompt = tokenizer.decode(start, skip_special_tokens=True).strip("\ufffd")
+        if prompt.strip() and len(prompts) < SAMPLES:
+            prompts.append(prompt)
+    written = samples(
+        model, tokenizer, prompts, tokens=min(WINDOWS * window, LONGEST), passes=passes, seed=seed
+    )
+    return [prompt + text for prompt, text in zip(prompts, written, strict=True)]
