@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
-from hybrid_sleep.configuration import SLEEP_SCHEDULES
 from hybrid_sleep.eval.variants import cost_of, sleeping_windows
+from hybrid_sleep.sleep.options import SCHEDULES
 
 if TYPE_CHECKING:
     from hybrid_sleep import HybridSleepConfig
@@ -25,7 +25,7 @@ OTHER = {
     "state_space": {"gated_deltanet": "mamba2", "mamba2": "gated_deltanet"},
     "eviction": {"hard": "sliding", "sliding": "hard"},
     "sleep_attention": {"causal": "bidirectional", "bidirectional": "causal"},
-    "sleep_schedule": dict(zip(SLEEP_SCHEDULES, reversed(SLEEP_SCHEDULES), strict=True)),
+    "sleep_schedule": dict(zip(SCHEDULES, reversed(SCHEDULES), strict=True)),
 }
 
 

@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
+from hybrid_sleep.sleep.options import (
+    Passes,
+    SleepOptions,
+    check_loop,
+    check_passes,
+    check_sleep,
+    last_writer,
+)
 from hybrid_sleep.validation import check_choice, check_count, check_flag, check_number, check_rope
 
 LAYER_TYPES = ("full_attention", "linear_attention")
 STATE_SPACES = ("gated_deltanet", "mamba2")
-EVICTIONS = ("hard", "sliding")
-SLEEP_SCHEDULES = ("context_windows", "every_window")
-SLEEP_ATTENTIONS = ("causal", "bidirectional")
+# A cache means the same under any value of these.
+_FREE_FIELDS = (
+    "sleep_passes",
+    "sleep_schedule",
+    "use_cache",
+    "initializer_range",
+    "attention_dropout",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "weights_version",
+)
 
 
 class HybridSleepConfig(PreTrainedConfig):
@@ -32,9 +53,9 @@ class HybridSleepConfig(PreTrainedConfig):
         intermediate_size: width of the SwiGLU MLP behind each mixer, or a list with one for each
             layer; 0 leaves the MLP out.
         distinct_layers: how many layers have weights of their own; layer i is applied with those of
-            layer i % distinct_layers, and a memory of its own. A divisor of `num_hidden_layers`,
+            layer i % distinct_layers, and a state of its own. A divisor of `num_hidden_layers`,
             after which `layer_types` and widths repeat. None: all. Half as many make a model that
-            loops twice over its layers for every token, awake as in a sleep.
+            loops twice over its layers for every token, in decoding as in a sleep.
 
     Sleep (DESIGN meanings; Lee et al., arXiv 2605.26099, Algorithm 1):
         window: L, tokens that attention sees at a time, at least 1.
@@ -229,28 +250,53 @@ class HybridSleepConfig(PreTrainedConfig):
                 )
 
     def _check_sleep(self) -> None:
-        check_count("window", self.window)
-        check_count("sleep_passes", self.sleep_passes)
-        check_choice("eviction", self.eviction, EVICTIONS)
-        check_choice("sleep_schedule", self.sleep_schedule, SLEEP_SCHEDULES)
-        check_choice("sleep_attention", self.sleep_attention, SLEEP_ATTENTIONS)
+        check_sleep(
+            self.window,
+            self.sleep_passes,
+            self.eviction,
+            self.sleep_schedule,
+            self.sleep_attention,
+            prefix="sleep_",
+        )
         if self.loop is not None:
-            bounds = self.loop
-            if (
-                not isinstance(bounds, tuple)
-                or len(bounds) != 2
-                or any(isinstance(b, bool) or not isinstance(b, int) for b in bounds)
-                or not 0 <= bounds[0] < bounds[1] <= self.num_hidden_layers
-            ):
-                raise ValueError(
-                    f"loop must be None or (start, end) with 0 <= start < end <= "
-                    f"num_hidden_layers={self.num_hidden_layers}, got {bounds!r}"
-                )
+            check_loop(self.loop, self.num_hidden_layers)
+
+    @property
+    def sleep_options(self) -> SleepOptions:
+        """When and how a model of this config sleeps."""
+        return _options(
+            self.window,
+            self.loop_range,
+            self.sleep_passes,
+            self.eviction,
+            self.sleep_schedule,
+            self.sleep_attention,
+        )
+
+    @property
+    def fast_weight_layers(self) -> list[int]:
+        """Indices of the state-space layers."""
+        return [i for i, kind in enumerate(self.layer_types) if kind == "linear_attention"]
+
+    @property
+    def last_writer(self) -> int | None:
+        """The last block that matters to a sleep, see `sleep.options.last_writer`."""
+        attention = [i for i, kind in enumerate(self.layer_types) if kind == "full_attention"]
+        return last_writer(self.sleep_options, self.fast_weight_layers, attention)
+
+    def check_passes(self, passes: Any, name: str = "passes") -> Passes:
+        """Return `passes` if a sleep of this config can be that deep, else raise ValueError."""
+        return check_passes(passes, self.loop_range, self.fast_weight_layers, name)
+
+    def architecture(self) -> dict[str, Any]:
+        """The fields that give a cache its meaning, as plain JSON data."""
+        own = {name for name in HybridSleepConfig.__annotations__ if name not in _FREE_FIELDS}
+        return json.loads(json.dumps({name: getattr(self, name) for name in sorted(own)}))
 
     @property
     def loop_range(self) -> tuple[int, int]:
         """`(start, end)` of the blocks that a sleep repeats."""
-        return (0, self.num_hidden_layers) if self.loop is None else self.loop
+        return (0, self.num_hidden_layers) if self.loop is None else tuple(self.loop)
 
     @property
     def mlp_widths(self) -> list[int]:
@@ -268,3 +314,9 @@ class HybridSleepConfig(PreTrainedConfig):
     def attention_scale(self) -> float:
         """Scale of attention logits, `head_dim ** -0.5`."""
         return 1.0 / math.sqrt(self.head_dim)
+
+
+@lru_cache(maxsize=64)
+def _options(*fields: Any) -> SleepOptions:
+    """One object for equal fields: options are asked for in every forward pass."""
+    return SleepOptions(*fields)

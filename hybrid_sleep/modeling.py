@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -10,46 +11,53 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
-from hybrid_sleep.arguments import check_labels, check_tokens, documents_given, refuse_unknown
 from hybrid_sleep.configuration import HybridSleepConfig
 from hybrid_sleep.layers.block import Block
+from hybrid_sleep.layers.context import Context
 from hybrid_sleep.layers.rotary import Rotary
-from hybrid_sleep.layers.stack import NOT_COMPILED, Checkpointing, Granularity, parse_granularity
+from hybrid_sleep.layers.stack import NOT_COMPILED, run_blocks
 from hybrid_sleep.pretrained import HybridSleepPreTrainedModel
 from hybrid_sleep.registration import register_with_transformers
-from hybrid_sleep.sleep.algorithm import (
-    MAX_PASSES,
-    TOLERANCE,
-    Passes,
-    Truncation,
-    check_passes,
-    consolidate,
+from hybrid_sleep.sleep.algorithm import consolidate
+from hybrid_sleep.sleep.arguments import (
+    check_labels,
+    check_tokens,
+    documents_given,
+    refuse_unknown,
 )
 from hybrid_sleep.sleep.cache import SleepCache
+from hybrid_sleep.sleep.checkpointing import (
+    Checkpointing,
+    Granularity,
+    Truncation,
+    parse_granularity,
+)
 from hybrid_sleep.sleep.documents import (
     find_documents,
     next_labels_in_document,
     positions_in_document,
 )
 from hybrid_sleep.sleep.execution import SleepEngine
-from hybrid_sleep.sleep.forward import check_supervised, read, read_documents
+from hybrid_sleep.sleep.forward import check_supervised, forward, forward_documents
 from hybrid_sleep.sleep.generation import SleepGenerationMixin
+from hybrid_sleep.sleep.masks import build_mask
+from hybrid_sleep.sleep.options import MAX_PASSES, TOLERANCE, Passes
 from hybrid_sleep.sleep.report import SleepReport
-from hybrid_sleep.sleep.state import Context, see
+from hybrid_sleep.sleep.state import LayerState
 from hybrid_sleep.sleep.weights import Owner
 from hybrid_sleep.sleep.windows import next_labels, real_tokens
-from hybrid_sleep.validation import check_count
+from hybrid_sleep.validation import check_count, check_number
 
 _LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index")
 
 
 class HybridSleepModel(HybridSleepPreTrainedModel):
-    """The backbone: embeddings, blocks, final norm, and the loop of windows and sleeps.
+    """The backbone (`sleep.backbone.Backbone`): embeddings, blocks, final norm, windows and sleeps.
 
     `engine` runs the passes of sleeps from CUDA graphs where it can; None turns it off, to measure.
 
-    Raises ValueError, naming the argument, for token ids out of range, masks of another shape, a
-    depth that is none, and a cache of another model, config or weights version.
+    Raises ValueError, naming the argument, for token ids out of range, masks of another shape, an
+    invalid depth, and a cache of another model, config or weights version.
     """
 
     def __init__(self, config: HybridSleepConfig):
@@ -76,6 +84,15 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
             self.engine.forget()
         return super()._apply(*args, **kwargs)
 
+    @property
+    def fast_weight_layers(self) -> list[int]:
+        """Indices of the state-space layers."""
+        return self.config.fast_weight_layers
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Embeddings `[B, T, D]` of ids `[B, T]`."""
+        return self.embed_tokens(tokens)
+
     def context(
         self,
         past: torch.Tensor,
@@ -86,31 +103,41 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
         *,
         sleeping: bool,
     ) -> Context:
-        """Positions and visibility of `new: [B]` tokens a row behind `past: [B]` slots.
-
-        width: slots that the attention layers hold; first_position: `[B]`, position of the first
-        new token; like: a tensor of the device and dtype to compute in; sleeping: passes 2..N.
-        """
-        tokens = int(new.max())
-        device = like.device
+        """Positions and masks of `new` tokens a row, see `Backbone.context`."""
+        tokens, device, options = int(new.max()), like.device, self.options
         start = first_position
         if bool((start == start[0]).all()):
             start = start[:1]
         positions = start[:, None] + torch.arange(tokens)
         cos, sin = self.rotary(positions.to(device), like.dtype)
-        sliding = self.config.eviction == "sliding"
         mask = None
         if not bool((new == tokens).all()):
             mask = (torch.arange(tokens) < new[:, None]).to(device)
-        sight = see(
+        attention = build_mask(
             past,
             new,
             width,
-            reach=self.config.window if sliding else None,
-            bidirectional=sleeping and self.config.sleep_attention == "bidirectional",
+            reach=options.reach,
+            # Passes 2..N predict nothing, so no token gives its own label away.
+            bidirectional=sleeping and options.attention == "bidirectional",
             device=device,
         )
-        return Context(cos, sin, sight, mask, keep_tails=sliding or not sleeping)
+        return Context(cos, sin, attention, mask, keep_tails=options.is_sliding or not sleeping)
+
+    def run_blocks(
+        self,
+        layers: range,
+        h: torch.Tensor,
+        states: Mapping[int, LayerState],
+        context: Context,
+        *,
+        last_writer: int | None = None,
+    ) -> tuple[torch.Tensor | None, dict[int, LayerState]]:
+        """One pass of some blocks, see `Backbone.run_blocks`."""
+        group = self.checkpointing.group
+        return run_blocks(
+            self.blocks, layers, h, states, context, last_writer=last_writer, group=group
+        )
 
     def _check_truncation(self, passes: Passes) -> None:
         kept = self.truncation.passes
@@ -138,7 +165,7 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Read tokens window by window, sleeping wherever one arrives and its window is full.
+        """Pass 1 over tokens, window by window, with a sleep where one finds its window full.
 
         input_ids: `[B, T]`, or inputs_embeds: `[B, T, D]`. attention_mask: `[B, T]` or longer (the
         last T columns count), 0 at pads. supervised: bool `[B, T]`; under `context_windows` a
@@ -153,7 +180,7 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
         refuse_unknown(self.config, kwargs)
         tokens = check_tokens(self.config, input_ids, inputs_embeds)
         passes = self.config.sleep_passes if sleep_passes is None else sleep_passes
-        check_passes(passes, self.config, "sleep_passes")
+        self.check_passes(passes, "sleep_passes")
         self._check_truncation(passes)
         supervised = check_supervised(self, supervised, tokens, passes)
         batch, columns = tokens.shape[:2]
@@ -168,24 +195,24 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         real = real_tokens(attention_mask, batch, columns)
-        memory = SleepCache(self.config) if cache is None else cache
+        held = SleepCache(self.options) if cache is None else cache
         if cache is not None or use_cache:
             # A new cache belongs to no one yet; one that no one will see again needs no owner.
-            memory.check(Owner.of(self) if owner is None else owner)
+            held.check(Owner.of(self) if owner is None else owner, self.options)
         some = columns_to_keep and not output_hidden_states
         first = max(0, columns - columns_to_keep) if some else 0
         how = {"supervised": supervised, "every_layer": output_hidden_states}
         if documents is None:
-            memory.open(batch)
-            h = read(self, tokens, real, memory, passes, first=first, **how)
+            held.open(batch)
+            h = forward(self, tokens, real, held, passes, first=first, **how)
         else:
-            held = memory if use_cache else None
-            h = read_documents(self, tokens, documents, held, passes, **how)[:, first:]
+            one = held if use_cache else None
+            h = forward_documents(self, tokens, documents, one, passes, **how)[:, first:]
         *hidden_states, h = h.split(self.config.hidden_size, dim=-1)
         h = self.norm(h)
         return BaseModelOutputWithPast(
             last_hidden_state=h,
-            cache=memory if use_cache else None,
+            cache=held if use_cache else None,
             hidden_states=(*hidden_states, h) if output_hidden_states else None,
         )
 
@@ -341,18 +368,17 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
         the last pass skips what no fast weight depends on. Empty windows change nothing. The
         report's `path` says whether the passes came from CUDA graphs, or why not.
 
-        Raises ValueError for a depth that is none, a cache of another model, config or weights
+        Raises ValueError for an invalid depth, a cache of another model, config or weights
         version, and fast weights that are not finite; the cache is then as it was.
         """
-        passes = check_passes(self.config.sleep_passes if passes is None else passes, self.config)
-        if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not tol > 0:
-            raise ValueError(f"tol must be a number above 0, got {tol!r}")
+        passes = self.check_passes(self.config.sleep_passes if passes is None else passes)
+        check_number("tol", tol, above=0)
         check_count("max_passes", max_passes)
         if not isinstance(cache, SleepCache):
             raise ValueError(f"cache must be a SleepCache, got {type(cache).__name__}")
-        cache.check(self.memory_owner(), "cache")
+        cache.check(self.memory_owner(), self.options)
         rows = torch.arange(len(cache.counts))
-        return consolidate(self.model, cache, rows, passes, tol=tol, max_passes=max_passes)
+        return consolidate(self.model, cache, rows, passes, tol, max_passes)
 
 
 register_with_transformers(HybridSleepModel, HybridSleepForCausalLM)

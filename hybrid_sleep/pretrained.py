@@ -9,10 +9,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hybrid_sleep.configuration import HybridSleepConfig
-from hybrid_sleep.layers.stack import Checkpointing
 from hybrid_sleep.layers.state_space import StateSpaceMixer
 from hybrid_sleep.registration import register_with_peft
-from hybrid_sleep.sleep.weights import Owner, weights_version
+from hybrid_sleep.sleep.checkpointing import Checkpointing
+from hybrid_sleep.sleep.options import Passes, SleepOptions
+from hybrid_sleep.sleep.weights import Owner, bump_version, weights_version
 from hybrid_sleep.support.io import write_text_atomic
 
 _REMOTE_FILE = "modeling_hybrid_sleep.py"
@@ -118,9 +119,21 @@ class HybridSleepPreTrainedModel(PreTrainedModel):
 
     def bump_weights_version(self) -> int:
         """Count a change of the slow weights, durably (it is saved with the config)."""
-        self.config.weights_version += 1
-        return self.weights_version
+        return bump_version(self)
 
     def memory_owner(self) -> Owner:
         """This model as it is now, for a cache to belong to."""
         return Owner.of(self)
+
+    @property
+    def options(self) -> SleepOptions:
+        """When and how the model sleeps, as its config says now."""
+        return self.config.sleep_options
+
+    def check_passes(self, passes: Any, name: str = "passes") -> Passes:
+        """Return `passes` if a sleep of this model can be that deep, else raise ValueError."""
+        return self.config.check_passes(passes, name)
+
+    def architecture(self) -> dict[str, Any]:
+        """The fields of the config that give a cache its meaning, as plain JSON data."""
+        return self.config.architecture()

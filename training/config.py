@@ -204,7 +204,7 @@ class RunConfig:
         self.stage_runs()
 
     def _check_training(self, config: Any) -> None:
-        from hybrid_sleep.layers.stack import parse_granularity
+        from hybrid_sleep.sleep.checkpointing import parse_granularity
 
         for difficulty in self.sleep_passes.difficulties():
             try:

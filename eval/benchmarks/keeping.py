@@ -13,10 +13,9 @@ from hybrid_sleep import HybridSleepForCausalLM, SleepCache
 class KeepingCache(SleepCache):
     """A cache without the hidden states that only a sleep would read."""
 
-    def append(self, memory: dict[int, Any], hidden: torch.Tensor, new: torch.Tensor) -> None:
-        """Take in `new: [B]` tokens a row: the memory after them, nothing else."""
-        for layer, value in memory.items():
-            self.memory[layer] = value
+    def append(self, states: dict[int, Any], hidden: torch.Tensor, new: torch.Tensor) -> None:
+        """Take in `new: [B]` tokens a row: the states after them, nothing else."""
+        self.states = self.states | states
         self.counts = self.counts + new
         self.positions = self.positions + new
 
@@ -40,5 +39,5 @@ def appended(cache: KeepingCache) -> list[torch.Tensor]:
 
     A forward does this too; a server that reserves its memory beforehand need not.
     """
-    kept = [x for m in cache.memory if m is not None and hasattr(m, "k") for x in m]
+    kept = [x for state in cache.states.values() for x in state.slots]
     return [torch.cat((x, x[:, :, -1:]), dim=2) for x in kept]

@@ -31,14 +31,13 @@ from hybrid_sleep.eval.harness.batches import (
 )
 from hybrid_sleep.eval.harness.loading import check_installed, find_run, load_model
 from hybrid_sleep.eval.harness.tokenizer import load_tokenizer
-from hybrid_sleep.sleep.algorithm import check_passes
 from hybrid_sleep.support.progress import progress_bar
 from hybrid_sleep.training.text.tokenizer import Encoder
 from hybrid_sleep.validation import check_count
 
 if TYPE_CHECKING:
     from hybrid_sleep import HybridSleepForCausalLM
-    from hybrid_sleep.sleep.algorithm import Passes
+    from hybrid_sleep.sleep.options import Passes
 
 NAME = "hybrid_sleep"
 LARGEST_BATCH = 64
@@ -127,7 +126,7 @@ class SleepRequests:
     def sleep_passes(self, passes: Passes | None) -> None:
         config = self.model.config
         passes = config.sleep_passes if passes is None else passes
-        self._passes = check_passes(passes, config, "sleep_passes")
+        self._passes = config.check_passes(passes, "sleep_passes")
 
     @property
     def prefix_token_id(self) -> int:

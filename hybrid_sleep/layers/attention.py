@@ -1,4 +1,4 @@
-"""Grouped-query attention with QK norm, over whatever slots its memory holds."""
+"""Grouped-query attention with QK norm, over whatever slots its state holds."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from hybrid_sleep.configuration import HybridSleepConfig
+from hybrid_sleep.layers.context import Context
 from hybrid_sleep.layers.rotary import rotate
-from hybrid_sleep.sleep.state import AttentionMemory, Context
+from hybrid_sleep.sleep.state import LayerState, take_slots
 
 logger = logging.get_logger(__name__)
 
@@ -48,8 +49,9 @@ def eager_attention(
 class Attention(nn.Module):
     """Causal self-attention with rotary positions and RMS norm on queries and keys.
 
-    forward(h: [B, T, D], memory, context, write_only) returns `(out: [B, T, D] or None, memory)`;
-    with `write_only` keys and values are written and nothing is read.
+    forward(h: [B, T, D], state, context, write_only) returns `(out: [B, T, D] or None, state)`; the
+    state's slots are keys and values, `[B, H_kv, C, head_dim]` each. With `write_only` they are
+    appended and nothing attends to them.
     """
 
     def __init__(self, config: HybridSleepConfig, layer_idx: int):
@@ -69,34 +71,40 @@ class Attention(nn.Module):
     def forward(
         self,
         h: torch.Tensor,
-        memory: AttentionMemory | None,
+        state: LayerState | None,
         context: Context,
         write_only: bool = False,
-    ) -> tuple[torch.Tensor | None, AttentionMemory]:
+    ) -> tuple[torch.Tensor | None, LayerState]:
         heads_shape = (*h.shape[:2], -1, self.head_dim)
         k = self.k_norm(self.k_proj(h).view(heads_shape)).transpose(1, 2)
         k = rotate(k, context.cos, context.sin)
         v = self.v_proj(h).view(heads_shape).transpose(1, 2)
-        memory = _append(memory, AttentionMemory(k, v), context.sight.gather)
+        k, v = _append(state, (k, v), context.attention.gather)
+        state = LayerState(slots=(k, v))
         if write_only:
-            return None, memory
+            return None, state
         q = self.q_norm(self.q_proj(h).view(heads_shape)).transpose(1, 2)
         q = rotate(q, context.cos, context.sin)
         out, _ = self._interface(context)(
             self,
             q,
-            memory.k,
-            memory.v,
-            context.sight.mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
+            k,
+            v,
+            context.attention.mask,
+            dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.config.attention_scale,
-            is_causal=context.sight.causal,
+            is_causal=context.attention.causal,
         )
-        return self.o_proj(out.reshape(*h.shape[:2], -1)), memory
+        return self.o_proj(out.reshape(*h.shape[:2], -1)), state
+
+    @property
+    def attention_dropout(self) -> float:
+        """Probability in training; looked up, since a config may change after its model."""
+        return self.config.attention_dropout
 
     def _interface(self, context: Context):
         name = self.config._attn_implementation
-        if name.startswith("flash_attention") and context.sight.mask is not None:
+        if name.startswith("flash_attention") and context.attention.mask is not None:
             # Flash kernels take lengths, not a mask over slots that start anywhere.
             logger.warning_once(
                 f"attention takes 'sdpa' instead of {name!r} where rows of a batch hold windows "
@@ -107,16 +115,9 @@ class Attention(nn.Module):
 
 
 def _append(
-    memory: AttentionMemory | None, new: AttentionMemory, gather: torch.Tensor | None
-) -> AttentionMemory:
-    if memory is not None:
-        new = AttentionMemory(*(torch.cat(pair, dim=2) for pair in zip(memory, new, strict=True)))
-    if gather is None:
-        return new
-    return AttentionMemory(*(take_slots(x, gather) for x in new))
-
-
-def take_slots(x_BHCK: torch.Tensor, index_BC: torch.Tensor) -> torch.Tensor:
-    """Pick slots row by row: `out[b, :, j] = x[b, :, index[b, j]]`, `x: [B, H, C, K]`."""
-    index = index_BC[:, None, :, None].expand(-1, x_BHCK.shape[1], -1, x_BHCK.shape[3])
-    return x_BHCK.gather(2, index)
+    state: LayerState | None, new: tuple[torch.Tensor, ...], gather: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    """Slots `[B, H, C, K]` with the new tokens' behind those that the state holds."""
+    if state is not None and state.slots:
+        new = tuple(torch.cat(pair, dim=2) for pair in zip(state.slots, new, strict=True))
+    return new if gather is None else tuple(take_slots(x, gather) for x in new)

@@ -7,10 +7,11 @@ from torch import nn
 
 from hybrid_sleep.configuration import HybridSleepConfig
 from hybrid_sleep.layers.attention import Attention
+from hybrid_sleep.layers.context import Context
 from hybrid_sleep.layers.gated_deltanet import GatedDeltaNet
 from hybrid_sleep.layers.mamba2 import Mamba2
 from hybrid_sleep.layers.mlp import SwiGLU
-from hybrid_sleep.sleep.state import Context, Memory
+from hybrid_sleep.sleep.state import LayerState
 
 STATE_SPACE_MIXERS = {"gated_deltanet": GatedDeltaNet, "mamba2": Mamba2}
 
@@ -18,8 +19,8 @@ STATE_SPACE_MIXERS = {"gated_deltanet": GatedDeltaNet, "mamba2": Mamba2}
 class Block(nn.Module):
     """Pre-norm residual block around a mixer and, unless its width is 0, an MLP.
 
-    forward(h: [B, T, D], memory, context, write_only) returns `(h or None, memory)`; `write_only`
-    stops after what the mixer writes.
+    forward(h: [B, T, D], state, context, write_only) returns `(h or None, state)`; `write_only`
+    stops once the mixer has updated its state.
     """
 
     def __init__(self, config: HybridSleepConfig, layer_idx: int):
@@ -37,14 +38,14 @@ class Block(nn.Module):
     def forward(
         self,
         h: torch.Tensor,
-        memory: Memory | None,
+        state: LayerState | None,
         context: Context,
         write_only: bool = False,
-    ) -> tuple[torch.Tensor | None, Memory]:
-        mixed, memory = self.mixer(self.mixer_norm(h), memory, context, write_only)
+    ) -> tuple[torch.Tensor | None, LayerState]:
+        mixed, state = self.mixer(self.mixer_norm(h), state, context, write_only)
         if write_only:
-            return None, memory
+            return None, state
         h = h + mixed
         if self.mlp is not None:
             h = h + self.mlp(self.mlp_norm(h))
-        return h, memory
+        return h, state

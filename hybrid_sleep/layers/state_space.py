@@ -17,7 +17,8 @@ from torch import nn
 from hybrid_sleep.configuration import HybridSleepConfig
 from hybrid_sleep.kernels.common.mixers import Mixed
 from hybrid_sleep.kernels.gated_norm import gated_norm
-from hybrid_sleep.sleep.state import Context, FastWeights
+from hybrid_sleep.layers.context import Context
+from hybrid_sleep.sleep.state import LayerState
 
 DECAY_RATE = (1.0, 16.0)
 TIME_STEP = (1e-3, 1e-1)
@@ -33,7 +34,8 @@ class GatedNorm(nn.RMSNorm):
 class StateSpaceMixer(nn.Module, ABC):
     """Base of the state-space layers.
 
-    forward(h: [B, T, D], memory, context, write_only) returns `(out: [B, T, D] or None, memory)`.
+    forward(h: [B, T, D], state, context, write_only) returns `(out: [B, T, D] or None, state)`; the
+    state's tails are the last inputs of q_conv and kv_conv.
     With `write_only` the fast weights are written and nothing is read: no queries, no output gate,
     no output projection. The state is bitwise the one that a full call leaves.
 
@@ -96,15 +98,16 @@ class StateSpaceMixer(nn.Module, ABC):
     def forward(
         self,
         h: torch.Tensor,
-        memory: FastWeights | None,
+        state: LayerState | None,
         context: Context,
         write_only: bool = False,
-    ) -> tuple[torch.Tensor | None, FastWeights]:
-        S, q_tail, kv_tail = memory if memory is not None else FastWeights(None)
+    ) -> tuple[torch.Tensor | None, LayerState]:
+        S, tails, _ = LayerState() if state is None else state
+        q_tail, kv_tail = tails or (None, None)
         # Gradients of h are summed in reverse order of use: another order, other last bits.
         kv = torch.cat((self.k_proj(h), self.v_proj(h)), dim=-1)
         q = self.q_proj(h) if not write_only or context.keep_tails else None
-        o, *after = self.mix(
+        o, S, *tails = self.mix(
             h,
             q,
             kv,
@@ -115,11 +118,11 @@ class StateSpaceMixer(nn.Module, ABC):
             output=not write_only,
             tails=context.keep_tails,
         )
-        memory = FastWeights(*after)
+        state = LayerState(S, tuple(tails) if context.keep_tails else ())
         if write_only:
-            return None, memory
+            return None, state
         gate = self.g_proj(h).view(*h.shape[:2], self.value_heads, self.value_dim)
-        return self.o_proj(self.o_norm(o, gate).flatten(2)), memory
+        return self.o_proj(self.o_norm(o, gate).flatten(2)), state
 
     @abstractmethod
     def mix(

@@ -1,104 +1,28 @@
-"""The sleep: N passes over a full window, then everything but the fast weights goes.
+"""Sleep: N passes over a full window, then everything but the fast weights is dropped.
 
 Lee, McLeish, Goldstein, Fanti, "Do Language Models Need Sleep?", arXiv 2605.26099, Algorithm 1.
-The ordinary forward over the window was pass 1, so a sleep of depth N runs passes 2..N:
+The ordinary forward pass over the window was pass 1, so a sleep of depth N runs passes 2..N:
 
-    h <- pass-1 hidden states of the window            (the cache kept them)
-    repeat for pass 2..N:   h, S <- LoopedBlocks(h, S)
-    S of the coda <- S at the window's start;  S <- Coda(h, S)
-    drop keys, values, hidden states, convolution tails
+    h, S <- pass 1                                               the cache kept them
+    repeat for pass 2..N:  h, S <- LoopedBlocks(h, S)            looped_pass
+    S of the coda <- S at the window's start;  S <- Coda(h, S)   coda
+    drop keys, values, hidden states, convolution tails          cache.cross_boundary
 
-A pass and the coda are functions of a `Night`; `engine.py` runs them, on a GPU from CUDA graphs.
+For one row, token by token and with nothing left out, the same is in `minimal.py`.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, Protocol
 
 import torch
 
-from hybrid_sleep.configuration import HybridSleepConfig
-from hybrid_sleep.layers.stack import Checkpointing, run_blocks
-from hybrid_sleep.sleep import execution as engine
+from hybrid_sleep.sleep import execution, report
+from hybrid_sleep.sleep.backbone import Backbone
 from hybrid_sleep.sleep.cache import SleepCache, Window
-from hybrid_sleep.sleep.execution import Night, Step, begin
-from hybrid_sleep.sleep.report import (
-    Change,
-    SleepReport,
-    bytes_to_free,
-    change_of,
-    relative_by_layer,
-    relative_by_row,
-)
-from hybrid_sleep.sleep.state import Context, FastWeights, Memory
-from hybrid_sleep.sleep.trees import map_tensors
-
-Passes = int | Literal["auto"]
-TOLERANCE = 1e-2
-MAX_PASSES = 16
-
-
-@dataclass(frozen=True)
-class Truncation:
-    """How far gradients flow back; None everywhere: all the way.
-
-    passes: through that many last passes of a sleep.
-    windows: through at most that many windows of a row.
-    """
-
-    passes: int | None = None
-    windows: int | None = None
-
-
-class Backbone(engine.Backbone, Protocol):
-    """What a sleep needs of a model."""
-
-    checkpointing: Checkpointing
-    truncation: Truncation
-
-    def context(
-        self,
-        past: torch.Tensor,
-        new: torch.Tensor,
-        width: int,
-        first_position: torch.Tensor,
-        like: torch.Tensor,
-        *,
-        sleeping: bool,
-    ) -> Context:
-        """Positions and visibility for `new` tokens a row behind `past` slots."""
-
-
-def check_passes(passes: Any, config: HybridSleepConfig, name: str = "passes") -> Passes:
-    """Return `passes` if it is an integer of at least 1 or "auto", else raise ValueError.
-
-    "auto" watches looped fast weights, so it is refused where no state-space layer is looped.
-    """
-    is_count = isinstance(passes, int) and not isinstance(passes, bool)
-    if not (is_count and passes > 0) and passes != "auto":
-        raise ValueError(f"{name} must be an integer of at least 1 or 'auto', got {passes!r}")
-    start, end = config.loop_range
-    if passes == "auto" and "linear_attention" not in config.layer_types[start:end]:
-        raise ValueError(
-            f"{name}='auto' watches looped fast weights, and loop={(start, end)} holds no "
-            "state-space layer; allowed is an integer of at least 1"
-        )
-    return passes
-
-
-def last_writer(config: HybridSleepConfig) -> int | None:
-    """The last looped or later block that leaves something behind at a boundary.
-
-    Fast weights do; keys and values only under sliding eviction. What follows it is dead on the
-    last pass, and so is whatever it reads itself.
-    """
-    lasting = ("linear_attention", "full_attention")[: 2 if config.eviction == "sliding" else 1]
-    start, _ = config.loop_range
-    writers = [i for i, t in enumerate(config.layer_types) if i >= start and t in lasting]
-    return writers[-1] if writers else None
+from hybrid_sleep.sleep.carry import Carry, Outcome, after_pass_one
+from hybrid_sleep.sleep.options import MAX_PASSES, TOLERANCE, Passes, last_writer
+from hybrid_sleep.sleep.state import LayerState
 
 
 def consolidate(
@@ -106,172 +30,91 @@ def consolidate(
     cache: SleepCache,
     rows: torch.Tensor,
     passes: Passes,
-    *,
     tol: float = TOLERANCE,
     max_passes: int = MAX_PASSES,
-    report: bool = True,
-    name: str = "cache",
-) -> SleepReport | None:
+) -> report.SleepReport:
     """Let `rows` (ascending, on the CPU) sleep and open a new window; rows without tokens stay.
 
-    Gradients flow as `backbone.truncation.passes` says: what pass N - passes + 1 starts from is cut
-    loose, but not what the window opened with, from which each pass and the coda start.
-
     passes: depth N; 1 only evicts. "auto" ends, row by row, with the first pass that changes the
-    looped fast weights by less than `tol`, at the latest after `max_passes`; since no pass is known
-    to be the last beforehand, none is pruned.
-    report: measure and check; raises ValueError naming `name`, leaving the cache as it was, where
-    fast weights are not finite before or after.
+    looped fast weights by less than `tol`, at the latest after `max_passes`.
+
+    Without gradients the change is measured and the report recorded in the cache; ValueError, with
+    the cache as it was, where fast weights are not finite before or after.
     """
-    began = time.perf_counter()
+    began, learns = time.perf_counter(), torch.is_grad_enabled()
     rows = rows[cache.counts[rows] > 0]
     if not len(rows):
-        return SleepReport([], 0, [], 0, []) if report else None
+        return report.nothing_slept()
     window = cache.window(rows)
-    after, depths, changes, path = _repeat_passes(
-        backbone, window, passes, tol, max_passes, report
-    )
-    by_layer = relative_by_layer(cache, after, changes, name) if report else {}
-    freed = bytes_to_free(cache, window)
-    cache.cross(rows, after)
-    if not report:
-        return None
-    done = SleepReport(
-        rows=rows.tolist(),
-        tokens=int(window.lengths.sum()),
-        tokens_by_row=window.lengths.tolist(),
-        passes=int(depths.max()),
-        passes_by_row=depths.tolist(),
-        change=by_layer,
-        bytes_freed=freed,
-        seconds=time.perf_counter() - began,
-        path=path,
-    )
-    cache.reports.append(done)
-    return done
+    done = _repeat_passes(backbone, window, passes, tol, max_passes)
+    # In training nothing is measured: reading a norm would make every step wait for the device.
+    change = {} if learns else report.relative_by_layer(cache, done.after, done.changes, "cache")
+    freed = cache.cross_boundary(window, done.after)
+    record = report.report_of(window, done, change, freed, began)
+    if not learns:
+        cache.reports.append(record)
+    return record
 
 
 def _repeat_passes(
-    backbone: Backbone,
-    window: Window,
-    passes: Passes,
-    tol: float,
-    max_passes: int,
-    measure: bool,
-) -> tuple[dict[int, Memory], torch.Tensor, list[Change], str]:
-    """Passes 2..N and the coda: the memory they leave, each row's depth, each pass's change, and
-    how they were run."""
-    config, writer = backbone.config, last_writer(backbone.config)
-    start, end = config.loop_range
-    depth = max_passes if passes == "auto" else passes
+    backbone: Backbone, window: Window, passes: Passes, tol: float, max_passes: int
+) -> Outcome:
+    (_, end), learns = backbone.options.loop, torch.is_grad_enabled()
+    attention_layers = [i for i, state in window.states.items() if state.slots]
+    writer = last_writer(backbone.options, backbone.fast_weight_layers, attention_layers)
+    N, auto = (max_passes, True) if passes == "auto" else (passes, False)
     depths, changes = torch.ones_like(window.lengths), []
-    if depth == 1 or writer is None:
-        why = "only one pass" if depth == 1 else "no layer leaves anything behind"
-        return {}, depths, changes, f"eager: {why}"
-    pruned = passes != "auto" and writer < end
-    last = "last pass" if pruned else "pass"
-    # Without gradients steps may be recorded, for sleeps that measure and others alike.
-    learns = torch.is_grad_enabled()
-    measure = measure or passes == "auto" or not learns
-    steps: dict[str, Step] = {}
-    kept = backbone.truncation.passes
-    first_kept = 1 if kept is None or not learns else depth - kept + 1
-    if first_kept > 1:
-        steps["cut"] = _cut
-    if depth > 2 or not pruned:
-        steps["pass"] = partial(_pass, backbone, None, measure)
-    if pruned:
-        steps[last] = partial(_pass, backbone, writer, measure)
-    if writer >= end:
-        steps["coda"] = partial(_coda, backbone, writer)
-    with begin(backbone, _fall_asleep(backbone, window), steps) as night:
-        awake = torch.ones_like(window.lengths, dtype=torch.bool)
-        for j in range(2, depth + 1):
-            if j == first_kept:
-                night.take("cut")
-            with torch.set_grad_enabled(learns and j >= first_kept):
-                night.take(last if j == depth else "pass")
-            depths = depths + awake
-            change = night.change()
-            if change is not None:
-                changes.append(dict(zip(night.layers, change, strict=True)))
-            if passes == "auto":
-                awake = awake & (relative_by_row(changes[-1]) >= tol)
-                if not bool(awake.any()):
+    if N == 1 or writer is None:
+        why = "only one pass" if N == 1 else "no layer leaves anything behind"
+        return Outcome({}, depths, changes, f"eager: {why}")
+    through = N if backbone.truncation.passes is None else backbone.truncation.passes
+    active = depths == 1
+    carry = after_pass_one(backbone, window, watch=auto, cut=learns and through < N)
+    measure = bool(carry.S) and (auto or not learns)
+    with execution.start(backbone, carry) as run:
+        for j in range(2, N + 1):
+            # A pass known to be the last one leaves out what only a further one would read.
+            last = writer if j == N and writer < end and not auto else None
+            with torch.set_grad_enabled(learns and j > N - through):
+                run(looped_pass, last=last, measure=measure)
+            depths = depths + active
+            if measure:
+                changes.append((tuple(carry.S), run.read("change")))
+            if auto:
+                active = active & (report.relative_by_row(changes[-1][1]) >= tol)
+                if not bool(active.any()):
                     break
-                if not bool(awake.all()):
-                    night.only(awake)
-        if "coda" in steps:
-            night.take("coda")
-        S, left = night.end()
-    looped = {i: FastWeights(x, *left.get(i, FastWeights(None))[1:]) for i, x in S.items()}
-    return left | looped, depths, changes, night.path
+                run.write("active", active.to(window.hidden.device))
+        if writer >= end:
+            run(coda, last=writer)
+        S, left = run.read("S"), run.read("left")
+    after = left | {i: left.get(i, LayerState())._replace(S=x) for i, x in S.items()}
+    return Outcome(after, depths, changes, run.path)
 
 
-def _fall_asleep(backbone: Backbone, window: Window) -> Night:
-    """Where pass 2 starts: hidden states and fast weights of pass 1, short-term memory as it was
-    when the window opened, and for the coda its fast weights of that time as well."""
-    start, end = backbone.config.loop_range
-    S = {
-        i: m.S for i, m in window.memory.items() if start <= i < end and isinstance(m, FastWeights)
+def looped_pass(backbone: Backbone, carry: Carry, *, last: int | None, measure: bool) -> Carry:
+    """`h, S <- LoopedBlocks(h, S)`, up to the block `last` if it is given."""
+    # S continues from the last pass; keys and tails are this pass's own (DESIGN: short-term).
+    states = carry.start | {
+        i: carry.start.get(i, LayerState())._replace(S=S) for i, S in carry.S.items()
     }
-    tails = {i: m._replace(S=None) if i < end else m for i, m in window.opening.items()}
-    entering: dict[int, Memory] = {i: m for i, m in (tails | window.older).items() if i >= start}
-    context = backbone.context(
-        window.kept,
-        window.lengths,
-        int(window.kept.max()),
-        window.first_position,
-        window.hidden,
-        sleeping=True,
-    )
-    return Night(window.hidden, S, entering, context)
+    looped = range(*backbone.options.loop)
+    h, after = backbone.run_blocks(looped, carry.h, states, carry.context, last_writer=last)
+    new = {"h": carry.h if h is None else h, "S": {i: after[i].S for i in carry.S}}
+    if backbone.options.is_sliding:
+        new["left"] = carry.left | {i: state._replace(S=None) for i, state in after.items()}
+    done = carry.update(**new)
+    return done._replace(change=report.change_of(carry.S, done.S)) if measure else done
 
 
-def _pass(
-    backbone: Backbone, last: int | None, measure: bool, night: Night
-) -> dict[str, Any]:
-    """`h, S <- LoopedBlocks(h, S)`; with `last`, what only later passes would read is left out."""
-    entering = dict(night.entering)
-    for i, S in night.S.items():
-        entering[i] = entering.get(i, FastWeights(None))._replace(S=S)
-    h, after = run_blocks(
-        backbone.blocks,
-        range(*backbone.config.loop_range),
-        night.h,
-        entering,
-        night.context,
-        last_writer=last,
-        group=backbone.checkpointing.group,
-    )
-    new = {"h": h, "S": {i: after[i].S for i in night.S}, "left": {}}
-    if backbone.config.eviction == "sliding":
-        new["left"] = {
-            i: m._replace(S=None) if isinstance(m, FastWeights) else m for i, m in after.items()
-        }
-    if night.awake is not None:
-        new = {name: map_tensors(night.pick, x, getattr(night, name)) for name, x in new.items()}
-    if measure and night.S:
-        new["change"] = change_of(night.S, new["S"])
-    return new
+def coda(backbone: Backbone, carry: Carry, *, last: int) -> Carry:
+    """`S <- Coda(h, S)` from the window's start; of the block `last` only what it writes.
 
-
-def _cut(night: Night) -> dict[str, Any]:
-    """What earlier passes left, without the way it came about."""
-    return {"h": night.h.detach(), "S": {i: S.detach() for i, S in night.S.items()}, "left": {}}
-
-
-def _coda(backbone: Backbone, writer: int, night: Night) -> dict[str, Any]:
-    """`S <- Coda(h, S)` from the window's start, the last block only as far as it writes."""
-    _, left = run_blocks(
-        backbone.blocks,
-        range(backbone.config.loop_range[1], backbone.config.num_hidden_layers),
-        night.h,
-        night.entering,
-        night.context,
-        last_writer=writer,
-        group=backbone.checkpointing.group,
-    )
-    if backbone.config.eviction == "hard":
-        left = {i: FastWeights(m.S) for i, m in left.items() if isinstance(m, FastWeights)}
-    return {"left": left}
+    On pass 1 the coda had to run to predict, but read hidden states that the sleep has since
+    refined: what it wrote then is undone by starting where the window did.
+    """
+    blocks = range(backbone.options.loop[1], last + 1)
+    _, after = backbone.run_blocks(blocks, carry.h, carry.start, carry.context, last_writer=last)
+    if not backbone.options.is_sliding:
+        after = {i: LayerState(state.S) for i, state in after.items() if state.S is not None}
+    return carry._replace(left=carry.left | after)

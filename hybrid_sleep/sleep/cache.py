@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
-from dataclasses import dataclass, field
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from transformers import Cache
 
-from hybrid_sleep.configuration import HybridSleepConfig
-from hybrid_sleep.layers.attention import take_slots
 from hybrid_sleep.sleep.history import History
-from hybrid_sleep.sleep.state import AttentionMemory, FastWeights, Memory, packing
-from hybrid_sleep.sleep.weights import FormerOwner, Owner, same_architecture
+from hybrid_sleep.sleep.masks import append_index
+from hybrid_sleep.sleep.options import SleepOptions
+from hybrid_sleep.sleep.state import (
+    LayerState,
+    join_rows,
+    join_states,
+    put_rows,
+    take_rows,
+    take_slots,
+)
+from hybrid_sleep.sleep.trees import map_tensors, tensors_of
+from hybrid_sleep.sleep.weights import FormerOwner, Owner
 
 if TYPE_CHECKING:
     from hybrid_sleep.sleep.report import SleepReport
@@ -23,23 +33,24 @@ ROW_COUNTERS = ("counts", "kept", "positions", "sleeps")
 
 @dataclass
 class Window:
-    """The open windows of some rows, as a sleep reads them.
+    """The open windows of R rows, as a sleep reads them.
 
-    hidden: `[R, C, D]`, outputs of the last looped block in pass 1.
-    lengths, kept, first_position: `[R]` on the CPU; tokens in the window, older slots that stay
-        visible, position of the window's first token.
-    memory: per layer, what pass 1 left.
-    opening: per layer, what the window started from, where a later pass needs it.
-    older: per attention layer, the slots from before the window.
+    rows: `[R]`, ascending indices of these rows in the cache, on the CPU as all counters are.
+    hidden: `[R, L, D]`, outputs of the last looped block in pass 1.
+    lengths, kept, first_position: `[R]`; tokens in the window, older slots that stay visible,
+        position of the window's first token.
+    states: per layer, what pass 1 left.
+    opening: per layer, what a later pass starts from: tails and slots as they were when the window
+        opened, and the coda's fast weights of that time.
     """
 
+    rows: torch.Tensor
     hidden: torch.Tensor
     lengths: torch.Tensor
     kept: torch.Tensor
     first_position: torch.Tensor
-    memory: dict[int, Memory]
-    opening: dict[int, FastWeights]
-    older: dict[int, AttentionMemory] = field(default_factory=dict)
+    states: dict[int, LayerState]
+    opening: dict[int, LayerState]
 
 
 class SleepCache(Cache):
@@ -51,39 +62,44 @@ class SleepCache(Cache):
     that was read, by which generate() knows a text again. Tensors are replaced, never
     written in place, so gradients flow through them and a copy is cheap.
 
-    `reports` lists a `SleepReport` for each sleep that happened outside of training. `finished` is
-    set by generate(): rows that read no more tokens in this call.
+    states: per layer that has read anything, its `LayerState`. opening: per layer, what a sleep of
+    the open window must start it from. `reports` lists a `SleepReport` for each sleep that happened
+    outside of training. `finished` is set by generate(): rows that read no more tokens in this
+    call.
+
+    SleepCache(options): `SleepOptions`, or a config that has them as `sleep_options`. ValueError
+    for anything else.
     """
 
-    def __init__(self, config: HybridSleepConfig):
-        if not isinstance(config, HybridSleepConfig):
+    def __init__(self, options: Any):
+        given = getattr(options, "sleep_options", options)
+        if not isinstance(given, SleepOptions):
             raise ValueError(
-                f"config must be a HybridSleepConfig, got {type(config).__name__}; use model.config"
+                "options must be SleepOptions or the config of a model that sleeps, such as a "
+                f"HybridSleepConfig, got {type(options).__name__}; use model.config"
             )
         super().__init__(layers=[])
-        self.config = config
+        self.options = given
         self.reports: list[SleepReport] = []
-        self.owner: Owner | FormerOwner | None = None
         self.reset()
 
     def reset(self) -> None:
         """Forget everything; the cache is as new and takes any batch size."""
-        self.memory: list[Memory | None] = [None] * self.config.num_hidden_layers
-        self.opening: dict[int, FastWeights] = {}
+        self.states: dict[int, LayerState] = {}
+        self.opening: dict[int, LayerState] = {}
         self.hidden: torch.Tensor | None = None
-        for name in ROW_COUNTERS:
-            setattr(self, name, torch.zeros(0, dtype=torch.long))
-        self.supervised = torch.zeros(0, dtype=torch.bool)
-        self.history = History.empty(0)
+        self._open_rows(0)
         self.columns = 0
         self.finished: torch.Tensor | None = None
         self.reports.clear()
-        self.owner = None
+        self.owner: Owner | FormerOwner | None = None
 
-    @property
-    def is_sliding_eviction(self) -> bool:
-        """Whether keys, values and tails cross a boundary."""
-        return self.config.eviction == "sliding"
+    def _open_rows(self, batch: int) -> None:
+        self.counts, self.kept, self.positions, self.sleeps = (
+            torch.zeros(batch, dtype=torch.long) for _ in ROW_COUNTERS
+        )
+        self.supervised = torch.zeros(batch, dtype=torch.bool)
+        self.history = History.empty(batch)
 
     @property
     def batch_size(self) -> int:
@@ -93,10 +109,7 @@ class SleepCache(Cache):
     def open(self, batch: int) -> None:
         """Make room for `batch` rows; a cache that holds another number of rows is refused."""
         if not len(self.counts):
-            for name in ROW_COUNTERS:
-                setattr(self, name, torch.zeros(batch, dtype=torch.long))
-            self.supervised = torch.zeros(batch, dtype=torch.bool)
-            self.history = History.empty(batch)
+            self._open_rows(batch)
         elif len(self.counts) != batch:
             raise ValueError(
                 f"cache holds {len(self.counts)} rows, but the input has {batch}; pass "
@@ -106,24 +119,26 @@ class SleepCache(Cache):
     @property
     def first_position(self) -> torch.Tensor:
         """`[B]`: position of each window's first token (0 under hard eviction)."""
-        if self.is_sliding_eviction:
-            return self.positions - self.counts
-        return torch.zeros_like(self.positions)
+        # RoPE positions restart where nothing older is attended to, so they stay within the window
+        # that training has seen; older keys that stay were rotated by theirs, which must run on.
+        return self.positions - self.counts if self.options.is_sliding else self.positions * 0
 
     @property
     def slots(self) -> int:
         """Slots of keys and values that each attention layer holds per row at present."""
-        return next((m.k.shape[2] for m in self.memory if isinstance(m, AttentionMemory)), 0)
+        return max((x.shape[2] for state in self.states.values() for x in state.slots), default=0)
 
-    def append(self, memory: dict[int, Memory], hidden: torch.Tensor, new: torch.Tensor) -> None:
-        """Take in `new: [B]` tokens a row: the memory after them and their pass-1 hidden states."""
-        for i, value in memory.items():
-            self.memory[i] = value
+    def append(
+        self, states: dict[int, LayerState], hidden: torch.Tensor, new: torch.Tensor
+    ) -> None:
+        """Take in `new: [B]` tokens a row: the states after them and their pass-1 hidden states."""
+        self.states = self.states | states
         width = 0
         if self.hidden is not None:
             width = self.hidden.shape[1]
             hidden = torch.cat((self.hidden, hidden), dim=1)
-        index = packing(self.counts, new, width)
+        # Kept until the boundary, so that no sleep has to compute pass 1 again.
+        index = append_index(self.counts, new, width)
         if index is not None:
             index = index.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[2])
             hidden = hidden.gather(1, index)
@@ -135,133 +150,184 @@ class SleepCache(Cache):
         """The open windows of `rows` (ascending indices on the CPU), for a sleep to read."""
         lengths, kept = self.counts[rows], self.kept[rows]
 
-        def take(x: torch.Tensor | None) -> torch.Tensor | None:
-            return self._take(rows, x)
+        def take(x: torch.Tensor) -> torch.Tensor:
+            return take_rows(rows, x, len(self.counts))
 
-        memory = {i: type(m)(*map(take, m)) for i, m in enumerate(self.memory) if m is not None}
-        older = {}
-        if self.is_sliding_eviction and int(kept.max()):
-            older = {
-                i: AttentionMemory(*(x[:, :, : int(kept.max())] for x in m))
-                for i, m in memory.items()
-                if isinstance(m, AttentionMemory)
-            }
-        return Window(
-            hidden=take(self.hidden)[:, : int(lengths.max())],
-            lengths=lengths,
-            kept=kept,
-            first_position=self.first_position[rows],
-            memory=memory,
-            opening={i: FastWeights(*map(take, m)) for i, m in self.opening.items()},
-            older=older,
-        )
+        states: dict[int, LayerState] = map_tensors(take, self.states)
+        opening: dict[int, LayerState] = map_tensors(take, self.opening)
+        # Slots are never overwritten, so the window's opening is a prefix of them.
+        older = int(kept.max())
+        for i, state in states.items():
+            if older and state.slots:
+                slots = tuple(x[:, :, :older] for x in state.slots)
+                opening[i] = opening.get(i, LayerState())._replace(slots=slots)
+        assert self.hidden is not None
+        hidden = take(self.hidden)[:, : int(lengths.max())]
+        first = self.first_position[rows]
+        return Window(rows, hidden, lengths, kept, first, states, opening)
 
-    def cross(self, rows: torch.Tensor, memory: dict[int, Memory]) -> None:
-        """Close the windows of `rows`: what `memory` says survives, the rest is dropped.
+    def cross_boundary(self, window: Window, after: dict[int, LayerState]) -> int:
+        """Close the windows of some rows: what `after` says survives, the rest is dropped.
 
-        memory: per layer, what the last pass left of these rows; a missing layer keeps what it has.
+        after: per layer, what the last pass left of these rows; a missing layer keeps what it has.
+        Returns the bytes of slots, hidden states and tails that are dropped.
         """
-        held = (self.kept + self.counts)[rows]
-        keep = held.clamp(max=self.config.window - 1) if self.is_sliding_eviction else held * 0
-        for i in range(self.config.num_hidden_layers):
-            old, new = self.memory[i], memory.get(i)
-            if isinstance(old, FastWeights):
-                self.memory[i] = self._cross_fast_weights(rows, old, new)
-                self._reopen(i, rows)
-            elif isinstance(old, AttentionMemory) and new is not None:
-                self.memory[i] = AttentionMemory(
-                    *(self._put(rows, a, b) for a, b in zip(old, new, strict=True))
-                )
+        rows, held = window.rows, window.kept + window.lengths
+        keep = self.options.kept(held)
+        freed = self._bytes_dropped(window, int((held - keep).sum()))
+        for i, old in self.states.items():
+            self.states[i] = self._cross(rows, old, after.get(i))
+            self._reopen(i, rows)
         self.kept = self.kept.index_copy(0, rows, keep)
         self.counts = self.counts.index_fill(0, rows, 0)
         self.sleeps = self.sleeps.index_add(0, rows, torch.ones_like(rows))
         self.supervised = self.supervised.index_fill(0, rows, False)
         self._drop_slots(rows, held - keep)
+        return freed
 
-    def _cross_fast_weights(
-        self, rows: torch.Tensor, old: FastWeights, new: FastWeights | None
-    ) -> FastWeights:
-        S = old.S if new is None else self._put(rows, old.S, new.S)
-        if not self.is_sliding_eviction:
-            return FastWeights(S, *(self._put(rows, tail, None) for tail in old[1:]))
-        if new is None:
-            return FastWeights(S, *old[1:])
-        tails = zip(old[1:], new[1:], strict=True)
-        return FastWeights(S, *(self._put(rows, a, b) for a, b in tails))
+    def _cross(
+        self, rows: torch.Tensor, old: LayerState, new: LayerState | None
+    ) -> LayerState:
+        """A layer's state behind the boundary of `rows`."""
+        total = len(self.counts)
+        if self.options.is_sliding:
+            return old if new is None else old.put(rows, new, total)
+        S = old.S if new is None else put_rows(rows, old.S, new.S, total)
+        # Slots stay for now: they are one tensor, which rows that are still awake may need.
+        return LayerState(S, tuple(put_rows(rows, x, None, total) for x in old.tails), old.slots)
 
     def _reopen(self, layer: int, rows: torch.Tensor) -> None:
-        """Remember what a later sleep must start this layer from."""
-        start, end = self.config.loop_range
-        in_coda = layer >= end
-        if layer < start or not (in_coda or self.is_sliding_eviction):
+        """Snapshot what a sleep of the new window must start this layer from."""
+        start, end = self.options.loop
+        state, in_coda = self.states[layer], layer >= end
+        if layer < start or state.S is None or not (in_coda or self.options.is_sliding):
             return
-        S, *tails = self.memory[layer]
-        before = self.opening.get(layer, FastWeights(None))
-        now = FastWeights(S if in_coda else None, *(tails if self.is_sliding_eviction else ()))
-        self.opening[layer] = FastWeights(
-            *(
-                self._put(rows, a, self._take(rows, b))
-                for a, b in zip(before, now, strict=True)
-            )
+        # Looped layers go on from the S of pass 1, the coda from that of the window's start.
+        now = LayerState(
+            state.S if in_coda else None, state.tails if self.options.is_sliding else ()
         )
+        total = len(self.counts)
+        now = map_tensors(lambda x: take_rows(rows, x, total), now)
+        self.opening[layer] = self.opening.get(layer, LayerState()).put(rows, now, total)
 
-    def _take(self, rows: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor | None:
-        """The given ascending rows of `x`."""
-        if x is None or len(rows) == len(self.counts):
-            return x
-        return x.index_select(0, rows.to(x.device))
-
-    def _put(
-        self,
-        rows: torch.Tensor,
-        old: torch.Tensor | None,
-        new: torch.Tensor | None,
-    ) -> torch.Tensor | None:
-        """`old` with `rows` replaced by `new` (None: zeros), out of place.
-
-        Keys and values that are shorter than the slots held are padded to them.
-        """
-        if len(rows) == len(self.counts):
-            return new
-        if old is None:
-            if new is None:
-                return None
-            old = new.new_zeros(len(self.counts), *new.shape[1:])
-        index = rows.to(old.device)
-        if new is None:
-            return old.index_fill(0, index, 0)
-        if new.ndim == 4 and new.shape[2] < old.shape[2]:
-            new = torch.nn.functional.pad(new, (0, 0, 0, old.shape[2] - new.shape[2]))
-        return old.index_copy(0, index, new)
+    def _bytes_dropped(self, window: Window, slots: int) -> int:
+        """Bytes of `slots` slots in all, and of the hidden states and tails of these rows."""
+        dropped = int(window.lengths.sum()) * window.hidden[0, 0].nbytes
+        for state in window.states.values():
+            dropped += sum(slots * x[0, :, 0].nbytes for x in state.slots)
+            if not self.options.is_sliding:
+                dropped += sum(x.nbytes for x in state.tails if x is not None)
+        return dropped
 
     def _drop_slots(self, rows: torch.Tensor, dropped: torch.Tensor) -> None:
         """Shift each of `rows` left by the slots it drops and free what no row uses."""
         if not int(self.counts.max()):
             self.hidden = None
         width = int((self.kept + self.counts).max())
-        attention = [i for i, m in enumerate(self.memory) if isinstance(m, AttentionMemory)]
-        if not width:
-            for i in attention:
-                self.memory[i] = None
-            return
-        if not self.is_sliding_eviction:
-            return
         shift = torch.zeros_like(self.counts).index_copy(0, rows, dropped)
-        for i in attention:
-            old = self.memory[i]
-            index = (torch.arange(width) + shift[:, None]).clamp_(max=old.k.shape[2] - 1)
-            index = index.to(old.k.device)
-            self.memory[i] = AttentionMemory(*(take_slots(x, index) for x in old))
+        for i, state in self.states.items():
+            if not state.slots:
+                continue
+            if not width:
+                self.states[i] = state._replace(slots=())
+            elif self.options.is_sliding:
+                index = torch.arange(width) + shift[:, None]
+                index = index.clamp_(max=state.slots[0].shape[2] - 1).to(state.slots[0].device)
+                slots = tuple(take_slots(x, index) for x in state.slots)
+                self.states[i] = state._replace(slots=slots)
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[SleepCache]:
+        """On an exception inside, the cache is as it was before."""
+        before = self.copy()
+        try:
+            yield self
+        except BaseException:
+            self.assign(before)
+            raise
+
+    def assign(self, other: SleepCache) -> None:
+        """Hold what `other` holds from now on; tensors are shared until one is replaced."""
+        vars(self).update(vars(other.copy()))
+
+    @classmethod
+    def join(cls, caches: Sequence[SleepCache]) -> SleepCache:
+        """One cache with the rows of all `caches`, in order; `split` takes it apart again.
+
+        Each row goes on as it would have alone. Reports stay with the caches that they are of.
+
+        Raises ValueError for an empty sequence, and for caches of other options, models or weights.
+        """
+        if not caches:
+            raise ValueError("caches must be a sequence of at least one SleepCache, got none")
+        first = caches[0]
+        for i, cache in enumerate(caches):
+            if cache.options.memory_fields() != first.options.memory_fields():
+                raise ValueError(f"caches[{i}] must be of the same options as caches[0]")
+            if cache.owner != first.owner:
+                raise ValueError(
+                    f"caches[{i}] must be of the same model and weights as caches[0], and at the "
+                    "same version of them"
+                )
+        sizes = [len(cache.counts) for cache in caches]
+        joined = cls(first.options)
+        joined.owner, joined.columns = first.owner, max(cache.columns for cache in caches)
+        for name in (*ROW_COUNTERS, "supervised"):
+            setattr(joined, name, torch.cat([getattr(cache, name) for cache in caches]))
+        for name in ("states", "opening"):
+            held = [getattr(cache, name) for cache in caches]
+            layers = sorted({i for states in held for i in states})
+            setattr(joined, name, {
+                i: join_states([states.get(i, LayerState()) for states in held], sizes)
+                for i in layers
+            })  # fmt: skip
+        width = max((x.shape[1] for c in caches if (x := c.hidden) is not None), default=0)
+        hidden = [
+            x if x is None else torch.nn.functional.pad(x, (0, 0, 0, width - x.shape[1]))
+            for x in (cache.hidden for cache in caches)
+        ]
+        joined.hidden = join_rows(hidden, sizes)
+        histories = [cache.history.folded() for cache in caches]
+        device = histories[0].whole.device
+        joined.history = History(
+            torch.cat([history.whole.to(device) for history in histories]),
+            torch.cat([history.opening.to(device) for history in histories]),
+        )
+        return joined
+
+    def split(self, sizes: Sequence[int] | None = None) -> list[SleepCache]:
+        """Caches of `sizes` rows each, in order (None: one row each), as small as their rows allow.
+
+        Reports stay with this cache. Raises ValueError for sizes that are not its rows in all.
+        """
+        rows = len(self.counts)
+        sizes = [1] * rows if sizes is None else list(sizes)
+        if any(size < 1 for size in sizes) or sum(sizes) != rows:
+            raise ValueError(f"sizes must be at least 1 each and {rows} in all, got {sizes}")
+        parts, first = [], 0
+        for size in sizes:
+            part = self.copy()
+            part.batch_select_indices(torch.arange(first, first + size))
+            part._trim()
+            part.reports, part.finished = [], None
+            parts.append(part)
+            first += size
+        return parts
+
+    def _trim(self) -> None:
+        """Drop what lies behind the longest row of slots and hidden states."""
+        tokens, width = int(self.counts.max()), int((self.kept + self.counts).max())
+        if self.hidden is not None:
+            self.hidden = self.hidden[:, :tokens].clone() if tokens else None
+        for i, state in self.states.items():
+            slots = tuple(x[:, :, :width].clone() for x in state.slots) if width else ()
+            self.states[i] = state._replace(slots=slots)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace every tensor whose first dim is the rows."""
-
-        def apply(x: torch.Tensor | None) -> torch.Tensor | None:
-            return None if x is None else change(x)
-
-        self.memory = [None if m is None else type(m)(*map(apply, m)) for m in self.memory]
-        self.opening = {i: FastWeights(*map(apply, m)) for i, m in self.opening.items()}
-        self.hidden = apply(self.hidden)
+        self.states = map_tensors(change, self.states)
+        self.opening = map_tensors(change, self.opening)
+        self.hidden = None if self.hidden is None else change(self.hidden)
         self.history = History(*map(change, self.history.folded()[:2]))
         for name in (*ROW_COUNTERS, "supervised"):
             setattr(self, name, change(getattr(self, name)))
@@ -282,7 +348,7 @@ class SleepCache(Cache):
         """A second cache that goes its own way; the tensors are shared until one is replaced."""
         twin = type(self).__new__(type(self))
         vars(twin).update(vars(self))
-        twin.memory, twin.opening = list(self.memory), dict(self.opening)
+        twin.states, twin.opening = dict(self.states), dict(self.opening)
         twin.reports = list(self.reports)
         return twin
 
@@ -319,19 +385,18 @@ class SleepCache(Cache):
         vars(self).update(counters)
         return self
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors held on the device: fast weights and open window together."""
+        return tensors_of((self.states, self.opening, self.hidden))
+
     def nbytes(self) -> int:
         """Bytes of all tensors held, fast weights and open window together."""
-        tensors = [x for m in (*self.memory, *self.opening.values()) if m is not None for x in m]
-        return sum(x.nbytes for x in (*tensors, self.hidden) if x is not None)
+        return sum(x.nbytes for x in self.tensors())
 
     @property
     def fast_weights(self) -> dict[int, torch.Tensor]:
         """`{layer: S}`, `S: [B, H, K, V]`, of the state-space layers that have read anything."""
-        return {
-            i: m.S
-            for i, m in enumerate(self.memory)
-            if isinstance(m, FastWeights) and m.S is not None
-        }
+        return {i: state.S for i, state in sorted(self.states.items()) if state.S is not None}
 
     def check_finite(self, name: str = "cache", only: Set[int] | None = None) -> None:
         """Raise ValueError naming the first layer whose fast weights hold a NaN or infinity.
@@ -341,27 +406,29 @@ class SleepCache(Cache):
         for layer, S in self.fast_weights.items():
             if only is not None and layer not in only:
                 continue
+            # A sum is one pass over S, and finite almost always; only then is that all it takes.
             if not bool(torch.isfinite(S.sum())) and not bool(torch.isfinite(S).all()):
                 raise ValueError(
                     f"{name}: the fast weights of layer {layer} hold a NaN or an infinity; they "
                     "must be finite. Start a new cache, or load one that was saved before"
                 )
 
-    def check(self, owner: Owner, name: str = "cache") -> None:
-        """Refuse to serve another architecture, model or weights version; ValueError says which."""
-        same_architecture(self.config, owner.config, name)
+    def check(self, owner: Owner, options: SleepOptions, name: str = "cache") -> None:
+        """Refuse to serve other options, another model or other weights; ValueError says which."""
+        if options is not self.options:
+            check_same_fields(self.options.memory_fields(), options.memory_fields(), name)
         if self.owner is not None:
             self.owner.check_same(owner, name)
         self.owner = owner
 
-    def save_pretrained(self, directory: str) -> None:
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write `sleep_cache.safetensors` into `directory`, atomically; see `storage`."""
         from hybrid_sleep.sleep.storage import save_cache
 
         save_cache(self, directory)
 
     @classmethod
-    def from_pretrained(cls, directory: str, *, model: Any) -> SleepCache:
+    def from_pretrained(cls, directory: str | os.PathLike, *, model: Any) -> SleepCache:
         """Read a cache back for `model`; one of other weights or another config is refused."""
         from hybrid_sleep.sleep.storage import load_cache
 
@@ -378,11 +445,15 @@ class SleepCache(Cache):
     is_compileable = is_croppable = False
 
     def __len__(self) -> int:
-        return self.config.num_hidden_layers
+        return len(self.states)
+
+    def __bool__(self) -> bool:
+        # A cache that has read nothing is a cache all the same.
+        return True
 
     def __repr__(self) -> str:
         return (
-            f"SleepCache(rows={len(self.counts)}, window={self.config.window}, "
+            f"SleepCache(rows={len(self.counts)}, window={self.options.window}, "
             f"in_window={self.counts.tolist()}, tokens={self.positions.tolist()}, "
             f"sleeps={self.sleeps.tolist()}, bytes={self.nbytes()})"
         )
@@ -398,3 +469,11 @@ class SleepCache(Cache):
     def is_initialized(self) -> bool:
         """Whether any token was read."""
         return bool(len(self.counts))
+
+
+def check_same_fields(held: dict[str, Any], wanted: dict[str, Any], name: str) -> None:
+    """Raise ValueError naming the fields in which a cache and a model differ."""
+    differing = [key for key in wanted if held.get(key) != wanted[key]]
+    if differing:
+        details = ", ".join(f"{k}={held.get(k)!r} (model: {wanted[k]!r})" for k in differing)
+        raise ValueError(f"{name} was made under another config: {details}; use the same config")

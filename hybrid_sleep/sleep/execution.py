@@ -1,12 +1,17 @@
 """How the steps of a sleep are run: one after another, or replayed from CUDA graphs.
 
-A sleep repeats one pass over one window, so on a GPU most of an eager pass is Python and kernel
-launches. `SleepEngine` keeps, for each shape of sleep, buffers at fixed addresses and graphs that
-read and write only them; a sleep then copies its window in, replays, and clones out what survives.
+A step is a function `step(backbone, carry, **flags) -> carry`; a carry is a named tuple of trees of
+tensors. What they mean is the affair of `algorithm.py`: here a step is run as it is (`Eager`), or
+recorded over buffers at fixed addresses and launched again as a whole (`Replayed`). A sleep repeats
+one pass over one window, so on a GPU most of an eager pass is Python and kernel launches.
 
-What a step computes is the affair of `sleep.py`: a function from a `Night` to the fields that
-change. One that is captured may not wait for the device, nor read a tensor that is neither in the
-Night nor a parameter. Audited for that (and watched by tests), in what `run_blocks` calls:
+Why not `torch.compile(mode="reduce-overhead")` or `make_graphed_callables`: the first compiles anew
+for each length of window and guards on every attribute of the model, seconds for what runs once or
+twice; the second fixes one set of shapes for good and keeps gradients' buffers that a sleep has no
+use for. Neither can say why it fell back.
+
+A step that is captured may not wait for the device, nor read a tensor that is neither in the carry
+nor a parameter. Audited for that (and watched by tests), in what our model's `run_blocks` calls:
 
 - `Block`, `SwiGLU`, `nn.RMSNorm`, `nn.Linear`, `rotate`, the gates: elementwise kernels and
   cuBLAS, whose handle and workspace the warm-up on the capturing stream makes;
@@ -27,18 +32,16 @@ import contextlib
 import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from transformers.utils import logging
 
-from hybrid_sleep.configuration import HybridSleepConfig
+from hybrid_sleep.sleep.backbone import Backbone
 from hybrid_sleep.sleep.cuda_graphs import CudaGraphs
-from hybrid_sleep.sleep.state import Context, Memory
 from hybrid_sleep.sleep.trees import map_tensors
 from hybrid_sleep.sleep.weights import adapter_state
 
@@ -48,166 +51,129 @@ logger = logging.get_logger(__name__)
 MOST_PLANS = 6
 MOST_SHAPES = 64
 
-
-@dataclass(frozen=True)
-class Night:
-    """What the steps of one sleep of R rows read, and what they leave.
-
-    h: `[R, L, D]`, hidden states that the next pass reads.
-    S: fast weights of the looped layers.
-    entering: per layer, all else that a pass, or the coda, starts from.
-    context: positions and visibility.
-    awake: bool `[R]`, rows that take what the next pass gives, the others stay; None for all.
-    left: per layer, what steps left beside `S`.
-    change: `[layers of S, 2, R]`, squared norms of the last pass; None if none was measured.
-    """
-
-    h: torch.Tensor
-    S: dict[int, torch.Tensor]
-    entering: dict[int, Memory]
-    context: Context
-    awake: torch.Tensor | None = None
-    left: dict[int, Memory] = field(default_factory=dict)
-    change: torch.Tensor | None = None
-
-    def pick(self, new: torch.Tensor, old: torch.Tensor | None) -> torch.Tensor:
-        """`new` in rows that are awake, `old` (None: as `new`) in the others."""
-        if old is None:
-            return new
-        return torch.where(self.awake.view(-1, *[1] * (new.ndim - 1)), new, old)
+Carry = TypeVar("Carry", bound=tuple)
+Step = Callable[..., Any]
+Replay = Callable[[], None]
 
 
-Step = Callable[[Night], dict[str, Any]]
-Steps = Mapping[str, Step]
-
-
-class Backbone(Protocol):
-    """What the engine needs of a model."""
-
-    config: HybridSleepConfig
-    blocks: Sequence[nn.Module]
-    engine: SleepEngine | None
-
-
-class Eager:
+class Eager(Generic[Carry]):
     """Steps run one by one, with gradients where they are on.
 
-    path: says so, and why. layers: those of `S`, in the order of `change`.
+    carry: what the steps so far have left. path: says how they are run, and why.
     """
 
-    def __init__(self, night: Night, steps: Steps, reason: str):
-        self._night, self._steps = night, steps
-        self.path, self.layers = f"eager: {reason}", tuple(night.S)
+    def __init__(self, backbone: Backbone, carry: Carry, reason: str):
+        self.backbone, self.carry, self.path = backbone, carry, f"eager: {reason}"
 
-    def take(self, name: str) -> None:
-        """Run a step and take what it gives."""
-        new = {k: v for k, v in self._steps[name](self._night).items() if v is not None}
-        new["left"] = self._night.left | new["left"]
-        self._night = replace(self._night, **new)
+    def __call__(self, step: Step, **flags: Hashable) -> None:
+        """Run a step on the carry."""
+        self.carry = step(self.backbone, self.carry, **flags)
 
-    def only(self, awake: torch.Tensor) -> None:
-        """From now on, let passes change the rows in `awake: [R]` alone."""
-        self._night = replace(self._night, awake=awake.to(self._night.h.device))
+    def read(self, field: str) -> Any:
+        """A field of the carry, in tensors that later steps do not write."""
+        return getattr(self.carry, field)
 
-    def change(self) -> torch.Tensor | None:
-        """`Night.change` of the last pass."""
-        return self._night.change
-
-    def end(self) -> tuple[dict[int, torch.Tensor], dict[int, Memory]]:
-        """`S` and `left` after the steps taken."""
-        return self._night.S, self._night.left
+    def write(self, field: str, tree: Any) -> None:
+        """Replace a field of the carry by a tree of the same shapes."""
+        self.carry = self.carry._replace(**{field: tree})  # type: ignore[attr-defined]
 
 
-class Plan:
-    """Buffers at fixed addresses for one shape of sleep, and the steps recorded over them."""
+class Plan(Generic[Carry]):
+    """Buffers at fixed addresses for one shape of carry, and the steps recorded over them."""
 
-    def __init__(self, night: Night, rows: int, record: Any):
-        """`night` gives the shapes; its R rows become `rows`."""
-        given = len(night.h)
+    def __init__(self, carry: Carry, rows: int, record: Any):
+        """`carry` gives the shapes; its R rows become `rows`."""
+        given = _rows_of(carry)
 
         def like(x: torch.Tensor) -> torch.Tensor:
             count = rows if len(x) == given else len(x)
             return torch.zeros(count, *x.shape[1:], dtype=x.dtype, device=x.device)
 
-        awake = torch.zeros(rows, dtype=torch.bool, device=night.h.device)
-        self.night = replace(map_tensors(like, night), awake=awake)
+        self.carry: Carry = map_tensors(like, carry)
         self.record = record
-        self._replays: dict[str, Callable[[], None]] = {}
+        self.replays: dict[Hashable, Replay] = {}
 
-    def prepare(self, night: Night, steps: Steps) -> bool:
-        """Record those of `steps` that are not yet; whether there was one. Spoils the buffers."""
-        missing = [name for name in steps if name not in self._replays]
-        for name in missing:
-            self.load(night)
-            # Tunes kernels, and shows what a step leaves, which needs buffers outside the pool.
-            self._take(steps[name])
-            self._replays[name] = self.record(functools.partial(self._take, steps[name]))
-        return bool(missing)
+    def load(self, carry: Carry) -> None:
+        """Copy in a carry of at most as many rows; the first one fills the rows behind them."""
 
-    def load(self, night: Night) -> None:
-        """Copy a night of at most as many rows in; the rows behind them read nothing."""
-        rows = len(night.h)
-
-        def fill(buffer: torch.Tensor, x: torch.Tensor) -> None:
-            buffer[: len(x)].copy_(x)
-            buffer[len(x) :].zero_()
-
-        def repeat(buffer: torch.Tensor, x: torch.Tensor) -> None:
+        def fill(x: torch.Tensor, buffer: torch.Tensor) -> None:
             buffer[: len(x)].copy_(x)
             if len(x) < len(buffer):
-                # A row that sees nothing at all would be NaN.
-                buffer[len(x) :].copy_(x[:1])
+                buffer[len(x) :].copy_(x[:1].expand(len(buffer) - len(x), *x.shape[1:]))
 
-        fixed = self.night
-        for name in ("h", "S", "entering"):
-            map_tensors(fill, getattr(fixed, name), getattr(night, name))
-        map_tensors(repeat, fixed.context, night.context)
-        fixed.awake[:rows], fixed.awake[rows:] = True, False
+        map_tensors(fill, carry, self.carry)
 
-    def replay(self, name: str) -> None:
-        """Run a recorded step again over what the buffers hold."""
-        self._replays[name]()
-
-    def _take(self, step: Step) -> None:
-        """Run a step and copy what it gives into the buffers, making those that are missing."""
+    def run(self, backbone: Backbone, step: Step, flags: Mapping[str, Hashable]) -> None:
+        """Run a step and copy what it leaves into the buffers, making those that are missing."""
 
         def write(x: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
-            return torch.zeros_like(x) if buffer is None else buffer.copy_(x)
+            if buffer is None:
+                return x.clone()
+            return buffer if x is buffer else buffer.copy_(x)
 
-        for name, value in step(self.night).items():
-            if value is not None:
-                buffers = getattr(self.night, name)
-                kept = map_tensors(write, value, buffers)
-                kept = buffers | kept if name == "left" else kept
-                self.night = replace(self.night, **{name: kept})
+        self.carry = map_tensors(write, step(backbone, self.carry, **flags), self.carry)
 
 
-class Replayed:
-    """As `Eager`, but steps are replayed over the buffers of a plan, while the engine is locked."""
+class Replayed(Eager[Carry]):
+    """As `Eager`, but steps are replayed over the buffers of a plan, while the engine is locked.
 
-    def __init__(self, plan: Plan, rows: int, path: str):
-        self._plan, self._rows = plan, rows
-        self.path, self.layers = path, tuple(plan.night.S)
+    A step is recorded when a sleep first takes it. Where that fails the sleep goes on eagerly.
+    """
 
-    def take(self, name: str) -> None:
-        """Replay a step."""
-        self._plan.replay(name)
+    def __init__(self, backbone: Backbone, engine: SleepEngine, key: Hashable, rows: int):
+        self.backbone, self._engine, self._key, self._rows = backbone, engine, key, rows
+        self._plan: Plan[Carry] | None = engine.plans[key]
+        self.path = f"{engine.capture.label}: replayed"
 
-    def only(self, awake: torch.Tensor) -> None:
-        """From now on, let passes change the rows in `awake: [R]` alone."""
-        self._plan.night.awake[: self._rows].copy_(awake)
+    def __call__(self, step: Step, **flags: Hashable) -> None:
+        """Replay a step; record it first if it is new."""
+        if self._plan is not None:
+            key = (step, tuple(sorted(flags.items())))
+            if key in self._plan.replays or self._recorded(key, step, flags):
+                self._plan.replays[key]()
+                return
+        super().__call__(step, **flags)
 
-    def change(self) -> torch.Tensor | None:
-        """A copy of `Night.change`."""
-        change = self._plan.night.change
-        return None if change is None else change[..., : self._rows].clone()
+    def read(self, field: str) -> Any:
+        """A copy of a field of the carry."""
+        if self._plan is None:
+            return super().read(field)
+        return self._own(getattr(self._plan.carry, field))
 
-    def end(self) -> tuple[dict[int, torch.Tensor], dict[int, Memory]]:
-        """`S` and `left` after the steps taken, in tensors of their own."""
-        return tuple(
-            map_tensors(lambda x: x[: self._rows].clone(), tree)
-            for tree in (self._plan.night.S, self._plan.night.left)
-        )
+    def write(self, field: str, tree: Any) -> None:
+        """Copy a tree into a field of the carry."""
+        if self._plan is None:
+            return super().write(field, tree)
+
+        def fill(x: torch.Tensor, buffer: torch.Tensor) -> None:
+            buffer[: self._rows].copy_(x)
+
+        map_tensors(fill, tree, getattr(self._plan.carry, field))
+
+    def _own(self, tree: Any) -> Any:
+        """The sleeping rows of buffers, in tensors of their own."""
+        return map_tensors(lambda x: x[: self._rows].clone(), tree)
+
+    def _recorded(self, key: Hashable, step: Step, flags: Mapping[str, Hashable]) -> bool:
+        """Record a step; on failure leave the plan, with the carry as it is, and say why."""
+        plan = self._plan
+        assert plan is not None
+        # Recording runs the step several times over buffers that the sleep is in the middle of.
+        saved = map_tensors(torch.clone, plan.carry)
+        work = functools.partial(plan.run, self.backbone, step, flags)
+        try:
+            # Tunes kernels, and shows what a step leaves, which needs buffers outside the pool.
+            work()
+            plan.load(saved)
+            plan.replays[key] = plan.record(work)
+        except Exception as error:
+            self._plan = None
+            self.carry = map_tensors(lambda x: x[: self._rows], saved)
+            self.path = f"eager: {self._engine.give_up(self._key, error)}"
+            return False
+        plan.load(saved)
+        self.path = f"{self._engine.capture.label}: captured"
+        return True
 
 
 class SleepEngine:
@@ -233,50 +199,54 @@ class SleepEngine:
     def forget(self) -> None:
         """Drop all plans and the memory they hold."""
         with self.lock:
-            self.plans: OrderedDict[Hashable, Plan] = OrderedDict()
+            self.plans: OrderedDict[Any, Plan[Any]] = OrderedDict()
             # Per shape: None once it was seen, or why it cannot be captured.
             self._shapes: OrderedDict[Hashable, str | None] = OrderedDict()
             self._parameters: Hashable = None
 
     def find(
-        self, backbone: Backbone, night: Night, steps: Steps, parameters: Hashable
-    ) -> Replayed | str:
-        """A plan with `night` loaded and `steps` recorded, or why there is none."""
+        self, backbone: Backbone, carry: Carry, parameters: Hashable
+    ) -> Replayed[Carry] | str:
+        """A sleep over a plan that `carry` is loaded into, or why there is none."""
         if parameters != self._parameters:
             self.forget()
             self._parameters = parameters
-        rows = len(night.h)
+        rows, device = _rows_of(carry), _device_of(carry)
         # Rows sleep at different times, so their number varies; a capture for each would cost
         # seconds and memory. Powers of two bound that, for at most twice the arithmetic.
         padded = 1 << (rows - 1).bit_length()
-        device = night.h.device
-        shape = _signature(night, rows, padded)
-        key = (device, self.capture.stream(device), shape, _modes(backbone))
+        shape = _signature(carry, rows, padded)
+        options = backbone.options
+        how = (options.loop, options.eviction, *_switches())
+        key = (device, self.capture.stream(device), shape, how)
         if key not in self._shapes:
             self._remember(key, None)
             return "first sleep of this shape, the next one is captured"
-        if self._shapes[key] is not None:
-            return self._shapes[key]
+        reason = self._shapes[key]
+        if reason is not None:
+            return reason
         try:
             if key not in self.plans:
                 while len(self.plans) >= MOST_PLANS:
                     self.plans.popitem(last=False)
                 # Replays on one stream come one after the other: one pool of memory serves all.
-                beside = (plan.record for k, plan in self.plans.items() if k[:2] == key[:2])
-                record = next(beside, None) or self.capture(device)
-                self.plans[key] = Plan(night, padded, record)
-            plan = self.plans[key]
+                alongside = (plan.record for k, plan in self.plans.items() if k[:2] == key[:2])
+                record = next(alongside, None) or self.capture(device)
+                self.plans[key] = Plan(carry, padded, record)
             self.plans.move_to_end(key)
             self._shapes.move_to_end(key)
-            how = "captured" if plan.prepare(night, steps) else "replayed"
-            plan.load(night)
+            self.plans[key].load(carry)
         except Exception as error:
-            self.plans.pop(key, None)
-            reason = f"capture failed with {type(error).__name__}: {error}"
-            self._remember(key, reason)
-            logger.warning(f"sleeps of this shape run eagerly: {reason}")
-            return reason
-        return Replayed(plan, rows, f"{self.capture.label}: {how}")
+            return self.give_up(key, error)
+        return Replayed(backbone, self, key, rows)
+
+    def give_up(self, key: Hashable, error: Exception) -> str:
+        """Never try to capture this shape again; returns the reason, for reports."""
+        self.plans.pop(key, None)
+        reason = f"capture failed with {type(error).__name__}: {error}"
+        self._remember(key, reason)
+        logger.warning(f"sleeps of this shape run eagerly: {reason}")
+        return reason
 
     def _remember(self, key: Hashable, reason: str | None) -> None:
         self._shapes[key] = reason
@@ -285,24 +255,24 @@ class SleepEngine:
 
 
 @contextlib.contextmanager
-def begin(backbone: Backbone, night: Night, steps: Steps) -> Iterator[Eager | Replayed]:
-    """A sleep that will take `steps`, from graphs where `backbone.engine` can do that."""
+def start(backbone: Backbone, carry: Carry) -> Iterator[Eager[Carry]]:
+    """A sleep that begins at `carry`, from graphs where `backbone.engine` can do that."""
     engine, parameters = backbone.engine, None
-    reason = "turned off" if engine is None else _refusal(engine, night.h)
-    if reason is None:
-        reason, parameters = _inspect(backbone, night.h.device)
-    if reason is None:
+    reason = "turned off" if engine is None else _refusal(engine, _device_of(carry))
+    if engine is not None and reason is None:
+        reason, parameters = _inspect(backbone, _device_of(carry))
+    if engine is not None and reason is None:
         # Buffers are written in place by every later sleep, in inference mode or not.
         with engine.lock, torch.inference_mode(False), torch.no_grad():
-            found = engine.find(backbone, night, steps, parameters)
+            found = engine.find(backbone, carry, parameters)
             if isinstance(found, Replayed):
                 yield found
                 return
         reason = found
-    yield Eager(night, steps, reason)
+    yield Eager(backbone, carry, str(reason))
 
 
-def _refusal(engine: SleepEngine, h: torch.Tensor) -> str | None:
+def _refusal(engine: SleepEngine, device: torch.device) -> str | None:
     """Why no sleep can be captured now, whatever the model, or None.
 
     Gradients cover activation checkpointing too, which does nothing without them.
@@ -311,22 +281,25 @@ def _refusal(engine: SleepEngine, h: torch.Tensor) -> str | None:
         return "gradients are on"
     if torch.compiler.is_compiling():
         return "inside torch.compile"
-    if torch.is_autocast_enabled(h.device.type):
+    if torch.is_autocast_enabled(device.type):
         return "autocast is on"
-    return engine.capture.refuses(h.device)
+    return engine.capture.refuses(device)
 
 
 def _inspect(backbone: Backbone, device: torch.device) -> tuple[str | None, Hashable]:
     """What a graph would miss of the blocks that sleep, or None; and where their weights lie."""
     if _global_forward_hooks or _global_forward_pre_hooks:
         return "forward hooks on every module, which a graph would skip", None
-    dropout, places = backbone.config.attention_dropout, []
+    places: list[Hashable] = []
     # `modules()` names what it finds and takes several times as long, with the device idle.
-    found = list(backbone.blocks)[backbone.config.loop_range[0] :]
+    found: list[nn.Module] = list(backbone.blocks)[backbone.options.loop[0] :]
     for module in found:
         found.extend(child for child in module._modules.values() if child is not None)
-        if dropout and module.training:
-            return f"attention_dropout={dropout} in training mode", None
+        if module.training and (dropout := _dropout_of(module)):
+            return f"{dropout} in training mode", None
+        if (config := vars(module).get("config")) is not None:
+            # transformers' attention looks up its kernel in the config at every call.
+            places.append(getattr(config, "_attn_implementation", None))
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             # Replays run no Python: who hooks in to record or to fetch weights would be skipped.
             return f"a {type(module).__name__} has forward hooks, which a graph would skip", None
@@ -343,13 +316,18 @@ def _inspect(backbone: Backbone, device: torch.device) -> tuple[str | None, Hash
     return None, tuple(places)
 
 
-def _modes(backbone: Backbone) -> Hashable:
-    """Switches that a step looks at while it runs, which a graph would go on not noticing."""
+def _dropout_of(module: nn.Module) -> str | None:
+    """The module's own dropout, by the names that torch and transformers have for it."""
+    if isinstance(module, nn.Dropout):
+        return f"dropout={module.p}" if module.p else None
+    dropout = getattr(module, "attention_dropout", 0.0)
+    return f"attention_dropout={dropout}" if dropout else None
+
+
+def _switches() -> tuple[Hashable, ...]:
+    """torch's switches that a step looks at while it runs, which a graph would not notice."""
     cuda = torch.backends.cuda
     return (
-        backbone.config.loop_range,
-        backbone.config.eviction,
-        backbone.config._attn_implementation,
         torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
         cuda.flash_sdp_enabled(),
@@ -368,6 +346,17 @@ def _signature(tree: Any, rows: int, padded: int) -> Hashable:
         return tuple((key, _signature(part, rows, padded)) for key, part in tree.items())
     if isinstance(tree, tuple):
         return type(tree).__name__, *(_signature(part, rows, padded) for part in tree)
-    if is_dataclass(tree):
-        return tuple(_signature(getattr(tree, f.name), rows, padded) for f in fields(tree))
     return tree
+
+
+def _rows_of(carry: tuple) -> int:
+    """R: the first dim of the carry's first tensor. Tensors without it serve all rows alike."""
+    return len(_first(carry))
+
+
+def _device_of(carry: tuple) -> torch.device:
+    return _first(carry).device
+
+
+def _first(carry: tuple) -> torch.Tensor:
+    return next(x for x in carry if isinstance(x, torch.Tensor))

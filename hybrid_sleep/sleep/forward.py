@@ -1,29 +1,19 @@
-"""Pass 1: read a batch window by window, with a sleep wherever a row's window is full."""
+"""Pass 1: the ordinary forward over a batch, window by window, with a sleep at every boundary."""
 
 from __future__ import annotations
 
-from itertools import chain, pairwise
-from typing import Protocol
-
 import torch
-from torch import nn
 from transformers.utils import logging
 
-from hybrid_sleep.layers.stack import recompute, run_blocks
-from hybrid_sleep.sleep import algorithm as sleep
-from hybrid_sleep.sleep.algorithm import Passes, consolidate
+from hybrid_sleep.sleep.algorithm import consolidate
+from hybrid_sleep.sleep.backbone import Backbone
 from hybrid_sleep.sleep.cache import SleepCache
+from hybrid_sleep.sleep.checkpointing import recompute
 from hybrid_sleep.sleep.documents import Documents
-from hybrid_sleep.sleep.windows import TokenBlock, cut, spread
+from hybrid_sleep.sleep.options import Passes
+from hybrid_sleep.sleep.windows import TokenBlock, cut, unpack
 
 logger = logging.get_logger(__name__)
-
-
-class Backbone(sleep.Backbone, Protocol):
-    """What reading needs of a model."""
-
-    embed_tokens: nn.Embedding
-    training: bool
 
 
 def check_supervised(
@@ -40,12 +30,12 @@ def check_supervised(
             f"supervised must be bool of the input's shape, {shape}, got {supervised.dtype} of "
             f"shape {tuple(supervised.shape)}"
         )
-    if backbone.config.sleep_schedule == "every_window":
+    if backbone.options.schedule == "every_window":
         return None
     if supervised is not None:
         return supervised.cpu()
     learns = backbone.training and torch.is_grad_enabled()
-    if learns and passes != 1 and shape[1] > backbone.config.window:
+    if learns and passes != 1 and shape[1] > backbone.options.window:
         logger.warning_once(
             "sleep_schedule='context_windows' has no effect in this training step: forward() got "
             "neither labels nor `supervised`, so windows sleep that the loss is computed on as "
@@ -57,7 +47,7 @@ def check_supervised(
     return None
 
 
-def read(
+def forward(
     backbone: Backbone,
     tokens: torch.Tensor,
     real: torch.Tensor | None,
@@ -73,34 +63,32 @@ def read(
     every_layer: `[B, T - first, (1 + layers) D]` instead, embeddings and what each layer gives.
 
     tokens: ids `[B, T]` or embeddings `[B, T, D]`; real: bool `[B, T]`, False at pads, None for
-    none; supervised: see `check_supervised`, their windows only evict. `cache` takes what was read;
+    none; supervised: see `check_supervised`, their windows only evict. `cache` takes in the tokens;
     it is as it was if anything raises.
     """
     batch, columns = tokens.shape[:2]
-    as_before = vars(cache.copy())
-    windows = backbone.checkpointing.window and torch.is_grad_enabled()
-    kept: list[tuple[TokenBlock, torch.Tensor]] = []
-    try:
-        blocks = cut(cache.counts, real, columns, backbone.config.window)
-        for block, following in pairwise(chain((None,), blocks, (None,))):
-            step = (block, following, tokens, supervised, every_layer, passes)
-            if windows:
-                h, after = recompute(_after, backbone, cache.copy(), *step)
-                vars(cache).update(vars(after))
+    by_window = backbone.checkpointing.window and torch.is_grad_enabled()
+    outputs: list[tuple[TokenBlock, torch.Tensor]] = []
+    with cache.transaction():
+        for block in cut(cache.counts, real, columns, backbone.options.window):
+            arguments = (block, tokens, supervised, every_layer, passes)
+            if by_window:
+                # A step ends behind its sleep, so that between steps, where the cache is kept for
+                # the backward, it holds nothing but what crosses a boundary.
+                h, after = recompute(_step_of_copy, backbone, cache.copy(), *arguments)
+                cache.assign(after)
             else:
-                h = _step(backbone, cache, *step)
-            if block is not None:
-                kept = [pair for pair in kept if pair[0].last_column >= first] + [(block, h)]
-    except BaseException:
-        vars(cache).update(as_before)
-        raise
-    cache.columns += columns
-    if kept:
-        return spread(kept, first, columns)
+                h = _step(backbone, cache, *arguments)
+            if h is not None:
+                outputs = [pair for pair in outputs if pair[0].last_column >= first]
+                outputs.append((block, h))
+        cache.columns += columns
+    if outputs:
+        return unpack(outputs, first, columns)
     return _zeros(backbone, tokens, every_layer, batch, columns - first)
 
 
-def read_documents(
+def forward_documents(
     backbone: Backbone,
     tokens: torch.Tensor,
     documents: Documents,
@@ -110,9 +98,9 @@ def read_documents(
     supervised: torch.Tensor | None = None,
     every_layer: bool = False,
 ) -> torch.Tensor:
-    """As `read`, each document as a row of its own: `[B, T, D]`, zeros outside of documents.
+    """As `forward`, each document as a row of its own: `[B, T, D]`, zeros outside of documents.
 
-    cache: takes one row per document, which are then read together; None reads documents of
+    cache: takes one row per document, which then go together; None takes documents of
     similar length together, each group only as far as its longest.
     """
     parts, source, offset = [], torch.zeros(tokens.shape[:2], dtype=torch.long), 1
@@ -122,13 +110,13 @@ def read_documents(
     for members in groups:
         row, column, real = documents.layout(members)
         here = row.to(tokens.device), column.to(tokens.device)
-        memory = SleepCache(backbone.config) if cache is None else cache
-        memory.open(len(members))
-        h = read(
+        part = SleepCache(backbone.options) if cache is None else cache
+        part.open(len(members))
+        h = forward(
             backbone,
             tokens[here],
             None if bool(real.all()) else real,
-            memory,
+            part,
             passes,
             supervised=None if supervised is None else supervised[row, column],
             every_layer=every_layer,
@@ -138,7 +126,8 @@ def read_documents(
         offset += real.numel()
         parts.append(h.flatten(0, 1))
     # Slot 0 is the zero that pads show.
-    parts.insert(0, _zeros(backbone, tokens, every_layer, 1))
+    none = torch.zeros_like(parts[0][:1]) if parts else _zeros(backbone, tokens, every_layer, 1)
+    parts.insert(0, none)
     h = torch.cat(parts).index_select(0, source.flatten().to(tokens.device))
     return h.view(*source.shape, -1)
 
@@ -146,68 +135,57 @@ def read_documents(
 def _zeros(
     backbone: Backbone, tokens: torch.Tensor, every_layer: bool, *shape: int
 ) -> torch.Tensor:
-    """Zeros `[*shape, D]`, or as many D as `every_layer` gives, of the dtype of embeddings.
-
-    Offloaded weights lie on no device, so only their dtype is looked at.
-    """
-    width = backbone.config.hidden_size * (1 + len(backbone.blocks) if every_layer else 1)
-    dtype = backbone.embed_tokens.weight.dtype
-    return torch.zeros(*shape, width, dtype=dtype, device=tokens.device)
+    """Zeros `[*shape, D]`, or as many D as `every_layer` gives, of the dtype of embeddings."""
+    # Of no tokens: offloaded weights lie on no device, so only the backbone knows how to embed.
+    none = backbone.embed(tokens[:1, :1]) if tokens.ndim == 2 else tokens
+    width = none.shape[-1] * (1 + len(backbone.blocks) if every_layer else 1)
+    return torch.zeros(*shape, width, dtype=none.dtype, device=tokens.device)
 
 
-def _after(
-    backbone: Backbone, before: SleepCache, *step: object
+def _step_of_copy(
+    backbone: Backbone, before: SleepCache, *arguments: object
 ) -> tuple[torch.Tensor | None, SleepCache]:
     """`_step` that leaves `before` as it is and returns the cache after it."""
     after = before.copy()
-    return _step(backbone, after, *step), after
+    return _step(backbone, after, *arguments), after
 
 
 def _step(
     backbone: Backbone,
     cache: SleepCache,
-    block: TokenBlock | None,
-    following: TokenBlock | None,
+    block: TokenBlock,
     tokens: torch.Tensor,
     supervised: torch.Tensor | None,
     every_layer: bool,
     passes: Passes,
 ) -> torch.Tensor | None:
-    """Read a block, then let the rows sleep whose window must make room for the following one.
-
-    A step ends behind its sleep, so that between steps of equally long rows, where `window`
-    checkpointing keeps the cache, it holds nothing but what crosses a boundary.
-    """
-    h = None if block is None else _read(backbone, cache, block, tokens, supervised, every_layer)
-    if following is not None and len(following.full):
-        _cross(backbone, cache, following.full, passes)
+    """Pass 1 over a block, then sleep for the rows whose window must make room."""
+    h = None
+    if int(block.lengths.max()):
+        h = _pass_one(backbone, cache, block, tokens, supervised, every_layer)
+    if len(block.full):
+        _cross(backbone, cache, block.full, passes)
     return h
 
 
-def _cross(
-    backbone: Backbone, cache: SleepCache, full: torch.Tensor, passes: Passes
-) -> None:
-    """Let the rows in `full` sleep; those whose window was supervised only evict."""
-    learns = torch.is_grad_enabled()
-    stays_awake = cache.supervised[full]
-    sleeping = full
-    if bool(stays_awake.any()):
-        consolidate(
-            backbone, cache, full[stays_awake], 1, report=not learns, name="cache"
-        )
-        sleeping = full[~stays_awake]
-    if len(sleeping):
-        consolidate(
-            backbone, cache, sleeping, passes, report=not learns, name="cache"
-        )
+def _cross(backbone: Backbone, cache: SleepCache, full: torch.Tensor, passes: Passes) -> None:
+    """Let the rows in `full` sleep; those whose window was supervised only evict.
+
+    Algorithm 1 consolidates windows without loss only: a window that is predicted on gets its one
+    pass, and the loss of a sleep's passes is not what a user would have seen.
+    """
+    only_evict = cache.supervised[full]
+    for rows, depth in ((full[only_evict], 1), (full[~only_evict], passes)):
+        if len(rows):
+            consolidate(backbone, cache, rows, depth)
     windows = backbone.truncation.windows
-    if learns and windows is not None:
+    if windows is not None and torch.is_grad_enabled():
         due = full[cache.sleeps[full] % windows == 0]
         if len(due):
             cache.detach(due)
 
 
-def _read(
+def _pass_one(
     backbone: Backbone,
     cache: SleepCache,
     block: TokenBlock,
@@ -219,7 +197,7 @@ def _read(
     part = block.take(tokens)
     if supervised is not None:
         cache.supervised = cache.supervised | (block.take(supervised) & block.real).any(1)
-    h = backbone.embed_tokens(part) if tokens.ndim == 2 else part
+    h = backbone.embed(part) if tokens.ndim == 2 else part
     if cache.owner is not None:
         # A cache that no one will see again needs no history.
         cache.history = cache.history.extend(h, cache.positions, block.lengths)
@@ -231,17 +209,16 @@ def _read(
         h,
         sleeping=False,
     )
-    layers, group = backbone.blocks, backbone.checkpointing.group
-    _, end = backbone.config.loop_range
-    memory = {i: m for i, m in enumerate(cache.memory) if m is not None}
+    layers, (_, end) = len(backbone.blocks), backbone.options.loop
     # Where every layer is asked for, each is a range of its own.
-    stops = range(1, len(layers) + 1) if every_layer else sorted({end, len(layers)})
-    outputs, after, start = [h], {}, 0
+    stops = range(1, layers + 1) if every_layer else sorted({end, layers})
+    outputs, after, start, hidden = [h], {}, 0, h
     for stop in stops:
-        h, new = run_blocks(layers, range(start, stop), h, memory, context, group=group)
+        h, new = backbone.run_blocks(range(start, stop), h, cache.states, context)
         outputs.append(h)
         after |= new
         if stop == end:
+            # What pass 2 goes on from: the loop's output, not the coda's.
             hidden = h
         start = stop
     cache.append(after, hidden, block.lengths)

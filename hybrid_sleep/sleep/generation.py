@@ -15,8 +15,7 @@ from transformers import (
 from transformers.generation import GenerationMode
 from transformers.utils.deprecation import deprecate_kwarg
 
-from hybrid_sleep.arguments import check_tokens, refuse_unknown
-from hybrid_sleep.sleep.algorithm import check_passes
+from hybrid_sleep.sleep.arguments import check_tokens, refuse_unknown
 from hybrid_sleep.sleep.cache import SleepCache
 from hybrid_sleep.sleep.prefix import without_read
 
@@ -109,7 +108,7 @@ class SleepGenerationMixin(GenerationMixin):
         caches, chunked prefill (prompts are read window by window already).
         """
         if kwargs.get("sleep_passes") is not None:
-            check_passes(kwargs["sleep_passes"], self.config, "sleep_passes")
+            self.check_passes(kwargs["sleep_passes"], "sleep_passes")
         setting = self._settings(generation_config, kwargs)
         self._check_settings(setting, kwargs)
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
@@ -192,7 +191,7 @@ class SleepGenerationMixin(GenerationMixin):
                 f"cache must be a SleepCache, got {type(cache).__name__}; this model's memory is "
                 "its fast weights"
             )
-        cache.check(self.memory_owner())
+        cache.check(self.memory_owner(), self.options)
         cache.check_finite()
         return cache
 
@@ -206,7 +205,7 @@ class SleepGenerationMixin(GenerationMixin):
         if cache is None:
             # Embeddings alone do not tell which tokens are new: transformers always caches there.
             unused = setting("use_cache") is False and embeds is None
-            return None if unused else SleepCache(self.config)
+            return None if unused else SleepCache(self.options)
         copies = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
         if copies > 1:
             cache = cache.copy()

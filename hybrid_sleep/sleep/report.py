@@ -1,19 +1,24 @@
-"""What a sleep did, measured: SleepReport and the norms behind it."""
+"""The record of a sleep: SleepReport, and the norms behind it."""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hybrid_sleep.sleep.cache import SleepCache, Window
-from hybrid_sleep.sleep.state import AttentionMemory, FastWeights, Memory
+from hybrid_sleep.sleep.state import LayerState
 
-Change = dict[int, torch.Tensor]
+if TYPE_CHECKING:
+    from hybrid_sleep.sleep.cache import SleepCache, Window
+    from hybrid_sleep.sleep.carry import Outcome
+
+# Squared norms `[R, layers, 2]` of one pass, with the layers they are of.
+Change = tuple[Sequence[int], torch.Tensor]
 
 
 @dataclass
@@ -28,6 +33,7 @@ class SleepReport:
     seconds: wall-clock time.
     path: how the passes were run: "cuda graph: captured", "cuda graph: replayed", or "eager: " and
         why no graph was used.
+    kind: "fast", a sleep of the fast weights. time: when it began, seconds since 1970 (UTC).
     """
 
     rows: list[int]
@@ -39,6 +45,8 @@ class SleepReport:
     bytes_freed: int = 0
     seconds: float = 0.0
     path: str = ""
+    kind: str = "fast"
+    time: float = field(default_factory=time.time)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -59,51 +67,51 @@ class SleepReport:
         )
 
 
+def nothing_slept() -> SleepReport:
+    """The report of a sleep for which no row has tokens."""
+    return SleepReport([], 0, [], 0, [])
+
+
 def change_of(
     before: Mapping[int, torch.Tensor], after: Mapping[int, torch.Tensor]
 ) -> torch.Tensor:
-    """Squared norms `[layers, 2, R]` of the step in each layer's S and of what it started from."""
-    return torch.stack(
-        [
-            torch.stack(
-                (
-                    (S - before[i]).detach().square().flatten(1).sum(1),
-                    before[i].detach().square().flatten(1).sum(1),
-                )
-            )
-            for i, S in after.items()
-        ]
-    )
+    """Squared norms `[R, layers, 2]` of the step in each layer's S and of what it started from."""
+
+    def square(x: torch.Tensor) -> torch.Tensor:
+        return x.detach().square().flatten(1).sum(1)
+
+    pairs = [torch.stack((square(S - before[i]), square(before[i])), -1) for i, S in after.items()]
+    return torch.stack(pairs, dim=1)
 
 
-def relative_by_row(change: Change) -> torch.Tensor:
+def relative_by_row(change: torch.Tensor) -> torch.Tensor:
     """`||S_j - S_{j-1}|| / ||S_{j-1}||` over all layers together: `[R]` on the CPU."""
-    step, start = torch.stack(list(change.values())).sum(0).cpu()
+    step, start = change.transpose(0, 1).sum(0).cpu().unbind(-1)
     return torch.sqrt(step / start.clamp(min=torch.finfo(start.dtype).tiny))
 
 
 def relative_by_layer(
-    cache: SleepCache, after: Mapping[int, Memory], changes: list[Change], name: str
+    cache: SleepCache, after: Mapping[int, LayerState], changes: Sequence[Change], name: str
 ) -> dict[int, list[float]]:
     """Relative change per layer and pass; raises ValueError where fast weights are not finite.
 
     The norms are waited for once. They tell of a NaN wherever a pass measured one; layers that no
     pass measured, or whose squares overflowed, are looked at themselves.
     """
-    measured = [(layer, pair) for change in changes for layer, pair in change.items()]
-    by_layer: dict[int, list[float]] = {layer: [] for layer, _ in measured}
+    by_layer: dict[int, list[float]] = {i: [] for layers, _ in changes for i in layers}
     suspects = (set(cache.fast_weights) | set(after)) - set(by_layer)
-    if measured:
-        squares = torch.stack([pair.sum(1) for _, pair in measured]).tolist()
-        for (layer, _), (step, start) in zip(measured, squares, strict=True):
-            if math.isfinite(step + start):
-                by_layer[layer].append(math.sqrt(step / max(start, sys.float_info.min)))
-            else:
-                suspects.add(layer)
+    if changes:
+        squares = torch.stack([change.sum(0) for _, change in changes]).tolist()
+        for (layers, _), of_pass in zip(changes, squares, strict=True):
+            for layer, (step, start) in zip(layers, of_pass, strict=True):
+                if math.isfinite(step + start):
+                    by_layer[layer].append(math.sqrt(step / max(start, sys.float_info.min)))
+                else:
+                    suspects.add(layer)
     cache.check_finite(name, only=suspects)
     for layer in suspects:
-        m = after.get(layer)
-        if isinstance(m, FastWeights) and not bool(torch.isfinite(m.S).all()):
+        S = after.get(layer, LayerState()).S
+        if S is not None and not bool(torch.isfinite(S).all()):
             raise ValueError(
                 f"{name}: this sleep would leave a NaN or an infinity in the fast weights of "
                 f"layer {layer}; the cache is as it was before"
@@ -111,15 +119,23 @@ def relative_by_layer(
     return by_layer
 
 
-def bytes_to_free(cache: SleepCache, window: Window) -> int:
-    """Bytes of the slots, hidden states and tails that these rows lose at the boundary."""
-    held = window.kept + window.lengths
-    keep = held.clamp(max=cache.config.window - 1) if cache.is_sliding_eviction else held * 0
-    slots, tokens, rows = int((held - keep).sum()), int(window.lengths.sum()), len(held)
-    freed = tokens * window.hidden.shape[2] * window.hidden.element_size()
-    for m in window.memory.values():
-        if isinstance(m, AttentionMemory):
-            freed += sum(slots * x.shape[1] * x.shape[3] * x.element_size() for x in m)
-        elif not cache.is_sliding_eviction:
-            freed += sum(rows * x[0].nbytes for x in m[1:] if x is not None)
-    return freed
+def report_of(
+    window: Window, done: Outcome, change: dict[int, list[float]], freed: int, began: float
+) -> SleepReport:
+    """The report of a sleep of `window` that began at `time.perf_counter() == began`.
+
+    freed: bytes that the boundary dropped.
+    """
+    seconds = time.perf_counter() - began
+    return SleepReport(
+        rows=window.rows.tolist(),
+        tokens=int(window.lengths.sum()),
+        tokens_by_row=window.lengths.tolist(),
+        passes=int(done.depths.max()),
+        passes_by_row=done.depths.tolist(),
+        change=change,
+        bytes_freed=freed,
+        seconds=seconds,
+        path=done.path,
+        time=time.time() - seconds,
+    )

@@ -1,120 +1,107 @@
-"""What the tokens of one call know about each other: lengths, positions, who may see whom."""
+"""LayerState: what one layer carries from token to token, told apart by how long it lasts."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
 
 
-class AttentionMemory(NamedTuple):
-    """Keys and values of one attention layer, `[B, H_kv, C, head_dim]` each.
+class LayerState(NamedTuple):
+    """State of one layer for B rows. Any part may be missing; a layer may have all three.
 
-    Row b's tokens fill slots 0, 1, ... in order; what lies behind its length is stale.
+    S: `[B, H, K, V]`, fast weights, fp32 (fp64 in an fp64 model); they alone outlive the window
+        under hard eviction. None is zeros.
+    tails: `[B, W - 1, channels]` each, last inputs of short convolutions, of which a layer may
+        have several; None is zeros. Short-term: dropped, or kept whole under sliding eviction.
+    slots: `[B, H, C, *]` each, one slot a token in dim 2, such as keys and values. Row b's tokens
+        fill slots 0, 1, ... in order, and what lies behind its length is stale. Short-term.
+
+    A state is never written in place: layers return a new one, so that gradients flow through it
+    and a cache can go back to the old one.
     """
 
-    k: torch.Tensor
-    v: torch.Tensor
+    S: torch.Tensor | None = None
+    tails: tuple[torch.Tensor | None, ...] = ()
+    slots: tuple[torch.Tensor, ...] = ()
+
+    def put(self, rows: torch.Tensor, new: LayerState, total: int) -> LayerState:
+        """This state of `total` rows with `rows` replaced by the rows of `new`, see `put_rows`."""
+        return LayerState(
+            put_rows(rows, self.S, new.S, total),
+            _put_all(rows, self.tails, new.tails, total),
+            _put_all(rows, self.slots, new.slots, total),
+        )
 
 
-class FastWeights(NamedTuple):
-    """State of one state-space layer.
+def take_rows(rows: torch.Tensor, x: torch.Tensor, total: int) -> torch.Tensor:
+    """The given ascending rows of `x: [total, ...]`; `x` itself where that is all of them."""
+    return x if len(rows) == total else x.index_select(0, rows.to(x.device))
 
-    S: `[B, H, K, V]`, fp32 (fp64 in an fp64 model), what survives a boundary.
-    q_tail, kv_tail: `[B, W - 1, channels]`, last inputs of the short convolutions; None is zeros.
+
+def put_rows(
+    rows: torch.Tensor, old: torch.Tensor | None, new: torch.Tensor | None, total: int
+) -> torch.Tensor | None:
+    """`old: [total, ...]` with `rows` replaced by `new` (None: zeros), out of place.
+
+    New slots that are fewer than the old ones are padded to them.
     """
-
-    S: torch.Tensor | None
-    q_tail: torch.Tensor | None = None
-    kv_tail: torch.Tensor | None = None
-
-
-Memory = AttentionMemory | FastWeights
-
-
-class Sight(NamedTuple):
-    """Which slots each query sees.
-
-    gather: `[B, C]` index into the old slots followed by the new ones, None for plain appending.
-    mask: bool `[B or 1, 1, T, C]`, True where seen; None where `causal` alone says it.
-    causal: with no mask, whether query i sees slots 0..i only (True) or all of them.
-    """
-
-    gather: torch.Tensor | None
-    mask: torch.Tensor | None
-    causal: bool
+    if len(rows) == total:
+        return new
+    if old is None:
+        if new is None:
+            return None
+        old = new.new_zeros(total, *new.shape[1:])
+    index = rows.to(old.device)
+    if new is None:
+        return old.index_fill(0, index, 0)
+    if new.ndim == 4 and new.shape[2] < old.shape[2]:
+        new = pad_slots(new, old.shape[2])
+    return old.index_copy(0, index, new)
 
 
-class Context(NamedTuple):
-    """Shared by all layers in one pass over one block of tokens.
-
-    A tuple, so that the hooks of a device map take its tensors along from device to device.
-
-    cos, sin: `[B or 1, T, head_dim]`.
-    sight: see `Sight`.
-    mask: bool `[B, T]`, False on the pads behind a row's last token; None without pads.
-    keep_tails: whether convolution tails outlive this pass.
-    """
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-    sight: Sight
-    mask: torch.Tensor | None
-    keep_tails: bool
+def _put_all(
+    rows: torch.Tensor,
+    old: Iterable[torch.Tensor | None],
+    new: Iterable[torch.Tensor | None],
+    total: int,
+) -> tuple[torch.Tensor | None, ...]:
+    return tuple(put_rows(rows, a, b, total) for a, b in zip_longest(old, new))
 
 
-def is_uniform(lengths: torch.Tensor) -> bool:
-    """Whether all rows are equally long; lengths: `[B]` on the CPU."""
-    return bool((lengths == lengths[0]).all())
+def pad_slots(x: torch.Tensor, width: int) -> torch.Tensor:
+    """`x: [B, H, C, *]` with empty slots behind its own, `[B, H, width, *]`."""
+    return torch.nn.functional.pad(x, (0, 0, 0, width - x.shape[2]))
 
 
-def packing(past: torch.Tensor, new: torch.Tensor, width: int) -> torch.Tensor | None:
-    """Index `[B, max(past + new)]` that keeps each row's slots gapless after appending.
+def take_slots(x_BHCK: torch.Tensor, index_BC: torch.Tensor) -> torch.Tensor:
+    """Pick slots row by row: `out[b, :, j] = x[b, :, index[b, j]]`, `x: [B, H, C, K]`."""
+    index = index_BC[:, None, :, None].expand(-1, x_BHCK.shape[1], -1, x_BHCK.shape[3])
+    return x_BHCK.gather(2, index)
 
-    Row b holds `past[b]` valid slots out of `width` and `new[b]` valid ones out of `new.max()`
-    appended behind them. None where plain appending leaves no gap.
-    """
-    if is_uniform(past) and is_uniform(new) and int(past[0]) == width:
+
+def join_states(states: Sequence[LayerState], sizes: Sequence[int]) -> LayerState:
+    """States of `sizes` rows each as one; what one of them lacks is zeros in its rows."""
+    width = max((x.shape[2] for state in states for x in state.slots), default=0)
+    slots = zip_longest(*([pad_slots(x, width) for x in state.slots] for state in states))
+    return LayerState(
+        join_rows([state.S for state in states], sizes),
+        tuple(join_rows(x, sizes) for x in zip_longest(*(state.tails for state in states))),
+        tuple(x for x in (join_rows(part, sizes) for part in slots) if x is not None),
+    )
+
+
+def join_rows(
+    parts: Sequence[torch.Tensor | None], sizes: Sequence[int]
+) -> torch.Tensor | None:
+    """Tensors of `sizes` rows one below the other; None is zeros, and the result where all are."""
+    like = next((x for x in parts if x is not None), None)
+    if like is None:
         return None
-    slot = torch.arange(int((past + new).max()))
-    index = torch.where(slot < past[:, None], slot, width + slot - past[:, None])
-    return index.clamp_(max=width + int(new.max()) - 1)
-
-
-def see(
-    past: torch.Tensor,
-    new: torch.Tensor,
-    width: int,
-    *,
-    reach: int | None = None,
-    bidirectional: bool = False,
-    device: torch.device | str = "cpu",
-) -> Sight:
-    """Work out who sees whom when each row appends new tokens to its own slots.
-
-    past, new: `[B]` integers on the CPU, a row's filled slots and its new tokens.
-    width: slots that the memory holds now (at least `past.max()`).
-    reach: a query sees at most the `reach` last slots up to its own; None for all.
-    bidirectional: new tokens see each other both ways; older slots are seen as before.
-    """
-    tokens, slots = int(new.max()), int((past + new).max())
-    uniform = is_uniform(past) and is_uniform(new)
-    gather = packing(past, new, width)
-    gather = None if gather is None else gather.to(device)
-    if uniform:
-        old = int(past[0])
-        in_reach = reach is None or slots <= reach
-        if in_reach and (tokens == 1 or bidirectional):
-            return Sight(gather, None, causal=False)
-        if in_reach and old == 0:
-            return Sight(gather, None, causal=True)
-        past, new = past[:1], new[:1]
-    slot = torch.arange(slots)
-    # A pad looks where its row's last token looks, so that no query sees nothing.
-    step = torch.minimum(torch.arange(tokens), (new[:, None] - 1).clamp(min=0))
-    place = (past[:, None] + step)[..., None]
-    last = (past + new - 1).clamp(min=0)[:, None, None] if bidirectional else place
-    seen = slot <= last
-    if reach is not None:
-        seen = seen & (slot > place - reach)
-    return Sight(gather, seen[:, None].to(device), causal=False)
+    filled = [
+        like.new_zeros(size, *like.shape[1:]) if x is None else x
+        for x, size in zip(parts, sizes, strict=True)
+    ]
+    return torch.cat(filled)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +11,9 @@ import torch
 def map_tensors(work: Callable[..., Any], tree: Any, *others: Any) -> Any:
     """`tree` with each tensor x replaced by `work(x, its counterparts in others)`.
 
-    Trees are mappings, named tuples and dataclasses; a counterpart that is missing is None.
+    Trees are mappings and tuples, named or not; a counterpart that is missing is None, and leaves
+    that are no tensors stay. `torch.utils._pytree` does the same, but it is private, and stops at
+    trees whose structures differ, as those before and after the first pass do.
     """
     if isinstance(tree, torch.Tensor):
         return work(tree, *others)
@@ -21,11 +22,17 @@ def map_tensors(work: Callable[..., Any], tree: Any, *others: Any) -> Any:
             key: map_tensors(work, part, *((o or {}).get(key) for o in others))
             for key, part in tree.items()
         }
-    if is_dataclass(tree) or isinstance(tree, tuple):
-        names = tree._fields if isinstance(tree, tuple) else [f.name for f in fields(tree)]
-        parts = {
-            name: map_tensors(work, getattr(tree, name), *(getattr(o, name, None) for o in others))
-            for name in names
-        }
-        return replace(tree, **parts) if is_dataclass(tree) else type(tree)(**parts)
+    if isinstance(tree, tuple):
+        parts = [
+            map_tensors(work, part, *(o[i] if o and i < len(o) else None for o in others))
+            for i, part in enumerate(tree)
+        ]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
     return tree
+
+
+def tensors_of(tree: Any) -> list[torch.Tensor]:
+    """All tensors of a tree, in order."""
+    found: list[torch.Tensor] = []
+    map_tensors(found.append, tree)
+    return found

@@ -1,94 +1,107 @@
-"""Whose memory is it: which architecture, which weights, which version of them."""
+"""The slow weights: their version, their digest, snapshots of them, and whose a cache is."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import weakref
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.integrations.accelerate import load_offloaded_parameter
 
-from hybrid_sleep.configuration import HybridSleepConfig
 from hybrid_sleep.sleep.history import History
 
-# A cache means the same under any value of these.
-_FREE_FIELDS = (
-    "sleep_passes",
-    "sleep_schedule",
-    "use_cache",
-    "initializer_range",
-    "attention_dropout",
-    "max_position_embeddings",
-    "tie_word_embeddings",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "weights_version",
-)
+_JOURNAL = "_hybrid_sleep_journal"
+_PROBED = 8
+_version_of = attrgetter("_version")
 
 
-def architecture(config: HybridSleepConfig) -> dict[str, Any]:
-    """The fields of `config` that give a cache its meaning, as plain JSON data."""
-    own = {name for name in HybridSleepConfig.__annotations__ if name not in _FREE_FIELDS}
-    return json.loads(json.dumps({name: getattr(config, name) for name in sorted(own)}))
+class _Journal:
+    """What was last seen of one model: which parameters are counted, and their digest.
 
+    Lives on the model. A copied or unpickled one is empty, since it tells of other objects.
+    """
 
-def same_architecture(
-    held: HybridSleepConfig | dict[str, Any], wanted: HybridSleepConfig, name: str
-) -> None:
-    """Raise ValueError naming the fields in which the cache's config and the model's differ."""
-    if held is wanted:
-        return
-    before = held if isinstance(held, dict) else architecture(held)
-    now = architecture(wanted)
-    differing = [key for key in now if before.get(key) != now[key]]
-    if differing:
-        details = ", ".join(f"{k}={before.get(k)!r} (model: {now[k]!r})" for k in differing)
-        raise ValueError(f"{name} was made under another config: {details}; use the same config")
+    def __init__(self) -> None:
+        self._registries: list[dict[str, Any]] = []
+        self._members: list[int] | None = None
+        self._held: list[nn.Module] = []
+        self.parameters: list[torch.Tensor] = []
+        self.adapters: list[nn.Module] = []
+        self.digest: tuple[Hashable, str] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Journal, ()
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Journal:
+        """The journal of `model`, with the parameters that it has now."""
+        journal = vars(model).setdefault(_JOURNAL, cls())
+        # A walk over the modules costs a twentieth of a decode step; comparing the identities of
+        # all that was registered costs a thousandth, and finds whatever was replaced since.
+        if journal._members is None or journal._identities() != journal._members:
+            journal._look(model)
+        return journal
+
+    def _identities(self) -> list[int]:
+        return list(map(id, chain.from_iterable(map(dict.values, self._registries))))
+
+    def _look(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        # Held, an object's identity cannot be given to another one. The model itself is not: it
+        # holds this journal.
+        self._held = modules[1:]
+        self._registries = [
+            registry for m in modules for registry in (m._parameters, m._modules)
+        ]
+        self._members = self._identities()
+        self.adapters = [m for m in modules if adapter_state(m) is not None]
+        # peft wraps a raw parameter anew in every forward pass, which counts as a change.
+        recreated = {id(m.get_param()) for m in self.adapters if "parameter_name" in vars(m)}
+        found = {id(p): p for m in modules for p in m._parameters.values() if p is not None}
+        self.parameters = [
+            p
+            for key, p in found.items()
+            # Tensors made in inference mode keep no count.
+            if key not in recreated and not p.is_inference() and not p.is_meta
+        ]
+        self.digest = None
 
 
 def weights_version(model: nn.Module) -> int:
     """How often the slow weights were changed, counted by the config and by torch itself.
 
     Every in-place change of a parameter counts (an optimiser step, an edit, a rollback), so equal
-    versions of one model mean equal weights, with the same adapters at work (`adapters`). torch
-    does not see a change made through `p.data`: whoever does that calls `bump_weights_version()`.
-    Nor can it see those that accelerate keeps offloaded, which are new tensors at every call.
+    versions of one model mean equal weights, with the same adapters at work. torch does not see a
+    change made through `p.data`: whoever does that calls `bump_weights_version()`. Nor can it see
+    those that accelerate keeps offloaded, which are new tensors at every call.
     """
     return weights_state(model)[0]
+
+
+def durable_version(model: nn.Module) -> int:
+    """The part of `weights_version` that is saved with the model."""
+    return int(getattr(model.config, "weights_version", 0))
 
 
 def weights_state(model: nn.Module) -> tuple[int, tuple[Hashable, ...]]:
     """`weights_version`, and what of peft's adapters takes part in a forward pass.
 
     Adapters add to weights without changing them: switching one off, on or over, scaling and
-    merging it leave every version as it was (peft merges through `p.data`). A loop of its own,
-    since `modules()` also makes up names and takes several times as long.
+    merging it leave every version as it was (peft merges through `p.data`).
     """
-    version, adapters, recreated = model.config.weights_version, [], set()
-    waiting = [model]
-    while waiting:
-        module = waiting.pop()
-        held = vars(module)
-        if "merged_adapters" in held or "_active_adapter" in held:
-            adapters.append(adapter_state(module))
-            if "parameter_name" in held:
-                # peft wraps the parameter anew in every forward pass, which counts as a change.
-                parameter = module.get_param()
-                recreated.add(id(parameter))
-                adapters.append(_checksum(parameter))
-        for p in held["_parameters"].values():
-            # Tensors made in inference mode keep no count.
-            if p is None or p.is_inference() or p.is_meta or id(p) in recreated:
-                continue
-            version += p._version
-        if held["_modules"]:
-            waiting += [child for child in held["_modules"].values() if child is not None]
+    journal = _Journal.of(model)
+    version = durable_version(model) + sum(map(_version_of, journal.parameters))
+    adapters: list[Hashable] = []
+    for module in journal.adapters:
+        adapters.append(adapter_state(module))
+        if "parameter_name" in vars(module):
+            adapters.append(_checksum(module.get_param()))
     return version, tuple(adapters)
 
 
@@ -115,16 +128,39 @@ def _checksum(parameter: torch.Tensor) -> int:
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 of all parameters, name by name, and of the adapters at work, if there are any.
 
-    Reads every byte: about a second a gigabyte. Parameters that accelerate keeps elsewhere
-    (offloaded to the CPU or a disk) are fetched one by one.
+    Reads every byte, about a second a gigabyte, once for each version of the weights. Parameters
+    that accelerate keeps elsewhere (offloaded to the CPU or a disk) are fetched one by one, and
+    hashed every time, since no version tells of them.
     """
+    parameters = sorted(model.named_parameters(), key=lambda pair: pair[0])
+    journal = _Journal.of(model)
+    offloaded = any(p.is_meta for _, p in parameters)
+    key = None if offloaded else (weights_state(model), _probe(p for _, p in parameters))
+    if key is not None and journal.digest is not None and journal.digest[0] == key:
+        return journal.digest[1]
 
     def fetched() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, p in sorted(model.named_parameters(), key=lambda pair: pair[0]):
+        for name, p in parameters:
             yield name, load_offloaded_parameter(model, name) if p.is_meta else p
 
     states = [state for state in map(adapter_state, model.modules()) if state is not None]
-    return _digest(fetched(), repr(states) if states else "")
+    digest = _digest(fetched(), repr(states) if states else "")
+    journal.digest = None if key is None else (key, digest)
+    return digest
+
+
+@torch.no_grad()
+def _probe(parameters: Iterable[torch.Tensor]) -> str:
+    """A hash of some elements of each parameter, spread over it.
+
+    Versions do not tell of writes through `p.data`, by which some optimisers step; few of them
+    leave all of these elements as they were.
+    """
+    samples = []
+    for p in parameters:
+        flat = p.detach().reshape(-1)
+        samples.append(flat[:: max(1, len(flat) // _PROBED)].contiguous().view(torch.uint8).cpu())
+    return hashlib.sha256(torch.cat(samples).numpy().tobytes()).hexdigest() if samples else ""
 
 
 def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -143,18 +179,75 @@ def _digest(tensors: Iterable[tuple[str, torch.Tensor]], more: str = "") -> str:
 
 
 @dataclass(frozen=True)
+class Snapshot:
+    """Copies of some parameters as they were, and their digest (see `tensors_digest`)."""
+
+    tensors: dict[str, torch.Tensor]
+    digest: str
+
+
+def bump_version(model: nn.Module) -> int:
+    """Count a change of the slow weights, durably (it is saved with the config)."""
+    model.config.weights_version = durable_version(model) + 1
+    return weights_version(model)
+
+
+@torch.no_grad()
+def snapshot(model: nn.Module, names: Collection[str] | None = None) -> Snapshot:
+    """Copy the parameters `names` (None: all) of `model`, for `rollback`.
+
+    Raises ValueError naming the first of `names` that is no parameter of the model.
+    """
+    parameters = dict(model.named_parameters())
+    chosen = list(parameters) if names is None else list(names)
+    for name in chosen:
+        if name not in parameters:
+            raise ValueError(f"names must be parameters of the model, got {name!r}")
+    tensors = {name: parameters[name].detach().clone() for name in chosen}
+    return Snapshot(tensors, tensors_digest(tensors))
+
+
+@torch.no_grad()
+def rollback(model: nn.Module, to: Snapshot) -> int:
+    """Put back what `snapshot` copied, bit for bit; returns the weights version, which grows.
+
+    Parameters are written in place, so optimisers and captured graphs go on with them. It grows,
+    rather than going back: a cache made in between was written by weights that are gone, and one
+    made before is refused as well, since versions are never used twice.
+
+    Raises ValueError, before anything is changed, for a snapshot of other parameters or one that
+    was changed itself, and RuntimeError if the bits are not those of the snapshot afterwards.
+    """
+    parameters = dict(model.named_parameters())
+    for name, saved in to.tensors.items():
+        p = parameters.get(name)
+        if p is None or p.shape != saved.shape or p.dtype != saved.dtype:
+            found = "no such parameter" if p is None else f"{p.dtype} of shape {tuple(p.shape)}"
+            raise ValueError(
+                f"snapshot must be of this model: it has {name!r} as {saved.dtype} of shape "
+                f"{tuple(saved.shape)}, the model has {found}"
+            )
+    if tensors_digest(to.tensors) != to.digest:
+        raise ValueError("snapshot must be as it was taken, but its tensors have changed since")
+    for name, saved in to.tensors.items():
+        parameters[name].copy_(saved)
+    if tensors_digest({name: parameters[name] for name in to.tensors}) != to.digest:
+        raise RuntimeError("the parameters are not those of the snapshot after copying it back")
+    return bump_version(model)
+
+
+@dataclass(frozen=True)
 class Owner:
     """The model that a cache was made with, at one version of its weights."""
 
     model: weakref.ref[nn.Module]
     version: int
     adapters: tuple[Hashable, ...]
-    config: HybridSleepConfig
 
     @classmethod
     def of(cls, model: nn.Module) -> Owner:
         """`model` as it is now."""
-        return cls(weakref.ref(model), *weights_state(model), model.config)
+        return cls(weakref.ref(model), *weights_state(model))
 
     def check_same(self, now: Owner, name: str) -> None:
         """Raise ValueError unless `now` is the same model at the same version."""
@@ -182,9 +275,9 @@ class Owner:
     def __reduce__(self) -> tuple[Any, ...]:
         # Another process has another model object: there, only equal weights can tell.
         model = self.model()
-        unchanged = model is not None and Owner.of(model) == self
-        digest = weights_digest(model) if unchanged else None
-        return FormerOwner, (digest, self.config.weights_version)
+        if model is None or Owner.of(model) != self:
+            return FormerOwner, (None, 0)
+        return FormerOwner, (weights_digest(model), durable_version(model))
 
 
 @dataclass(frozen=True)
@@ -201,18 +294,20 @@ class FormerOwner:
         """There is none yet; the first model that the cache serves becomes its owner."""
 
     def check_same(self, now: Owner, name: str) -> None:
-        """Raise ValueError unless `now` has the same weights. Reads every byte of them."""
+        """Raise ValueError unless `now` has the same weights."""
         if self.digest is None:
             raise ValueError(
                 f"{name} was pickled when its model had changed or no longer existed, so no model "
                 "can be known to have written it; read the text again with a new cache"
             )
-        if self.version != now.config.weights_version:
+        model = now.model()
+        assert model is not None
+        if self.version != durable_version(model):
             raise ValueError(
                 f"{name} was made under weights version {self.version}, the model is at "
-                f"{now.config.weights_version}; read the text again with a new cache"
+                f"{durable_version(model)}; read the text again with a new cache"
             )
-        if self.digest != weights_digest(now.model()):
+        if self.digest != weights_digest(model):
             raise ValueError(
                 f"{name} was made by other weights than this model's (SHA-256 differs); load the "
                 "checkpoint it was made with"

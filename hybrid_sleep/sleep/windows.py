@@ -7,22 +7,24 @@ from dataclasses import dataclass
 
 import torch
 
-from hybrid_sleep.sleep.state import is_uniform
+from hybrid_sleep.sleep.masks import is_uniform
 
 
 @dataclass(frozen=True)
 class TokenBlock:
-    """One step through a batch: first `full` rows cross their boundary, then all read tokens.
+    """One step through a batch: a forward pass over some tokens, then some rows sleep.
 
-    full: indices of rows whose window is full and who have a token to read; on the CPU.
-    columns: `[B, n]` input column of each row's i-th token of this block, or a slice where all
-        rows read the same columns.
-    lengths: `[B]` tokens that each row reads; those beyond are pads.
+    columns: `[B, n]` input column of each row's i-th token of this block, or a slice where the
+        columns are the same in all rows.
+    lengths: `[B]` tokens of each row; those beyond are pads. All 0 in a first block that only lets
+        rows sleep whose windows an earlier call has filled.
+    full: indices of the rows whose window is full and who have another token behind this block: a
+        full window stays readable until then. On the CPU.
     """
 
-    full: torch.Tensor
     columns: torch.Tensor | slice
     lengths: torch.Tensor
+    full: torch.Tensor
 
     @property
     def real(self) -> torch.Tensor:
@@ -66,7 +68,7 @@ def real_tokens(
 def cut(
     counts: torch.Tensor, real: torch.Tensor | None, columns: int, window: int
 ) -> Iterator[TokenBlock]:
-    """Yield blocks of at most one window in which each row reads its next tokens.
+    """Yield blocks of at most one window that take each row through its tokens.
 
     counts: `[B]` tokens already in each row's window; real: bool `[B, columns]`, False at pads,
     None for none. Each row gets the blocks that it would get alone: a row is cut where its own
@@ -81,28 +83,35 @@ def cut(
     total = real.sum(1)
     # A stable sort puts each row's tokens first, in order.
     order = torch.argsort(~real, dim=1, stable=True)
-    done = torch.zeros_like(total)
-    while bool((done < total).any()):
+    done, lengths = torch.zeros_like(total), torch.zeros_like(total)
+    index = order[:, :0]
+    while True:
+        counts = counts + lengths
+        done = done + lengths
         waiting = done < total
         full = waiting & (counts == window)
+        if int(lengths.max()) or bool(full.any()):
+            yield TokenBlock(index, lengths, full.nonzero()[:, 0])
+        if not bool(waiting.any()):
+            return
         counts[full] = 0
         lengths = torch.where(waiting, torch.minimum(total - done, window - counts), 0)
         steps = torch.arange(int(lengths.max()))
-        index = (done[:, None] + steps).clamp_(max=columns - 1)
-        yield TokenBlock(full.nonzero()[:, 0], order.gather(1, index), lengths)
-        done = done + lengths
-        counts = counts + lengths
+        index = order.gather(1, (done[:, None] + steps).clamp_(max=columns - 1))
 
 
 def _cut_together(counts: torch.Tensor, columns: int, window: int) -> Iterator[TokenBlock]:
-    start, count, rows = 0, int(counts[0]), torch.arange(len(counts))
-    while start < columns:
-        full = rows if count == window else rows[:0]
-        count = 0 if count == window else count
-        stop = min(columns, start + window - count)
+    """Blocks of rows that are all alike, as slices: nothing has to be gathered."""
+    stop, count, rows = 0, int(counts[0]), torch.arange(len(counts))
+    if count == window and columns:
+        yield TokenBlock(slice(0, 0), torch.zeros_like(counts), rows)
+        count = 0
+    while stop < columns:
+        start, stop = stop, min(columns, stop + window - count)
+        # Only the last block can leave its window open, so every next one starts a new window.
+        count = 0
         lengths = torch.full_like(counts, stop - start)
-        yield TokenBlock(full, slice(start, stop), lengths)
-        start, count = stop, count + stop - start
+        yield TokenBlock(slice(start, stop), lengths, rows if stop < columns else rows[:0])
 
 
 def next_labels(labels: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
@@ -118,7 +127,7 @@ def next_labels(labels: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(labels).scatter_(1, order, shifted).masked_fill_(~real, -100)
 
 
-def spread(
+def unpack(
     blocks: list[tuple[TokenBlock, torch.Tensor]], first: int, columns: int
 ) -> torch.Tensor:
     """Put the blocks' hidden states `[B, n, D]` back where their tokens stood in the input.

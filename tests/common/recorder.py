@@ -12,7 +12,8 @@ import torch
 from small import assert_same, gap, small_ids, snapshot
 
 from hybrid_sleep import SleepCache
-from hybrid_sleep.sleep.execution import SleepEngine, map_tensors
+from hybrid_sleep.sleep.execution import SleepEngine
+from hybrid_sleep.sleep.trees import map_tensors
 
 FIRST = "eager: first sleep of this shape, the next one is captured"
 PATHS = [FIRST, "recorded: captured", "recorded: replayed", "recorded: replayed"]
@@ -51,8 +52,7 @@ def spoil(tree) -> None:
 
 
 def spoil_cache(cache: SleepCache) -> None:
-    parts = [m for m in (*cache.memory, *cache.opening.values()) if m is not None]
-    spoil(dict(enumerate([*parts, *([] if cache.hidden is None else [cache.hidden])])))
+    spoil(tuple(cache.tensors()))
 
 
 def own(cache: SleepCache) -> SleepCache:
@@ -64,7 +64,7 @@ def own(cache: SleepCache) -> SleepCache:
 
 def plain(report) -> dict:
     told = report.to_dict()
-    return {k: v for k, v in told.items() if k not in ("path", "seconds", "change")}
+    return {k: v for k, v in told.items() if k not in ("path", "seconds", "change", "time")}
 
 
 def read(model, lengths: list[int], seed: int) -> SleepCache:
@@ -102,8 +102,7 @@ def sleep_both_ways(model, engine, cache, exact=True, **how) -> str:
             assert told.change[layer] == pytest.approx(changes, rel=1e-9)
     before = snapshot(mine)
     for plan in engine.plans.values():
-        spoil({"h": plan.night.h, "S": plan.night.S, "left": plan.night.left})
-        spoil(plan.night.entering)
+        spoil(plan.carry._replace(context=()))
     assert_same(before, snapshot(mine))
     spoil_cache(source)
     spoil_cache(mine)

@@ -8,6 +8,7 @@ import torch
 from oracle import Oracle, OracleRow, OracleWindow
 
 from hybrid_sleep import HybridSleepConfig, HybridSleepForCausalLM, SleepCache
+from hybrid_sleep.sleep.state import LayerState
 
 VOCAB = 11
 
@@ -113,11 +114,18 @@ def snapshot(cache: SleepCache) -> dict[str, Any]:
     for name in ("counts", "kept", "positions", "sleeps", "supervised", "hidden"):
         value = getattr(cache, name)
         held[name] = None if value is None else value.clone()
-    for kind, parts in (("memory", enumerate(cache.memory)), ("opening", cache.opening.items())):
-        for i, part in parts:
-            for field, value in (part._asdict() if part is not None else {}).items():
-                held[f"{kind}.{i}.{field}"] = None if value is None else value.clone()
+    for kind in ("states", "opening"):
+        for i, state in getattr(cache, kind).items():
+            for name, value in fields_of(state).items():
+                held[f"{kind}.{i}.{name}"] = value.clone()
     return held
+
+
+def fields_of(state: LayerState) -> dict[str, torch.Tensor]:
+    """The tensors of a layer's state by name."""
+    S = {} if state.S is None else {"S": state.S}
+    tails = {f"tails.{i}": x for i, x in enumerate(state.tails) if x is not None}
+    return S | tails | {f"slots.{i}": x for i, x in enumerate(state.slots)}
 
 
 def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:

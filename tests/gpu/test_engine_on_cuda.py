@@ -55,8 +55,9 @@ def relative(x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 def tensors(cache) -> list[torch.Tensor]:
-    parts = [m for m in (*cache.memory, *cache.opening.values()) if m is not None]
-    return [x for part in parts for x in part if x is not None]
+    states = [*cache.states.values(), *cache.opening.values()]
+    found = [x for state in states for x in (state.S, *state.tails, *state.slots)]
+    return [x for x in found if x is not None]
 
 
 @pytest.mark.parametrize("passes", [2, 4, "auto"])

@@ -9,15 +9,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import assert_same, small_config, small_ids, small_model, snapshot
+from small import assert_same, fields_of, small_config, small_ids, small_model, snapshot
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hybrid_sleep import SleepCache
-from hybrid_sleep.configuration import EVICTIONS, SLEEP_SCHEDULES, STATE_SPACES
-from hybrid_sleep.layers.stack import Checkpointing
-from hybrid_sleep.sleep import forward as reading
+from hybrid_sleep.configuration import STATE_SPACES
+from hybrid_sleep.sleep import forward
+from hybrid_sleep.sleep.checkpointing import Checkpointing
+from hybrid_sleep.sleep.options import EVICTIONS, SCHEDULES
 
 SINGLE = ("block", 1, 2, 3, "pass", "window")
 NESTED = (("window", "block"), ["window", 2], ("window", "pass"))
@@ -51,7 +52,7 @@ def cases(draw):
         loop=draw(st.sampled_from(LOOPS)),
         eviction=draw(st.sampled_from(EVICTIONS)),
         state_space=draw(st.sampled_from(STATE_SPACES)),
-        sleep_schedule=draw(st.sampled_from(SLEEP_SCHEDULES)),
+        sleep_schedule=draw(st.sampled_from(SCHEDULES)),
         attention_dropout=draw(st.sampled_from([0.0, 0.3])),
         window=draw(st.integers(1, 6)),
         seed=draw(st.integers(0, 1000)),
@@ -114,14 +115,14 @@ def test_an_error_leaves_the_cache_as_it_was(monkeypatch):
     model.set_activation_checkpointing("window")
     cache = model(small_ids(2, 7), sleep_passes=2).cache
     before = snapshot(cache)
-    crossed = SleepCache.cross
+    crossed = SleepCache.cross_boundary
 
     def fail_later(self, *args):
         if int(self.sleeps[0]) == 2:
             raise RuntimeError("no memory left")
-        crossed(self, *args)
+        return crossed(self, *args)
 
-    monkeypatch.setattr(SleepCache, "cross", fail_later)
+    monkeypatch.setattr(SleepCache, "cross_boundary", fail_later)
     with pytest.raises(RuntimeError, match="no memory left"):
         model(small_ids(2, 14), cache=cache, sleep_passes=2)
     assert_same(snapshot(cache), before)
@@ -220,23 +221,24 @@ def test_nested_checkpointing_keeps_less_while_a_window_is_computed_again():
 @pytest.mark.parametrize("loop", [None, (0, 2)])
 def test_only_what_crosses_a_boundary_is_kept_between_windows(monkeypatch, loop):
     starts = []
-    after = reading._after
+    after = forward._step_of_copy
 
     def watch(backbone, before, *step):
         starts.append(before)
         return after(backbone, before, *step)
 
-    monkeypatch.setattr(reading, "_after", watch)
+    monkeypatch.setattr(forward, "_step_of_copy", watch)
     model = small_model(loop=loop)
     model.set_activation_checkpointing("window")
     model(small_ids(2, 14), sleep_passes=3)
-    # Nothing, the first window, the second, the third.
-    assert [int(cache.sleeps[0]) for cache in starts] == [0, 0, 1, 2]
+    # A step is a window and the sleep behind it.
+    assert [int(cache.sleeps[0]) for cache in starts] == [0, 1, 2]
     for cache in starts:
         assert cache.hidden is None and not cache.counts.any()
-        for kind, memory in zip(model.config.layer_types, cache.memory, strict=True):
-            assert memory is None or kind == "linear_attention"
-            assert memory is None or memory[1:] == (None, None)
+        for i, state in cache.states.items():
+            is_attention = model.config.layer_types[i] == "full_attention"
+            assert (state.S is None) == is_attention
+            assert fields_of(state).keys() <= {"S"}
 
 
 class Partitioned:

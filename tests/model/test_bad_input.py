@@ -177,9 +177,9 @@ def test_cache_of_another_kind(model, cache):
 
 
 def poison(cache: SleepCache, layer: int, value: float) -> None:
-    S = cache.memory[layer].S.clone()
+    S = cache.states[layer].S.clone()
     S[1, 0, 2, 1] = value
-    cache.memory[layer] = cache.memory[layer]._replace(S=S)
+    cache.states[layer] = cache.states[layer]._replace(S=S)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -11,7 +11,8 @@ from accelerate.utils import send_to_device
 from small import gap, small_ids, small_model
 
 from hybrid_sleep import HybridSleepForCausalLM, SleepCache
-from hybrid_sleep.sleep.state import Context, see
+from hybrid_sleep.layers.context import Context
+from hybrid_sleep.sleep.masks import build_mask
 from hybrid_sleep.sleep.weights import weights_digest
 
 IDS = small_ids(2, 11)
@@ -31,7 +32,7 @@ def use(model: HybridSleepForCausalLM, place: Path) -> list[torch.Tensor]:
     model.sleep(cache)
     cache.save_pretrained(place)
     cache = SleepCache.from_pretrained(place, model=model)
-    state = [memory.S for memory in cache.memory if hasattr(memory, "S")]
+    state = list(cache.fast_weights.values())
     return [out.sequences, *state, model(IDS[:, :1], cache=cache).logits]
 
 
@@ -83,9 +84,10 @@ def test_a_device_map_with_layers_on_disk_loads_runs_and_saves(tmp_path):
 
 
 def test_hooks_take_all_of_a_context_to_another_device():
-    sight = see(torch.tensor([1, 2]), torch.tensor([2, 1]), 2)
-    context = Context(torch.ones(2, 2, 6), torch.ones(2, 2, 6), sight, sight.mask[:, 0, 0], True)
+    attention = build_mask(torch.tensor([1, 2]), torch.tensor([2, 1]), 2)
+    ones, mask = torch.ones(2, 2, 6), attention.mask[:, 0, 0]
+    context = Context(ones, ones, attention, mask, True)
     moved = send_to_device(context, "meta")
     assert isinstance(moved, Context) and moved.keep_tails is True
-    for x in (moved.cos, moved.sin, moved.mask, moved.sight.gather, moved.sight.mask):
+    for x in (moved.cos, moved.sin, moved.mask, moved.attention.gather, moved.attention.mask):
         assert x.is_meta

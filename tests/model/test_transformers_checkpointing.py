@@ -7,7 +7,7 @@ import torch
 from small import small_ids, small_model
 
 from hybrid_sleep import HybridSleepForCausalLM
-from hybrid_sleep.layers.stack import Checkpointing
+from hybrid_sleep.sleep.checkpointing import Checkpointing
 
 IDS = small_ids(2, 13)
 

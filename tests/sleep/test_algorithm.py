@@ -18,8 +18,9 @@ from small import (
 )
 
 from hybrid_sleep import SleepCache
-from hybrid_sleep.configuration import EVICTIONS, STATE_SPACES
-from hybrid_sleep.sleep.state import AttentionMemory, FastWeights
+from hybrid_sleep.configuration import STATE_SPACES
+from hybrid_sleep.sleep.options import EVICTIONS
+from hybrid_sleep.sleep.state import LayerState
 
 EXACT = 1e-10
 
@@ -111,8 +112,8 @@ def test_depth_one_is_a_plain_hybrid(state_space, eviction):
         assert not torch.allclose(logits, model(ids, sleep_passes=2).logits)
 
 
-def naive_sleep(model, cache: SleepCache, opening: list, kept: int, depth: int) -> dict:
-    """Passes 2..depth written out over whole blocks, nothing left away; memory of each layer."""
+def naive_sleep(model, cache: SleepCache, opening: dict, kept: int, depth: int) -> dict:
+    """Passes 2..depth written out over whole blocks, nothing left away; state of each layer."""
     backbone, (start, end) = model.model, model.config.loop_range
     rows = cache.batch_size
     counts = cache.counts
@@ -125,15 +126,13 @@ def naive_sleep(model, cache: SleepCache, opening: list, kept: int, depth: int) 
         sleeping=True,
     )
     context = context._replace(keep_tails=True)
-    memory = dict(enumerate(cache.memory))
+    states = dict(cache.states)
 
     def again(i, h, keep_S):
-        entering = opening[i]
-        if isinstance(memory[i], FastWeights):
-            tails = (None, None) if entering is None else entering[1:]
-            S = memory[i].S if keep_S else (None if entering is None else entering.S)
-            entering = FastWeights(S, *tails)
-        h, memory[i] = backbone.layers[i](h, entering, context)
+        start = opening.get(i, LayerState())
+        if keep_S and states[i].S is not None:
+            start = start._replace(S=states[i].S)
+        h, states[i] = backbone.layers[i](h, start, context)
         return h
 
     h = cache.hidden
@@ -142,7 +141,7 @@ def naive_sleep(model, cache: SleepCache, opening: list, kept: int, depth: int) 
             h = again(i, h, keep_S=True)
     for i in range(end, len(backbone.layers)):
         h = again(i, h, keep_S=False)
-    return memory
+    return states
 
 
 SIZES = [
@@ -174,21 +173,22 @@ def test_pruned_sleep_has_the_bits_of_the_naive_one(state_space, eviction, atten
             cache = SleepCache(model.config)
             model(ids[:, :window], cache=cache)
             model.sleep(cache, passes=depth)
-            opening, kept = list(cache.memory), int(cache.kept[0])
+            opening, kept = dict(cache.states), int(cache.kept[0])
             model(ids[:, window:], cache=cache)
             naive = naive_sleep(model, cache, opening, kept, depth)
             model.sleep(cache, passes=depth)
             for i, kind in enumerate(model.config.layer_types):
-                held = cache.memory[i]
+                held = cache.states[i]
                 if kind == "linear_attention":
                     assert torch.equal(held.S, naive[i].S), (i, loop, depth)
                 if eviction == "sliding" and kind == "full_attention" and window > 1:
-                    assert isinstance(held, AttentionMemory)
-                    for a, b in zip(held, naive[i], strict=True):
+                    assert held.S is None and len(held.slots) == 2
+                    for a, b in zip(held.slots, naive[i].slots, strict=True):
                         assert torch.equal(a, b[:, :, b.shape[2] - (window - 1) :]), (i, loop)
                 if eviction == "sliding" and kind == "linear_attention":
-                    assert torch.equal(held.q_tail, naive[i].q_tail), (i, loop)
-                    assert torch.equal(held.kv_tail, naive[i].kv_tail), (i, loop)
+                    assert len(held.tails) == 2
+                    for a, b in zip(held.tails, naive[i].tails, strict=True):
+                        assert torch.equal(a, b), (i, loop)
 
 
 @pytest.mark.parametrize("eviction", EVICTIONS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small import small_ids, small_model
 
-from hybrid_sleep.configuration import EVICTIONS
+from hybrid_sleep.sleep.options import EVICTIONS
 
 VOCAB, STEPS, DEPTH = 3, 4, 3
 

@@ -7,7 +7,7 @@ import torch
 from small import assert_same, gap, small_ids, small_model, snapshot
 
 from hybrid_sleep import SleepCache
-from hybrid_sleep.configuration import EVICTIONS
+from hybrid_sleep.sleep.options import EVICTIONS
 
 EXACT = 1e-10
 LENGTHS = (13, 4, 8)
@@ -101,8 +101,9 @@ def test_it_does_not_grow_with_what_was_read(eviction, loop):
 
 
 def tensors(cache: SleepCache) -> list[torch.Tensor]:
-    parts = [part for part in (*cache.memory, *cache.opening.values()) if part is not None]
-    return [x for x in (*(x for part in parts for x in part), cache.hidden) if x is not None]
+    states = [*cache.states.values(), *cache.opening.values()]
+    found = [x for state in states for x in (state.S, *state.tails, *state.slots)]
+    return [x for x in (*found, cache.hidden) if x is not None]
 
 
 def test_bytes_are_those_of_the_tensors():

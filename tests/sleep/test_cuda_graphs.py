@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from hybrid_sleep.sleep import cuda_graphs as capture
+from hybrid_sleep.sleep import cuda_graphs
 
 
 class FakeStream:
@@ -68,13 +68,13 @@ def cuda(monkeypatch):
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    capture._side_stream.cache_clear()
+    cuda_graphs._side_stream.cache_clear()
     yield state
-    capture._side_stream.cache_clear()
+    cuda_graphs._side_stream.cache_clear()
 
 
 def test_warm_up_and_capture_run_on_the_side_stream(cuda):
-    recorder = capture.CudaGraphs(torch.device("cuda", 0))
+    recorder = cuda_graphs.CudaGraphs(torch.device("cuda", 0))
     replay = recorder(
         lambda: LOG.append(f"work on {cuda['stream'].cuda_stream}, mode {cuda['mode']}")
     )
@@ -98,7 +98,7 @@ def test_a_wait_is_found_before_the_capture_and_everything_put_back(cuda):
         if cuda["mode"] == "warn":
             warnings.warn("called a synchronizing CUDA operation (Triggered ...)", stacklevel=1)
 
-    recorder = capture.CudaGraphs(torch.device("cuda", 0))
+    recorder = cuda_graphs.CudaGraphs(torch.device("cuda", 0))
     with pytest.raises(RuntimeError, match="waits for the device"):
         recorder(work)
     assert not any("capture" in line for line in LOG)
@@ -107,7 +107,7 @@ def test_a_wait_is_found_before_the_capture_and_everything_put_back(cuda):
 
 
 def test_other_warnings_are_no_wait_and_still_heard(cuda):
-    recorder = capture.CudaGraphs(torch.device("cuda", 0))
+    recorder = cuda_graphs.CudaGraphs(torch.device("cuda", 0))
     with pytest.warns(UserWarning, match="something else"):
         recorder(lambda: warnings.warn("something else", stacklevel=1))
     assert "capture into the pool" in LOG
@@ -115,7 +115,7 @@ def test_other_warnings_are_no_wait_and_still_heard(cuda):
 
 def test_the_stream_is_put_back_where_ending_the_capture_raises(cuda):
     cuda["end fails"] = True
-    recorder = capture.CudaGraphs(torch.device("cuda", 0))
+    recorder = cuda_graphs.CudaGraphs(torch.device("cuda", 0))
     with pytest.raises(RuntimeError, match="not permitted"):
         recorder(lambda: None)
     assert cuda["stream"].cuda_stream == "main"

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from small import gap, small_ids, small_model
 
 from hybrid_sleep import SleepCache
-from hybrid_sleep.configuration import EVICTIONS, SLEEP_SCHEDULES, STATE_SPACES
+from hybrid_sleep.configuration import STATE_SPACES
 from hybrid_sleep.sleep.documents import Documents, find_documents, positions_in_document
+from hybrid_sleep.sleep.options import EVICTIONS, SCHEDULES
 
 EXACT = 1e-10
 
@@ -95,7 +96,7 @@ def test_documents_do_not_know_of_each_other(document_ids, data):
 LENGTHS = [[7, 1, 12, 3], [16, 2], [5, 5, 6]]
 
 
-@pytest.mark.parametrize("schedule", SLEEP_SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("eviction", EVICTIONS)
 def test_the_loss_and_its_gradients_are_those_of_the_documents(eviction, schedule):
     """Every option that changes how gradients are computed included; labels stay inside."""

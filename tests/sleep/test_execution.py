@@ -14,8 +14,9 @@ from small import assert_same, gap, small_ids, small_model, snapshot
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybrid_sleep import SleepCache
-from hybrid_sleep.configuration import EVICTIONS, STATE_SPACES
+from hybrid_sleep.configuration import STATE_SPACES
 from hybrid_sleep.sleep.execution import SleepEngine
+from hybrid_sleep.sleep.options import EVICTIONS
 
 MODELS = st.fixed_dictionaries(
     {
@@ -154,27 +155,33 @@ def test_rows_up_to_the_next_power_of_two_share_a_plan():
     ]
     assert paths == [*PATHS, PATHS[-1]]
     (plan,) = engine.plans.values()
-    assert len(plan.night.h) == 4
+    assert len(plan.carry.h) == 4
 
 
 @torch.no_grad()
 def test_each_depth_takes_the_steps_it_needs():
     model = small_model()
     engine = engine_of(model)
+    pruned, whole = ("looped_pass", True), ("looped_pass", False)
     steps = []
-    for passes in (2, 2, 2, 4, 4, "auto"):
+    for passes in (2, 2, 2, 4, 4, "auto", "auto"):
         path = sleep_both_ways(
             model, engine, read(model, [5, 5], 0), passes=passes, tol=1e-300, max_passes=4
         )
-        held = [list(plan._replays) for plan in engine.plans.values()]
+        held = [
+            [(step.__name__, dict(flags)["last"] is not None) for step, flags in plan.replays]
+            for plan in engine.plans.values()
+        ]
         steps.append((path, *held))
     assert steps == [
         (PATHS[0],),
-        (PATHS[1], ["last pass"]),
-        (PATHS[2], ["last pass"]),
-        (PATHS[1], ["last pass", "pass"]),
-        (PATHS[2], ["last pass", "pass"]),
-        (PATHS[2], ["last pass", "pass"]),
+        (PATHS[1], [pruned]),
+        (PATHS[2], [pruned]),
+        (PATHS[1], [pruned, whole]),
+        (PATHS[2], [pruned, whole]),
+        # Rows that stop one by one need a mask, so these are another shape.
+        (PATHS[0], [pruned, whole]),
+        (PATHS[1], [pruned, whole], [whole]),
     ]
 
 

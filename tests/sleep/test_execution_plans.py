@@ -11,7 +11,7 @@ from recorder import FIRST, PATHS, Recorder, engine_of, read, sleep_both_ways
 from small import assert_same, small_ids, small_model, snapshot
 
 from hybrid_sleep import HybridSleepForCausalLM
-from hybrid_sleep.sleep import execution as engine_module
+from hybrid_sleep.sleep import execution
 from hybrid_sleep.sleep.execution import MOST_PLANS, SleepEngine
 
 
@@ -61,7 +61,7 @@ def test_the_plan_unused_for_longest_goes_first():
 
 
 def test_shapes_are_not_remembered_without_end(monkeypatch):
-    monkeypatch.setattr(engine_module, "MOST_SHAPES", 2)
+    monkeypatch.setattr(execution, "MOST_SHAPES", 2)
     model = small_model(window=9)
     engine = engine_of(model)
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_shapes_are_not_remembered_without_end(monkeypatch):
 @torch.no_grad()
 def test_a_capture_that_fails_is_told_once_and_not_tried_again(at, monkeypatch):
     warned = []
-    monkeypatch.setattr(engine_module.logger, "warning", warned.append)
+    monkeypatch.setattr(execution.logger, "warning", warned.append)
 
     class Broken(Recorder):
         tried = 0
@@ -132,8 +132,8 @@ def test_fast_weights_that_are_not_finite_are_refused_in_a_replay_too():
         model.sleep(read(model, [5, 5], seed), passes=3)
     cache = read(model, [5, 5], 2)
     layer = next(iter(cache.fast_weights))
-    cache.memory[layer] = cache.memory[layer]._replace(
-        S=torch.full_like(cache.memory[layer].S, float("nan"))
+    cache.states[layer] = cache.states[layer]._replace(
+        S=torch.full_like(cache.states[layer].S, float("nan"))
     )
     before = snapshot(cache)
     with pytest.raises(ValueError, match=f"fast weights of layer {layer}"):

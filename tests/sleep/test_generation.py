@@ -8,7 +8,8 @@ from small import assert_same, gap, small_ids, small_model, snapshot
 from transformers import DynamicCache
 
 from hybrid_sleep import SleepCache
-from hybrid_sleep.configuration import EVICTIONS, STATE_SPACES
+from hybrid_sleep.configuration import STATE_SPACES
+from hybrid_sleep.sleep.options import EVICTIONS
 
 EXACT = 1e-10
 LENGTHS = (13, 4, 8, 1)

@@ -10,7 +10,8 @@ from oracle import Oracle
 from small import Row, gap, small_config, small_ids, small_model
 from torch.func import functional_call
 
-from hybrid_sleep.configuration import EVICTIONS, STATE_SPACES
+from hybrid_sleep.configuration import STATE_SPACES
+from hybrid_sleep.sleep.options import EVICTIONS
 
 TINY = {
     "vocab_size": 5,

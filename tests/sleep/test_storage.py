@@ -355,7 +355,7 @@ DAMAGES = {
     "pointer": (pointer, "is a pointer of Git LFS"),
     "folder": (folder, "is a folder; allowed: a file"),
     "one bit": (one_bit, "tensors are not those that were saved"),
-    "a tensor gone": (rewritten(lambda t, m: t.pop("memory.1.S")), "tensors are not those"),
+    "a tensor gone": (rewritten(lambda t, m: t.pop("states.1.S")), "tensors are not those"),
     "rows gone": (rewritten(lambda t, m: t.pop("rows.counts")), "tensors are not those"),
     "columns gone": (rewritten(lambda t, m: m.pop("columns")), "metadata .*columns"),
     "no config": (rewritten(lambda t, m: m.update(config="{")), "metadata cannot be read"),

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from hybrid_sleep import HybridSleepForCausalLM
-from hybrid_sleep.sleep import forward as reading
+from hybrid_sleep.sleep import forward
 from hybrid_sleep.training import MarkSupervised, SleepTrainer
 
 IDS = small_ids(2, 17)
@@ -45,7 +45,7 @@ def smoothed(logits: torch.Tensor, epsilon: float) -> torch.Tensor:
 def warned(monkeypatch):
     """Messages of the warning about unknown supervision."""
     messages: list[str] = []
-    monkeypatch.setattr(reading.logger, "warning_once", messages.append)
+    monkeypatch.setattr(forward.logger, "warning_once", messages.append)
     return messages
 
 
@@ -132,9 +132,9 @@ def test_nothing_warns_where_nothing_differs(warned):
 )
 def test_what_is_no_mask_of_tokens_is_refused(supervised):
     model = model_of()
-    for forward in (model, model.model):
+    for call in (model, model.model):
         with pytest.raises(ValueError, match=r"supervised must be bool of the input's shape, \(2"):
-            forward(IDS, supervised=supervised)
+            call(IDS, supervised=supervised)
 
 
 def test_a_collator_without_labels_is_refused():

@@ -13,7 +13,8 @@ from oracle import OracleRow
 from small import VOCAB, Row, expect, gap, oracle_of, small_config, small_ids, small_model
 
 from hybrid_sleep import HybridSleepConfig, SleepCache
-from hybrid_sleep.configuration import EVICTIONS, SLEEP_ATTENTIONS, STATE_SPACES
+from hybrid_sleep.configuration import STATE_SPACES
+from hybrid_sleep.sleep.options import ATTENTIONS, EVICTIONS
 
 EXACT = 1e-10
 SINGLE = 1e-4
@@ -85,7 +86,7 @@ def configs(draw) -> HybridSleepConfig:
         window=draw(st.integers(1, 6)),
         state_space=draw(st.sampled_from(STATE_SPACES)),
         eviction=draw(st.sampled_from(EVICTIONS)),
-        sleep_attention=draw(st.sampled_from(SLEEP_ATTENTIONS)),
+        sleep_attention=draw(st.sampled_from(ATTENTIONS)),
         linear_conv_kernel_dim=draw(st.integers(2, 4)),
         linear_num_key_heads=key_heads,
         linear_num_value_heads=key_heads * draw(st.sampled_from([1, 2])),
@@ -140,7 +141,7 @@ def test_any_reading_equals_the_specification(config, calls, seed):
 
 
 @pytest.mark.parametrize(
-    ("state_space", "eviction", "attention"), [*product(STATE_SPACES, EVICTIONS, SLEEP_ATTENTIONS)]
+    ("state_space", "eviction", "attention"), [*product(STATE_SPACES, EVICTIONS, ATTENTIONS)]
 )
 def test_every_kind_of_sleep_equals_the_specification(state_space, eviction, attention):
     ids = small_ids(2, 17)

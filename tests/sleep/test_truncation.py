@@ -9,8 +9,9 @@ import torch
 from oracle import Oracle, OracleRow
 from small import Row, gap, small_ids, small_model
 
-from hybrid_sleep.configuration import EVICTIONS, SLEEP_SCHEDULES, STATE_SPACES
-from hybrid_sleep.sleep.algorithm import Truncation
+from hybrid_sleep.configuration import STATE_SPACES
+from hybrid_sleep.sleep.checkpointing import Truncation
+from hybrid_sleep.sleep.options import EVICTIONS, SCHEDULES
 
 EXACT = 1e-10
 LENGTHS = (7, 5)
@@ -150,7 +151,7 @@ def test_truncation_goes_with_checkpointing(granularity):
         assert all(torch.equal(a, b) for a, b in zip(grads, plain, strict=True))
 
 
-@pytest.mark.parametrize("schedule", SLEEP_SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_early_passes_run_without_gradients(schedule):
     """Pass 1 and the last of four passes record what the backward needs, the two between do not."""
     model = small_model(window=4, sleep_schedule=schedule)

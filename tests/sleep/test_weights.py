@@ -185,4 +185,4 @@ def test_a_deep_copy_shares_nothing_and_stays_in_the_graph():
         return torch.autograd.grad(loss, embeds, retain_graph=True)[0]
 
     assert torch.equal(gradient(twin), gradient(cache))
-    assert copy.copy(cache).memory is not cache.memory
+    assert copy.copy(cache).states is not cache.states

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from hybrid_sleep.configuration import HybridSleepConfig
 from hybrid_sleep.sleep.cache import SleepCache
 from hybrid_sleep.sleep.documents import document_ids_of
 from hybrid_sleep.sleep.windows import real_tokens
@@ -26,7 +25,7 @@ _REASONS = {
 }
 
 
-def refuse_unknown(config: HybridSleepConfig, given: Mapping[str, Any]) -> None:
+def refuse_unknown(config: Any, given: Mapping[str, Any]) -> None:
     """Raise ValueError for arguments that no forward pass takes, with the reason if one is known.
 
     None and False ask for nothing; what stands in `_IGNORED` is dropped as transformers does.
@@ -39,7 +38,7 @@ def refuse_unknown(config: HybridSleepConfig, given: Mapping[str, Any]) -> None:
 
 
 def check_tokens(
-    config: HybridSleepConfig, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+    config: Any, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
 ) -> torch.Tensor:
     """The one of the two that is given; ValueError for both, none, a wrong shape, dtype or id.
 
@@ -71,7 +70,7 @@ def check_tokens(
     return tokens
 
 
-def check_labels(config: HybridSleepConfig, labels: torch.Tensor, tokens: torch.Tensor) -> None:
+def check_labels(config: Any, labels: torch.Tensor, tokens: torch.Tensor) -> None:
     """Raise ValueError unless `labels` are token ids or -100, one for each of `tokens`."""
     if labels.shape != tokens.shape[:2] or labels.is_floating_point():
         raise ValueError(
