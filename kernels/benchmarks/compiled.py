@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hybrid_sleep.kernels.common.triton_paths import LARGEST_WIDE_KEY
+from hybrid_sleep.kernels.common.triton_paths import LARGEST_FP32_KEY
 from hybrid_sleep.support.io import write_json_atomic, write_text_atomic
 from hybrid_sleep.support.provenance import describe, provenance
 
@@ -32,10 +32,10 @@ CAPABILITY = 90
 # Bytes of shared memory that one program may have on compute capability 9.0.
 SHARED = 227 * 1024
 # Bytes of registers that may spill to memory, by dtype: float32 products take three of TF32, each
-# with operands of their own in registers, and are not what a fast run uses. Nor are keys so wide
-# that Mamba-2's gradients of them cannot all stay in registers.
+# with operands of their own in registers, and are not what a fast run uses. Nor are keys of so many
+# dimensions that Mamba-2's gradients of them cannot all stay in registers.
 SPILLS = {"bfloat16": 128, "float32": 512}
-WIDE_KEY, SPILLS_OF_WIDE = 128, 1024
+LARGE_KEY, SPILLS_OF_LARGE_KEYS = 128, 1024
 # K and V: the benchmarks', the default config's, small ones, and the largest.
 DIMS = ((128, 128), (64, 128), (64, 64), (32, 32), (256, 256))
 
@@ -58,9 +58,9 @@ def calls(op: str, dims: Sequence[tuple[int, int]] = DIMS) -> Iterator[Call]:
     """The calls of `op` that together launch each of its kernels in each of its forms."""
     for dtype in (torch.bfloat16, torch.float32):
         for K, V in dims:
-            if K > LARGEST_WIDE_KEY and dtype != torch.bfloat16:
+            if K > LARGEST_FP32_KEY and dtype != torch.bfloat16:
                 continue
-            # Few heads are scanned in segments, many in one piece.
+            # Few heads are scanned in segments, many in a single one.
             yield Call(op, dtype, K, V, grad=True)
             if op in RULES:
                 yield Call(op, dtype, K, V, heads=64)
@@ -213,7 +213,7 @@ def wrong(row: dict[str, Any]) -> list[str]:
     found = []
     if row["shared"] > SHARED:
         found.append(f"{row['shared']} bytes of shared memory, {SHARED} are there")
-    most = SPILLS_OF_WIDE if row["sizes"].get("K", 0) > WIDE_KEY else SPILLS[row["dtype"]]
+    most = SPILLS_OF_LARGE_KEYS if row["sizes"].get("K", 0) > LARGE_KEY else SPILLS[row["dtype"]]
     if row["spilled"] > most:
         found.append(f"{row['spilled']} bytes spilled, at most {most} may")
     if row["wants_wgmma"] and not row["wgmma"]:
@@ -272,7 +272,11 @@ def run(
     return {
         "benchmark": "compiled",
         "capability": CAPABILITY,
-        "limits": {"shared": SHARED, "spilled": SPILLS, "spilled_of_wide": SPILLS_OF_WIDE},
+        "limits": {
+            "shared": SHARED,
+            "spilled": SPILLS,
+            "spilled_of_large_keys": SPILLS_OF_LARGE_KEYS,
+        },
         "rows": rows,
         "command": command,
         "triton": metadata.version("triton"),
@@ -309,7 +313,7 @@ def markdown(result: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     limits = result["limits"]
     spills = ", ".join(f"{size} bytes in {dtype}" for dtype, size in limits["spilled"].items())
-    spills += f", {limits['spilled_of_wide']} where K is above {WIDE_KEY}"
+    spills += f", {limits['spilled_of_large_keys']} where K is above {LARGE_KEY}"
     lines += [
         "",
         f"Compiled for compute capability {result['capability'] / 10} without a GPU, every "

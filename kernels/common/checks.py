@@ -1,4 +1,7 @@
-"""Checks of shapes and dtypes that cost next to nothing: no tensor is read, no device waits."""
+"""What the ops check of tensors, and the little they do to them before a kernel runs.
+
+A check costs next to nothing: no element is read, so that no device waits.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +16,30 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
     """Raise unless `tensor` is floating point and of `shape`; `meaning` names the dimensions."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: must be a Tensor {meaning}, got {type(tensor).__name__}")
+        raise TypeError(f"{name} must be a Tensor {meaning}, got {type(tensor).__name__}")
     if tensor.shape != shape:
-        raise ValueError(f"{name}: shape {tuple(tensor.shape)} must be {meaning} = {tuple(shape)}")
+        raise ValueError(
+            f"{name} must have the shape {meaning} = {tuple(shape)}, got {tuple(tensor.shape)}"
+        )
+    _check_float(name, tensor)
+
+
+def _check_float(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in FLOATS:
-        raise TypeError(f"{name}: dtype {tensor.dtype} must be one of {FLOATS}")
+        allowed = ", ".join(map(str, FLOATS))
+        raise TypeError(f"{name} must have a dtype out of {allowed}, got {tensor.dtype}")
 
 
 def check_sequence(name: str, tensor: Tensor, meaning: str) -> None:
     """Raise unless `tensor` is floating point, of as many dimensions as `meaning`, none empty."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: must be a Tensor {meaning}, got {type(tensor).__name__}")
+        raise TypeError(f"{name} must be a Tensor {meaning}, got {type(tensor).__name__}")
     if tensor.dim() != meaning.count(",") + 1 or 0 in tensor.shape:
         raise ValueError(
-            f"{name}: shape {tuple(tensor.shape)} must be {meaning} with no dimension of 0"
+            f"{name} must have the shape {meaning} with no dimension of 0, "
+            f"got {tuple(tensor.shape)}"
         )
-    if tensor.dtype not in FLOATS:
-        raise TypeError(f"{name}: dtype {tensor.dtype} must be one of {FLOATS}")
+    _check_float(name, tensor)
 
 
 def check_mask(mask: Tensor | None, batch: int, tokens: int) -> None:
@@ -38,19 +48,13 @@ def check_mask(mask: Tensor | None, batch: int, tokens: int) -> None:
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(
-            "mask: must be a bool Tensor [B, T] (True = real token), "
+            "mask must be a bool Tensor [B, T] (True = real token), "
             f"got {getattr(mask, 'dtype', type(mask).__name__)}"
         )
     if mask.shape != (batch, tokens):
-        raise ValueError(f"mask: shape {tuple(mask.shape)} must be [B, T] = {(batch, tokens)}")
-
-
-def check_chunk_size(chunk_size: int | None) -> None:
-    """Raise unless `chunk_size` is None or a positive int."""
-    if chunk_size is None:
-        return
-    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
-        raise ValueError(f"chunk_size={chunk_size!r}: must be None (automatic) or an int >= 1")
+        raise ValueError(
+            f"mask must have the shape [B, T] = {(batch, tokens)}, got {tuple(mask.shape)}"
+        )
 
 
 class _Hide(torch.autograd.Function):
@@ -86,7 +90,11 @@ def _without_pads(x: Tensor, real_BT: Tensor) -> Tensor:
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any tensor is, else float32: what states are kept and updated in."""
+    """float64 if any tensor is, else float32: what states are kept and updated in.
+
+    Never bf16 or fp16: a state sums over the tokens of all windows and passes. In 8 bits a small
+    write to a large entry would be lost, and rounding errors add up with every token.
+    """
     for tensor in tensors:
         if tensor.dtype == torch.float64:
             return torch.float64

@@ -1,7 +1,7 @@
 """Which implementation of an op runs: one registry, and a record of what it took and why.
 
-Every op folder registers its implementations here when it is imported. `impl="auto"` asks them,
-highest rank first, whether they want a call; any other `impl` forces one, and an implementation
+Every op folder registers its implementations here when it is imported. `impl="auto"` tries them,
+highest rank first; any other `impl` forces one, and an implementation
 that cannot run the call says so in the error. Nothing here looks at the contents of a tensor.
 
 Adding an implementation means registering it, from its op's `__init__.py`:
@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hybrid_sleep.validation import check_choice
+
 OPS = ("gated_delta_net", "mamba2", "gated_delta_rule", "ssd", "short_conv", "gated_norm")
 OWN = ("reference", "chunked", "triton")
 PEERS = ("fla", "mamba_ssm", "causal_conv1d")
@@ -30,7 +32,7 @@ class Call(NamedTuple):
     """What a choice may depend on: metadata of the inputs, never their values.
 
     dims: the op's inner dimensions that limit a kernel (K and V; the width of a filter).
-    grad: whether a gradient may be asked for.
+    grad: whether a gradient may be needed.
     """
 
     device: str
@@ -58,8 +60,8 @@ def call_of(
     """
     tensors = [x, *(y for y in others if y is not None)]
     grad = torch.is_grad_enabled() and any(y.requires_grad for y in tensors)
-    wide = any(y.dtype == torch.float64 for y in tensors)
-    dtype = torch.float64 if wide else x.dtype
+    double = any(y.dtype == torch.float64 for y in tensors)
+    dtype = torch.float64 if double else x.dtype
     return Call(x.device.type, dtype, batch, tokens, heads, dims, mask is not None, grad)
 
 
@@ -79,7 +81,7 @@ class Implementation:
 
 
 class Path(NamedTuple):
-    """The path one call took: which implementation, what was asked for, and why."""
+    """The path one call took: which implementation, what was requested, and why."""
 
     name: str
     requested: str
@@ -104,16 +106,14 @@ def register(
     wants: Callable[[Call], str | None],
     rejects: Callable[[Call], str | None] = _never,
 ) -> None:
-    """Add an implementation of `op`. `impl="auto"` asks higher ranks first.
+    """Add an implementation of `op`. `impl="auto"` tries higher ranks first.
 
     Raises ValueError for an op or name that is not in OPS or NAMES, or a name already taken.
     """
-    if op not in OPS:
-        raise ValueError(f"op={op!r}: must be one of {', '.join(OPS)}")
-    if name not in NAMES:
-        raise ValueError(f"name={name!r}: must be one of {', '.join(NAMES)}")
+    check_choice("op", op, OPS)
+    check_choice("name", name, NAMES)
     if any(entry.name == name for entry in _registry[op]):
-        raise ValueError(f"name={name!r}: {op} already has an implementation of that name")
+        raise ValueError(f"name must be one that {op} does not have yet, got {name!r}")
     _registry[op].append(Implementation(name, run, rank, wants, rejects))
     _registry[op].sort(key=lambda entry: -entry.rank)
 
@@ -148,17 +148,13 @@ def _choose(op: str, impl: str, call: Call) -> tuple[Path, Callable]:
             reason = entry.wants(call)
             if reason is not None and entry.rejects(call) is None:
                 return Path(entry.name, impl, reason, call), entry.run
-        raise RuntimeError(f"impl='auto': no implementation of {op} takes {call}")
-    for entry in entries:
-        if entry.name == impl:
-            reason = entry.rejects(call)
-            if reason is not None:
-                raise ValueError(f"impl={impl!r} cannot run this call of {op}: {reason}")
-            return Path(impl, impl, "forced", call), entry.run
-    allowed = ", ".join(["auto", *(entry.name for entry in entries)])
-    if impl in NAMES:
-        raise ValueError(f"impl={impl!r}: {op} has no {impl} implementation; allowed: {allowed}")
-    raise ValueError(f"impl={impl!r}: not an implementation of {op}; allowed: {allowed}")
+        raise RuntimeError(f"no implementation of {op} takes {call}")
+    check_choice(f"impl of {op}", impl, ("auto", *(entry.name for entry in entries)))
+    (entry,) = (entry for entry in entries if entry.name == impl)
+    reason = entry.rejects(call)
+    if reason is not None:
+        raise ValueError(f"impl of {op} must be one that can run this call, got {impl!r}: {reason}")
+    return Path(impl, impl, "forced", call), entry.run
 
 
 @contextlib.contextmanager
@@ -168,10 +164,10 @@ def forced(op: str, name: str) -> Iterator[None]:
     For looking at what an implementation does where it cannot run. Raises ValueError when `op` or
     `name` is not registered.
     """
+    check_choice("op", op, OPS)
     importlib.import_module(f"hybrid_sleep.kernels.{op}")
-    entry = next((entry for entry in _registry.get(op, ()) if entry.name == name), None)
-    if entry is None:
-        raise ValueError(f"name={name!r}: {op} has no such implementation")
+    check_choice(f"name of an implementation of {op}", name, tuple(e.name for e in _registry[op]))
+    (entry,) = (entry for entry in _registry[op] if entry.name == name)
     before = _registry[op]
     _registry[op] = [replace(entry, wants=lambda call: "forced", rejects=_never)]
     try:
@@ -197,8 +193,7 @@ def explain(
     None) and `candidates`: name -> why it is not used for that call (or "" for the one taken).
     Raises ValueError when `op` is not one of OPS.
     """
-    if op not in OPS:
-        raise ValueError(f"op={op!r}: must be one of {', '.join(OPS)}")
+    check_choice("op", op, OPS)
     importlib.import_module(f"hybrid_sleep.kernels.{op}")
     if tokens is None:
         path = _last.get(op)
@@ -208,7 +203,7 @@ def explain(
     for name in NAMES:
         entry = next((entry for entry in _registry[op] if entry.name == name), None)
         if entry is None:
-            # A peer that another op has is no candidate that this one lacks.
+            # Peers that only other ops have are left out: nothing is missing here.
             if name in OWN:
                 candidates[name] = "not implemented"
         elif path is None or path.name == name:

@@ -1,11 +1,12 @@
-"""What the two mixers share: raw projections, short convolutions and their tails, checks.
+"""What the two mixers share: checks, composition of other ops, short convolutions and their tails.
 
 A mixer is a state-space layer between its projections: convolve, gate, read and write fast weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from hybrid_sleep.kernels.common import dispatch
 from hybrid_sleep.kernels.common.checks import check_mask, check_sequence, check_tensor
 from hybrid_sleep.kernels.short_conv import short_conv
+from hybrid_sleep.validation import check_count
 
 
 class Dims(NamedTuple):
@@ -47,63 +49,91 @@ class Mixed(NamedTuple):
     kv_tail: Tensor | None
 
 
-def check_mixer(
-    q: Tensor | None,
-    kv: Tensor,
-    a: Tensor,
-    q_weight: Tensor,
-    kv_weight: Tensor,
-    per_head: dict[str, Tensor],
+def register_composed(op: str, compose: Callable[..., Mixed], parts: str) -> None:
+    """Add to mixer `op` its composition of other ops, the `parts`, as two implementations.
+
+    "reference" calls the references of the parts, token by token, "chunked" their chunked paths,
+    which is what a CPU runs for several tokens.
+    """
+    dispatch.register(
+        op,
+        "reference",
+        functools.partial(compose, "reference"),
+        rank=100,
+        wants=lambda call: f"one token is one step of {parts}" if call.tokens == 1 else None,
+    )
+    dispatch.register(
+        op,
+        "chunked",
+        functools.partial(compose, "chunked"),
+        rank=0,
+        wants=lambda call: f"composed of {parts}, any device",
+    )
+
+
+def run(
+    op: str,
+    raw: Any,
+    *,
+    per_token: Sequence[str] = (),
+    per_head: Sequence[str],
     key_heads: int,
-    initial_state: Tensor | None,
-    q_tail: Tensor | None,
-    kv_tail: Tensor | None,
+    mask: Tensor | None,
+    output: bool,
+    tails: bool,
+    impl: str,
+) -> Mixed:
+    """Check the arguments of mixer `op`, then run the implementation that takes the call.
+
+    raw names all tensors as the op does; per_token and per_head name those, beside a, that are
+    [B, T, H] and [H]. Raises TypeError or ValueError naming the argument that does not fit.
+    """
+    dims = _check(raw, per_token, per_head, key_heads, mask, output)
+    call = dispatch.call_of(raw.kv, raw, dims.B, dims.T, dims.H, (dims.K, dims.V), mask)
+    return dispatch.select(op, impl, call)(raw, mask, dims, output, tails)
+
+
+def _check(
+    raw: Any,
+    per_token: Sequence[str],
+    per_head: Sequence[str],
+    key_heads: int,
     mask: Tensor | None,
     output: bool,
 ) -> Dims:
-    """The sizes of a call; raises TypeError or ValueError naming the argument that does not fit."""
-    check_sequence("kv", kv, "[B, T, channels]")
-    check_sequence("a", a, "[B, T, H]")
-    check_sequence("q_weight", q_weight, "[G * K, W]")
-    batch, tokens, kv_width = kv.shape
-    heads, (key_width, width) = a.shape[2], q_weight.shape
-    if isinstance(key_heads, bool) or not isinstance(key_heads, int) or key_heads < 1:
-        raise ValueError(f"key_heads={key_heads!r}: must be an integer of at least 1")
-    if key_width % key_heads:
-        raise ValueError(f"key_heads={key_heads}: must divide the {key_width} rows of q_weight")
-    if heads % key_heads:
-        raise ValueError(f"key_heads={key_heads}: must divide the {heads} heads of a")
-    if kv_width <= key_width or (kv_width - key_width) % heads:
+    check_sequence("kv", raw.kv, "[B, T, channels]")
+    check_sequence("a", raw.a, "[B, T, H]")
+    check_sequence("q_weight", raw.q_weight, "[G * K, W]")
+    B, T, kv_width = raw.kv.shape
+    H, (key_width, W) = raw.a.shape[2], raw.q_weight.shape
+    G = check_count("key_heads", key_heads)
+    if key_width % G:
+        raise ValueError(f"key_heads must divide the {key_width} rows of q_weight, got {G}")
+    if H % G:
+        raise ValueError(f"key_heads must divide the {H} heads of a, got {G}")
+    if kv_width <= key_width or (kv_width - key_width) % H:
         raise ValueError(
-            f"kv: {kv_width} channels must be {key_width} of keys and a multiple of {heads} of "
-            "values"
+            f"kv must have {key_width} channels of keys and a multiple of {H} of values, "
+            f"got {kv_width} channels"
         )
-    check_tensor("a", a, (batch, tokens, heads), "[B, T, H]")
-    check_tensor("kv_weight", kv_weight, (kv_width, width), "[G * K + H * V, W]")
-    for name, x in per_head.items():
-        check_tensor(name, x, (heads,), "[H]")
-    if q is not None:
-        check_tensor("q", q, (batch, tokens, key_width), "[B, T, G * K]")
+    for name in ("a", *per_token):
+        check_tensor(name, getattr(raw, name), (B, T, H), "[B, T, H]")
+    check_tensor("kv_weight", raw.kv_weight, (kv_width, W), "[G * K + H * V, W]")
+    for name in per_head:
+        check_tensor(name, getattr(raw, name), (H,), "[H]")
+    if raw.q is not None:
+        check_tensor("q", raw.q, (B, T, key_width), "[B, T, G * K]")
     elif output:
-        raise ValueError("q=None: outputs are read with queries; allowed with output=False")
-    value_dim = (kv_width - key_width) // heads
-    key_dim = key_width // key_heads
-    if initial_state is not None:
-        shape = (batch, heads, key_dim, value_dim)
-        check_tensor("initial_state", initial_state, shape, "[B, H, K, V]")
-    for name, tail, channels in (("q_tail", q_tail, key_width), ("kv_tail", kv_tail, kv_width)):
+        raise ValueError("q must be a Tensor [B, T, G * K] unless output=False, got None")
+    K, V = key_width // G, (kv_width - key_width) // H
+    if raw.initial_state is not None:
+        check_tensor("initial_state", raw.initial_state, (B, H, K, V), "[B, H, K, V]")
+    for name, channels in (("q_tail", key_width), ("kv_tail", kv_width)):
+        tail = getattr(raw, name)
         if tail is not None:
-            check_tensor(name, tail, (batch, width - 1, channels), "[B, W - 1, channels]")
-    check_mask(mask, batch, tokens)
-    return Dims(batch, tokens, key_heads, key_dim, heads, value_dim, width)
-
-
-def select(
-    op: str, impl: str, dims: Dims, raw: Any, mask: Tensor | None
-) -> Callable[..., Mixed]:
-    """The implementation of mixer `op` that runs this call; `raw` names all tensors, kv too."""
-    call = dispatch.call_of(raw.kv, raw, dims.B, dims.T, dims.H, (dims.K, dims.V), mask)
-    return dispatch.select(op, impl, call)
+            check_tensor(name, tail, (B, W - 1, channels), "[B, W - 1, channels]")
+    check_mask(mask, B, T)
+    return Dims(B, T, G, K, H, V, W)
 
 
 def convolve(
@@ -126,8 +156,8 @@ def convolve(
 
 def time_step(a: Tensor, dt_bias: Tensor) -> Tensor:
     """`softplus(a + dt_bias)`: [B, T, H], fp32 or wider."""
-    wide = torch.promote_types(a.dtype, torch.float32)
-    return F.softplus(a.to(wide) + dt_bias.to(wide))
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    return F.softplus(a.to(dtype) + dt_bias.to(dtype))
 
 
 def decay_rate(A_log: Tensor, dtype: torch.dtype) -> Tensor:

@@ -47,7 +47,7 @@ class Precision(NamedTuple):
 
     @property
     def chunk(self) -> int:
-        """Tokens of a chunk: fewer where operands are wide, so that a tile stays in registers."""
+        """Tokens of a chunk: fewer of float32 and float64, so that a tile stays in registers."""
         return 64 if self.DOT == tl.bfloat16 else 16
 
     @property
@@ -73,8 +73,8 @@ def precision(dtype: torch.dtype, state_dtype: torch.dtype) -> Precision:
 class Kernel:
     """A Triton function with the configurations that may run it.
 
-    configs: for products of bf16. wide: for wider ones, whose operands take so many more registers
-        that other blocks are needed; None where the same will do.
+    configs: for products of bf16. fp32: for those of float32 and float64, whose operands take so
+        many more registers that other blocks are needed; None where the same will do.
     key: arguments whose values choose the configuration (besides the dtypes).
     blocks: block size -> dimension that it cuts; a block of twice the dimension is not tried.
     fits: whether a configuration's blocks stay in registers for a launch's arguments.
@@ -86,17 +86,17 @@ class Kernel:
         configs: Sequence[triton.Config],
         key: Sequence[str],
         blocks: dict[str, str],
-        wide: Sequence[triton.Config] | None = None,
+        fp32: Sequence[triton.Config] | None = None,
         fits: Fits | None = None,
     ) -> None:
         self.function = function
         self.fits = fits
         self.configs = tuple(configs)
-        self.wide = self.configs if wide is None else tuple(wide)
+        self.fp32 = self.configs if fp32 is None else tuple(fp32)
         self.blocks = blocks
         self.__doc__ = function.__doc__
         self._tuned = triton.autotune(
-            [self.configs[0]] if INTERPRET else list(dict.fromkeys(self.configs + self.wide)),
+            [self.configs[0]] if INTERPRET else list(dict.fromkeys(self.configs + self.fp32)),
             key=list(key),
             prune_configs_by={"early_config_prune": self._prune},
             cache_results=True,
@@ -109,7 +109,7 @@ class Kernel:
 
     def allowed(self, arguments: dict[str, Any]) -> list[triton.Config]:
         """The configurations that may run a launch with these arguments."""
-        configs = self.configs if arguments.get("DOT") == tl.bfloat16 else self.wide
+        configs = self.configs if arguments.get("DOT") == tl.bfloat16 else self.fp32
         fitting = [
             config
             for config in configs
@@ -124,8 +124,8 @@ class Kernel:
     def wants_wgmma(self, arguments: dict[str, Any]) -> bool:
         """Whether compute capability 9.0 should run its products on whole warp groups: with 64
         rows, which are tokens in some products and channels of the keys in others."""
-        wide_enough = arguments.get("C") == 64 and arguments.get("BK", 0) >= 64
-        return arguments.get("DOT") == tl.bfloat16 and wide_enough
+        large_enough = arguments.get("C") == 64 and arguments.get("BK", 0) >= 64
+        return arguments.get("DOT") == tl.bfloat16 and large_enough
 
     def _prune(self, configs: list, named: dict[str, Any], **more: Any) -> list:
         if INTERPRET:
@@ -161,11 +161,11 @@ def kernel(
     configs: Sequence[triton.Config],
     key: Sequence[str],
     blocks: dict[str, str] | None = None,
-    wide: Sequence[triton.Config] | None = None,
+    fp32: Sequence[triton.Config] | None = None,
     fits: Fits | None = None,
 ) -> Callable[[Any], Kernel]:
     """Decorator above `triton.jit`; see `Kernel`."""
-    return lambda function: Kernel(function, configs, key, blocks or {}, wide, fits)
+    return lambda function: Kernel(function, configs, key, blocks or {}, fp32, fits)
 
 
 def config(warps: int, stages: int = 1, **blocks: int) -> triton.Config:

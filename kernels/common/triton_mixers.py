@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hybrid_sleep.kernels.common.mixers import Dims, Mixed
 from hybrid_sleep.kernels.common.triton_launch import Kernel, Precision, empty, next_power
-from hybrid_sleep.kernels.common.triton_sizes import whole
+from hybrid_sleep.kernels.common.triton_sizes import contiguous
 
 
 def step(
@@ -26,7 +26,7 @@ def step(
     and `more`.
     """
     B, _, G, K, H, V, W = dims
-    named = {name: whole(x) for name, x in raw._asdict().items()}
+    named = {name: contiguous(x) for name, x in raw._asdict().items()}
     q, kv, initial = named["q"], named["kv"], named.pop("initial_state")
     o = empty(kv, (B, 1, H, V), kv.dtype) if output else None
     S = empty(kv, (B, H, K, V), how.state)

@@ -13,7 +13,7 @@ from hybrid_sleep.kernels.common import dispatch
 
 LARGEST_DIM = 256
 # Products of float32 take more registers than those of bfloat16.
-LARGEST_WIDE_KEY = 128
+LARGEST_FP32_KEY = 128
 CAPABILITY = (8, 0)
 
 
@@ -38,13 +38,13 @@ def rejects(call: dispatch.Call) -> str | None:
     """Why the Triton kernels cannot run a call, or None."""
     if find_spec("triton") is None:
         return "the package triton is not installed (pip install 'hybrid-sleep[triton]')"
-    too_wide = [dim for dim in call.dims if dim > LARGEST_DIM]
-    if too_wide:
-        return f"a dimension of {too_wide[0]} is above {LARGEST_DIM}, the largest a kernel holds"
+    too_large = [dim for dim in call.dims if dim > LARGEST_DIM]
+    if too_large:
+        return f"a dimension of {too_large[0]} is above {LARGEST_DIM}, the largest a kernel holds"
     if len(call.dims) > 1 and call.dtype == torch.float16:
         return "float16 has too little range for a state; bfloat16 and float32 have enough"
-    if len(call.dims) > 1 and call.dims[0] > LARGEST_WIDE_KEY and call.dtype != torch.bfloat16:
-        return f"K = {call.dims[0]} is above {LARGEST_WIDE_KEY}, the largest in {call.dtype}"
+    if len(call.dims) > 1 and call.dims[0] > LARGEST_FP32_KEY and call.dtype != torch.bfloat16:
+        return f"K = {call.dims[0]} is above {LARGEST_FP32_KEY}, the largest in {call.dtype}"
     if call.device == "cuda":
         return _rejects_gpu(call)
     if call.device != "cpu":

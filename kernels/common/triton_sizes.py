@@ -1,4 +1,4 @@
-"""What the Triton kernels of one call agree on: its sizes, its chunks, and how tensors lie."""
+"""What the Triton kernels of one call agree on: its sizes, chunks, strides and dtypes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LONGEST_CHUNK = 64
 class Sizes(NamedTuple):
     """B rows of T tokens in chunks of C, H heads of [K, V], of which R share a query and a key.
 
-    segments: pieces of a row that are scanned at once.
+    segments: parts of a row that are scanned at once.
     """
 
     B: int
@@ -45,9 +45,9 @@ class Sizes(NamedTuple):
 
 
 def chunk_length(T: int, chunk_size: int | None, how: Precision) -> int:
-    """16, 32 or 64: `chunk_size` or what `how` asks for, rounded down, no longer than needed."""
-    wanted = how.chunk if chunk_size is None else chunk_size
-    return min(next_power(T), max(16, min(LONGEST_CHUNK, 1 << (wanted.bit_length() - 1))))
+    """16, 32 or 64: `chunk_size` or what `how` prefers, rounded down, no longer than needed."""
+    longest = how.chunk if chunk_size is None else chunk_size
+    return min(next_power(T), max(16, min(LONGEST_CHUNK, 1 << (longest.bit_length() - 1))))
 
 
 def strides(name: str, x: Tensor | None) -> dict[str, int]:
@@ -56,13 +56,13 @@ def strides(name: str, x: Tensor | None) -> dict[str, int]:
     return {f"{name}_{dim}": stride for dim, stride in zip("bth", found, strict=False)}
 
 
-def dense(x: Tensor | None) -> Tensor | None:
-    """The tensor with a last dimension that lies in one piece."""
+def last_contiguous(x: Tensor | None) -> Tensor | None:
+    """The tensor, contiguous in its last dimension; a copy only where it is not."""
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
-def whole(x: Tensor | None) -> Tensor | None:
-    """The tensor in one piece."""
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """The tensor, contiguous; a copy only where it is not."""
     return None if x is None else x.contiguous()
 
 

@@ -1,4 +1,4 @@
-"""Pieces that several Triton kernels share. Shapes: a chunk of C tokens."""
+"""Device functions that several Triton kernels share. Shapes: a chunk of C tokens."""
 
 from __future__ import annotations
 
@@ -75,9 +75,9 @@ def decay_between(whole, rest, later):
 
 
 @triton.jit
-def crossing(shares, i, TURNED: tl.constexpr, DOT: tl.constexpr, MODE: tl.constexpr):
-    """For each token t the sum of shares [C, C] over rows i >= t and columns j < t, or over rows
-    j < t and columns i >= t if TURNED. Other entries do not matter.
+def crossing(terms, i, TRANSPOSED: tl.constexpr, DOT: tl.constexpr, MODE: tl.constexpr):
+    """For each token t the sum of terms [C, C] over rows i >= t and columns j < t, or over rows
+    j < t and columns i >= t if TRANSPOSED. Other entries do not matter.
 
     The gradient of t's log decay is made of what the decay is a factor of: these pairs, what t and
     later tokens read from the chunk's starting state and what earlier ones leave at its end. The
@@ -85,9 +85,9 @@ def crossing(shares, i, TURNED: tl.constexpr, DOT: tl.constexpr, MODE: tl.conste
     """
     before = i[:, None] < i[None, :]
     not_before = i[:, None] >= i[None, :]
-    rows = before if TURNED else not_before
-    columns = not_before if TURNED else before
-    sums = tl.dot(shares.to(DOT), columns.to(DOT), input_precision=MODE)
+    rows = before if TRANSPOSED else not_before
+    columns = not_before if TRANSPOSED else before
+    sums = tl.dot(terms.to(DOT), columns.to(DOT), input_precision=MODE)
     return tl.sum(tl.where(rows, sums, 0.0), axis=0)
 
 
@@ -118,46 +118,46 @@ def real_tokens(mask, b, start, i, T, HAS_MASK: tl.constexpr):
 
 
 @triton.jit
-def tile_mask(real, d, D: tl.constexpr, BD: tl.constexpr):
-    """Which entries of a tile [C, BD] are tokens and lie before D."""
+def tile_mask(real, d, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Which entries of a tile [C, BLOCK] are tokens and lie before DIM."""
     mask = real[:, None]
-    if D % BD != 0:
-        mask = mask & (d < D)[None, :]
+    if DIM % BLOCK != 0:
+        mask = mask & (d < DIM)[None, :]
     return mask
 
 
 @triton.jit
 def load_rows(
-    x, b, start, i, h, d, stride_b, stride_t, stride_h, real, D: tl.constexpr, BD: tl.constexpr
+    x, b, start, i, h, d, stride_b, stride_t, stride_h, real, DIM: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Tile [C, BD] of x [B, T, H, D], tokens start + i: 0 where not `real` and behind D.
+    """Tile [C, BLOCK] of x [B, T, H, DIM], tokens start + i: 0 where not `real` and behind DIM.
 
     Within a chunk offsets are 32 bits, which keeps them out of the way of the tiles.
     """
     base = x + b.to(tl.int64) * stride_b + start.to(tl.int64) * stride_t
     base += h.to(tl.int64) * stride_h
     offsets = i[:, None] * stride_t + d[None, :]
-    return tl.load(base + offsets, mask=tile_mask(real, d, D, BD), other=0.0)
+    return tl.load(base + offsets, mask=tile_mask(real, d, DIM, BLOCK), other=0.0)
 
 
 @triton.jit
 def load_own(
-    x, b, start, i, h, d, T, H: tl.constexpr, real, D: tl.constexpr, BD: tl.constexpr
+    x, b, start, i, h, d, T, H: tl.constexpr, real, DIM: tl.constexpr, BLOCK: tl.constexpr
 ):
     """As `load_rows`, from a contiguous x."""
-    base = x + ((b.to(tl.int64) * T + start) * H + h) * D
-    offsets = i[:, None] * (H * D) + d[None, :]
-    return tl.load(base + offsets, mask=tile_mask(real, d, D, BD), other=0.0)
+    base = x + ((b.to(tl.int64) * T + start) * H + h) * DIM
+    offsets = i[:, None] * (H * DIM) + d[None, :]
+    return tl.load(base + offsets, mask=tile_mask(real, d, DIM, BLOCK), other=0.0)
 
 
 @triton.jit
 def store_rows(
-    x, tile, b, start, i, h, d, T, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr
+    x, tile, b, start, i, h, d, T, H: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Write tile [C, BD] into contiguous x [B, T, H, D], no further than its edges."""
-    base = x + ((b.to(tl.int64) * T + start) * H + h) * D
-    offsets = i[:, None] * (H * D) + d[None, :]
-    tl.store(base + offsets, tile, mask=tile_mask(i < T - start, d, D, BD))
+    """Write tile [C, BLOCK] into contiguous x [B, T, H, DIM], no further than its edges."""
+    base = x + ((b.to(tl.int64) * T + start) * H + h) * DIM
+    offsets = i[:, None] * (H * DIM) + d[None, :]
+    tl.store(base + offsets, tile, mask=tile_mask(i < T - start, d, DIM, BLOCK))
 
 
 @triton.jit

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from torch import Tensor
 
-from hybrid_sleep.kernels.common import dispatch, triton_paths
-from hybrid_sleep.kernels.common.checks import check_tensor
-from hybrid_sleep.kernels.common.mixers import Mixed, check_mixer, select
-from hybrid_sleep.kernels.gated_delta_net import reference
+from hybrid_sleep.kernels.common import mixers, triton_paths
+from hybrid_sleep.kernels.common.mixers import Mixed
+from hybrid_sleep.kernels.gated_delta_net.compose import Raw, compose
 
 __all__ = ["gated_delta_net"]
 
-dispatch.register_pytorch(
-    "gated_delta_net",
-    partial(reference.compose, "reference"),
-    partial(reference.compose, "chunked"),
-)
+mixers.register_composed("gated_delta_net", compose, "short_conv and gated_delta_rule")
 triton_paths.register("gated_delta_net", "hybrid_sleep.kernels.gated_delta_net.triton")
 
 
@@ -60,7 +53,8 @@ def gated_delta_net(
         mask: bool [B, T], True = real token, or None. Pads, anywhere, change nothing and read 0.
         output: False computes the state only, bit for bit the same.
         tails: False keeps no convolution state and returns None for both tails.
-        impl: "auto", "reference", "chunked" or "triton".
+        impl: "auto"; "reference" or "chunked", which compose short_conv and gated_delta_rule of the
+            same name; or "triton", which fuses all of it.
 
     Returns:
         `Mixed`: o, S and the tails.
@@ -69,14 +63,11 @@ def gated_delta_net(
         TypeError, ValueError: an argument of the wrong type, dtype or shape, T = 0, or an `impl`
             that cannot run here.
     """
-    dims = check_mixer(
-        q, kv, a, q_weight, kv_weight, {"A_log": A_log, "dt_bias": dt_bias}, key_heads,
-        initial_state, q_tail, kv_tail, mask, output,
-    )  # fmt: skip
-    check_tensor("b", b, (dims.B, dims.T, dims.H), "[B, T, H]")
-    raw = reference.Raw(
+    raw = Raw(
         q, kv, a, b, q_weight, kv_weight, A_log, dt_bias,
         initial_state, q_tail, kv_tail,
     )  # fmt: skip
-    run = select("gated_delta_net", impl, dims, raw, mask)
-    return run(raw, mask, dims, output, tails)
+    return mixers.run(
+        "gated_delta_net", raw, per_token=("b",), per_head=("A_log", "dt_bias"),
+        key_heads=key_heads, mask=mask, output=output, tails=tails, impl=impl,
+    )  # fmt: skip

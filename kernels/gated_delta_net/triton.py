@@ -13,9 +13,9 @@ from hybrid_sleep.kernels.common.checks import compute_dtype, hide_pads
 from hybrid_sleep.kernels.common.mixers import Dims, Mixed, decay_rate, time_step
 from hybrid_sleep.kernels.common.triton_launch import Precision, empty, next_power, precision
 from hybrid_sleep.kernels.common.triton_mixers import step
-from hybrid_sleep.kernels.common.triton_sizes import Sizes, chunk_length, for_inputs, whole
+from hybrid_sleep.kernels.common.triton_sizes import Sizes, chunk_length, contiguous, for_inputs
 from hybrid_sleep.kernels.gated_delta_net import triton_kernels
-from hybrid_sleep.kernels.gated_delta_net.reference import Raw
+from hybrid_sleep.kernels.gated_delta_net.compose import Raw
 from hybrid_sleep.kernels.gated_delta_rule import triton as rule
 from hybrid_sleep.kernels.short_conv import triton as conv
 from hybrid_sleep.kernels.short_conv.tail import tail_after
@@ -36,9 +36,9 @@ class Heads(NamedTuple):
 
 
 def gated_delta_net(raw: Raw, mask: Tensor | None, dims: Dims, output: bool, tails: bool) -> Mixed:
-    """As `reference.compose`."""
+    """As `compose`."""
     q, kv = raw.q, raw.kv
-    mask = whole(mask)
+    mask = contiguous(mask)
     how = precision(kv.dtype, compute_dtype(*(x for x in raw if x is not None)))
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in raw):
         read = raw if output else raw._replace(q=None)
@@ -71,13 +71,13 @@ def _sizes(dims: Dims, how: Precision) -> Sizes:
 
 
 def _dense(raw: Raw) -> Raw:
-    """Everything in one piece but q and kv, whose channels alone must be."""
-    whole = {
+    """Everything contiguous; q and kv, slices of a projection, in their channels alone."""
+    changed = {
         name: x.contiguous()
         for name, x in raw._asdict().items()
         if x is not None and (name not in ("q", "kv") or x.stride(-1) != 1)
     }
-    return raw._replace(**whole)
+    return raw._replace(**changed)
 
 
 def _prologue(

@@ -5,7 +5,7 @@ lengths of q and k, gates, and all of a chunk that does not depend on the state,
 the projections wrote. `step` is one token of generation: tails, gates, state and output.
 
 Predicted for K = V = 128, W = 4, C = 64, bf16, per token and head: prologue reads 772 B and writes
-1040 B (q, k, v, N, P, gates), 0.44 ms of traffic at B=8 T=8192 H=16 on an H200, where convolution,
+1040 B (q, k, v, M, P, gates), 0.44 ms of traffic at B=8 T=8192 H=16 on an H200, where convolution,
 lengths, gates and `prepare` apart take 3.9 kB and six launches. `step` reads and writes the state,
 131 kB per head, 0.5 us at B=1 H=8: launch-bound, and one launch instead of about twenty.
 """
@@ -28,7 +28,7 @@ from hybrid_sleep.kernels.common.triton_tiles import (
 from hybrid_sleep.kernels.gated_delta_rule.triton_forward import store_chunk
 from hybrid_sleep.kernels.short_conv.triton_taps import conv_one, conv_tile
 
-# Added to the squared length, as in `reference.l2_normalize`.
+# Added to the squared length, as in `compose.l2_normalize`.
 EPS = tl.constexpr(1e-6)
 
 

@@ -6,13 +6,8 @@ from torch import Tensor
 
 from hybrid_sleep.kernels import peers
 from hybrid_sleep.kernels.common import dispatch, triton_paths
-from hybrid_sleep.kernels.common.checks import (
-    check_chunk_size,
-    check_mask,
-    check_sequence,
-    check_tensor,
-    full_precision,
-)
+from hybrid_sleep.kernels.common.checks import full_precision
+from hybrid_sleep.kernels.common.rules import check_rule
 from hybrid_sleep.kernels.gated_delta_rule import chunked, reference
 
 __all__ = ["gated_delta_rule"]
@@ -65,23 +60,9 @@ def gated_delta_rule(
         TypeError, ValueError: an argument of the wrong type, dtype or shape, T = 0, or an `impl`
             that cannot run here.
     """
-    check_sequence("q", q, "[B, T, H, K]")
-    batch, tokens, heads, key_dim = q.shape
-    check_tensor("k", k, q.shape, "[B, T, H, K]")
-    check_sequence("v", v, "[B, T, H, V]")
-    value_dim = v.shape[-1]
-    check_tensor("v", v, (batch, tokens, heads, value_dim), "[B, T, H, V]")
-    check_tensor("g", g, (batch, tokens, heads), "[B, T, H]")
-    check_tensor("beta", beta, (batch, tokens, heads), "[B, T, H]")
-    if initial_state is not None:
-        state_shape = (batch, heads, key_dim, value_dim)
-        check_tensor("initial_state", initial_state, state_shape, "[B, H, K, V]")
-    check_mask(mask, batch, tokens)
-    check_chunk_size(chunk_size)
-    call = dispatch.call_of(
-        v, (q, k, g, beta, initial_state), batch, tokens, heads, (key_dim, value_dim), mask
-    )
+    gates = {"g": g, "beta": beta}
+    call = check_rule(q, k, v, gates, initial_state, mask, chunk_size, groups=False)
     run = dispatch.select("gated_delta_rule", impl, call)
-    scale = key_dim**-0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     with full_precision(q):
         return run(q, k, v, g, beta, initial_state, mask, scale, chunk_size, output)

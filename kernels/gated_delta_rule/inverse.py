@@ -11,41 +11,41 @@ _ELIMINATE = 24
 _FEW = 32
 
 
-def unit_lower_inverse(A_MCC: Tensor) -> Tensor:
-    """(I - A)^-1 for strictly lower triangular A [M, C, C], zeros included.
+def unit_lower_inverse(minus_A: Tensor) -> Tensor:
+    """M = (I + A)^-1 from -A [count, C, C], A strictly lower triangular with its zeros.
 
-    Forward substitution and block merges throughout:
-    no power of A is ever formed, so equal keys (entries that add up to binomials in a power series)
-    cost no accuracy.
+    Forward substitution and block merges throughout: no power of A is ever formed, so equal keys
+    (entries that add up to binomials in a power series) cost no accuracy.
     """
-    M, C, _ = A_MCC.shape
-    if M < _FEW:
-        eye = torch.eye(C, dtype=A_MCC.dtype, device=A_MCC.device).expand(M, C, C)
-        return torch.linalg.solve_triangular(A_MCC.neg(), eye, upper=False, unitriangular=True)
+    count, C, _ = minus_A.shape
+    if count < _FEW:
+        eye = torch.eye(C, dtype=minus_A.dtype, device=minus_A.device).expand(count, C, C)
+        return torch.linalg.solve_triangular(minus_A.neg(), eye, upper=False, unitriangular=True)
     if C <= _ELIMINATE:
-        return _eliminate(A_MCC)
+        return _eliminate(minus_A)
     top = (C + 1) // 2
     rest = C - top
-    halves = A_MCC.new_zeros(2, M, top, top)
-    halves[0] = A_MCC[:, :top, :top]
-    halves[1, :, :rest, :rest] = A_MCC[:, top:, top:]
-    upper, lower = unit_lower_inverse(halves.flatten(0, 1)).unflatten(0, (2, M)).unbind(0)
+    halves = minus_A.new_zeros(2, count, top, top)
+    halves[0] = minus_A[:, :top, :top]
+    halves[1, :, :rest, :rest] = minus_A[:, top:, top:]
+    upper, lower = unit_lower_inverse(halves.flatten(0, 1)).unflatten(0, (2, count)).unbind(0)
     lower = lower[:, :rest, :rest]
-    inverse = torch.zeros_like(A_MCC)
-    inverse[:, :top, :top] = upper
-    inverse[:, top:, top:] = lower
-    inverse[:, top:, :top] = torch.bmm(torch.bmm(lower, A_MCC[:, top:, :top]), upper)
-    return inverse
+    M = torch.zeros_like(minus_A)
+    M[:, :top, :top] = upper
+    M[:, top:, top:] = lower
+    M[:, top:, :top] = torch.bmm(torch.bmm(lower, minus_A[:, top:, :top]), upper)
+    return M
 
 
-def _eliminate(A_MCC: Tensor) -> Tensor:
-    """Row operations with the matrices side by side in memory, so each one is a long vector."""
-    M, C, _ = A_MCC.shape
-    X_CCM = A_MCC.new_empty(C * C, M).copy_(A_MCC.reshape(M, C * C).t()).view(C, C, M)
+def _eliminate(minus_A: Tensor) -> Tensor:
+    """Row operations on [C, C, count], so that each one is a long vector over the matrices."""
+    count, C, _ = minus_A.shape
+    rows = minus_A.new_empty(C * C, count).copy_(minus_A.reshape(count, C * C).t())
+    rows = rows.view(C, C, count)
     for i in range(1, C - 1):
-        below = X_CCM[i + 1 :]
-        # Column i still holds A here: earlier steps wrote only to the columns before it.
-        below.narrow(1, 0, i).addcmul_(below.narrow(1, i, 1), X_CCM[i : i + 1].narrow(1, 0, i))
-    inverse = X_CCM.view(C * C, M).t().contiguous().view(M, C, C)
-    inverse.diagonal(dim1=1, dim2=2).fill_(1)
-    return inverse
+        below = rows[i + 1 :]
+        # Column i still holds -A here: earlier steps wrote only to the columns before it.
+        below.narrow(1, 0, i).addcmul_(below.narrow(1, i, 1), rows[i : i + 1].narrow(1, 0, i))
+    M = rows.view(C * C, count).t().contiguous().view(count, C, C)
+    M.diagonal(dim1=1, dim2=2).fill_(1)
+    return M

@@ -14,10 +14,10 @@ from hybrid_sleep.kernels.common.triton_launch import Precision, empty, next_pow
 from hybrid_sleep.kernels.common.triton_sizes import (
     Sizes,
     chunk_length,
-    dense,
+    contiguous,
     for_inputs,
+    last_contiguous,
     strides,
-    whole,
 )
 from hybrid_sleep.kernels.gated_delta_rule import triton_backward, triton_forward
 
@@ -30,7 +30,7 @@ LEAST_CHUNKS = 4
 
 
 class Chunks(NamedTuple):
-    """What `prepare` finds of each chunk: N and P (None without queries) [B, H, NT, C, C], c as two
+    """What `prepare` finds of each chunk: M and P (None without queries) [B, H, NT, C, C], c as two
     sums [B, H, NT, 2, C] and beta [B, H, NT, C].
     """
 
@@ -53,7 +53,7 @@ def gated_delta_rule(
     output: bool,
     segments: int | None = None,
 ) -> tuple[Tensor | None, Tensor]:
-    """As `reference`; `segments` is how many pieces of each row are scanned at once (None: by how
+    """As `reference`; `segments` is how many parts of each row are scanned at once (None: by how
     many heads there are). The result depends on it no further than by rounding.
     """
     B, T, H, V = v.shape
@@ -62,7 +62,7 @@ def gated_delta_rule(
     C = chunk_length(T, chunk_size, how)
     sizes = Sizes(B, T, H, H // k.shape[2], K, V, C, 1)
     sizes = sizes._replace(segments=segment_count(sizes) if segments is None else segments)
-    mask = whole(mask)
+    mask = contiguous(mask)
     leaves = (q if output else None, k, v, g, beta, initial_state)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves):
         return _GatedDelta.apply(*leaves, mask, scale, sizes, how)
@@ -129,7 +129,7 @@ def scan(
     B, T, H, R, K, V, C, segments = sizes
     o = None if q is None else empty(v, (B, T, H, V), v.dtype)
     S = empty(v, (B, H, K, V), how.state)
-    initial = whole(initial_state)
+    initial = contiguous(initial_state)
     given = dict(
         q=q, k=k, v=v, mask=mask, **chunks._asdict(),
         **strides("q", k if q is None else q), **strides("k", k), **strides("v", v),
@@ -188,7 +188,7 @@ def forward(
     how: Precision,
 ) -> tuple[Tensor | None, Tensor, Chunks]:
     """o (None without q), S and what was found of each chunk."""
-    q, k, v = dense(q), dense(k), dense(v)
+    q, k, v = last_contiguous(q), last_contiguous(k), last_contiguous(v)
     chunks = prepare(q, k, g, beta, mask, sizes, how)
     return *scan(q, k, v, initial_state, mask, chunks, scale, sizes, how), chunks
 
@@ -211,7 +211,7 @@ def backward(
     """
     B, T, H, R, K, V, C, _ = sizes
     NT = sizes.chunks
-    q, k, v = dense(q), dense(k), dense(v)
+    q, k, v = last_contiguous(q), last_contiguous(k), last_contiguous(v)
     states, d_states = (empty(v, (B, H, NT, K, V), how.between) for _ in range(2))
     written, passed = (empty(v, (B, T, H, V), how.between) for _ in range(2))
     scan(
@@ -220,7 +220,7 @@ def backward(
     has_out = do is not None
     queries = q if has_out else None
     common = dict(
-        q=queries, k=k, mask=mask, d_out=whole(do),
+        q=queries, k=k, mask=mask, d_out=contiguous(do),
         **strides("q", q if has_out else k), **strides("k", k), scale=scale, V=V,
         HAS_MASK=mask is not None, HAS_OUT=has_out, **sizes.shared(),
         DOT=how.DOT, ACC=how.ACC, MODE=how.MODE,
@@ -228,7 +228,7 @@ def backward(
     d_initial = empty(v, (B, H, K, V), how.state)
     triton_backward.scan_back.launch(
         lambda meta: (triton.cdiv(V, meta["BV"]) * B * H,),
-        **common, **chunks._asdict(), d_final=whole(dS),
+        **common, **chunks._asdict(), d_final=contiguous(dS),
         passed=passed, d_states=d_states, d_initial=d_initial, HAS_FINAL=dS is not None,
         busy=sizes._replace(segments=1).busy,
     )  # fmt: skip
@@ -265,8 +265,8 @@ class _GatedDelta(torch.autograd.Function):
     def backward(ctx, do, dS):
         q, k, v, g, beta, initial_state, mask = ctx.saved_tensors
         scale, sizes, how = ctx.given
-        queries = None if do is None else dense(q)
-        chunks = prepare(queries, dense(k), g, beta, mask, sizes, how)
+        queries = None if do is None else last_contiguous(q)
+        chunks = prepare(queries, last_contiguous(k), g, beta, mask, sizes, how)
         *grads, d_initial = backward(
             do, dS, q, k, v, initial_state, mask, chunks, scale, sizes, how
         )

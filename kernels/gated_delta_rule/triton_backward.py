@@ -4,7 +4,7 @@ What `triton_forward.scan` keeps (the state before each chunk, U) is recomputed 
 With G the gradient of beta W (so that the one of W, and of V, is beta G) and dS the one of the
 state after a chunk:
 
-    dU = P^T dO + exp(c_C - c) K dS               G = N^T dU
+    dU = P^T dO + exp(c_C - c) K dS               G = M^T dU
     dS <- exp(c_C) dS + Q^T (scale exp(c) dO) - K^T (exp(c) beta G)
 
 `scan_back` runs that; `pairs` and `gradients` find the rest of each chunk from products over V of
@@ -38,7 +38,7 @@ from hybrid_sleep.kernels.common.triton_tiles import (
 
 @kernel(
     [config(4, 2, BV=16), config(4, 1, BV=32), config(4, 2, BV=32), config(8, 2, BV=64)],
-    wide=[config(4, 2, BV=32), config(8, 2, BV=64)],
+    fp32=[config(4, 2, BV=32), config(8, 2, BV=64)],
     key=("K", "V", "C", "HAS_OUT", "busy"),
     blocks={"BV": "V"},
     fits=lambda blocks, given: given["BK"] <= 128 or blocks["BV"] <= 16,
@@ -74,7 +74,7 @@ def scan_back(
         after = dS.to(DOT)
         tl.store(d_states + place * K * V + tile, after, mask=inside)
         k_tile = load_rows(k, b, start, i, h // R, kk, k_b, k_t, k_h, real, K, BK).to(DOT)
-        N = tl.load(inverse + place * C * C + i[:, None] * C + i[None, :])
+        M = tl.load(inverse + place * C * C + i[:, None] * C + i[None, :])
         beta = tl.load(strength + place * C + i)
         into, left, kept = decays_at_ends(decay, place, i, C)
         dU = left[:, None] * tl.dot(k_tile, after, input_precision=MODE).to(ACC)
@@ -85,7 +85,7 @@ def scan_back(
             P = tl.load(weights + place * C * C + i[:, None] * C + i[None, :])
             dU += tl.dot(tl.trans(P), dO.to(DOT), input_precision=MODE)
             dS += tl.dot(tl.trans(q_tile), (into[:, None] * dO).to(DOT), input_precision=MODE)
-        G = tl.dot(tl.trans(N), dU.to(DOT), input_precision=MODE).to(ACC)
+        G = tl.dot(tl.trans(M), dU.to(DOT), input_precision=MODE).to(ACC)
         store_rows(passed, G.to(DOT), b, start, i, h, vv, T, H, V, BV)
         dS -= tl.dot(tl.trans(k_tile), ((into * beta)[:, None] * G).to(DOT), input_precision=MODE)
     tl.store(d_initial + bh.to(tl.int64) * K * V + tile, dS, mask=inside)
@@ -109,9 +109,9 @@ def pairs(
     """What the tokens of one chunk of one head give each other, and dv [B, T, H, V].
 
     d_mixed and d_weights [B, H, NT, C, C]: the gradients of K K^T (below the diagonal, where A is)
-    and of Q K^T. d_decay, d_strength [B, H, NT, C]: these pairs' shares of those of g and beta.
-    They go through memory because `gradients` needs them transposed: doing that in registers for a
-    product on warp groups is miscompiled by Triton 3.4 to 3.7 for compute capability 9.0.
+    and of Q K^T. d_decay, d_strength [B, H, NT, C]: what these pairs add to those of g and beta.
+    They go through memory because `gradients` needs them transposed: a left operand transposed in
+    registers is miscompiled for wgmma (compute capability 9.0) by Triton 3.4 to 3.7.
     """
     bh, chunk = program_of(NT)
     b, h = bh // H, bh % H
@@ -140,27 +140,27 @@ def pairs(
 
     square = place * C * C + i[:, None] * C + i[None, :]
     k_tile = load_rows(k, b, start, i, h // R, kk, k_b, k_t, k_h, real, K, BK).to(DOT)
-    D = decay_between(whole, rest, i[:, None] > i[None, :])
-    X = tl.dot(k_tile, tl.trans(k_tile), input_precision=MODE).to(ACC) * D
+    Gamma = decay_between(whole, rest, i[:, None] > i[None, :])
+    X = tl.dot(k_tile, tl.trans(k_tile), input_precision=MODE).to(ACC) * Gamma
     d_beta -= tl.sum(GU * X, axis=1)
     dX = -beta[:, None] * GU
-    tl.store(d_mixed + square, (dX * D).to(DOT))
-    shares = dX * X
+    tl.store(d_mixed + square, (dX * Gamma).to(DOT))
+    terms = dX * X
     if HAS_OUT:
         q_tile = load_rows(q, b, start, i, h // R, kk, q_b, q_t, q_h, real, K, BK).to(DOT)
         P = tl.dot(q_tile, tl.trans(k_tile), input_precision=MODE).to(ACC)
         dP = OU * scale * decay_between(whole, rest, i[:, None] >= i[None, :])
         tl.store(d_weights + square, dP.to(DOT))
-        shares += dP * P
-    tl.store(d_decay + place * C + i, crossing(shares, i, False, DOT, MODE))
+        terms += dP * P
+    tl.store(d_decay + place * C + i, crossing(terms, i, False, DOT, MODE))
     tl.store(d_strength + place * C + i, d_beta)
 
 
 @kernel(
-    [config(4, BV=16, BN=16), config(4, 2, BV=32, BN=32), config(8, 2, BV=64, BN=64)],
-    wide=[config(8, BV=32, BN=32), config(8, 2, BV=64, BN=64)],
+    [config(4, BV=16, BKK=16), config(4, 2, BV=32, BKK=32), config(8, 2, BV=64, BKK=64)],
+    fp32=[config(8, BV=32, BKK=32), config(8, 2, BV=64, BKK=64)],
     key=("K", "V", "C", "HAS_OUT"),
-    blocks={"BV": "V", "BN": "K"},
+    blocks={"BV": "V", "BKK": "K"},
 )
 @triton.jit
 def gradients(
@@ -171,9 +171,9 @@ def gradients(
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     C: tl.constexpr, HAS_MASK: tl.constexpr, HAS_OUT: tl.constexpr,
     DOT: tl.constexpr, ACC: tl.constexpr, MODE: tl.constexpr,
-    BV: tl.constexpr, BN: tl.constexpr,
+    BV: tl.constexpr, BKK: tl.constexpr,
 ):  # fmt: skip
-    """The rest of the gradients of one chunk of one head, BN columns of q and k at a time.
+    """The rest of the gradients of one chunk of one head, BKK columns of q and k at a time.
 
     dq, dk [B, T, H, K] (one each for a value head, so that sharing heads are summed later), dg,
     dbeta [B, T, H].
@@ -193,16 +193,16 @@ def gradients(
     reads = tl.zeros((C,), ACC)
     remains = tl.zeros((C,), ACC)
     d_kept = tl.zeros((1,), ACC)
-    for begin in range(0, K, BN):
-        kn = begin + tl.arange(0, BN)
-        GS = tl.zeros((C, BN), ACC)
-        OS = tl.zeros((C, BN), ACC)
-        US = tl.zeros((C, BN), ACC)
-        through = tl.zeros((BN,), ACC)
+    for begin in range(0, K, BKK):
+        kk = begin + tl.arange(0, BKK)
+        GS = tl.zeros((C, BKK), ACC)
+        OS = tl.zeros((C, BKK), ACC)
+        US = tl.zeros((C, BKK), ACC)
+        through = tl.zeros((BKK,), ACC)
         for at in range(0, V, BV):
             vv = at + tl.arange(0, BV)
-            inside = square_mask(kn, vv, K, V, BN, BV)
-            tile = kn[:, None] * V + vv[None, :]
+            inside = square_mask(kk, vv, K, V, BKK, BV)
+            tile = kk[:, None] * V + vv[None, :]
             S = tl.load(before + tile, mask=inside, other=0.0)
             dS = tl.load(after + tile, mask=inside, other=0.0)
             G = load_own(passed, b, start, i, h, vv, T, H, there, V, BV)
@@ -213,28 +213,28 @@ def gradients(
             if HAS_OUT:
                 dO = load_own(d_out, b, start, i, h, vv, T, H, real, V, BV).to(DOT)
                 OS += tl.dot(dO, tl.trans(S), input_precision=MODE)
-        keys = load_rows(k, b, start, i, h // R, kn, k_b, k_t, k_h, real, K, BN).to(DOT)
-        wide = keys.to(ACC)
+        keys = load_rows(k, b, start, i, h // R, kk, k_b, k_t, k_h, real, K, BKK).to(DOT)
+        keys_acc = keys.to(ACC)
         d_into = -into[:, None] * GS
         d_left = left[:, None] * US
-        d_beta += tl.sum(d_into * wide, axis=1)
+        d_beta += tl.sum(d_into * keys_acc, axis=1)
         d_into = d_into * beta[:, None]
-        reads += tl.sum(d_into * wide, axis=1)
-        remains += tl.sum(d_left * wide, axis=1)
+        reads += tl.sum(d_into * keys_acc, axis=1)
+        remains += tl.sum(d_left * keys_acc, axis=1)
         d_kept += tl.sum(through, axis=0)
         dX = tl.load(d_mixed + square)
         d_keys = d_into + d_left
         d_keys += tl.dot(dX, keys, input_precision=MODE)
         d_keys += tl.dot(tl.trans(dX), keys, input_precision=MODE)
         if HAS_OUT:
-            queries = load_rows(q, b, start, i, h // R, kn, q_b, q_t, q_h, real, K, BN).to(DOT)
+            queries = load_rows(q, b, start, i, h // R, kk, q_b, q_t, q_h, real, K, BKK).to(DOT)
             dP = tl.load(d_weights + square)
             d_queries = scale * into[:, None] * OS
             reads += tl.sum(d_queries * queries.to(ACC), axis=1)
             d_queries += tl.dot(dP, keys, input_precision=MODE)
             d_keys += tl.dot(tl.trans(dP), queries, input_precision=MODE)
-            store_rows(dq, d_queries.to(dq.dtype.element_ty), b, start, i, h, kn, T, H, K, BN)
-        store_rows(dk, d_keys.to(dk.dtype.element_ty), b, start, i, h, kn, T, H, K, BN)
+            store_rows(dq, d_queries.to(dq.dtype.element_ty), b, start, i, h, kk, T, H, K, BKK)
+        store_rows(dk, d_keys.to(dk.dtype.element_ty), b, start, i, h, kk, T, H, K, BKK)
 
     d_gates = tl.load(d_decay + place * C + i) + read_or_left(reads, remains, i)
     d_gates += tl.sum(d_kept, axis=0) * kept

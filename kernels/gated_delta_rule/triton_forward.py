@@ -1,17 +1,17 @@
 """Gated delta rule, forward: one kernel over all chunks at once, one along the chunks of a head.
 
 Algebra as in `chunked` (arXiv:2412.06464): with c_i the sum of g up to token i of a chunk that
-starts from S, and D_ij = exp(c_i - c_j) for i >= j, else 0,
+starts from S, and Gamma_ij = exp(c_i - c_j) for i >= j, else 0,
 
-    A = diag(beta) tril(K K^T * D, -1)         N = (I + A)^-1      P = Q K^T * D
-    W = V - exp(c) K S                         U = N (beta W)
+    A = diag(beta) tril(K K^T * Gamma, -1)     M = (I + A)^-1      P = Q K^T * Gamma
+    W = V - exp(c) K S                         U = M (beta W)
     O = scale (exp(c) Q S + P U)               S' = exp(c_C) S + K^T (exp(c_C - c) U)
 
-`prepare` fills N, P, c and beta, so that nothing which could be done at once waits in the chain of
-products that `scan` runs from chunk to chunk with S on chip. Where B * H is small,
-the chunks are cut into segments: each maps its starting state to M S + Z, `scan` finds M and Z of
-all segments at once (M is Z of no values from the identity), `combine` chains them, and a last
-`scan` writes the outputs of all segments at once.
+`prepare` fills M, P, c and beta, so that nothing which could be done at once waits in the chain of
+products that `scan` runs from chunk to chunk with S on chip. Where B * H is small, the chunks are
+cut into segments: each maps its starting state S to Phi S + Z, `scan` finds Phi and Z of all
+segments at once (Phi is Z of no values from the identity), `combine` chains them, and a last `scan`
+writes the outputs of all segments at once.
 
 Predicted for K = V = 128, C = 64, bf16, per token and head: prepare reads 520 B and writes 264 B,
 scan reads 1032 B and writes 256 B, 2.1 kB in all where the least possible are 1032 B; 41 + 148
@@ -45,19 +45,19 @@ def unit_lower_inverse(A, C: tl.constexpr, FINE: tl.constexpr):
     Forward substitution in the diagonal blocks of 16, all of them side by side, then merges of
     neighbours: [[X, 0], [-Y L X, Y]]. No power of A is formed, so nothing cancels.
     """
-    n: tl.constexpr = C // 16
+    parts: tl.constexpr = C // 16
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
     r = tl.arange(0, 16)
     row = r[None, :, None]
     blocks = tl.where(i // 16 == j // 16, A, 0.0)
-    blocks = tl.sum(tl.reshape(blocks, (n, 16, n, 16)), axis=2)
+    blocks = tl.sum(tl.reshape(blocks, (parts, 16, parts, 16)), axis=2)
     X = tl.where(row == r[None, None, :], 1.0, 0.0).to(A.dtype) + tl.zeros_like(blocks)
     for s in range(1, 16):
         of_row = tl.sum(tl.where(row == s, blocks, 0.0), axis=1)
         known = tl.sum(of_row[:, :, None] * X, axis=1)
         X = tl.where(row == s, X - known[:, None, :], X)
-    full = tl.broadcast_to(X[:, :, None, :], (n, 16, n, 16))
+    full = tl.broadcast_to(X[:, :, None, :], (parts, 16, parts, 16))
     inverse = tl.where(i // 16 == j // 16, tl.reshape(full, (C, C)), 0.0)
     if C >= 32:
         between = tl.where((i // 32 == j // 32) & (i // 16 > j // 16), A, 0.0)
@@ -76,7 +76,7 @@ def store_chunk(
     C: tl.constexpr, OUT: tl.constexpr,
     DOT: tl.constexpr, ACC: tl.constexpr, MODE: tl.constexpr, FINE: tl.constexpr,
 ):  # fmt: skip
-    """Write N, P, c and beta of one chunk from its queries and keys [C, BK] and gates [C]."""
+    """Write M, P, c and beta of one chunk from its queries and keys [C, BK] and gates [C]."""
     i = tl.arange(0, C)
     log2 = tl.where(real, log2_decay(g, ACC), 0.0)
     beta = tl.where(real, beta.to(ACC), 0.0)
@@ -139,7 +139,7 @@ def prepare(
         config(4, 2, BV=64),
         config(8, 2, BV=64),
     ],
-    wide=[config(4, 2, BV=32), config(8, 2, BV=64)],
+    fp32=[config(4, 2, BV=32), config(8, 2, BV=64)],
     key=("K", "V", "C", "OUT", "KEEP", "AFFINE", "busy"),
     blocks={"BV": "V"},
     fits=lambda blocks, given: given["BK"] <= 128 or blocks["BV"] <= 32,
@@ -188,7 +188,7 @@ def scan(
         k_tile = load_rows(k, b, start, i, h // R, kk, k_b, k_t, k_h, real, K, BK).to(DOT)
         has_value = real & (i < values_end - start) if AFFINE else real
         v_tile = load_rows(v, b, start, i, h, vv, v_b, v_t, v_h, has_value, V, BV)
-        N = tl.load(inverse + place * C * C + i[:, None] * C + i[None, :])
+        M = tl.load(inverse + place * C * C + i[:, None] * C + i[None, :])
         beta = tl.load(strength + place * C + i)
         into, left, kept = decays_at_ends(decay, place, i, C)
         before = S.to(DOT)
@@ -197,7 +197,7 @@ def scan(
             tl.store(target, before, mask=inside)
         read = tl.dot(k_tile, before, input_precision=MODE)
         W = (v_tile.to(ACC) - into[:, None] * read) * beta[:, None]
-        U = tl.dot(N, W.to(DOT), input_precision=MODE).to(ACC)
+        U = tl.dot(M, W.to(DOT), input_precision=MODE).to(ACC)
         if KEEP:
             store_rows(written, U.to(DOT), b, start, i, h, vv, T, H, V, BV)
         if OUT:
@@ -229,10 +229,10 @@ def combine(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, HAS_INITIAL: tl.constexpr,
     STARTS: tl.constexpr, ACC: tl.constexpr, FINE: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Chain the segments of one head, BV columns: S <- M S + Z.
+    """Chain the segments of one head, BV columns: S <- Phi S + Z.
 
-    initial, final [B, H, K, V]; added (Z) and starts [B, H, segments, K, V], transition (M)
-    [B, H, segments, K, K]; starts, the state before each segment, only with STARTS.
+    initial, final [B, H, K, V]; added (Z) and starts [B, H, segments, K, V], transition
+    (Phi) [B, H, segments, K, K]; starts, the state before each segment, only with STARTS.
     """
     bh, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     kk, vv = tl.arange(0, BK), block * BV + tl.arange(0, BV)
@@ -247,7 +247,7 @@ def combine(
         if STARTS:
             tl.store(starts + run * K * V + tile, S, mask=inside)
         rows = transition + run * K * K + kk[:, None] * K + kk[None, :]
-        M = tl.load(rows, mask=square, other=0.0)
+        Phi = tl.load(rows, mask=square, other=0.0)
         Z = tl.load(added + run * K * V + tile, mask=inside, other=0.0)
-        S = Z + tl.dot(M, S, input_precision=FINE).to(ACC)
+        S = Z + tl.dot(Phi, S, input_precision=FINE).to(ACC)
     tl.store(final + bh * K * V + tile, S, mask=inside)

@@ -7,6 +7,7 @@ from torch import Tensor
 from hybrid_sleep.kernels.common import dispatch, triton_paths
 from hybrid_sleep.kernels.common.checks import check_sequence, check_tensor
 from hybrid_sleep.kernels.gated_norm import reference
+from hybrid_sleep.validation import check_number
 
 __all__ = ["gated_norm"]
 
@@ -15,7 +16,7 @@ dispatch.register(
     "reference",
     reference.gated_norm,
     rank=0,
-    wants=lambda call: "PyTorch's own norm, any device",
+    wants=lambda call: "PyTorch's norm, any device",
 )
 triton_paths.register("gated_norm", "hybrid_sleep.kernels.gated_norm.triton")
 
@@ -29,7 +30,7 @@ def gated_norm(
 
     Args:
         o: [..., V].
-        gate: [..., V], of o's shape; it may be a slice of something wider.
+        gate: [..., V], of o's shape; it may be a slice of a larger tensor.
         weight: [V].
         eps: what keeps the root from 0, > 0.
         impl: "auto", "reference" or "triton".
@@ -44,13 +45,14 @@ def gated_norm(
     check_sequence("weight", weight, "[V]")
     width = len(weight)
     if not isinstance(o, Tensor):
-        raise TypeError(f"o: must be a Tensor [..., V], got {type(o).__name__}")
+        raise TypeError(f"o must be a Tensor [..., V], got {type(o).__name__}")
     check_tensor("o", o, (*o.shape[:-1], width), "[..., V]")
     if 0 in o.shape:
-        raise ValueError(f"o: shape {tuple(o.shape)} must be [..., V] with no dimension of 0")
+        raise ValueError(
+            f"o must have the shape [..., V] with no dimension of 0, got {tuple(o.shape)}"
+        )
     check_tensor("gate", gate, o.shape, "[..., V]")
-    if not eps > 0:
-        raise ValueError(f"eps={eps!r}: must be above 0")
+    check_number("eps", eps, above=0)
     rows = o.numel() // width
     call = dispatch.call_of(o, (gate, weight), 1, rows, 1, (width,), None)
     return dispatch.select("gated_norm", impl, call)(o, gate, weight, eps)

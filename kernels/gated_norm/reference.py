@@ -1,4 +1,4 @@
-"""The gated norm by PyTorch's own functions."""
+"""The gated norm by PyTorch's functions."""
 
 from __future__ import annotations
 

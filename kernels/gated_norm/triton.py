@@ -1,9 +1,9 @@
 """The gated norm as one kernel forward and one backward.
 
-With n = o / sqrt(mean(o^2) + eps), s = silu(gate), and u = dy s weight:
+With x = o / sqrt(mean(o^2) + eps), s = silu(gate), and u = dy s weight:
 
-    y = n weight s          d_o = (u - n mean(u n)) / sqrt(mean(o^2) + eps)
-    d_gate = dy n weight silu'(gate)          d_weight = sum of dy s n over the rows
+    y = x weight s          d_o = (u - x mean(u x)) / sqrt(mean(o^2) + eps)
+    d_gate = dy x weight silu'(gate)          d_weight = sum of dy s x over the rows
 
 Predicted for bf16, per element: forward reads 4 B and writes 2 B in 1 launch, where PyTorch's norm,
 silu and product move 14 B in 3; backward reads 6 B and writes 4 B in 2 launches (the second sums
@@ -32,9 +32,9 @@ LEAST_ROWS = 16
 
 
 @triton.jit
-def load_heads(x, row, v, x_n, x_h, there, H: tl.constexpr, V: tl.constexpr, BV: tl.constexpr):
-    """Tile [BR, BV] of x [N, H, V] by its strides, rows n * H + h: 0 where not `there`."""
-    rows = x + (row // H).to(tl.int64) * x_n + (row % H) * x_h
+def load_heads(x, row, v, x_t, x_h, there, H: tl.constexpr, V: tl.constexpr, BV: tl.constexpr):
+    """Tile [BR, BV] of x [tokens, H, V] by its strides, rows t * H + h: 0 where not `there`."""
+    rows = x + (row // H).to(tl.int64) * x_t + (row % H) * x_h
     return tl.load(rows[:, None] + v[None, :], mask=tile_mask(there, v, V, BV), other=0.0)
 
 
@@ -51,19 +51,19 @@ def normalise(o, EPS: tl.constexpr, V: tl.constexpr):
 )
 @triton.jit
 def norm(
-    o, gate, weight, y, rows, busy, o_n, o_h, gate_n, gate_h,
+    o, gate, weight, y, rows, busy, o_t, o_h, gate_t, gate_h,
     H: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
     BR: tl.constexpr,
 ):  # fmt: skip
-    """BR rows: y [rows, V] of o and gate [N, H, V], rows = N * H, by their strides; weight [V]."""
+    """BR of tokens * H rows: y [rows, V] of o, gate [tokens, H, V] by their strides; weight [V]."""
     row, v = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, BV)
     there = row < rows
-    values = load_heads(o, row, v, o_n, o_h, there, H, V, BV).to(ACC)
-    gates = load_heads(gate, row, v, gate_n, gate_h, there, H, V, BV).to(ACC)
+    values = load_heads(o, row, v, o_t, o_h, there, H, V, BV).to(ACC)
+    gates = load_heads(gate, row, v, gate_t, gate_h, there, H, V, BV).to(ACC)
     factor = tl.load(weight + v, mask=v < V, other=0.0).to(ACC)[None, :]
-    n, _ = normalise(values, EPS, V)
+    normed, _ = normalise(values, EPS, V)
     out = y + row.to(tl.int64)[:, None] * V + v[None, :]
-    result = (n * factor * silu(gates)).to(y.dtype.element_ty)
+    result = (normed * factor * silu(gates)).to(y.dtype.element_ty)
     tl.store(out, result, mask=tile_mask(there, v, V, BV))
 
 
@@ -74,12 +74,12 @@ def norm(
 @triton.jit
 def norm_back(
     o, gate, weight, dy, d_o, d_gate, sums, rows, span, busy,
-    o_n, o_h, gate_n, gate_h, dy_n, dy_h,
+    o_t, o_h, gate_t, gate_h, dy_t, dy_h,
     H: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
     BR: tl.constexpr,
 ):  # fmt: skip
     """`span` rows, one block of BR after another: d_o and d_gate [rows, V], and what these rows add
-    to d_weight as sums [programs, V]. o, gate, dy [N, H, V] by their strides.
+    to d_weight as sums [programs, V]. o, gate, dy [tokens, H, V] by their strides.
     """
     begin, v = tl.program_id(0) * span, tl.arange(0, BV)
     end = tl.minimum(begin + span, rows)
@@ -88,23 +88,24 @@ def norm_back(
     for first in tl.range(begin, end, BR, num_stages=1):
         row = first + tl.arange(0, BR)
         there = row < end
-        values = load_heads(o, row, v, o_n, o_h, there, H, V, BV).to(ACC)
-        gates = load_heads(gate, row, v, gate_n, gate_h, there, H, V, BV).to(ACC)
-        slopes = load_heads(dy, row, v, dy_n, dy_h, there, H, V, BV).to(ACC)
-        n, inverse = normalise(values, EPS, V)
+        values = load_heads(o, row, v, o_t, o_h, there, H, V, BV).to(ACC)
+        gates = load_heads(gate, row, v, gate_t, gate_h, there, H, V, BV).to(ACC)
+        d_y = load_heads(dy, row, v, dy_t, dy_h, there, H, V, BV).to(ACC)
+        normed, inverse = normalise(values, EPS, V)
         part = sigmoid(gates)
         target = row.to(tl.int64)[:, None] * V + v[None, :]
         inside = tile_mask(there, v, V, BV)
         d_silu = part * (1.0 + gates * (1.0 - part))
         tl.store(
-            d_gate + target, (slopes * n * factor * d_silu).to(d_gate.dtype.element_ty), mask=inside
-        )
-        slopes = slopes * gates * part
-        d_weight += tl.sum(slopes * n, axis=0)
-        slopes = slopes * factor
-        along = tl.sum(slopes * n, axis=1)[:, None] / V
+            d_gate + target, (d_y * normed * factor * d_silu).to(d_gate.dtype.element_ty),
+            mask=inside,
+        )  # fmt: skip
+        d_product = d_y * gates * part
+        d_weight += tl.sum(d_product * normed, axis=0)
+        u = d_product * factor
+        along = tl.sum(u * normed, axis=1)[:, None] / V
         tl.store(
-            d_o + target, ((slopes - n * along) * inverse).to(d_o.dtype.element_ty), mask=inside
+            d_o + target, ((u - normed * along) * inverse).to(d_o.dtype.element_ty), mask=inside
         )
     tl.store(sums + tl.program_id(0).to(tl.int64) * V + v, d_weight, mask=v < V)
 
@@ -117,7 +118,7 @@ def gated_norm(o: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _heads(x: Tensor) -> Tensor:
-    """[..., H, V] as [N, H, V], a view unless its strides forbid; a row lies in one piece."""
+    """[..., H, V] as [tokens, H, V] with contiguous rows: a view unless its strides forbid."""
     x = x.reshape(-1, x.shape[-2] if x.dim() > 2 else 1, x.shape[-1])
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -126,16 +127,16 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
     return {
         f"{name}_{dim}": stride
         for name, x in tensors.items()
-        for dim, stride in zip("nh", x.stride(), strict=False)
+        for dim, stride in zip("th", x.stride(), strict=False)
     }
 
 
 def _shared(o: Tensor, gate: Tensor, weight: Tensor, eps: float) -> dict[str, object]:
-    """Arguments that both kernels take, of o and gate [N, H, V]."""
-    N, H, V = o.shape
+    """Arguments that both kernels take, of o and gate [tokens, H, V]."""
+    tokens, H, V = o.shape
     return dict(
-        o=o, gate=gate, weight=weight.contiguous(), rows=N * H, H=H, V=V, BV=next_power(V), EPS=eps,
-        busy=min(PROGRAMS, triton.next_power_of_2(N * H)), **_strides(o=o, gate=gate),
+        o=o, gate=gate, weight=weight.contiguous(), rows=tokens * H, H=H, V=V, BV=next_power(V),
+        EPS=eps, busy=min(PROGRAMS, triton.next_power_of_2(tokens * H)), **_strides(o=o, gate=gate),
         ACC=precision(o.dtype, compute_dtype(o, gate, weight)).ACC,
     )  # fmt: skip
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from torch import Tensor
 
-from hybrid_sleep.kernels.common import dispatch, triton_paths
-from hybrid_sleep.kernels.common.mixers import Mixed, check_mixer, select
-from hybrid_sleep.kernels.mamba2 import reference
+from hybrid_sleep.kernels.common import mixers, triton_paths
+from hybrid_sleep.kernels.common.mixers import Mixed
+from hybrid_sleep.kernels.mamba2.compose import Raw, compose
 
 __all__ = ["mamba2"]
 
-dispatch.register_pytorch(
-    "mamba2", partial(reference.compose, "reference"), partial(reference.compose, "chunked")
-)
+mixers.register_composed("mamba2", compose, "short_conv and ssd")
 triton_paths.register("mamba2", "hybrid_sleep.kernels.mamba2.triton")
 
 
@@ -42,7 +38,7 @@ def mamba2(
         q, k, v = silu(conv(raw))          dt = softplus(a + dt_bias)
         S_t = exp(-exp(A_log) dt_t) S_{t-1} + dt_t k_t v_t^T,  o_t = S_t^T q_t + skip v_t
 
-    (Transformers are SSMs, arXiv:2405.21060; q is C, k is B, v is x, skip is D.)
+    (Transformers are SSMs, arXiv:2405.21060; in its letters q is C, k is B, v is x and skip is D.)
 
     Args:
         q: [B, T, G * K], raw queries; None with output=False and tails=False.
@@ -56,7 +52,8 @@ def mamba2(
         mask: bool [B, T], True = real token, or None. Pads, anywhere, change nothing and read 0.
         output: False computes the state only, bit for bit the same.
         tails: False keeps no convolution state and returns None for both tails.
-        impl: "auto", "reference", "chunked" or "triton".
+        impl: "auto"; "reference" or "chunked", which compose short_conv and ssd of the same name;
+            or "triton", whose kernels take raw projections.
 
     Returns:
         `Mixed`: o, S and the tails.
@@ -65,13 +62,11 @@ def mamba2(
         TypeError, ValueError: an argument of the wrong type, dtype or shape, T = 0, or an `impl`
             that cannot run here.
     """
-    dims = check_mixer(
-        q, kv, a, q_weight, kv_weight, {"A_log": A_log, "dt_bias": dt_bias, "skip": skip},
-        key_heads, initial_state, q_tail, kv_tail, mask, output,
-    )  # fmt: skip
-    raw = reference.Raw(
+    raw = Raw(
         q, kv, a, q_weight, kv_weight, A_log, dt_bias, skip,
         initial_state, q_tail, kv_tail,
     )  # fmt: skip
-    run = select("mamba2", impl, dims, raw, mask)
-    return run(raw, mask, dims, output, tails)
+    return mixers.run(
+        "mamba2", raw, per_head=("A_log", "dt_bias", "skip"), key_heads=key_heads, mask=mask,
+        output=output, tails=tails, impl=impl,
+    )  # fmt: skip

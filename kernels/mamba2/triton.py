@@ -20,9 +20,9 @@ from hybrid_sleep.kernels.common.checks import compute_dtype
 from hybrid_sleep.kernels.common.mixers import Dims, Mixed
 from hybrid_sleep.kernels.common.triton_launch import empty, precision
 from hybrid_sleep.kernels.common.triton_mixers import step
-from hybrid_sleep.kernels.common.triton_sizes import for_inputs, whole
+from hybrid_sleep.kernels.common.triton_sizes import contiguous, for_inputs
 from hybrid_sleep.kernels.mamba2 import triton_kernels
-from hybrid_sleep.kernels.mamba2.reference import Raw
+from hybrid_sleep.kernels.mamba2.compose import Raw
 from hybrid_sleep.kernels.short_conv import triton as conv
 from hybrid_sleep.kernels.short_conv.tail import tail_after
 from hybrid_sleep.kernels.short_conv.triton_taps import previous_tokens
@@ -39,11 +39,11 @@ class Tails(NamedTuple):
 
 
 def mamba2(raw: Raw, mask: Tensor | None, dims: Dims, output: bool, tails: bool) -> Mixed:
-    """As `reference.compose`."""
+    """As `compose`."""
     q, kv = raw.q, raw.kv
     how = precision(kv.dtype, compute_dtype(*(x for x in raw if x is not None)))
     read = raw if output else raw._replace(q=None)
-    mask = whole(mask)
+    mask = contiguous(mask)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in raw):
         o, S = _Mamba2.apply(*read, mask, dims, how)
         after = None

@@ -1,6 +1,6 @@
 """Optional packages that compute the same ops, behind the same dispatcher.
 
-Each op has at most one. A package is looked up when a call asks for it, imported when it is about
+Each op has at most one. A package is looked up when a call could use it, imported when it is about
 to run, and never needed: `impl="auto"` takes it only on a CUDA device and only where the Triton
 kernels decline the call, and `impl=` its name forces it.
 """
@@ -109,7 +109,7 @@ def _rejects(peer: Peer, call: dispatch.Call) -> str | None:
 def version(package: str, distribution: str) -> str | None:
     """The installed version of `distribution`, if its `package` can be found; nothing is imported.
 
-    Remembered: the dispatcher asks at every call.
+    Cached: the dispatcher looks at every call.
     """
     if util.find_spec(package) is None:
         return None

@@ -29,9 +29,9 @@ def limits(call: Call) -> str | None:
     return None
 
 
-class _WholeSlopes(torch.autograd.Function):
-    """y and tail as they are. Their slopes arrive contiguous, and zeros where nothing asked: the
-    kernel reads the tail's by rows and takes no other layout."""
+class _ContiguousGradients(torch.autograd.Function):
+    """y and tail unchanged. Their gradients reach the package contiguous, and as zeros where there
+    are none: its kernel reads the tail's by rows and takes no other layout."""
 
     @staticmethod
     def forward(ctx, y, tail):
@@ -43,24 +43,24 @@ class _WholeSlopes(torch.autograd.Function):
 
 
 def short_conv(
-    x_BTC: Tensor,
-    weight_CW: Tensor,
-    bias_C: Tensor | None,
+    x_BTE: Tensor,
+    weight_EW: Tensor,
+    bias_E: Tensor | None,
     initial_state: Tensor | None,
     mask: Tensor | None,
     activation: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """The package counts [B, C, T] and keeps a state only in the layout with channels innermost,
-    which is the transpose of a contiguous [B, T, C]."""
+    """The package takes [B, E, T] and keeps a state only in the layout with channels innermost,
+    which is the transpose of a contiguous [B, T, E]."""
     state = initial_state
     if state is None:
-        state = x_BTC.new_zeros(x_BTC.shape[0], weight_CW.shape[1] - 1, x_BTC.shape[2])
+        state = x_BTE.new_zeros(x_BTE.shape[0], weight_EW.shape[1] - 1, x_BTE.shape[2])
     y, tail = importlib.import_module(MODULE).causal_conv1d_fn(
-        x_BTC.contiguous().mT,
-        weight_CW,
-        None if bias_C is None else bias_C.to(weight_CW.dtype),
-        initial_states=state.to(x_BTC.dtype).contiguous().mT,
+        x_BTE.contiguous().mT,
+        weight_EW,
+        None if bias_E is None else bias_E.to(weight_EW.dtype),
+        initial_states=state.to(x_BTE.dtype).contiguous().mT,
         return_final_states=True,
         activation=activation,
     )
-    return _WholeSlopes.apply(y.mT, tail.mT)
+    return _ContiguousGradients.apply(y.mT, tail.mT)

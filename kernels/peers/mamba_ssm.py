@@ -31,9 +31,9 @@ def limits(call: Call) -> str | None:
         return "mamba-ssm multiplies float32 in TF32, which is too coarse for it"
     if call.grad:
         return "mamba-ssm has no stable gradient for a decay that is apart from the write"
-    too_wide = [dim for dim in call.dims if dim > LARGEST_DIM]
-    if too_wide:
-        return f"mamba-ssm is called here with K and V up to {LARGEST_DIM}, not {too_wide[0]}"
+    too_large = [dim for dim in call.dims if dim > LARGEST_DIM]
+    if too_large:
+        return f"mamba-ssm is called here with K and V up to {LARGEST_DIM}, not {too_large[0]}"
     return None
 
 
@@ -50,22 +50,23 @@ def ssd(
 ) -> tuple[Tensor | None, Tensor]:
     """The states each chunk adds, the states before each chunk, then the outputs.
 
-    The package keeps a state as [V, K], wants whole chunks of CHUNK tokens and has no mask: what
+    The package keeps a state as [V, K], takes full chunks of CHUNK tokens and has no mask: what
     fills up the last chunk, and every pad, is a token with g, q, k and v of zero.
     """
     steps = importlib.import_module(MODULE)
     T, V, K = v_BTHV.shape[1], v_BTHV.shape[3], k_BTGK.shape[3]
     inputs = hide_pads(mask, q_BTGK, k_BTGK, v_BTHV)
-    C, B, x = (F.pad(y.to(v_BTHV.dtype), (0, 0, 0, 0, 0, -T % CHUNK)) for y in inputs)
+    q, k, v = (F.pad(x.to(v_BTHV.dtype), (0, 0, 0, 0, 0, -T % CHUNK)) for x in inputs)
     (g_BTH,) = hide_pads(mask, g_BTH)
     g_BTH = F.pad(g_BTH.float(), (0, 0, 0, -T % CHUNK))
-    sums_BHNC = g_BTH.unflatten(1, (-1, CHUNK)).permute(0, 3, 1, 2).cumsum(-1).contiguous()
-    dt_BHNC = torch.ones_like(sums_BHNC)
+    # As the package has them: head, chunk, token.
+    sums = g_BTH.unflatten(1, (-1, CHUNK)).permute(0, 3, 1, 2).cumsum(-1).contiguous()
+    dt = torch.ones_like(sums)
     S_first = None if initial_state is None else initial_state.float().mT.flatten(2)
-    added = steps.chunk_state(B, x, dt_BHNC, sums_BHNC, states_in_fp32=True)
-    before, S_last = steps.state_passing(added.flatten(3), sums_BHNC[..., -1], S_first)
+    added = steps.chunk_state(k, v, dt, sums, states_in_fp32=True)
+    before, S_last = steps.state_passing(added.flatten(3), sums[..., -1], S_first)
     S = S_last.unflatten(2, (V, K)).mT.contiguous()
     if not output:
         return None, S
-    o = steps.chunk_scan(B, C, x, dt_BHNC, sums_BHNC, before.unflatten(3, (V, K)))
+    o = steps.chunk_scan(k, q, v, dt, sums, before.unflatten(3, (V, K)))
     return (o[:, :T] * scale).to(v_BTHV.dtype), S

@@ -28,40 +28,40 @@ def short_conv(
     activation: str | None = "silu",
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Convolve each channel with its own causal filter over the last W real tokens.
+    """Convolve each of E channels with a causal filter of its own over the last W real tokens.
 
         y_t = act(bias + sum_w weight[:, w] * x_{t - (W - 1) + w})
 
     Args:
-        x: [B, T, C].
-        weight: [C, W]; weight[:, -1] multiplies the current token.
-        bias: [C] or None.
-        initial_state: [B, W - 1, C], the inputs just before x, oldest first, or None for zeros.
+        x: [B, T, E].
+        weight: [E, W]; weight[:, -1] multiplies the current token.
+        bias: [E] or None.
+        initial_state: [B, W - 1, E], the inputs just before x, oldest first, or None for zeros.
         mask: bool [B, T], True = real token, or None. Every row gives what it would give with its
             pads removed, wherever they are; y is 0 at pads.
         activation: "silu" or None.
         impl: "auto", "reference", "chunked", "triton", or a peer that is installed (see `peers`).
 
     Returns:
-        y [B, T, C] and final_state [B, W - 1, C], the last W - 1 real inputs (of initial_state
+        y [B, T, E] and final_state [B, W - 1, E], the last W - 1 real inputs (of initial_state
         where x has fewer), both in x's dtype. Half-precision inputs are summed in float32.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype or shape, T = 0, or an `impl`
             that cannot run here.
     """
-    check_sequence("x", x, "[B, T, C]")
+    check_sequence("x", x, "[B, T, E]")
     batch, tokens, channels = x.shape
-    check_sequence("weight", weight, "[C, W]")
+    check_sequence("weight", weight, "[E, W]")
     width = weight.shape[1]
-    check_tensor("weight", weight, (channels, width), "[C, W]")
+    check_tensor("weight", weight, (channels, width), "[E, W]")
     if bias is not None:
-        check_tensor("bias", bias, (channels,), "[C]")
+        check_tensor("bias", bias, (channels,), "[E]")
     if initial_state is not None:
-        check_tensor("initial_state", initial_state, (batch, width - 1, channels), "[B, W - 1, C]")
+        check_tensor("initial_state", initial_state, (batch, width - 1, channels), "[B, W - 1, E]")
     check_mask(mask, batch, tokens)
     if activation not in ACTIVATIONS:
-        raise ValueError(f"activation={activation!r}: must be 'silu' or None")
+        raise ValueError(f"activation must be 'silu' or None, got {activation!r}")
     call = dispatch.call_of(
         x, (weight, bias, initial_state), batch, tokens, channels, (width,), mask
     )

@@ -1,4 +1,4 @@
-"""The short convolution over a whole sequence at once, in plain PyTorch with its own backward."""
+"""The short convolution over a whole sequence at once, in plain PyTorch, backward pass included."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hybrid_sleep.kernels.short_conv.tail import tail_after
 
 
 def short_conv(
-    x_BTC: Tensor,
-    weight_CW: Tensor,
-    bias_C: Tensor | None,
+    x_BTE: Tensor,
+    weight_EW: Tensor,
+    bias_E: Tensor | None,
     initial_state: Tensor | None,
     mask: Tensor | None,
     activation: str | None,
@@ -25,23 +25,23 @@ def short_conv(
 
     Once differentiable; `reference` has every higher derivative.
     """
-    dtype, out_dtype = compute_dtype(x_BTC, weight_CW), x_BTC.dtype
-    B, T, C = x_BTC.shape
-    W = weight_CW.shape[1]
-    tail = tail_after(x_BTC, initial_state, mask, W)
+    dtype, out_dtype = compute_dtype(x_BTE, weight_EW), x_BTE.dtype
+    B, T, E = x_BTE.shape
+    W = weight_EW.shape[1]
+    tail = tail_after(x_BTE, initial_state, mask, W)
     if mask is not None:
         # Real tokens first, in their order; the pads behind them reach none of them.
-        (x_BTC,) = hide_pads(mask, x_BTC)
+        (x_BTE,) = hide_pads(mask, x_BTE)
         order, place = _compaction(mask)
-        x_BTC = _Reorder.apply(x_BTC, order, place)
+        x_BTE = _Reorder.apply(x_BTE, order, place)
     if initial_state is None:
-        state = x_BTC.new_zeros(B, W - 1, C)
+        state = x_BTE.new_zeros(B, W - 1, E)
     else:
         state = initial_state.to(out_dtype)
     y = _ShortConv.apply(
-        x_BTC.to(dtype),
-        weight_CW.to(dtype),
-        None if bias_C is None else bias_C.to(dtype),
+        x_BTE.to(dtype),
+        weight_EW.to(dtype),
+        None if bias_E is None else bias_E.to(dtype),
         state.to(dtype),
         activation,
     ).to(out_dtype)
@@ -51,7 +51,7 @@ def short_conv(
 
 
 def _compaction(mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Permutations of all B * T tokens, within rows: where each place's token stands (real ones
+    """Permutations of all B * T tokens, within rows: which token goes to each place (real ones
     first, in their order), and the inverse."""
     B, T = mask_BT.shape
     real = mask_BT.cumsum(1)

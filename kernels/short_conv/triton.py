@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from hybrid_sleep.kernels.common.checks import compute_dtype
 from hybrid_sleep.kernels.common.triton_launch import Precision, empty, next_power, precision
-from hybrid_sleep.kernels.common.triton_sizes import dense
+from hybrid_sleep.kernels.common.triton_sizes import last_contiguous
 from hybrid_sleep.kernels.short_conv import triton_kernels
 from hybrid_sleep.kernels.short_conv.triton_taps import following_tokens, previous_tokens
 
@@ -27,7 +27,7 @@ def short_conv(
     mask: Tensor | None,
     activation: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference`. Once differentiable; x may be a slice of something wider."""
+    """As `reference`. Once differentiable; x may be a slice of a larger tensor."""
     previous = None if mask is None else previous_tokens(mask)
     leaves = (x, weight, bias, initial_state)
     if torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in leaves):
@@ -68,14 +68,14 @@ def forward(
     activation: str | None,
 ) -> tuple[Tensor, Tensor]:
     """y and the final state, both new, in one launch; `previous` of `previous_tokens`."""
-    B, T, C = x.shape
-    x = dense(x)
+    B, T, E = x.shape
+    x = last_contiguous(x)
     how = precision(x.dtype, compute_dtype(x, weight))
-    y = empty(x, (B, T, C), x.dtype)
-    final = empty(x, (B, weight.shape[1] - 1, C), x.dtype)
+    y = empty(x, (B, T, E), x.dtype)
+    final = empty(x, (B, weight.shape[1] - 1, E), x.dtype)
     given = _shared(x, weight, bias, initial_state, mask, previous, activation, how)
     triton_kernels.convolve.launch(
-        lambda meta: (B * triton.cdiv(T, meta["BT"]), triton.cdiv(C, meta["BD"])),
+        lambda meta: (B * triton.cdiv(T, meta["BT"]), triton.cdiv(E, meta["BE"])),
         **given, y=y, final=final,
     )  # fmt: skip
     return y, final
@@ -93,24 +93,24 @@ def backward(
     activation: str | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight, bias and the initial state; of weight and bias from dy only."""
-    B, T, C = x.shape
+    B, T, E = x.shape
     W = weight.shape[1]
-    x = dense(x)
+    x = last_contiguous(x)
     how = precision(x.dtype, compute_dtype(x, weight))
-    span = span_length(B, T, C)
-    pieces = -(-T // span)
+    span = span_length(B, T, E)
+    spans = -(-T // span)
     has_out, has_tail = dy is not None, initial_state is not None
-    dy = x if dy is None else dense(dy)
-    dx = empty(x, (B, T, C), x.dtype)
+    dy = x if dy is None else last_contiguous(dy)
+    dx = empty(x, (B, T, E), x.dtype)
     d_tail = empty(x, initial_state.shape, initial_state.dtype) if has_tail else None
-    sums = empty(x, (B, pieces, W + 1, C), how.state) if has_out else None
+    sums = empty(x, (B, spans, W + 1, E), how.state) if has_out else None
     given = _shared(x, weight, bias, initial_state, mask, previous, activation, how)
     triton_kernels.gradients.launch(
-        lambda meta: (B * (pieces + has_tail), triton.cdiv(C, meta["BD"])),
+        lambda meta: (B * (spans + has_tail), triton.cdiv(E, meta["BE"])),
         **given, d_out=dy if has_out else None, dy_b=dy.stride(0), dy_t=dy.stride(1),
         d_final=None if d_final is None else d_final.contiguous(),
         following=None if mask is None else following_tokens(mask), dx=dx, d_tail=d_tail,
-        sums=sums, span=span, pieces=pieces, BW=next_power(W + 1, 1), HAS_OUT=has_out,
+        sums=sums, span=span, spans=spans, BW=next_power(W + 1, 1), HAS_OUT=has_out,
         HAS_FINAL=d_final is not None,
     )  # fmt: skip
     if sums is None:
@@ -120,9 +120,9 @@ def backward(
     return dx, total[:W].T.to(weight.dtype), d_bias, d_tail
 
 
-def span_length(B: int, T: int, C: int) -> int:
+def span_length(B: int, T: int, E: int) -> int:
     """How many tokens a program of the backward pass takes: fewer where few programs are left."""
-    return SPAN if B * -(-T // SPAN) * -(-C // 64) >= PROGRAMS else SHORT_SPAN
+    return SPAN if B * -(-T // SPAN) * -(-E // 64) >= PROGRAMS else SHORT_SPAN
 
 
 class _ShortConv(torch.autograd.Function):

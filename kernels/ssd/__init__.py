@@ -6,13 +6,8 @@ from torch import Tensor
 
 from hybrid_sleep.kernels import peers
 from hybrid_sleep.kernels.common import dispatch, triton_paths
-from hybrid_sleep.kernels.common.checks import (
-    check_chunk_size,
-    check_mask,
-    check_sequence,
-    check_tensor,
-    full_precision,
-)
+from hybrid_sleep.kernels.common.checks import full_precision
+from hybrid_sleep.kernels.common.rules import check_rule
 from hybrid_sleep.kernels.ssd import chunked, reference
 
 __all__ = ["ssd"]
@@ -40,8 +35,8 @@ def ssd(
         S_t = exp(g_t) S_{t-1} + k_t v_t^T
         o_t = scale * S_t^T q_t
 
-    (Transformers are SSMs, arXiv:2405.21060, Eq. 1 with a scalar A: q = C, k = B, v = dt x,
-    g = dt A. The skip D x is the caller's.)
+    (Transformers are SSMs, arXiv:2405.21060, Eq. 1 with a scalar A; in its letters q is C, k is B,
+    v is dt x and g is dt A. The skip D x is the caller's.)
 
     Args:
         q, k: [B, T, G, K]; head h of H reads group h // (H // G), so G divides H.
@@ -64,23 +59,7 @@ def ssd(
         TypeError, ValueError: an argument of the wrong type, dtype or shape, T = 0, or an `impl`
             that cannot run here.
     """
-    check_sequence("q", q, "[B, T, G, K]")
-    batch, tokens, groups, key_dim = q.shape
-    check_tensor("k", k, q.shape, "[B, T, G, K]")
-    check_sequence("v", v, "[B, T, H, V]")
-    heads, value_dim = v.shape[2:]
-    check_tensor("v", v, (batch, tokens, heads, value_dim), "[B, T, H, V]")
-    if heads % groups:
-        raise ValueError(f"q: {groups} groups must divide the {heads} heads of v")
-    check_tensor("g", g, (batch, tokens, heads), "[B, T, H]")
-    if initial_state is not None:
-        state_shape = (batch, heads, key_dim, value_dim)
-        check_tensor("initial_state", initial_state, state_shape, "[B, H, K, V]")
-    check_mask(mask, batch, tokens)
-    check_chunk_size(chunk_size)
-    call = dispatch.call_of(
-        v, (q, k, g, initial_state), batch, tokens, heads, (key_dim, value_dim), mask
-    )
+    call = check_rule(q, k, v, {"g": g}, initial_state, mask, chunk_size, groups=True)
     run = dispatch.select("ssd", impl, call)
     with full_precision(q):
         return run(q, k, v, g, initial_state, mask, scale, chunk_size, output)

@@ -18,10 +18,10 @@ from hybrid_sleep.kernels.common.triton_launch import Precision, empty, precisio
 from hybrid_sleep.kernels.common.triton_sizes import (
     Sizes,
     chunk_length,
-    dense,
+    contiguous,
     for_inputs,
+    last_contiguous,
     strides,
-    whole,
 )
 from hybrid_sleep.kernels.ssd import triton_backward, triton_forward
 
@@ -90,12 +90,12 @@ def ssd(
     output: bool,
     segments: int | None = None,
 ) -> tuple[Tensor | None, Tensor]:
-    """As `reference`; `segments` is how many pieces of each row are scanned at once (None: by how
+    """As `reference`; `segments` is how many parts of each row are scanned at once (None: by how
     many heads there are). The result depends on it no further than by rounding.
     """
     how = precision(v.dtype, compute_dtype(q, k, v))
     sizes = sizes_of(k, v, how, chunk_size, segments)
-    mask = whole(mask)
+    mask = contiguous(mask)
     leaves = (q if output else None, k, v, g, initial_state)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves):
         return _SSD.apply(*leaves, mask, scale, sizes, how)
@@ -159,7 +159,7 @@ def scan(
     out = None if q is None else empty(like, (B, T, H, V), like.dtype)
     states = empty(like, (B, H, sizes.chunks, K, V), how.between) if keep else None
     final = empty(like, (B, H, K, V), how.state)
-    first = whole(first)
+    first = contiguous(first)
     # Segments of equal length; the last one may be shorter, and none is empty.
     per_segment = -(-sizes.chunks // segments)
     segments = -(-sizes.chunks // per_segment)
@@ -191,9 +191,9 @@ def scan(
     again = q is not None or keep
     starts = empty(like, (B, H, segments, K, V), how.state) if again else None
     triton_forward.combine.launch(
-        lambda meta: (B * H, triton.cdiv(K * V, meta["BN"])),
+        lambda meta: (B * H, triton.cdiv(K * V, meta["BKV"])),
         initial=first, added=added, total=total, starts=starts, final=final, segments=segments,
-        N=K * V, HAS_INITIAL=first is not None, STARTS=again, BACK=back, ACC=how.ACC,
+        KV=K * V, HAS_INITIAL=first is not None, STARTS=again, BACK=back, ACC=how.ACC,
     )  # fmt: skip
     if again:
         triton_forward.scan.launch(
@@ -207,7 +207,7 @@ def forward(
     given: Inputs, scale: float, sizes: Sizes, how: Precision
 ) -> tuple[Tensor | None, Tensor]:
     """o (None without q) and S."""
-    q, k, v = dense(given.q), dense(given.k), dense(given.v)
+    q, k, v = last_contiguous(given.q), last_contiguous(given.k), last_contiguous(given.v)
     gates = prepare(given, sizes, how)
     o, _, S = scan(given, gates, scale, sizes, how, k, v, given.initial_state, q=q)
     return o, S
@@ -228,8 +228,9 @@ def backward(
     """
     B, T, H, R, K, V, _, _ = sizes
     has_out = do is not None
-    q, k, v = dense(given.q) if has_out else None, dense(given.k), dense(given.v)
-    do = whole(do)
+    q = last_contiguous(given.q) if has_out else None
+    k, v = last_contiguous(given.k), last_contiguous(given.v)
+    do = contiguous(do)
     gates = prepare(given, sizes, how)
     _, states, _ = scan(given, gates, scale, sizes, how, k, v, given.initial_state, keep=True)
     _, d_states, d_initial = scan(given, gates, scale, sizes, how, q, do, dS, back=True, keep=True)
@@ -250,7 +251,7 @@ def backward(
 
 
 def per_head(x: Tensor, sizes: Sizes, how: Precision) -> Tensor:
-    """Room for the gradient of keys, [B, T, H, K]: wide where heads are going to be summed."""
+    """Room for the gradient of keys [B, T, H, K], in the state's dtype if heads will be summed."""
     dtype = x.dtype if sizes.R == 1 else how.state
     return empty(x, (sizes.B, sizes.T, sizes.H, sizes.K), dtype)
 

@@ -4,7 +4,7 @@
 With dO that of the outputs times scale, W = strength V what is written, and sums over tokens of
 the chunk,
 
-    dW = exp(c_C - c) K dS + P^T dO                   dP = (dO W^T) * D
+    dW = exp(c_C - c) K dS + P^T dO                   dP = (dO W^T) * Gamma
     dQ = exp(c) dO S^T + dP K                         dK = exp(c_C - c) W dS^T + dP^T Q
 
 The gradient of a token's gate is made of what its decay is a factor of (`triton_tiles.crossing`).
@@ -40,21 +40,21 @@ from hybrid_sleep.kernels.ssd.triton_forward import decay_rate
 
 @triton.jit
 def save_rows(
-    x, tile, b, start, i, h, d, stride_b, stride_t, stride_h, there, D: tl.constexpr,
-    BD: tl.constexpr,
+    x, tile, b, start, i, h, d, stride_b, stride_t, stride_h, there, DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write tile [C, BD] into x [B, T, H, D] of any strides, tokens start + i where `there`."""
+    """Write tile [C, BLOCK] into x [B, T, H, DIM] by strides, tokens start + i where `there`."""
     base = x + b.to(tl.int64) * stride_b + start.to(tl.int64) * stride_t
     base += h.to(tl.int64) * stride_h
     offsets = i[:, None] * stride_t + d[None, :]
-    tl.store(base + offsets, tile.to(x.dtype.element_ty), mask=tile_mask(there, d, D, BD))
+    tl.store(base + offsets, tile.to(x.dtype.element_ty), mask=tile_mask(there, d, DIM, BLOCK))
 
 
 @kernel(
     [config(8, BV=16), config(8, BV=32), config(8, BV=64)],
     key=("K", "V", "C", "HAS_OUT", "RAW"),
     blocks={"BV": "V"},
-    wide=[config(8, BV=32)],
+    fp32=[config(8, BV=32)],
     fits=lambda blocks, given: blocks["BV"] <= 32 or (given["BK"] <= 64 and not given["RAW"]),
 )
 @triton.jit
@@ -74,7 +74,7 @@ def gradients(
     q, k [B, T, H // R, K], v and d_out [B, T, H, V], states and d_states [B, H, NT, K, V].
     Writes dq, dk [B, T, H, K] (one each for a value head, so that sharing heads are summed later),
     dv [B, T, H, V], dg [B, T, H]. RAW: g is the projection a and dg its gradient, and
-    parts [B, NT, H, 3] are the shares of A_log, dt_bias and skip.
+    parts [B, NT, H, 3] what this chunk adds to those of A_log, dt_bias and skip.
     """
     bh, chunk = program_of(NT)
     b, h = bh // H, bh % H
@@ -92,10 +92,10 @@ def gradients(
     if HAS_OUT:
         q_tile = load_rows(q, b, start, i, h // R, kk, q_b, q_t, q_h, real, K, BK).to(DOT)
         whole, rest = load_decays(decay, place, i, C)
-        # P and dP transposed are products of their own: turned in registers for a product on warp
-        # groups, they are miscompiled by Triton 3.4 to 3.7 for compute capability 9.0.
-        P_turned = tl.dot(k_tile, tl.trans(q_tile), input_precision=MODE).to(ACC) * scale
-        P_turned = (P_turned * decay_between(-whole, -rest, i[:, None] <= i[None, :])).to(DOT)
+        # P and dP transposed are products, not tl.trans(P): a left operand that is transposed in
+        # registers is miscompiled for wgmma (compute capability 9.0) by Triton 3.4 to 3.7.
+        P_T = tl.dot(k_tile, tl.trans(q_tile), input_precision=MODE).to(ACC) * scale
+        P_T = (P_T * decay_between(-whole, -rest, i[:, None] <= i[None, :])).to(DOT)
         dQ = tl.zeros((C, BK), ACC)
         OV = tl.zeros((C, C), ACC)
         VO = tl.zeros((C, C), ACC)
@@ -116,7 +116,7 @@ def gradients(
             dQ += tl.dot(dO, tl.trans(S), input_precision=MODE)
             OV += tl.dot(dO, tl.trans(values), input_precision=MODE)
             VO += tl.dot(values, tl.trans(dO), input_precision=MODE)
-            dW += tl.dot(P_turned, dO, input_precision=MODE)
+            dW += tl.dot(P_T, dO, input_precision=MODE)
         if RAW:
             dW = dW * step[:, None]
             if HAS_OUT:
@@ -146,14 +146,14 @@ def gradients(
     of_keys = remains
     d_gates = read_or_left(reads, remains, i) + tl.sum(through, axis=0) * kept
     if HAS_OUT:
-        shares = VO * P_turned.to(ACC)
+        terms = VO * P_T.to(ACC)
         if RAW:
-            shares = shares * step[:, None]
-        d_gates += crossing(shares, i, True, DOT, MODE)
-        turned = VO * scale * decay_between(-whole, -rest, i[:, None] <= i[None, :])
+            terms = terms * step[:, None]
+        d_gates += crossing(terms, i, True, DOT, MODE)
+        dP_T = VO * scale * decay_between(-whole, -rest, i[:, None] <= i[None, :])
         if RAW:
-            turned = turned * step[:, None]
-        inner = tl.dot(turned.to(DOT), q_tile, input_precision=MODE).to(ACC)
+            dP_T = dP_T * step[:, None]
+        inner = tl.dot(dP_T.to(DOT), q_tile, input_precision=MODE).to(ACC)
         if RAW:
             of_keys += tl.sum(inner * k_tile.to(ACC), axis=1)
         dK += inner
@@ -165,11 +165,11 @@ def gradients(
     if RAW:
         rate = decay_rate(A_log, h, h < H, ACC)
         a = tl.load(g + gates, mask=real, other=0.0).to(ACC) + tl.load(dt_bias + h).to(ACC)
-        slope = sigmoid(a)
+        d_softplus = sigmoid(a)
         # The step scales what is written as k does: its gradient is k dk / step, and that of a has
         # the ratio of sigmoid to softplus in it, which is 1 where both vanish.
-        ratio = tl.where(step > 0.0, slope / tl.where(step > 0.0, step, 1.0), 1.0)
-        d_raw = tl.where(real, of_keys * ratio - rate * d_gates * slope, 0.0)
+        ratio = tl.where(step > 0.0, d_softplus / tl.where(step > 0.0, step, 1.0), 1.0)
+        d_raw = tl.where(real, of_keys * ratio - rate * d_gates * d_softplus, 0.0)
         part = parts + ((b.to(tl.int64) * NT + chunk) * H + h) * 3
         tl.store(part, -rate * tl.sum(d_gates * step, axis=0))
         tl.store(part + 1, tl.sum(d_raw, axis=0))

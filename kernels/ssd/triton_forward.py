@@ -1,10 +1,10 @@
 """Mamba-2's rule, forward: the gates of all chunks at once, then along the chunks of a segment.
 
 Algebra as in `chunked` (arXiv:2405.21060, section 6): with c_i the sum of g up to token i of a
-chunk that starts from S, D_ij = exp(c_i - c_j) for i >= j, else 0, and W what is written (V, or
+chunk that starts from S, Gamma_ij = exp(c_i - c_j) for i >= j, else 0, and W what is written (V, or
 V times its time step),
 
-    P = Q K^T * D        O = scale (exp(c) Q S + P W)        S' = exp(c_C) S + K^T (exp(c_C - c) W)
+    P = Q K^T * Gamma    O = scale (exp(c) Q S + P W)        S' = exp(c_C) S + K^T (exp(c_C - c) W)
 
 `prepare` fills c, and from raw projections the time step too. `scan` holds S on chip; of its
 products only K^T W adds to S, and nothing that it reads depends on S, so P is found beside it and
@@ -88,7 +88,7 @@ def prepare(
     [config(4, 2, BV=16), config(4, 2, BV=32), config(8, 2, BV=64), config(8, 2, BV=128)],
     key=("K", "V", "C", "OUT", "KEEP", "BACK", "ADDS", "RAW", "busy"),
     blocks={"BV": "V"},
-    wide=[config(4, 2, BV=32), config(8, 2, BV=64)],
+    fp32=[config(4, 2, BV=32), config(8, 2, BV=64)],
 )
 @triton.jit
 def scan(
@@ -175,31 +175,32 @@ def scan(
 
 
 @kernel(
-    [config(2, BN=256), config(4, BN=1024)],
-    key=("N", "BACK"),
+    [config(2, BKV=256), config(4, BKV=1024)],
+    key=("KV", "BACK"),
 )
 @triton.jit
 def combine(
     initial, added, total, starts, final, segments,
-    N: tl.constexpr, HAS_INITIAL: tl.constexpr, STARTS: tl.constexpr, BACK: tl.constexpr,
-    ACC: tl.constexpr, BN: tl.constexpr,
+    KV: tl.constexpr, HAS_INITIAL: tl.constexpr, STARTS: tl.constexpr, BACK: tl.constexpr,
+    ACC: tl.constexpr, BKV: tl.constexpr,
 ):  # fmt: skip
-    """Chain the segments of one head, BN of the N = K * V numbers: S <- exp(total) S + added.
+    """Chain the segments of one head, BKV of the KV = K * V numbers: S <- exp(total) S + added.
 
-    initial, final [B, H, N]; added and starts [B, H, segments, N], total [B, H, segments]; starts,
-    the state where the run enters each segment, only with STARTS. BACK runs from the last one.
+    initial, final [B, H, KV]; added and starts [B, H, segments, KV], total [B, H, segments];
+    starts, the state where the run enters each segment, only with STARTS. BACK runs from the last
+    segment to the first.
     """
     bh, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    n = block * BN + tl.arange(0, BN)
-    inside = n < N
-    S = tl.zeros((BN,), ACC)
+    kv = block * BKV + tl.arange(0, BKV)
+    inside = kv < KV
+    S = tl.zeros((BKV,), ACC)
     if HAS_INITIAL:
-        S = tl.load(initial + bh * N + n, mask=inside, other=0.0).to(ACC)
+        S = tl.load(initial + bh * KV + kv, mask=inside, other=0.0).to(ACC)
     # Nothing loaded depends on S: several segments are fetched ahead of it.
     for step in tl.range(0, segments, num_stages=4):
         run = bh * segments + (segments - 1 - step if BACK else step)
         if STARTS:
-            tl.store(starts + run * N + n, S, mask=inside)
-        Z = tl.load(added + run * N + n, mask=inside, other=0.0)
+            tl.store(starts + run * KV + kv, S, mask=inside)
+        Z = tl.load(added + run * KV + kv, mask=inside, other=0.0)
         S = S * tl.exp2(tl.load(total + run)) + Z
-    tl.store(final + bh * N + n, S, mask=inside)
+    tl.store(final + bh * KV + kv, S, mask=inside)

@@ -30,8 +30,8 @@ def differentiate(op, inputs, dtype, **options) -> dict[str, torch.Tensor]:
     leaves = {n: x.detach().to(dtype, copy=True).requires_grad_() for n, x in inputs.items()}
     o, S = op(**leaves, **options)
     drawn = torch.Generator().manual_seed(1)
-    slopes = [torch.randn(x.shape, generator=drawn).to(x) for x in (o, S)]
-    torch.autograd.backward([o, S], slopes)
+    grad_outputs = [torch.randn(x.shape, generator=drawn).to(x) for x in (o, S)]
+    torch.autograd.backward([o, S], grad_outputs)
     return {"o": o.detach(), "S": S.detach()} | {f"d{n}": x.grad for n, x in leaves.items()}
 
 

@@ -27,12 +27,12 @@ PLAIN = {short_conv: "chunked", gated_norm: "reference"}
 NARROW = {"x", "initial_state", "o", "gate"}
 
 
-def conv_inputs(B: int, T: int, C: int, W: int, *without: str) -> dict[str, torch.Tensor]:
+def conv_inputs(B: int, T: int, E: int, W: int, *without: str) -> dict[str, torch.Tensor]:
     inputs = {
-        "x": torch.randn(B, T, C),
-        "weight": torch.randn(C, W),
-        "bias": torch.randn(C),
-        "initial_state": torch.randn(B, W - 1, C),
+        "x": torch.randn(B, T, E),
+        "weight": torch.randn(E, W),
+        "bias": torch.randn(E),
+        "initial_state": torch.randn(B, W - 1, E),
     }
     return {name: x for name, x in inputs.items() if name not in without}
 
@@ -50,17 +50,18 @@ def rounded(inputs, dtype):
     return {n: x.to(dtype) if n in NARROW else x for n, x in inputs.items()}
 
 
-def run(op, inputs, device, wide=False, **options):
+def run(op, inputs, device, double=False, **options):
     """Results and gradients of `op` by name."""
     leaves = {}
     for name, x in inputs.items():
-        leaves[name] = x.to(device, torch.float64 if wide else x.dtype, copy=True).requires_grad_()
+        dtype = torch.float64 if double else x.dtype
+        leaves[name] = x.to(device, dtype, copy=True).requires_grad_()
     options = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in options.items()}
     results = op(**leaves, **options)
     results = (results,) if isinstance(results, torch.Tensor) else results
     drawn = torch.Generator().manual_seed(1)
-    slopes = [torch.randn(x.shape, generator=drawn).to(inputs_dtype(inputs)) for x in results]
-    torch.autograd.backward(results, [s.to(x) for s, x in zip(slopes, results, strict=True)])
+    grad_outputs = [torch.randn(x.shape, generator=drawn).to(inputs_dtype(inputs)) for x in results]
+    torch.autograd.backward(results, [s.to(x) for s, x in zip(grad_outputs, results, strict=True)])
     found = {f"result {at}": x.detach() for at, x in enumerate(results)}
     return found | {f"d{name}": x.grad for name, x in leaves.items()}
 
@@ -78,7 +79,7 @@ def errors(found, wanted):
 
 def is_as_exact_as_pytorch(op, inputs, dtype, **options):
     inputs = rounded(inputs, dtype)
-    wanted = run(op, inputs, "cpu", wide=True, impl="reference", **options)
+    wanted = run(op, inputs, "cpu", double=True, impl="reference", **options)
     plain = errors(run(op, inputs, "cuda", impl=PLAIN[op], **options), wanted)
     found = errors(run(op, inputs, "cuda", impl="triton", **options), wanted)
     limits = {n: 2 * e + FLOOR[dtype] for n, e in plain.items()}

@@ -80,8 +80,8 @@ def results(op, inputs, grad=True, **options):
     found = dict(enumerate(returned))
     if grad:
         drawn = torch.Generator().manual_seed(1)
-        slopes = [torch.randn(x.shape, generator=drawn).to(x) for x in returned]
-        torch.autograd.backward(returned, slopes)
+        grad_outputs = [torch.randn(x.shape, generator=drawn).to(x) for x in returned]
+        torch.autograd.backward(returned, grad_outputs)
         found |= {name: x.grad for name, x in leaves.items() if x.grad is not None}
     return found
 

@@ -62,14 +62,14 @@ def test_gates_of_minus_five_in_bf16(op):
     """attention-gym: 59 eps of error in the gates' gradient where 1 is possible."""
     inputs = rule_inputs(op, 1, 256, 2, 128, 128)
     inputs["g"].fill_(-5.0)
-    wide = {n: x.double() for n, x in inputs.items()}
-    slopes = {}
-    for impl, given in (("triton", inputs), ("chunked", wide)):
+    double = {n: x.double() for n, x in inputs.items()}
+    grads = {}
+    for impl, given in (("triton", inputs), ("chunked", double)):
         leaves = {n: x.detach().clone().requires_grad_() for n, x in given.items()}
         o, S = op(**leaves, impl=impl)
         (o.double().sum() + S.double().square().sum()).backward()
-        slopes[impl] = leaves["g"].grad.double()
-    assert distance(slopes["triton"], slopes["chunked"]) < 4 * torch.finfo(BF16).eps
+        grads[impl] = leaves["g"].grad.double()
+    assert distance(grads["triton"], grads["chunked"]) < 4 * torch.finfo(BF16).eps
 
 
 @pytest.mark.parametrize("T", [61_500])
@@ -151,9 +151,9 @@ def test_short_conv_of_more_rows_than_a_grids_other_axes_hold():
 
 def test_short_conv_of_more_than_two_to_the_31_elements():
     """vllm: illegal access at 1.4 million tokens."""
-    T, C = 1_420_000, 1536
-    x = torch.randn(1, 1000, C, device="cuda", dtype=BF16).repeat(1, T // 1000, 1)
-    weight = torch.randn(C, 4, device="cuda", dtype=BF16)
+    T, E = 1_420_000, 1536
+    x = torch.randn(1, 1000, E, device="cuda", dtype=BF16).repeat(1, T // 1000, 1)
+    weight = torch.randn(E, 4, device="cuda", dtype=BF16)
     with torch.no_grad():
         y, tail = short_conv(x, weight, impl="triton")
         y_wanted, tail_wanted = short_conv(x[:, -1000:].double(), weight.double(), impl="chunked")
@@ -224,9 +224,9 @@ def test_gradients_that_lie_anyhow(op):
         leaves = {n: x.detach().requires_grad_() for n, x in inputs.items()}
         results = op(**leaves, impl="triton")
         torch.manual_seed(1)
-        slopes = [torch.randn_like(x) for x in results]
+        grad_outputs = [torch.randn_like(x) for x in results]
         if turn:
-            slopes = [x.transpose(1, -1).contiguous().transpose(1, -1) for x in slopes]
-        torch.autograd.backward(results, slopes)
+            grad_outputs = [x.transpose(1, -1).contiguous().transpose(1, -1) for x in grad_outputs]
+        torch.autograd.backward(results, grad_outputs)
         found.append([x.grad for x in leaves.values()])
     assert all(map(torch.equal, *found))

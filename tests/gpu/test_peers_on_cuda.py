@@ -25,8 +25,8 @@ def run(op, given, dtype, device, grad, **options):
         leaves[name] = x.detach().to(device, kind, copy=True).requires_grad_(grad)
     found = dict(zip(("out", "state"), op(**leaves, **options), strict=True))
     if grad:
-        slopes = torch.Generator().manual_seed(1)
-        loss = sum((x * torch.randn(x.shape, generator=slopes).to(x)).sum() for x in found.values())
+        drawn = torch.Generator().manual_seed(1)
+        loss = sum((x * torch.randn(x.shape, generator=drawn).to(x)).sum() for x in found.values())
         loss.backward()
         found |= {f"d{name}": x.grad for name, x in leaves.items()}
     return {name: x.detach().double().cpu() for name, x in found.items()}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from hybrid_sleep.kernels.common.triton_paths import LARGEST_WIDE_KEY
+from hybrid_sleep.kernels.common.triton_paths import LARGEST_FP32_KEY
 from hybrid_sleep.kernels.mamba2 import mamba2
 from hybrid_sleep.kernels.ssd import ssd
 
@@ -22,12 +22,12 @@ SHAPES = {
     "small": dict(B=2, T=40, H=2, G=2, K=16, V=24),
     "largest": dict(B=1, T=200, H=2, G=1, K=256, V=256),
 }
-# The kernels decline what the PyTorch path is left with: wide keys in anything but bf16.
+# The kernels decline what the PyTorch path is left with: keys above 128 in anything but bf16.
 CASES = [
     pytest.param(shape, dtype, id=f"{name}-{dtype}")
     for name, shape in SHAPES.items()
     for dtype in FLOOR
-    if dtype == torch.bfloat16 or shape["K"] <= LARGEST_WIDE_KEY
+    if dtype == torch.bfloat16 or shape["K"] <= LARGEST_FP32_KEY
 ]
 
 
@@ -64,24 +64,25 @@ def mixer_inputs(B, T, H, G, K, V):
     }
 
 
-STAY_WIDE = ("g", "A_log", "dt_bias", "skip", "initial_state")
+EXACT = ("g", "A_log", "dt_bias", "skip", "initial_state")
 
 
 def rounded(inputs, dtype):
     """What of the inputs a model of `dtype` can hold, still in fp64."""
-    return {n: x if n in STAY_WIDE else x.to(dtype).double() for n, x in inputs.items()}
+    return {n: x if n in EXACT else x.to(dtype).double() for n, x in inputs.items()}
 
 
 def results(op, inputs, dtype, **options):
     """What op returns and its gradients, by name, on the GPU."""
     leaves = {}
     for name, x in inputs.items():
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        leaves[name] = x.cuda().to(wide if name in STAY_WIDE else dtype, copy=True).requires_grad_()
+        state = torch.float64 if dtype == torch.float64 else torch.float32
+        leaves[name] = x.cuda().to(state if name in EXACT else dtype, copy=True).requires_grad_()
     o, S, *_ = op(**leaves, **options)
     drawn = torch.Generator().manual_seed(1)
-    slopes = [torch.randn(x.shape, generator=drawn).bfloat16().cuda().to(x.dtype) for x in (o, S)]
-    torch.autograd.backward([o, S], slopes)
+    random = [torch.randn(x.shape, generator=drawn).bfloat16() for x in (o, S)]
+    grad_outputs = [x.cuda().to(result.dtype) for x, result in zip(random, (o, S), strict=True)]
+    torch.autograd.backward([o, S], grad_outputs)
     return {"o": o.detach(), "S": S.detach()} | {f"d{n}": x.grad for n, x in leaves.items()}
 
 
@@ -126,7 +127,7 @@ def test_a_hundred_runs_are_bit_identical(op, shape):
 @pytest.mark.parametrize(("shape", "dtype"), CASES)
 def test_the_state_does_not_depend_on_whether_outputs_are_read(shape, dtype):
     inputs = {
-        n: x.cuda().to(torch.float32 if n in STAY_WIDE else dtype)
+        n: x.cuda().to(torch.float32 if n in EXACT else dtype)
         for n, x in mixer_inputs(**shape).items()
     }
     whole = mamba2(**inputs, key_heads=shape["G"], impl="triton")
@@ -138,10 +139,10 @@ def test_the_state_does_not_depend_on_whether_outputs_are_read(shape, dtype):
 def test_steps_are_the_sequence(dtype):
     sizes = SHAPES["segments"] | {"B": 3, "T": 9}
     inputs = rounded(mixer_inputs(**sizes), dtype)
-    given = {n: x.cuda().to(torch.float32 if n in STAY_WIDE else dtype) for n, x in inputs.items()}
+    given = {n: x.cuda().to(torch.float32 if n in EXACT else dtype) for n, x in inputs.items()}
     mask = (torch.rand(3, 9) > 0.3).cuda()
-    wide = {n: x.cuda() for n, x in inputs.items()}
-    wanted = mamba2(**wide, key_heads=2, mask=mask, impl="reference")
+    exact = {n: x.cuda() for n, x in inputs.items()}
+    wanted = mamba2(**exact, key_heads=2, mask=mask, impl="reference")
     carried = {n: given.pop(n) for n in ("initial_state", "q_tail", "kv_tail")}
     outputs = []
     for t in range(9):

@@ -219,7 +219,7 @@ class TestSuite:
         assert check.wrong(asked, right) is None
 
         def side(given, output):
-            # The same value; its slope is another.
+            # The same value with another gradient.
             v = given["v"]
             return right({**given, "v": v * factor - (v * factor - v).detach()}, output)
 

@@ -40,7 +40,7 @@ def check(ops, *arguments):
     assert {row["op"] for row in rows} == set(ops)
     for row in rows:
         assert 0 <= row["shared"] <= compiled.SHARED
-        assert row["spilled"] <= compiled.SPILLS_OF_WIDE
+        assert row["spilled"] <= compiled.SPILLS_OF_LARGE_KEYS
     # The limits mean something only where registers were counted and tiles are as long as thought.
     assert min(row["registers"] for row in rows) > 0
     if ops != ("short_conv", "gated_norm"):

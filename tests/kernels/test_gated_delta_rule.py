@@ -79,22 +79,22 @@ def test_without_writing_the_state_only_decays(make, impl):
 
 
 @pytest.mark.parametrize("C", [1, 2, 3, 24, 25, 31, 48, 65])
-@pytest.mark.parametrize("M", [1, 40])
-def test_the_inverse_of_a_unit_triangle(M, C):
-    A = (torch.randn(M, C, C, dtype=torch.float64) / C).tril(-1)
-    wanted = torch.linalg.inv(torch.eye(C, dtype=torch.float64) - A)
-    given = A.clone()
-    torch.testing.assert_close(unit_lower_inverse(given), wanted, rtol=0, atol=1e-12)
-    assert torch.equal(given, A)
+@pytest.mark.parametrize("count", [1, 40])
+def test_the_inverse_of_a_unit_triangle(count, C):
+    A = (torch.randn(count, C, C, dtype=torch.float64) / C).tril(-1)
+    M = torch.linalg.inv(torch.eye(C, dtype=torch.float64) + A)
+    minus_A = -A
+    torch.testing.assert_close(unit_lower_inverse(minus_A), M, rtol=0, atol=1e-12)
+    assert torch.equal(minus_A, -A)
 
 
 @pytest.mark.parametrize("strength", [1.0, 2.0])
 @pytest.mark.parametrize("C", [24, 64])
 def test_equal_keys_cost_the_inverse_no_accuracy(C, strength):
-    """-A is `strength` everywhere below the diagonal: powers of A would cancel binomials."""
-    A = torch.full((40, C, C), -strength).tril(-1)
-    wanted = torch.linalg.inv(torch.eye(C, dtype=torch.float64) - A[0].double())
-    torch.testing.assert_close(unit_lower_inverse(A)[7].double(), wanted, rtol=0, atol=1e-5)
+    """A is `strength` everywhere below the diagonal: powers of A would cancel binomials."""
+    A = torch.full((40, C, C), strength).tril(-1)
+    M = torch.linalg.inv(torch.eye(C, dtype=torch.float64) + A[0].double())
+    torch.testing.assert_close(unit_lower_inverse(-A)[7].double(), M, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("state", [True, False])

@@ -35,10 +35,10 @@ def results(inputs, dtype=torch.float64, only=None, guard=None, **options):
     o, S = gated_delta_rule(**given, **options)
     found = {"o": o, "S": S}
     drawn = torch.Generator().manual_seed(1)
-    wide = {"generator": drawn, "dtype": torch.float64}
-    slopes = {name: torch.randn(x.shape, **wide) for name, x in found.items()}
+    random = {"generator": drawn, "dtype": torch.float64}
+    grad_outputs = {name: torch.randn(x.shape, **random) for name, x in found.items()}
     names = ("o", "S") if only is None else (only,)
-    torch.autograd.backward([found[n] for n in names], [slopes[n].to(dtype) for n in names])
+    torch.autograd.backward([found[n] for n in names], [grad_outputs[n].to(dtype) for n in names])
     grads = {f"d{name}": x.grad for name, x in given.items()}
     return found | {name: x for name, x in grads.items() if x is not None}
 
@@ -50,7 +50,7 @@ def compare(wanted, found, dtype):
 
 CASES = {
     "one chunk": dict(T=9, K=5, V=3),
-    "one long chunk, wide": dict(T=64, K=40, V=20, chunk_size=64),
+    "one long chunk, large heads": dict(T=64, K=40, V=20, chunk_size=64),
     "two chunks, odd": dict(T=77, K=16, V=33, chunk_size=64),
     "three chunks": dict(T=129, K=24, V=16, B=1, chunk_size=100),
     "as many chunks as it likes": dict(T=49, K=16, V=16),
@@ -134,13 +134,13 @@ def test_a_gradient_from_one_result_alone(make, only):
 
 def test_without_outputs_the_state_has_its_gradients(make):
     inputs = make(gated_delta_rule, 2, 50, 1, 8, 9)
-    slopes = {}
+    grads = {}
     for impl in ("reference", "triton"):
         leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
         _, S = gated_delta_rule(**leaves, output=False, impl=impl, chunk_size=16)
         S.square().sum().backward()
-        slopes[impl] = {n: x.grad for n, x in leaves.items() if n != "q" and x.grad is not None}
-    compare(slopes["reference"], slopes["triton"], torch.float64)
+        grads[impl] = {n: x.grad for n, x in leaves.items() if n != "q" and x.grad is not None}
+    compare(grads["reference"], grads["triton"], torch.float64)
 
 
 def test_split_is_whole(make):

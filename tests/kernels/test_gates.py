@@ -46,13 +46,13 @@ def test_a_group_of_heads_has_a_gradient_for_each_gate(make, R):
 
 
 def test_the_gradient_of_gates_is_the_sum_over_pairs_that_span_them():
-    N, M, C = 3, 2, 5
+    NT, BH, C = 3, 2, 5
     pairs, read, left, kept = (
         torch.randn(shape, dtype=torch.float64)
-        for shape in ((N, M, C, C), (N - 1, M, C), (N, M, C), (N - 1, M))
+        for shape in ((NT, BH, C, C), (NT - 1, BH, C), (NT, BH, C), (NT - 1, BH))
     )
     found = chunks.gate_gradient(pairs, read, left, kept)
-    for n in range(N):
+    for n in range(NT):
         for t in range(C):
             wanted = pairs[n, :, t:, :t].sum((1, 2)) + left[n, :, :t].sum(1)
             if n:

@@ -62,10 +62,10 @@ def results(op, inputs, dtype=torch.float64, guard=None, only=NAMES, **options):
     returned = op(**given, **options)._asdict()
     found = {name: x for name, x in returned.items() if x is not None}
     drawn = torch.Generator().manual_seed(1)
-    wide = {"generator": drawn, "dtype": torch.float64}
-    slopes = {name: torch.randn(x.shape, **wide) for name, x in found.items()}
+    random = {"generator": drawn, "dtype": torch.float64}
+    grad_outputs = {name: torch.randn(x.shape, **random) for name, x in found.items()}
     chosen = [n for n in only if n in found]
-    torch.autograd.backward([found[n] for n in chosen], [slopes[n].to(dtype) for n in chosen])
+    torch.autograd.backward([found[n] for n in chosen], [grad_outputs[n].to(dtype) for n in chosen])
     grads = {f"d{name}": x.grad for name, x in given.items() if x.grad is not None}
     return found | grads
 
@@ -177,13 +177,14 @@ def test_what_is_wrong_is_named(op):
         with pytest.raises((TypeError, ValueError), match=message):
             op(**(inputs | options | changes))
 
-    refused("q=None: .*output=False", q=None)
-    refused("key_heads=0: must be an integer", key_heads=0)
-    refused("key_heads=3: must divide the 5 rows", key_heads=3)
-    refused("kv: 16 channels must be 5 of keys and a multiple of 2", kv=inputs["kv"][..., :16])
-    refused("a: shape", a=inputs["a"][:, :3])
-    refused("A_log: shape", A_log=inputs["A_log"][:1])
-    refused("kv_tail: shape", kv_tail=inputs["kv_tail"][:, :1])
-    refused("initial_state: shape", initial_state=inputs["initial_state"][:, :1])
-    refused("mask: must be a bool", mask=torch.ones(2, 7))
-    refused("impl='fast'", impl="fast")
+    refused("q must be .*unless output=False, got None", q=None)
+    refused("key_heads must be an integer of at least 1, got 0", key_heads=0)
+    refused("key_heads must divide the 5 rows of q_weight, got 3", key_heads=3)
+    odd = inputs["kv"][..., :16]
+    refused("kv must have 5 channels of keys and a multiple of 2 of values, got 16", kv=odd)
+    refused("a must have the shape", a=inputs["a"][:, :3])
+    refused("A_log must have the shape", A_log=inputs["A_log"][:1])
+    refused("kv_tail must have the shape", kv_tail=inputs["kv_tail"][:, :1])
+    refused("initial_state must have the shape", initial_state=inputs["initial_state"][:, :1])
+    refused("mask must be a bool", mask=torch.ones(2, 7))
+    refused("impl of .* must be one of .*got 'fast'", impl="fast")

@@ -66,11 +66,11 @@ def test_gradients_through_sleeps(model):
     ids = torch.randint(11, (2, 18))
     labels = torch.full_like(ids, -100)
     labels[:, -4:] = ids[:, -4:]
-    slopes = []
+    grads = []
     for context in (contextlib.nullcontext(), on_triton()):
         model.zero_grad()
         with context:
             model(ids, labels=labels, sleep_passes=3).loss.backward()
-        slopes.append({name: p.grad for name, p in model.named_parameters()})
-    wanted, found = slopes
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    wanted, found = grads
     assert {n: e for n, x in wanted.items() if not (e := relative(found[n], x)) < 1e-8} == {}

@@ -31,7 +31,7 @@ class TestRoofline:
     @pytest.mark.parametrize("direction", [FORWARD, STATE, BOTH])
     @pytest.mark.parametrize("op", contenders.OPS, ids=lambda op: op.name)
     def test_bytes_are_those_of_the_tensors(self, op, direction):
-        """Counted on a call: inputs in, results out; then slopes and inputs in, gradients out."""
+        """Counted on a call: inputs in, results out; then both kinds of gradients."""
         if direction not in op.directions:
             pytest.skip("not a direction of this op")
         shape, dtype = Shape(T=6, B=2, H=4, d=8), torch.bfloat16
@@ -50,7 +50,7 @@ class TestRoofline:
         expected = sum(x.numel() * x.element_size() for x in moved)
         found = op.cost(shape, direction, dtype.itemsize).bytes
         if op.name == "short_conv" and direction == BOTH:
-            # Its tail's slopes, three of T + 3 rows, are left out as well.
+            # The gradients of its tail, three of T + 3 rows, are left out as well.
             expected -= 2 * given["initial_state"].numel() * 2
         assert found == expected
 

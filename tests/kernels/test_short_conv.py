@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from hybrid_sleep.kernels.short_conv import short_conv
 
-B, C, W = 3, 5, 4
+B, E, W = 3, 5, 4
 
 
 @pytest.fixture(params=["reference", "chunked"])
@@ -18,10 +18,10 @@ def impl(request) -> str:
 
 def make(T: int, width: int = W, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
     return {
-        "x": torch.randn(B, T, C, dtype=dtype),
-        "weight": torch.randn(C, width, dtype=dtype),
-        "bias": torch.randn(C, dtype=dtype),
-        "initial_state": torch.randn(B, width - 1, C, dtype=dtype),
+        "x": torch.randn(B, T, E, dtype=dtype),
+        "weight": torch.randn(E, width, dtype=dtype),
+        "bias": torch.randn(E, dtype=dtype),
+        "initial_state": torch.randn(B, width - 1, E, dtype=dtype),
     }
 
 
@@ -70,9 +70,9 @@ def test_a_row_is_what_it_is_without_its_pads(impl, pattern, garbage):
     leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
     y, tail = short_conv(**leaves, mask=real, impl=impl)
     loss = y.sin().sum() + tail.sin().sum()
-    slopes = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+    grads = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
     assert not y[~real].any()
-    assert not slopes["x"][~real].any()
+    assert not grads["x"][~real].any()
 
     bare = {name: x.clone().requires_grad_() for name, x in inputs.items()}
     total = 0
@@ -89,7 +89,7 @@ def test_a_row_is_what_it_is_without_its_pads(impl, pattern, garbage):
         total = total + y_row.sin().sum() + tail_row.sin().sum()
     wanted = dict(zip(bare, torch.autograd.grad(total, list(bare.values())), strict=True))
     for name in bare:
-        torch.testing.assert_close(slopes[name], wanted[name], rtol=0, atol=1e-12)
+        torch.testing.assert_close(grads[name], wanted[name], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("activation", ["silu", None])
@@ -126,14 +126,14 @@ def test_a_kept_tail_does_not_keep_the_sequence(impl, rows, T):
 
 
 BAD = [
-    ({"x": torch.zeros(3, 0, 5)}, ValueError, r"x: shape \(3, 0, 5\) .*no dimension of 0"),
-    ({"x": torch.zeros(3, 5)}, ValueError, r"x: shape \(3, 5\) must be \[B, T, C\]"),
-    ({"weight": torch.zeros(4, 4)}, ValueError, r"weight: shape \(4, 4\) must be \[C, W\]"),
-    ({"weight": torch.zeros(5, 1, 4)}, ValueError, r"weight: shape \(5, 1, 4\) must be \[C, W\]"),
-    ({"bias": torch.zeros(4)}, ValueError, r"bias: shape \(4,\) must be \[C\] = \(5,\)"),
-    ({"initial_state": torch.zeros(3, 4, 5)}, ValueError, r"initial_state: .*= \(3, 3, 5\)"),
-    ({"mask": torch.ones(3, 7)}, TypeError, "mask: must be a bool Tensor"),
-    ({"activation": "relu"}, ValueError, "activation='relu': must be 'silu' or None"),
+    ({"x": torch.zeros(3, 0, 5)}, ValueError, r"x must have .*no dimension of 0, got \(3, 0, 5\)"),
+    ({"x": torch.zeros(3, 5)}, ValueError, r"x must have the shape \[B, T, E\] .*got \(3, 5\)"),
+    ({"weight": torch.zeros(4, 4)}, ValueError, r"weight must .*\[E, W\] = \(5, 4\), got \(4, 4\)"),
+    ({"weight": torch.zeros(5, 1, 4)}, ValueError, r"weight must .*\[E, W\] .*got \(5, 1, 4\)"),
+    ({"bias": torch.zeros(4)}, ValueError, r"bias must have the shape \[E\] = \(5,\), got \(4,\)"),
+    ({"initial_state": torch.zeros(3, 4, 5)}, ValueError, r"initial_state .*= \(3, 3, 5\), got"),
+    ({"mask": torch.ones(3, 7)}, TypeError, "mask must be a bool Tensor"),
+    ({"activation": "relu"}, ValueError, "activation must be 'silu' or None, got 'relu'"),
 ]
 
 

@@ -29,12 +29,12 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernels")
 
 
-def make(B: int, T: int, C: int, W: int, *without: str) -> dict[str, torch.Tensor]:
+def make(B: int, T: int, E: int, W: int, *without: str) -> dict[str, torch.Tensor]:
     inputs = {
-        "x": torch.randn(B, T, C, dtype=torch.float64),
-        "weight": torch.randn(C, W, dtype=torch.float64),
-        "bias": torch.randn(C, dtype=torch.float64),
-        "initial_state": torch.randn(B, W - 1, C, dtype=torch.float64),
+        "x": torch.randn(B, T, E, dtype=torch.float64),
+        "weight": torch.randn(E, W, dtype=torch.float64),
+        "bias": torch.randn(E, dtype=torch.float64),
+        "initial_state": torch.randn(B, W - 1, E, dtype=torch.float64),
     }
     return {name: x for name, x in inputs.items() if name not in without}
 
@@ -54,11 +54,11 @@ def results(inputs, dtype=torch.float64, only=None, guard=None, **options):
     y, tail = short_conv(**given, **options)
     found = {"y": y, "tail": tail}
     drawn = torch.Generator().manual_seed(1)
-    slopes = {
+    grad_outputs = {
         n: torch.randn(x.shape, generator=drawn, dtype=torch.float64) for n, x in found.items()
     }
     names = [n for n in ("y", "tail") if only in (None, n) and found[n].requires_grad]
-    torch.autograd.backward([found[n] for n in names], [slopes[n].to(dtype) for n in names])
+    torch.autograd.backward([found[n] for n in names], [grad_outputs[n].to(dtype) for n in names])
     grads = {f"d{name}": x.grad for name, x in given.items()}
     return found | {name: x for name, x in grads.items() if x is not None}
 
@@ -68,7 +68,7 @@ def compare(wanted, found, dtype=torch.float64):
     assert {n: e for n in wanted if (e := error(found[n], wanted[n])) > TOLERANCE[dtype]} == {}
 
 
-# B, T, C, W: blocks are 16 tokens and 16 channels here, spans of the backward pass 64 tokens.
+# B, T, E, W: blocks are 16 tokens and 16 channels here, spans of the backward pass 64 tokens.
 SIZES = [(2, 1, 3, 4), (1, 2, 5, 6), (1, 17, 19, 4), (1, 33, 16, 2), (1, 70, 4, 3), (1, 5, 3, 8)]
 
 
@@ -177,8 +177,8 @@ def test_a_slice_of_something_wider_is_read_in_place(guarded):
     leaves["x"] = wide[..., 4:9]
     y, tail = short_conv(**leaves, impl="triton")
     drawn = torch.Generator().manual_seed(1)
-    slopes = [torch.randn(x.shape, generator=drawn, dtype=torch.float64) for x in (y, tail)]
-    torch.autograd.backward([y, tail], slopes)
+    grad_outputs = [torch.randn(x.shape, generator=drawn, dtype=torch.float64) for x in (y, tail)]
+    torch.autograd.backward([y, tail], grad_outputs)
     guarded.check()
     assert error(y, wanted["y"]) < 1e-12
     assert error(wide.grad[..., 4:9], wanted["dx"]) < 1e-12
@@ -200,12 +200,12 @@ def test_other_layouts_are_understood():
     turned = {name: x.mT.contiguous().mT if x.dim() > 1 else x for name, x in inputs.items()}
     assert max(map(error, short_conv(**turned, impl="triton"), wanted)) < 1e-12
     leaves = {name: x.requires_grad_() for name, x in inputs.items()}
-    slopes = []
+    grads = []
     for impl in ("reference", "triton"):
         y, tail = short_conv(**leaves, impl=impl)
         # The gradient of a sum is expanded: all its strides are 0.
-        slopes.append(torch.autograd.grad(y.sum() + tail.sum(), list(leaves.values())))
-    assert max(map(error, slopes[1], slopes[0])) < 1e-12
+        grads.append(torch.autograd.grad(y.sum() + tail.sum(), list(leaves.values())))
+    assert max(map(error, grads[1], grads[0])) < 1e-12
 
 
 def test_a_wider_state_and_filter_keep_their_dtypes():
@@ -244,28 +244,28 @@ def test_neighbours_among_real_tokens():
 @triton.jit
 def convolve_heads(
     x, weight, tail, previous, mask, y, T, channels, x_b, x_t,
-    W: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr,
+    W: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     HAS_TAIL: tl.constexpr, HAS_PADS: tl.constexpr,
 ):  # fmt: skip
-    """One head of D channels a program, as a kernel does that convolves what it reads."""
+    """One head of K channels a program, as a kernel does that convolves what it reads."""
     h, b = tl.program_id(1), tl.program_id(2)
     start = tl.program_id(0) * C
-    i, d = tl.arange(0, C), tl.arange(0, BD)
+    i, d = tl.arange(0, C), tl.arange(0, BK)
     real = real_tokens(mask, b, start, i, T, HAS_PADS)
     sums = conv_tile(
-        x, weight, None, tail, previous, b, start, i, h * D, d, T, channels, x_b, x_t, real,
-        W, D, BD, False, HAS_TAIL, HAS_PADS, tl.float64,
+        x, weight, None, tail, previous, b, start, i, h * K, d, T, channels, x_b, x_t, real,
+        W, K, BK, False, HAS_TAIL, HAS_PADS, tl.float64,
     )  # fmt: skip
-    place = y + (b * T + start) * channels + h * D
-    there = (i < T - start)[:, None] & (d < D)[None, :]
+    place = y + (b * T + start) * channels + h * K
+    there = (i < T - start)[:, None] & (d < K)[None, :]
     tl.store(place + i[:, None] * channels + d[None, :], sums, mask=there)
 
 
 @pytest.mark.parametrize("tail", [True, False])
 @pytest.mark.parametrize("pads", [True, False])
 def test_another_kernel_convolves_the_heads_of_a_wider_projection(guarded, pads, tail):
-    B, T, H, D, W = 2, 35, 2, 5, 4
-    inputs = make(B, T, H * D, W, "bias", *(() if tail else ("initial_state",)))
+    B, T, H, K, W = 2, 35, 2, 5, 4
+    inputs = make(B, T, H * K, W, "bias", *(() if tail else ("initial_state",)))
     mask = torch.rand(B, T) > 0.4 if pads else None
     wanted, _ = short_conv(**inputs, mask=mask, activation=None, impl="reference")
     wide = torch.full((B, T, 17), float("nan"), dtype=torch.float64)
@@ -273,11 +273,11 @@ def test_another_kernel_convolves_the_heads_of_a_wider_projection(guarded, pads,
     if pads:
         wide[~mask] = float("nan")
     x = guarded(wide)[..., 3:13]
-    y = guarded.allocate(x, (B, T, H * D), x.dtype)
+    y = guarded.allocate(x, (B, T, H * K), x.dtype)
     convolve_heads[(triton.cdiv(T, 16), H, B)](
         x, guarded(inputs["weight"]), guarded(inputs["initial_state"]) if tail else None,
-        previous_tokens(mask) if pads else None, mask, y, T, H * D, x.stride(0), x.stride(1),
-        W=W, D=D, BD=8, C=16, HAS_TAIL=tail, HAS_PADS=pads,
+        previous_tokens(mask) if pads else None, mask, y, T, H * K, x.stride(0), x.stride(1),
+        W=W, K=K, BK=8, C=16, HAS_TAIL=tail, HAS_PADS=pads,
     )  # fmt: skip
     guarded.check()
     assert error(y, wanted) < 1e-12

@@ -41,5 +41,5 @@ def test_it_is_a_masked_attention_matrix(make, impl, G, chunk_size):
 
 def test_groups_must_divide_the_heads(make):
     inputs = make(ssd, H=4, G=3)
-    with pytest.raises(ValueError, match="q: 3 groups must divide the 4 heads of v"):
+    with pytest.raises(ValueError, match="groups of q must divide the 4 heads of v, got 3"):
         ssd(**inputs)

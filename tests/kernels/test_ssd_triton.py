@@ -39,9 +39,10 @@ def results(op, inputs, dtype=torch.float64, only=None, guard=None, **options):
     names = ("o", "S", "q_tail", "kv_tail")
     found = {name: x for name, x in zip(names, returned, strict=False) if x is not None}
     drawn = torch.Generator().manual_seed(1)
-    slopes = [torch.randn(x.shape, generator=drawn, dtype=torch.float64) for x in found.values()]
-    used = [(found[n], slope) for n, slope in zip(found, slopes, strict=True) if only in (None, n)]
-    torch.autograd.backward([x for x, _ in used], [slope.to(dtype) for _, slope in used])
+    random = {"generator": drawn, "dtype": torch.float64}
+    grad_outputs = {name: torch.randn(x.shape, **random) for name, x in found.items()}
+    used = [name for name in found if only in (None, name)]
+    torch.autograd.backward([found[n] for n in used], [grad_outputs[n].to(dtype) for n in used])
     return found | {f"d{name}": x.grad for name, x in given.items() if x.grad is not None}
 
 
@@ -55,7 +56,7 @@ def compare(wanted, found, dtype=torch.float64):
 
 CASES = {
     "one chunk": dict(T=9, K=5, V=3),
-    "one long chunk, wide": dict(T=64, K=40, V=20, chunk_size=64),
+    "one long chunk, large heads": dict(T=64, K=40, V=20, chunk_size=64),
     "two chunks, odd": dict(T=77, K=16, V=33, B=1, G=2, chunk_size=64),
     "three chunks": dict(T=129, K=24, V=16, B=1, chunk_size=100),
     "four short chunks, groups": dict(T=55, K=17, V=16, B=1, G=2, chunk_size=16),

@@ -29,8 +29,8 @@ class Raw(NamedTuple):
 
 def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
     """`x / sqrt(sum(x^2) + eps)` over the last dim, computed in fp32 or wider."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+    promoted = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (promoted * torch.rsqrt(promoted.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def compose(
