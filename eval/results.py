@@ -33,16 +33,20 @@ class Kind(NamedTuple):
     result: str | None = None
 
 
+COSTS, RENDER = "hybrid_sleep.eval.costs", "hybrid_sleep.eval.render"
 KINDS = {
     "depth": Kind("hybrid_sleep.eval.depth_report", "accuracy.png"),
     "demo": Kind("hybrid_sleep.eval.demo", "accuracy.png"),
-    "generation": Kind("hybrid_sleep.eval.benchmarks.generation", "generation.png"),
-    "cost": Kind("hybrid_sleep.eval.benchmarks.cost_report", "cost.png"),
+    "generation": Kind(
+        f"{RENDER}.generation", "generation.png", f"{COSTS}.generation:GenerationCost"
+    ),
+    "cost": Kind(f"{RENDER}.cost", "cost.png", f"{COSTS}.cost:Cost"),
     "kernels": Kind("hybrid_sleep.kernels.benchmarks.report", "kernels.png"),
     "base": Kind("hybrid_sleep.kernels.benchmarks.report", "base.png"),
     "fallback": Kind("hybrid_sleep.kernels.benchmarks.fallback", "fallback.png"),
-    "sleep": Kind("hybrid_sleep.eval.benchmarks.sleep", "sleep.png"),
-    "training": Kind("hybrid_sleep.eval.benchmarks.training_report", "training.png"),
+    "sleep": Kind(f"{RENDER}.sleep_cpu", "sleep.png", f"{COSTS}.sleep_cpu:SleepCost"),
+    "sleep_gpu": Kind(f"{RENDER}.sleep_gpu", "sleep.png", f"{COSTS}.sleep_gpu:GpuSleepCost"),
+    "training": Kind(f"{RENDER}.training", "training.png", f"{COSTS}.training:TrainingCost"),
     "ablation": Kind("hybrid_sleep.eval.ablation", "accuracy.png"),
     "harness": Kind("hybrid_sleep.eval.harness.report", "accuracy.png"),
     "map": Kind("hybrid_sleep.eval.depth_map", "map.png"),

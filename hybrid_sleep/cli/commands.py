@@ -94,7 +94,7 @@ def patiently(lines: Iterable[str], what: str) -> Iterator[str]:
 
 
 def measure(
-    name: str, run: Callable[..., dict[str, Any]], out: Path | None, **given: Any
+    name: str, run: Callable[..., Any], out: Path | None, **given: Any
 ) -> None:
     """Run the benchmark `name` with what is given, showing progress, and report its result.
 
@@ -111,16 +111,22 @@ def measure(
         report(result, out)
 
 
-def report(result: dict[str, Any], out: Path) -> None:
+def report(result: Any, out: Path) -> None:
     """Write a benchmark's files and show its table; KeyboardInterrupt if it was interrupted."""
+    from hybrid_sleep.eval.results import Result
+
     show(result, out)
-    if result.get("ended") == "time is up":
+    if isinstance(result, Result):
+        ended, complete = result.ended, result.complete
+    else:
+        ended, complete = result.get("ended"), result.get("complete", True)
+    if ended == "time is up":
         typer.echo(CONTINUES, err=True)
-    elif not result.get("complete", True):
+    elif not complete:
         raise KeyboardInterrupt("these files hold what was finished")
 
 
-def show(result: dict[str, Any], out: Path) -> None:
+def show(result: Any, out: Path) -> None:
     """Write a benchmark's files and show its table."""
     from hybrid_sleep.eval.results import save
 

@@ -21,11 +21,10 @@ KERNEL_PACKAGES = ("triton", "flash-linear-attention", "fla-core", "mamba-ssm", 
 # What only shows numbers cannot change one: modules, and packages with all that is in them.
 PRESENTATION = (
     "cli",
-    "eval.benchmarks.cost_report",
-    "eval.benchmarks.training_report",
     "eval.depth_report",
     "eval.harness.report",
     "eval.plots",
+    "eval.render",
     "eval.results",
     "eval.suite_report",
     "eval.tasks.show",
@@ -35,7 +34,6 @@ PRESENTATION = (
     "support.progress",
     "support.records",
     "support.terminal",
-    "training.display",
     "training.plots",
 )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 
 import pytest
 import torch
@@ -14,7 +13,12 @@ from typer.testing import CliRunner
 
 from hybrid_sleep.cli.app import app
 from hybrid_sleep.eval import results
-from hybrid_sleep.eval.benchmarks import training, training_report
+from hybrid_sleep.eval.costs import call as calls
+from hybrid_sleep.eval.costs import training
+from hybrid_sleep.eval.costs.call import Call
+from hybrid_sleep.eval.costs.timing import Spread
+from hybrid_sleep.eval.costs.training import TrainingCost, TrainingRow
+from hybrid_sleep.eval.render import training as pages
 
 CPU = torch.device("cpu")
 TINY = {"batch": 2, "hidden": 16, "layers": 2, "head_dim": 8, "vocabulary": 32, "autocast": None,
@@ -110,7 +114,7 @@ def test_options_in_order_of_what_they_need():
         names = tiny(option, **sizes)
         bench._prepare(names)
         memory = training.Step(bench._model, names).memory(names)
-        name = training_report.label(option)
+        name = pages.label(option)
         peak[name], held[name] = memory["peak_bytes"], memory["held_bytes"]
     assert peak["none"] > 2 * peak["window"] > 2 * peak["pass"]
     assert peak["window"] > peak["window + block"]
@@ -130,37 +134,40 @@ def base(monkeypatch):
 def test_rows_are_measured_shown_and_rebuilt(tmp_path, base):
     rows = [tiny(), tiny("pass"), tiny(["window", 1]), tiny(None, 1), tiny(passes=1)]
     threads = torch.get_num_threads()
-    result = training.run(rows=rows, repeats=2, out=tmp_path)
-    assert torch.get_num_threads() == threads and result["provenance"]["threads"] == 1
-    assert result["complete"] and result["measured_on"] == "cpu"
-    plain, by_pass, nested, cut, awake = result["rows"]
-    assert plain["time_ratio"] is None and plain["memory_ratio"] == 1.0
-    assert awake["memory_ratio"] == 1.0 and awake["peak_bytes"] < plain["peak_bytes"]
+    result = training.run(Call(repeats=2, out=tmp_path), rows=rows)
+    assert torch.get_num_threads() == threads and result.provenance["threads"] == 1
+    assert result.complete and result.measured_on == "cpu"
+    plain, by_pass, nested, cut, awake = result.rows
+    assert plain.time_ratio is None and result.memory_ratio(plain) == 1.0
+    assert result.memory_ratio(awake) == 1.0 and awake.peak_bytes < plain.peak_bytes
     for row in (by_pass, nested, cut):
-        assert row["memory_ratio"] == row["peak_bytes"] / plain["peak_bytes"] < 1
-        low, high = row["time_ratio"]["quartiles"]
-        assert low <= row["time_ratio"]["median"] <= high
-    for row in result["rows"]:
-        assert row["rounds"] == 2 and not row["out_of_memory"]
-        seconds = row["cpu_seconds"]["median"]
-        tokens = row["batch"] * row["windows"] * row["window"]
-        assert row["tokens_per_second"] == pytest.approx(tokens / seconds)
-    _, table, figure = results.save(result, tmp_path)
+        assert result.memory_ratio(row) == row.peak_bytes / plain.peak_bytes < 1
+        low, high = row.time_ratio.quartiles
+        assert low <= row.time_ratio.median <= high
+    for row in result.rows:
+        assert row.rounds == 2 and not row.out_of_memory
+        tokens = row.batch * row.windows * row.window
+        assert row.tokens_per_second == pytest.approx(tokens / row.cpu_seconds.median)
+    path, table, figure = results.save(result, tmp_path)
+    assert results.read(path, TrainingCost) == result
     first, picture = table.read_text(), figure.read_bytes()
     assert "| window + 1 layer | all passes |" in first and "| none | last 1 |" in first
     assert picture.startswith(b"\x89PNG")
     table.unlink()
     figure.unlink()
-    results.render(tmp_path / "results.json")
+    results.render(path)
     assert table.read_text() == first and figure.read_bytes() == picture
 
 
 def made_up(memory, time, checkpointing=None, truncation=None, **changes):
-    ratio = None if time is None else {"median": time, "quartiles": [time, time]}
-    return {
-        **tiny(checkpointing, truncation, **changes), "out_of_memory": memory is None,
-        "peak_bytes": memory, "time_ratio": ratio,
-    }  # fmt: skip
+    ratio = None if time is None else Spread(time, [time, time])
+    key = tiny(checkpointing, truncation, **changes)
+    return TrainingRow(**key, out_of_memory=memory is None, peak_bytes=memory, time_ratio=ratio)
+
+
+def result_of(rows):
+    how = {"measured_on": "cpu", "clock": "cpu_seconds", "repeats": 2}
+    return TrainingCost(**how, rows=rows, provenance={})
 
 
 @pytest.mark.parametrize(
@@ -168,15 +175,11 @@ def made_up(memory, time, checkpointing=None, truncation=None, **changes):
 )
 def test_the_target_needs_both(base, memory, time, met):
     rows = [made_up(100, None), made_up(memory, time, "pass"), made_up(1, 1.0, None, 1)]
-    result = {"measured_on": "cpu", "rows": rows}
-    training.judge(result)
-    assert result["target"]["met_by"] == (["pass"] if met else [])
+    assert result_of(rows).target_met_by == (["pass"] if met else [])
     # Nothing is said of another setting, or without the row to compare with.
     for unlike in ([made_up(x, y, z, windows=5) for x, y, z in ((9, None, None), (1, 1, "pass"))],
                    rows[1:], [made_up(None, None), rows[1]]):  # fmt: skip
-        result["rows"] = unlike
-        training.judge(result)
-        assert "target" not in result
+        assert result_of(unlike).target_met_by is None
 
 
 def no_room(monkeypatch, method, refused):
@@ -191,26 +194,25 @@ def no_room(monkeypatch, method, refused):
 
 
 @pytest.mark.parametrize("method", ["memory", "seconds"])
-def test_what_does_not_fit_is_a_row_and_not_the_end(tmp_path, monkeypatch, base, method):
-    no_room(monkeypatch, method, lambda names: names["checkpointing"] is None)
-    result = training.run(rows=[tiny("block"), tiny(), tiny("pass")], repeats=2)
-    block, plain, by_pass = result["rows"]
-    assert result["complete"] and plain["out_of_memory"] and plain["peak_bytes"] is None
+def test_what_does_not_fit_is_a_row_and_not_the_end(monkeypatch, base, method):
+    no_room(monkeypatch, method, lambda key: key["checkpointing"] is None)
+    result = training.run(Call(repeats=2), rows=[tiny("block"), tiny(), tiny("pass")])
+    block, plain, by_pass = result.rows
+    assert result.complete and plain.out_of_memory and plain.peak_bytes is None
     for row in (block, by_pass):
-        assert not row["out_of_memory"] and row["tokens_per_second"] > 0
-        assert row["memory_ratio"] is None and "target" not in result
-    assert by_pass["time_ratio"] is None
-    text = training_report.markdown(result)
-    assert text.count("out of memory") == 1
-    training_report.figure(result)
+        assert not row.out_of_memory and row.tokens_per_second > 0
+        assert result.memory_ratio(row) is None
+    assert by_pass.time_ratio is None and result.target_met_by is None
+    assert pages.markdown(result).count("out of memory") == 1
+    pages.figure(result)
 
 
 def test_pairs_take_turns(monkeypatch):
     order = []
     monkeypatch.setattr(
         training.Step, "seconds",
-        lambda step, names: order.append(names["checkpointing"]) or
-        {"wall_seconds": 9.0, "cpu_seconds": 3.0 if names["checkpointing"] else 2.0},
+        lambda step, key: order.append(key["checkpointing"]) or
+        {"wall_seconds": 9.0, "cpu_seconds": 3.0 if key["checkpointing"] else 2.0},
     )  # fmt: skip
     row = training.Bench("cpu", 3).measure(tiny("block"))
     assert order == ["block", None, None, "block", "block", None]
@@ -220,46 +222,44 @@ def test_pairs_take_turns(monkeypatch):
 
 def test_finished_rows_are_kept(tmp_path, monkeypatch):
     # Others may be at work on the code.
-    monkeypatch.setattr(training, "provenance", lambda device: {"source": "this"})
+    monkeypatch.setattr(calls, "provenance", lambda device: {"source": "this"})
     asked = []
     monkeypatch.setattr(
         training.Bench, "measure",
-        lambda bench, names: asked.append(names["checkpointing"]) or
+        lambda bench, key: asked.append(key["checkpointing"]) or
         {"peak_bytes": 1, "time_ratio": None, "out_of_memory": False},
     )  # fmt: skip
     first = [tiny(), tiny(["window", 2])]
-    training.run(rows=first, repeats=2, out=tmp_path)
-    training.run(rows=[*first, tiny("block")], repeats=2, out=tmp_path)
+    training.run(Call(repeats=2, out=tmp_path), rows=first)
+    training.run(Call(repeats=2, out=tmp_path), rows=[*first, tiny("block")])
     assert asked == [None, ["window", 2], "block"]
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_every_way_is_asked_for_where_the_target_is(kind):
-    rows = training.wanted_rows(kind)
-    assert len({json.dumps(row, sort_keys=True) for row in rows}) == len(rows)
-    first = [row for row in rows if training._setting(row) == training._setting(rows[0])]
-    assert first == rows[: len(first)] and rows[0]["checkpointing"] is None
-    assert (rows[0]["windows"], rows[0]["passes"]) == (8, 4)
-    shown = {training_report._option(row) for row in first}
+    rows = [TrainingRow(**key, out_of_memory=False) for key in training.planned_rows(kind)]
+    assert all(row not in rows[:index] for index, row in enumerate(rows))
+    first = [row for row in rows if row.at(training.BASE[kind])]
+    assert first == rows[: len(first)] and rows[0].keeps_everything
+    assert (rows[0].windows, rows[0].passes) == (8, 4)
+    shown = set(map(pages.option, first))
     assert {"none", "block", "pass", "window", "window + block", "none, last 2 of N"} <= shown
-    assert all(row["truncation"] is None or row["truncation"] < row["passes"] for row in rows)
+    assert all(row.truncation is None or row.truncation < row.passes for row in rows)
     for name in ("passes", "windows", "window"):
-        assert len({row[name] for row in rows}) > 1
+        assert len({getattr(row, name) for row in rows}) > 1
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("call", "rows", "message"),
     [
-        ({"repeats": 1}, r"repeats=1.*at least 2"),
-        ({"minutes": 0}, r"minutes must be a finite number above 0, got 0"),
-        ({"device": "abacus"}, r"device='abacus'; allowed here: cpu"),
-        ({"rows": [tiny("layer")]}, r"granularity must be None, 'block'"),
-        ({"rows": [tiny(None, 0)]}, r"passes must be an integer of at least 1, got 0"),
+        ({"minutes": 0}, [tiny()], r"minutes must be a finite number above 0, got 0"),
+        ({}, [tiny("layer")], r"granularity must be None, 'block'"),
+        ({}, [tiny(None, 0)], r"passes must be an integer of at least 1, got 0"),
     ],
 )
-def test_bad_arguments_are_named(options, message):
+def test_bad_arguments_are_named(call, rows, message):
     with pytest.raises(ValueError, match=message):
-        training.run(**options)
+        training.run(Call(repeats=2, **call), rows=rows)
 
 
 def test_the_command_says_what_is_wrong():

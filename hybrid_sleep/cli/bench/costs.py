@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,9 +23,9 @@ def generation(
     out: Out = None,
 ) -> None:
     """Seconds per token and memory of the last generated window against the first."""
-    from hybrid_sleep.eval.benchmarks import generation
+    from hybrid_sleep.eval.costs import generation
 
-    def run(out: Path, **given: Any) -> dict[str, Any]:
+    def run(out: Path, **given: Any) -> Any:
         return generation.run(**given)
 
     measure(
@@ -47,15 +48,16 @@ def sleep(
     minutes: Minutes = None,
     out: Out = None,
 ) -> None:
-    """Time of one sleep of depth N beside N calls of the model, over window shapes.
+    """Time of one sleep of depth N compared with N calls of the model, over window shapes.
 
     On a CUDA device: sleeps from CUDA graphs, eager ones and calls, and single tokens before and
     after 64 windows. What an earlier call finished in the folder, with the same code, versions and
     device, is kept.
     """
-    from hybrid_sleep.eval.benchmarks import sleep
+    from hybrid_sleep.eval.costs import sleep_cpu, sleep_gpu
 
-    measure("sleep", sleep.run, out, repeats=repeats, device=device, minutes=minutes)
+    run = sleep_gpu.run if device.startswith("cuda") else sleep_cpu.run
+    _measure("sleep", run, out, repeats=repeats, device=device, minutes=minutes)
 
 
 @command
@@ -64,7 +66,7 @@ def cost(
         Path | None, typer.Option(help="A trained model (default: an untrained one).")
     ] = None,
     depo: Annotated[
-        Path | None, typer.Option(help="A model trained on Depo, to be asked many questions.")
+        Path | None, typer.Option(help="A model trained on Depo: many questions about one past.")
     ] = None,
     hidden: Annotated[int | None, typer.Option(help="Width of the untrained model.")] = None,
     layers: Annotated[int | None, typer.Option(help="Layers of the untrained model.")] = None,
@@ -82,23 +84,23 @@ def cost(
     answer: Annotated[
         int | None, typer.Option(help="Tokens of an answer (default: a quarter of the window).")
     ] = None,
-    cycles: Annotated[int, typer.Option(help="Cycles of Depo to ask about.")] = 50,
+    cycles: Annotated[int, typer.Option(help="Cycles of Depo.")] = 50,
     repeats: Repeats = 5,
     device: Device = "cpu",
     minutes: Minutes = None,
     out: Out = None,
 ) -> None:
-    """Time, FLOPs, bytes and energy of sleeps, and after how many questions one has paid off.
+    """Time, FLOPs and bytes of sleeps, and from how many questions on one costs less.
 
     Sleeps by depth; decoding after consolidated windows and with a KV cache that keeps all of them;
     with --depo, many questions answered from the saved fast weights of one sleep. What an earlier
     call finished in the folder, with the same code, versions and device, is kept.
     """
-    from hybrid_sleep.eval.benchmarks import cost
+    from hybrid_sleep.eval.costs import cost
     from hybrid_sleep.eval.depth import parse_depths
 
     given = {"hidden": hidden, "layers": layers, "window": window, "state_space": state_space}
-    measure(
+    _measure(
         "cost",
         cost.run,
         out,
@@ -128,6 +130,25 @@ def train(
     Each kind of activation checkpointing and truncation is timed in pairs with keeping everything.
     What an earlier call finished in the folder, with the same code, versions and device, is kept.
     """
-    from hybrid_sleep.eval.benchmarks import training
+    from hybrid_sleep.eval.costs import training
 
-    measure("train", training.run, out, repeats=repeats, device=device, minutes=minutes)
+    _measure("train", training.run, out, repeats=repeats, device=device, minutes=minutes)
+
+
+def _measure(
+    name: str,
+    run: Callable[..., Any],
+    out: Path | None,
+    *,
+    repeats: int,
+    device: str,
+    minutes: float | None,
+    **given: Any,
+) -> None:
+    """`measure` with a `run` that takes a `Call` first."""
+    from hybrid_sleep.eval.costs.call import Call
+
+    def called(**how: Any) -> Any:
+        return run(Call(repeats=repeats, minutes=minutes, **how), **given)
+
+    measure(name, called, out, device=device)

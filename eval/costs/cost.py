@@ -1,42 +1,42 @@
-"""What a sleep costs, and how many later questions it must serve before it has paid for itself.
+"""What a sleep costs, and from how many later questions on it costs less than its alternatives.
 
-Three things are measured: a sleep by its depth; a token awake, before and after many windows have
-been slept over, beside the same backbone that keeps all of its past in a KV cache; and, given a
-model trained on Depo, many questions about one cycle, answered from saved fast weights.
+Three things are measured: a sleep, by depth; one decoding step behind a past that was consolidated,
+compared with the same backbone that keeps all of its past in a KV cache; and, given a model trained
+on Depo, many questions about one cycle, answered from saved fast weights.
 
-What is compared is timed in turn, in rotating order, in one process.
+What is compared runs alternately, in rotating order, in one process.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from hybrid_sleep import SleepCache
 from hybrid_sleep.eval import flops
-from hybrid_sleep.eval.benchmarks.break_even import judge
-from hybrid_sleep.eval.benchmarks.energy import find_meter, joules_of
-from hybrid_sleep.eval.benchmarks.generation import synchronise
-from hybrid_sleep.eval.benchmarks.keeping import KeepingCache, appended, keeper_of
-from hybrid_sleep.eval.benchmarks.models import untrained
-from hybrid_sleep.eval.benchmarks.questions import Questions
-from hybrid_sleep.eval.depth import check_depths, read_run
+from hybrid_sleep.eval.costs.break_even import Price, Verdict, together
+from hybrid_sleep.eval.costs.call import Call
+from hybrid_sleep.eval.costs.keeping import appended, consolidated, keeper_of, kept_cache
+from hybrid_sleep.eval.costs.models import untrained
+from hybrid_sleep.eval.costs.questions import DepoModel, DepoRow, Questions
+from hybrid_sleep.eval.costs.timing import CLOCK, stopwatch
+from hybrid_sleep.eval.depth import read_run
 from hybrid_sleep.eval.depth_report import run_record
+from hybrid_sleep.eval.results import Result
+from hybrid_sleep.eval.tasks.accuracy import check_depths
 from hybrid_sleep.kernels.benchmarks.timing import in_turn
 from hybrid_sleep.sleep.weights import weights_digest
-from hybrid_sleep.support.provenance import check_device, provenance
-from hybrid_sleep.support.resume import Row, collect
 from hybrid_sleep.training.weights import load_model
 from hybrid_sleep.validation import check_count
 
+Row = dict[str, Any]
 # By kind of device: the untrained model that is measured unless a trained one is given.
 SIZES: dict[str, Row] = {
     "cpu": {"state_space": "gated_deltanet", "hidden": 256, "layers": 4, "window": 128},
@@ -50,15 +50,143 @@ SIZES: dict[str, Row] = {
         "dtype": "bfloat16",
     },
 }
-Works = dict[str, Callable[[], Any]]
 
 TOKENS = 64  # at most so many are timed one by one, from the middle of a window on
 RATIOS = ("slept", "kept", "reserved")  # of a token to a fresh one; reserved: nothing is copied
-# On a CPU one thread's processor time, which other work lengthens less than that of the wall.
-CLOCK = {"cpu": "cpu_seconds", "cuda": "wall_seconds"}
+
+
+@dataclass(kw_only=True)
+class Model:
+    """The model that is measured; `run`: see `run_record`, None of an untrained one."""
+
+    run: dict[str, Any] | None
+    dtype: str
+    parameters: int
+    fast_weight_bytes: int
+    kv_bytes_per_token: int
+    config: dict[str, Any]
+
+
+@dataclass(kw_only=True)
+class SleepRow:
+    """A sleep over one full window, and the forward pass over that window; seconds by round."""
+
+    what: Literal["sleep"]
+    model: str
+    repeats: int
+    passes: int
+    seconds: list[float]
+    read_seconds: list[float]
+    flops: int
+    read_flops: int
+
+
+@dataclass(kw_only=True)
+class Seconds:
+    """Seconds by round. token: one decoding step, `fresh` with no past, `slept` behind fast
+    weights, `kept` behind a whole KV cache; copying: of the last, what appending to it takes.
+
+    read: prefill and sleeps of the past, by depth; ask: the forward pass over a question.
+    """
+
+    token: dict[str, list[float]]
+    copying: list[float]
+    read: dict[int, list[float]]
+    read_kept: list[float]
+    ask: list[float]
+    ask_kept: list[float]
+
+
+@dataclass(kw_only=True)
+class Flops:
+    """As `Seconds`, counted."""
+
+    token: dict[str, float]
+    read: dict[int, int]
+    read_kept: int
+    ask: int
+    ask_kept: int
+
+
+@dataclass(kw_only=True)
+class DecodeRow:
+    """Decoding, questions and prefill with so many windows in the past.
+
+    ratio: by round, of a decoding step to one with no past. bytes: `saved` fast weights, what an
+    open `window` adds to them, and the `kept` KV cache.
+    """
+
+    what: Literal["decode"]
+    model: str
+    repeats: int
+    depths: list[int]
+    question: int
+    answer: int
+    windows: int
+    past: int
+    seconds: Seconds
+    ratio: dict[str, list[float]]
+    flops: Flops
+    bytes: dict[str, int]
+
+    def prices(self, unit: str, depth: int) -> list[Price]:
+        """What is paid in `flops`, or in `seconds` a round, with sleeps of `depth`.
+
+        A question is one forward pass, and each token of its answer another. The time that goes
+        into copying a kept cache to append to it is left out: a server need not copy.
+        """
+        answer = self.answer
+        if unit == "flops":
+            cost = self.flops
+            ask = cost.ask + answer * cost.token["slept"]
+            ask_kept = cost.ask_kept + answer * cost.token["kept"]
+            return [Price(cost.read[depth], ask, cost.read_kept, ask_kept)]
+        taken = self.seconds
+        return [
+            Price(
+                once,
+                ask + answer * slept,
+                once_kept,
+                ask_kept + answer * kept - (1 + answer) * copying,
+            )
+            for once, ask, slept, once_kept, ask_kept, kept, copying in zip(
+                taken.read[depth],
+                taken.ask,
+                taken.token["slept"],
+                taken.read_kept,
+                taken.ask_kept,
+                taken.token["kept"],
+                taken.copying,
+                strict=True,
+            )
+        ]
+
+    def break_even(self, unit: str, depth: int, alternative: str) -> Verdict:
+        """When sleeping costs less than an alternative, the verdicts of all rounds together."""
+        return together([price.against(alternative) for price in self.prices(unit, depth)])
+
+
+@dataclass(kw_only=True)
+class Cost(Result):
+    """Sleeps, decoding and, with `depo`, questions about its cycles."""
+
+    benchmark: ClassVar[str] = "cost"
+    measured_on: str
+    clock: str
+    repeats: int
+    question: int
+    answer: int
+    model: Model
+    depo: DepoModel | None
+    rows: list[SleepRow | DecodeRow | DepoRow]
+
+    def rows_of(self, kind: type) -> list[Any]:
+        """Rows of one type."""
+        return [row for row in self.rows if isinstance(row, kind)]
 
 
 def run(
+    call: Call,
     *,
     model: str | os.PathLike | None = None,
     sizes: Row | None = None,
@@ -68,34 +196,29 @@ def run(
     question: int | None = None,
     answer: int | None = None,
     cycles: int = 50,
-    repeats: int = 5,
-    device: str = "cpu",
-    minutes: float | None = None,
-    out: Path | None = None,
-    command: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """Measure every row that `out` does not have; see `resume.collect` for `minutes` and `out`.
+) -> Cost:
+    """Measure every row.
 
     model: a folder written by training; None for an untrained model of `sizes`, those of SIZES
         where they are not given. depo: such a folder of a model trained on Depo, for the questions
         about cycles; None leaves them out.
     depths: passes N of the sleeps. windows: how many lie in the past. question, answer: tokens of
         a question and of its answer, by default a quarter of the window each, together at most a
-        window. cycles: at least 2. repeats: rounds in turn, at least 2.
+        window. cycles: at least 2.
 
     On a CPU one thread computes. Raises ValueError or FileNotFoundError for arguments that cannot
     be, before anything is measured.
     """
-    kind = torch.device(check_device(device)).type
     depths = check_depths(depths)
     windows = sorted({check_count("windows", count) for count in windows})
     if not windows:
-        raise ValueError("windows is empty; allowed: one or more integers of at least 1")
+        raise ValueError("windows must be one or more integers of at least 1, got none")
     check_count("cycles", cycles, 2)
-    check_count("repeats", repeats, 2)
     if model is not None and sizes:
-        raise ValueError(f"{', '.join(sizes)} given with model={os.fspath(model)!r}; allowed: one")
+        raise ValueError(
+            f"{', '.join(sizes)} must be left out where a model is given, got {os.fspath(model)!r}"
+        )
+    device, kind = call.device, call.kind
     sizes = {**SIZES[kind], **(sizes or {})}
     for name in ("hidden", "layers", "window"):
         check_count(name, sizes[name], 2)
@@ -104,13 +227,13 @@ def run(
     if kind == "cpu":
         torch.set_num_threads(1)
     try:
-        asked = Questions(depo, runs["depo"], cycles, device, stopwatch(device)) if depo else None
+        asked = Questions(depo, runs["depo"], cycles, device) if depo else None
         if model is None:
             subject = untrained(device=device, **sizes)
         else:
             subject = load_model(model, device).eval()
         if not subject.config.fast_weight_bytes:
-            raise ValueError(f"model={model!r} has no state-space layer; allowed: one that has")
+            raise ValueError(f"model must have a state-space layer, got {os.fspath(model)!r}")
         window = subject.config.window
         question, answer = (
             max(1, window // 4) if count is None else check_count(name, count)
@@ -118,39 +241,31 @@ def run(
         )
         if question + answer > window:
             raise ValueError(
-                f"question={question} and answer={answer} are more than the window; allowed: "
-                f"together at most {window}"
+                f"question and answer must be at most {window} tokens together, which is the "
+                f"window, got {question} and {answer}"
             )
-        result = {
-            "benchmark": "cost",
-            "measured_on": kind,
-            "clock": CLOCK[kind],
-            "repeats": repeats,
-            "question": question,
-            "answer": answer,
-            "model": {
-                "name": "untrained" if model is None else run_record(model, runs["model"]),
+        bench = Bench(subject, call.repeats, question, answer)
+        rows = [*bench.rows(depths, windows), *(asked.rows(depths) if asked else ())]
+        works = {"sleep": bench.sleep, "decode": bench.decode}
+        if asked:
+            works["depo"] = asked.measure
+        return call.measure(
+            Cost,
+            rows,
+            lambda key: works[key["what"]](key),
+            measured_on=kind,
+            clock=CLOCK[kind],
+            question=question,
+            answer=answer,
+            model={
+                "run": None if model is None else run_record(model, runs["model"]),
                 "dtype": str(subject.dtype).removeprefix("torch."),
                 "parameters": flops.parameters(subject.config),
                 "fast_weight_bytes": subject.config.fast_weight_bytes,
                 "kv_bytes_per_token": flops.kv_bytes(subject.config, subject.dtype.itemsize),
                 "config": subject.config.to_diff_dict(),
             },
-            "depo": None if asked is None else {**run_record(depo, runs["depo"]), **asked.about()},
-            "rows": [],
-            "command": command,
-            "provenance": provenance(device),
-        }
-        bench = Bench(subject, repeats, question, answer)
-        result["energy"] = None if bench.meter is None else bench.meter.name
-        rows = [*bench.rows(depths, windows), *(asked.rows(depths) if asked else ())]
-
-        def measure(names: Row) -> Row:
-            works = {"sleep": bench.sleep, "wake": bench.wake}
-            return asked.measure(names) if names["what"] == "depo" else works[names["what"]](names)
-
-        return collect(
-            result, rows, measure, finish=judge, minutes=minutes, out=out, progress=progress
+            depo=asked and asked.about(),
         )
     finally:
         torch.set_num_threads(threads)
@@ -162,19 +277,6 @@ def parse_windows(text: str) -> list[int]:
     if not all(part.isdecimal() for part in parts):
         raise ValueError(f"windows={text!r}; allowed: such as 1,8,64")
     return [int(part) for part in parts]
-
-
-def stopwatch(device: Any) -> Callable[[], float]:
-    """A clock in seconds: processor time on a CPU, the wall after all work is done elsewhere."""
-    device = torch.device(device)
-    if device.type == "cpu":
-        return time.process_time
-
-    def now() -> float:
-        synchronise(device)
-        return time.perf_counter()
-
-    return now
 
 
 def digest_of(model: Any) -> str:
@@ -189,23 +291,23 @@ class Bench:
     def __init__(self, model: Any, repeats: int, question: int, answer: int):
         self.model, self.repeats, self.question, self.answer = model, repeats, question, answer
         self.config, self.device = model.config, model.device
-        self.now, self.meter = stopwatch(self.device), find_meter(self.device)
+        self.now = stopwatch(self.device)
         self._drawn = torch.Generator().manual_seed(0)
 
     def rows(self, depths: Sequence[int], windows: Sequence[int]) -> list[Row]:
-        """What each row is about: sleeps by depth, then tokens by windows slept over."""
+        """What each row is about: sleeps by depth, then decoding by windows in the past."""
         about = {"model": digest_of(self.model), "repeats": self.repeats}
         asked = {"depths": list(depths), "question": self.question, "answer": self.answer}
         return [
             *({"what": "sleep", **about, "passes": depth} for depth in depths if depth > 1),
-            *({"what": "wake", **about, **asked, "windows": count} for count in windows),
+            *({"what": "decode", **about, **asked, "windows": count} for count in windows),
         ]
 
     @torch.no_grad()
-    def sleep(self, names: Row) -> Row:
-        """A sleep over one full window, in turn with the forward that reads the window."""
-        passes, tokens = names["passes"], self._tokens(self.config.window)
-        before = self._past(tokens, passes)
+    def sleep(self, key: Row) -> Row:
+        """A sleep over one full window, alternating with the forward pass over that window."""
+        passes, tokens = key["passes"], self._tokens(self.config.window)
+        before = consolidated(self.model, tokens, passes)
         full = before.copy()
         self._next(self.model, full, tokens)
         works = {
@@ -222,18 +324,19 @@ class Bench:
             "flops": flops.sleep_flops(self.config, self.config.window, passes, past=kept),
             "read_flops": flops.pass_flops(self.config, self.config.window, past=kept)
             + flops.logit_flops(self.config),
-            "joules": self._joules(works["sleep"]),
         }
 
     @torch.no_grad()
-    def wake(self, names: Row) -> Row:
-        """Tokens, questions and reading behind so many windows: slept over, or all kept."""
-        window, past = self.config.window, names["windows"] * self.config.window
-        depths, ids = names["depths"], self._tokens(past)
+    def decode(self, key: Row) -> Row:
+        """Tokens, questions and prefill of so many windows: consolidated, or all kept."""
+        window, past = self.config.window, key["windows"] * self.config.window
+        depths, ids = key["depths"], self._tokens(past)
         keeper = keeper_of(self.model, past + window)
-        slept, kept = self._past(ids, depths[-1]), self._keep(keeper, ids)
-        reads = {str(depth): lambda depth=depth: self._past(ids, depth) for depth in depths}
-        reads["kept"] = lambda: self._keep(keeper, ids)
+        slept, kept = consolidated(self.model, ids, depths[-1]), kept_cache(keeper, ids)
+        reads = {
+            str(depth): partial(consolidated, self.model, ids, depth) for depth in depths
+        }
+        reads["kept"] = lambda: kept_cache(keeper, ids)
         asked = self._tokens(self.question)
         asks = {
             "slept": lambda: self._next(self.model, slept.copy(), asked),
@@ -256,7 +359,7 @@ class Bench:
             "past": past,
             "seconds": {
                 "token": {name: tokens[name] for name in starts},
-                "copying": {"kept": tokens["copying"]},
+                "copying": tokens["copying"],
                 "read": {depth: taken[depth] for depth in map(str, depths)},
                 "read_kept": taken["kept"],
                 "ask": questions["slept"],
@@ -264,7 +367,6 @@ class Bench:
             },
             "ratio": {name: tokens[f"{name} to fresh"] for name in RATIOS},
             "flops": self._flops(past, depths, keeper.config),
-            "joules": self._joules_of(reads, asks, starts),
             "bytes": {
                 "saved": slept.nbytes(),
                 "window": full.nbytes() - slept.nbytes(),
@@ -317,27 +419,6 @@ class Bench:
             times[f"{name} to fresh"] = median(mine / fresh for mine, fresh in pairs)
         return times
 
-    def _joules_of(
-        self, reads: Works, asks: Works, starts: dict[str, tuple[Any, SleepCache]]
-    ) -> Row | None:
-        """As the seconds of a row about waking, one number each; None without a meter."""
-        if self.meter is None:
-            return None
-        token, used = self._tokens(1), {}
-        for name in ("slept", "kept"):
-            model, cache = starts[name]
-            used[name] = self._joules(lambda m=model, c=cache: self._next(m, c.copy(), token))
-        return {
-            "token": used,
-            "read": {name: self._joules(work) for name, work in reads.items() if name != "kept"},
-            "read_kept": self._joules(reads["kept"]),
-            "ask": self._joules(asks["slept"]),
-            "ask_kept": self._joules(asks["kept"]),
-        }
-
-    def _joules(self, work: Callable[[], Any]) -> float | None:
-        return joules_of(self.meter, work, lambda: synchronise(self.device))
-
     def _seconds(self, work: Callable[[], Any]) -> float:
         began = self.now()
         work()
@@ -346,18 +427,6 @@ class Bench:
     def _tokens(self, count: int) -> torch.Tensor:
         ids = torch.randint(self.config.vocab_size, (1, count), generator=self._drawn)
         return ids.to(self.device)
-
-    def _past(self, ids: torch.Tensor, passes: int) -> SleepCache:
-        """The memory of whole windows, all of them slept over."""
-        cache = SleepCache(self.config)
-        self.model(ids, cache=cache, sleep_passes=passes, logits_to_keep=1)
-        self.model.sleep(cache, passes)
-        return cache
-
-    def _keep(self, keeper: Any, ids: torch.Tensor) -> KeepingCache:
-        cache = KeepingCache(keeper.config)
-        self._next(keeper, cache, ids)
-        return cache
 
     @staticmethod
     def _next(model: Any, cache: SleepCache, ids: torch.Tensor) -> None:

@@ -1,12 +1,12 @@
 """What a training step costs: tokens/s and peak memory against depth, windows, recomputing.
 
-A step is the forward with its loss and the backward; an optimizer's step costs the same under every
-option and is left out. Each option is timed in turn with a step that keeps every activation, in
-alternating order, and compared with it pair by pair.
+A step is the forward pass with its loss and the backward pass; an optimizer's step costs the same
+under every option and is left out. Each option is timed alternately with a step that keeps every
+activation, and compared with it pair by pair.
 
 Memory is what the allocator hands out: on a CPU every allocation and release of one step, as the
 profiler records them, on a CUDA device the allocator's own peak. `peak_bytes` is the most that a
-step holds above what lay there before it (weights, batch); gradients count as far as they exist at
+step holds above what was there before it (weights, batch); gradients count as far as they exist at
 that moment. Their own bytes, needed in any case, are also given apart.
 """
 
@@ -16,18 +16,20 @@ import gc
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
-from hybrid_sleep.eval.benchmarks.generation import synchronise
-from hybrid_sleep.eval.benchmarks.models import untrained
-from hybrid_sleep.kernels.benchmarks.timing import spread
-from hybrid_sleep.support.provenance import check_device, provenance
-from hybrid_sleep.support.resume import Row, collect
-from hybrid_sleep.validation import check_count
+import torch
 
+from hybrid_sleep.eval.costs.call import Call
+from hybrid_sleep.eval.costs.models import untrained
+from hybrid_sleep.eval.costs.timing import CLOCK, Spread, synchronise
+from hybrid_sleep.eval.results import Result
+from hybrid_sleep.kernels.benchmarks.timing import in_turn
+
+Row = dict[str, Any]
 # By kind of device: a model of which it is representative, and the batch that it trains on.
 SIZES: dict[str, Row] = {
     "cpu": {
@@ -91,11 +93,96 @@ ELSEWHERE = {"cpu": (PLAIN, ("pass", None)), "cuda": OPTIONS["cuda"]}
 # Of a step that keeps everything, at the base setting.
 TARGET = {"memory": 0.1, "time": 1.4}
 ABOUT = ("checkpointing", "truncation")
-# Of which clock the ratio of times is: other work on a CPU lengthens the time on the wall.
-CLOCK = {"cpu": "cpu_seconds", "cuda": "wall_seconds"}
+SETTING = (*SIZES["cpu"], *BASE["cpu"])
 
 
-def wanted_rows(kind: str) -> list[Row]:
+@dataclass(kw_only=True)
+class TrainingRow:
+    """One option at one setting.
+
+    checkpointing, truncation: see `set_activation_checkpointing` and `set_truncation` of the model.
+    peak_bytes, gradient_bytes, held_bytes: the most at any moment, of the gradients, and between
+    forward and backward pass. time_ratio: to a step that keeps everything, None for that itself.
+    All that was measured is None where the step was out of memory.
+    """
+
+    batch: int
+    hidden: int
+    layers: int
+    head_dim: int
+    vocabulary: int
+    autocast: str | None
+    window: int
+    windows: int
+    passes: int
+    checkpointing: str | int | list[str | int] | None
+    truncation: int | None
+    out_of_memory: bool
+    peak_bytes: int | None = None
+    held_bytes: int | None = None
+    gradient_bytes: int | None = None
+    rounds: int | None = None
+    wall_seconds: Spread | None = None
+    cpu_seconds: Spread | None = None
+    tokens_per_second: float | None = None
+    time_ratio: Spread | None = None
+
+    def at(self, setting: dict[str, int]) -> bool:
+        """Whether the row was measured at `setting`."""
+        return all(getattr(self, name) == value for name, value in setting.items())
+
+    @property
+    def keeps_everything(self) -> bool:
+        """Whether no activation is recomputed and no gradient cut off."""
+        return (self.checkpointing, self.truncation) == PLAIN
+
+
+@dataclass(kw_only=True)
+class TrainingCost(Result):
+    """Training steps by option and setting, the base setting first.
+
+    clock: of which seconds tokens/s and ratios are made, `cpu_seconds` or `wall_seconds`.
+    """
+
+    benchmark: ClassVar[str] = "training"
+    measured_on: str
+    clock: str
+    repeats: int
+    rows: list[TrainingRow]
+
+    @property
+    def base(self) -> dict[str, int]:
+        """The setting that the first row has."""
+        return {name: getattr(self.rows[0], name) for name in BASE["cpu"]}
+
+    def memory_ratio(self, row: TrainingRow) -> float | None:
+        """Peak of `row` to that of a step at its setting that keeps everything, if both fit."""
+        setting = {name: getattr(row, name) for name in SETTING}
+        plain = [x.peak_bytes for x in self.rows if x.keeps_everything and x.at(setting)]
+        return row.peak_bytes / plain[0] if row.peak_bytes and plain and plain[0] else None
+
+    @property
+    def target_met_by(self) -> list[Any] | None:
+        """Granularities of checkpointing that meet the target at its setting; None if unmeasured.
+
+        Truncation changes what is learned, so that no truncated row meets it.
+        """
+        judged = [
+            (row, memory)
+            for row in self.rows
+            if row.at(BASE[self.measured_on]) and row.truncation is None and row.time_ratio
+            if (memory := self.memory_ratio(row)) is not None
+        ]
+        if not judged:
+            return None
+        return [
+            row.checkpointing
+            for row, memory in judged
+            if memory <= TARGET["memory"] and row.time_ratio.median <= TARGET["time"]
+        ]
+
+
+def planned_rows(kind: str) -> list[Row]:
     """What each row is about on a "cpu" or "cuda" device, the ones with the target first."""
     base = BASE[kind]
     settings = [(base, OPTIONS[kind])]
@@ -109,115 +196,58 @@ def wanted_rows(kind: str) -> list[Row]:
     ]
 
 
-def run(
-    *,
-    rows: Sequence[Row] | None = None,
-    repeats: int = 5,
-    device: str = "cpu",
-    minutes: float | None = None,
-    out: Path | None = None,
-    command: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """Measure every row that `out` does not have; see `resume.collect` for `minutes` and `out`.
+def run(call: Call, *, rows: Sequence[Row] | None = None) -> TrainingCost:
+    """Measure every row, in `call.repeats` pairs of timed steps.
 
-    rows: as `wanted_rows` gives them, all of them by default. repeats: pairs of timed steps a row,
-    at least 2. A row that does not fit a CUDA device says `out_of_memory`. On a CPU one thread
-    computes, and ratios are of the processor's time.
+    rows: as `planned_rows` gives them, all of them by default. A row that does not fit a CUDA
+    device says `out_of_memory`. On a CPU one thread computes.
     """
-    import torch
-
-    kind = torch.device(check_device(device)).type
-    check_count("repeats", repeats, 2)
+    kind = call.kind
     threads = torch.get_num_threads()
     if kind == "cpu":
         torch.set_num_threads(1)
     try:
-        result = {
-            "benchmark": "training",
-            "measured_on": kind,
-            "clock": CLOCK[kind],
-            "repeats": repeats,
-            "rows": [],
-            "command": command,
-            "provenance": provenance(device),
-        }
-        bench = Bench(device, repeats)
-        wanted = wanted_rows(kind) if rows is None else rows
-        return collect(
-            result, wanted, bench.measure, finish=judge,
-            minutes=minutes, out=out, progress=progress,
-        )  # fmt: skip
+        bench = Bench(call.device, call.repeats)
+        planned = planned_rows(kind) if rows is None else rows
+        about = {"measured_on": kind, "clock": CLOCK[kind]}
+        return call.measure(TrainingCost, planned, bench.measure, **about)
     finally:
         torch.set_num_threads(threads)
 
 
-def judge(result: dict[str, Any]) -> None:
-    """Set each row's `memory_ratio` to its setting's plain row, and `target` where it applies.
-
-    `memory_ratio` is None where the plain row is missing or did not fit. Truncation changes what is
-    learned, so that no truncated row meets the target.
-    """
-    plain = {_setting(row): row for row in result["rows"] if _option(row) == PLAIN}
-    for row in result["rows"]:
-        whole = plain.get(_setting(row), {}).get("peak_bytes")
-        row["memory_ratio"] = row["peak_bytes"] / whole if whole and row["peak_bytes"] else None
-    result.pop("target", None)
-    base = BASE[result["measured_on"]]
-    judged = [
-        row
-        for row in result["rows"]
-        if all(row[name] == value for name, value in base.items())
-        and row["truncation"] is None
-        and row["memory_ratio"] is not None
-        and row["time_ratio"] is not None
-    ]
-    if judged:
-        met = [
-            row["checkpointing"]
-            for row in judged
-            if row["memory_ratio"] <= TARGET["memory"]
-            and row["time_ratio"]["median"] <= TARGET["time"]
-        ]
-        result["target"] = {**base, **TARGET, "met_by": met}
+def _option(key: Row) -> tuple[Any, int | None]:
+    return key["checkpointing"], key["truncation"]
 
 
-def _option(row: Row) -> tuple[Any, int | None]:
-    return row["checkpointing"], row["truncation"]
-
-
-def _setting(row: Row) -> tuple[Any, ...]:
-    names = (*SIZES["cpu"], *BASE["cpu"])
-    return tuple(row[name] for name in names)
+def _setting(key: Row) -> tuple[Any, ...]:
+    return tuple(key[name] for name in SETTING)
 
 
 class Bench:
     """Measures rows on one device; the last model is kept for the rows that share it."""
 
     def __init__(self, device: Any, repeats: int):
-        import torch
-
         self.device, self.repeats = torch.device(device), repeats
-        self._key: Any = None
+        self._sizes: Any = None
         self._model: Any = None
         self._too_much: set[tuple[Any, ...]] = set()
 
-    def measure(self, names: Row) -> Row:
+    def measure(self, key: Row) -> Row:
         """The measurements of one row."""
-        self._prepare(names)
-        step = Step(self._model, names)
-        memory = self._fits(lambda: step.memory(names))
+        self._prepare(key)
+        step = Step(self._model, key)
+        memory = self._fits(lambda: step.memory(key))
         if memory is None:
-            if _option(names) == PLAIN:
-                self._too_much.add(_setting(names))
+            if _option(key) == PLAIN:
+                self._too_much.add(_setting(key))
             return {"out_of_memory": True, "peak_bytes": None, "time_ratio": None}
-        ways = {"row": names}
-        if _option(names) != PLAIN and _setting(names) not in self._too_much:
-            ways["plain"] = {**names, **dict(zip(ABOUT, PLAIN, strict=True))}
+        ways = {"row": key}
+        if _option(key) != PLAIN and _setting(key) not in self._too_much:
+            ways["plain"] = {**key, **dict(zip(ABOUT, PLAIN, strict=True))}
         seconds = self._fits(lambda: self._rounds(step, ways))
         if seconds is None and len(ways) > 1:
-            self._too_much.add(_setting(names))
-            seconds = self._fits(lambda: self._rounds(step, {"row": names}))
+            self._too_much.add(_setting(key))
+            seconds = self._fits(lambda: self._rounds(step, {"row": key}))
         if seconds is None:
             return {"out_of_memory": True, "peak_bytes": None, "time_ratio": None}
         clock = CLOCK[self.device.type]
@@ -230,19 +260,19 @@ class Bench:
             **memory,
             "rounds": len(seconds["row"]),
             **{
-                name: _spread([taken[name] for taken in seconds["row"]])
+                name: vars(Spread.of([taken[name] for taken in seconds["row"]]))
                 for name in seconds["row"][0]
             },
             "tokens_per_second": step.tokens / median(taken[clock] for taken in seconds["row"]),
-            "time_ratio": _spread(ratios) if ratios else None,
+            "time_ratio": vars(Spread.of(ratios)) if ratios else None,
         }
 
-    def _prepare(self, names: Row) -> None:
-        sizes = {name: names[name] for name in ("hidden", "layers", "head_dim", "vocabulary")}
-        sizes["window"] = names["window"]
-        if self._key == sizes:
+    def _prepare(self, key: Row) -> None:
+        sizes = {name: key[name] for name in ("hidden", "layers", "head_dim", "vocabulary")}
+        sizes["window"] = key["window"]
+        if self._sizes == sizes:
             return
-        self._model, self._key = None, sizes
+        self._model, self._sizes = None, sizes
         kinds = ["linear_attention"] * 3 + ["full_attention"]
         types = [kinds[i % 4] for i in range(sizes["layers"])]
         model = untrained("gated_deltanet", device=self.device, layer_types=types, **sizes)
@@ -251,17 +281,11 @@ class Bench:
 
     def _rounds(self, step: Step, ways: dict[str, Row]) -> dict[str, list[dict[str, float]]]:
         """Seconds of each way, round by round; measuring memory has warmed them up."""
-        order = list(ways)
-        seconds: dict[str, list[dict[str, float]]] = {name: [] for name in order}
-        for number in range(self.repeats):
-            for name in reversed(order) if number % 2 else order:
-                seconds[name].append(step.seconds(ways[name]))
-        return seconds
+        works = {name: lambda key=key: step.seconds(key) for name, key in ways.items()}
+        return in_turn(works, self.repeats, 0, lambda work: work())
 
     def _fits(self, work: Callable[[], Any]) -> Any:
         """What `work` returns, or None if the device has no room for it."""
-        import torch
-
         try:
             return work()
         except torch.OutOfMemoryError:
@@ -276,18 +300,14 @@ class Bench:
 class Step:
     """One training step of `model` on a fixed batch: forward, loss, backward."""
 
-    def __init__(self, model: Any, names: Row):
-        import torch
-
-        shape = (names["batch"], names["windows"] * names["window"])
+    def __init__(self, model: Any, key: Row):
+        shape = (key["batch"], key["windows"] * key["window"])
         drawn = torch.Generator().manual_seed(0)
-        ids = torch.randint(names["vocabulary"], shape, generator=drawn)
+        ids = torch.randint(key["vocabulary"], shape, generator=drawn)
         self.model, self.ids, self.tokens = model, ids.to(model.device), ids.numel()
 
-    def _forward(self, names: Row) -> Any:
-        import torch
-
-        dtype = names["autocast"]
+    def _forward(self, key: Row) -> Any:
+        dtype = key["autocast"]
         with torch.autocast(
             self.ids.device.type,
             None if dtype is None else getattr(torch, dtype),
@@ -296,33 +316,33 @@ class Step:
             return self.model(
                 input_ids=self.ids,
                 labels=self.ids,
-                sleep_passes=names["passes"],
+                sleep_passes=key["passes"],
                 use_cache=False,
             ).loss
 
-    def _begin(self, names: Row) -> None:
-        checkpointing = names["checkpointing"]
+    def _begin(self, key: Row) -> None:
+        checkpointing = key["checkpointing"]
         self.model.set_activation_checkpointing(checkpointing)
-        self.model.set_truncation(passes=names["truncation"])
+        self.model.set_truncation(passes=key["truncation"])
         self.model.zero_grad(set_to_none=True)
         gc.collect()
         synchronise(self.ids.device)
 
-    def seconds(self, names: Row) -> dict[str, float]:
-        """Seconds of one step, on the wall and of this process's processor time."""
-        self._begin(names)
+    def seconds(self, key: Row) -> dict[str, float]:
+        """Elapsed seconds of one step, and seconds of this process's processor time."""
+        self._begin(key)
         wall, processor = time.perf_counter(), time.process_time()
-        self._forward(names).backward()
+        self._forward(key).backward()
         synchronise(self.ids.device)
         return {
             "wall_seconds": time.perf_counter() - wall,
             "cpu_seconds": time.process_time() - processor,
         }
 
-    def memory(self, names: Row) -> dict[str, int]:
+    def memory(self, key: Row) -> dict[str, int]:
         """`memory_of` a step, without `left_bytes`, and the bytes of the gradients."""
-        self._begin(names)
-        found = memory_of(lambda: self._forward(names), self.ids.device)
+        self._begin(key)
+        found = memory_of(lambda: self._forward(key), self.ids.device)
         del found["left_bytes"]
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         self.model.zero_grad(set_to_none=True)
@@ -360,8 +380,6 @@ def memory_of(forward: Callable[[], Any], device: Any) -> dict[str, int]:
 
 
 def _memory_on_cuda(forward: Callable[[], Any], device: Any) -> dict[str, int]:
-    import torch
-
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -375,8 +393,3 @@ def _memory_on_cuda(forward: Callable[[], Any], device: Any) -> dict[str, int]:
         "held_bytes": held - before,
         "left_bytes": torch.cuda.memory_allocated(device) - before,
     }
-
-
-def _spread(values: list[float]) -> dict[str, Any]:
-    middle, quartiles = spread(values)
-    return {"median": middle, "quartiles": quartiles}

@@ -1,9 +1,9 @@
-"""Depo asked one question at a time: a cycle is read and slept over once, its fast weights are
-kept, and each question is answered from a copy of them.
+"""Depo with one question at a time: the model prefills a cycle and sleeps once, its fast weights
+are saved, and each question is answered from a copy of them.
 
-Beside it each question is answered by reading the cycle again, in one forward with the question,
-at the same depth (which must give the same answers) and without sleep, and behind the whole KV
-cache of the cycle (whose answers are not scored: the weights were not trained for it).
+Each question is also answered without anything saved, by one forward pass over cycle and question,
+at the same depth (which must give the same answers) and at N = 1; and with the whole KV cache of
+the cycle (whose answers are not scored: the weights were not trained for it).
 """
 
 from __future__ import annotations
@@ -12,31 +12,95 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from hybrid_sleep import SleepCache
 from hybrid_sleep.eval import flops
-from hybrid_sleep.eval.benchmarks.break_even import break_even, together
-from hybrid_sleep.eval.benchmarks.keeping import KeepingCache, keeper_of
+from hybrid_sleep.eval.costs.break_even import Verdict, break_even, together
+from hybrid_sleep.eval.costs.keeping import consolidated, keeper_of, kept_cache
+from hybrid_sleep.eval.costs.timing import Spread, stopwatch
+from hybrid_sleep.eval.depth_report import run_record
 from hybrid_sleep.eval.statistics import over_seeds
 from hybrid_sleep.eval.tasks.depo import Depo
-from hybrid_sleep.kernels.benchmarks.timing import spread
 from hybrid_sleep.sleep.weights import weights_digest
-from hybrid_sleep.support.resume import Row
 from hybrid_sleep.training.weights import load_model
 
-WAYS = ("saved", "kept", "reread", "reread_awake")
+Row = dict[str, Any]
+WAYS = ("saved", "kept", "recomputed", "recomputed_n1")
 SEED = 0  # of the test cycles
 FILES = 5  # rounds of saving and loading a cache
 
 
+@dataclass(kw_only=True)
+class DepoModel:
+    """The model that was trained on Depo, its task, and the floor: nodes known, order unknown."""
+
+    run: dict[str, Any]
+    task: dict[str, Any]
+    cycle_tokens: int
+    floor: float
+    cycles: int
+    parameters: int
+    fast_weight_bytes: int
+    kv_bytes_per_token: int
+
+
+@dataclass(kw_only=True)
+class DepoFlops:
+    """FLOPs that are paid `once` (`saved`, `kept`), and the mean of a question, by way."""
+
+    once: dict[str, int]
+    each: dict[str, float]
+
+    def break_even(self, way: str) -> Verdict:
+        """When answers from saved fast weights cost less than those of another way."""
+        return break_evens([self.once], [self.each])[way]
+
+
+@dataclass(kw_only=True)
+class File:
+    """A cache on disk: its size, and elapsed seconds to write and to load it."""
+
+    bytes: int
+    save_seconds: float
+    load_seconds: float
+
+
+@dataclass(kw_only=True)
+class DepoRow:
+    """All questions about every cycle at one depth, answered from saved fast weights.
+
+    interval: of the accuracy, 95 %. identical: answers that are those of one forward pass;
+    logit_difference: the most that logits of the two differ by. once_seconds: prefill and sleeps;
+    seconds: a question; each by way, over the cycles. break_even: all cycles together, by way.
+    """
+
+    what: Literal["depo"]
+    depo: str
+    cycles: int
+    passes: int
+    questions: int
+    accuracy: float
+    interval: list[float]
+    by_hops: dict[int, float]
+    identical: int
+    logit_difference: float
+    once_seconds: dict[str, Spread]
+    seconds: dict[str, Spread]
+    break_even: dict[str, Verdict]
+    flops: DepoFlops
+    bytes: dict[str, int]
+    file: File
+
+
 class Question(NamedTuple):
-    """`hops` steps from a node: `asked` are its tokens up to the answer, `answer` those of it."""
+    """`hops` steps from a node: tokens up to the answer, and tokens of the answer."""
 
     hops: int
     asked: list[int]
@@ -57,30 +121,24 @@ def questions_of(task: Depo, edges: Sequence[tuple[Any, Any]]) -> list[Question]
 
 
 class Questions:
-    """Asks one model; raises ValueError if it was trained on another task."""
+    """Questions for one model; raises ValueError if it was trained on another task."""
 
-    def __init__(
-        self,
-        checkpoint: str | os.PathLike,
-        run: Any,
-        cycles: int,
-        device: Any,
-        now: Callable[[], float],
-    ):
+    def __init__(self, checkpoint: str | os.PathLike, run: Any, cycles: int, device: Any):
         self.task = run.load_task()
         if not isinstance(self.task, Depo):
             raise ValueError(
-                f"depo={os.fspath(checkpoint)!r} was trained on {self.task.name}; allowed: a "
-                "model trained on depo"
+                f"depo must be a model trained on depo, got {os.fspath(checkpoint)!r}, which was "
+                f"trained on {self.task.name}"
             )
-        self.cycles, self.now = cycles, now
+        self.run, self.cycles, self.now = run_record(checkpoint, run), cycles, stopwatch(device)
         self.model = load_model(checkpoint, device).eval()
         self.keeper = keeper_of(self.model, self.task.length)
 
     def about(self) -> Row:
-        """Task, what is right without any memory of the cycle's order, and sizes."""
+        """The fields of `DepoModel`."""
         config = self.model.config
         return {
+            "run": self.run,
             "task": {"name": self.task.name, **self.task.params},
             "cycle_tokens": self.task.context,
             "floor": self.task.floor()["chance"],
@@ -96,9 +154,9 @@ class Questions:
         return [{"what": "depo", **about, "passes": depth} for depth in depths]
 
     @torch.no_grad()
-    def measure(self, names: Row) -> Row:
+    def measure(self, key: Row) -> Row:
         """All questions about every cycle at one depth."""
-        passes = names["passes"]
+        passes = key["passes"]
         ids = self.task.batch("test", SEED, self.cycles)["input_ids"]
         self._cycle(ids[0], passes)
         found = [self._cycle(row, passes) for row in ids]
@@ -118,20 +176,23 @@ class Questions:
             "logit_difference": max(cycle["difference"] for cycle in found),
             "once_seconds": _over(found, "once"),
             "seconds": _over(found, "each"),
-            "break_even": break_evens(
-                [cycle["once"] for cycle in found], [cycle["each"] for cycle in found]
-            ),
+            "break_even": {
+                way: asdict(verdict)
+                for way, verdict in break_evens(
+                    [cycle["once"] for cycle in found], [cycle["each"] for cycle in found]
+                ).items()
+            },
             "flops": self._flops(passes, asked),
             "bytes": found[0]["bytes"],
             "file": self._file(ids[0], passes),
         }
 
     def _cycle(self, row: torch.Tensor, passes: int) -> dict[str, Any]:
-        """One cycle: what it cost to read, and each of its questions in every way."""
+        """One cycle: what its prefill cost, and each of its questions in every way."""
         context = row[None, : self.task.context].to(self.model.device)
         questions = questions_of(self.task, self.task.parse(row.tolist())["edges"])
-        once, saved = self._timed(lambda: self._sleep_over(context, passes))
-        once_kept, kept = self._timed(lambda: self._keep(context))
+        once, saved = self._timed(lambda: consolidated(self.model, context, passes))
+        once_kept, kept = self._timed(lambda: kept_cache(self.keeper, context))
         right, identical, difference = [], [], 0.0
         seconds: dict[str, list[float]] = {name: [] for name in WAYS}
         for number, question in enumerate(questions):
@@ -142,14 +203,14 @@ class Questions:
             ways = {
                 "saved": partial(_ask, self.model, tokens, count, saved),
                 "kept": partial(_ask, self.keeper, tokens, count, kept),
-                "reread": partial(_ask, self.model, whole, count, passes=passes),
-                "reread_awake": partial(_ask, self.model, whole, count, passes=1),
+                "recomputed": partial(_ask, self.model, whole, count, passes=passes),
+                "recomputed_n1": partial(_ask, self.model, whole, count, passes=1),
             }
             heard, turn = {}, number % len(WAYS)
             for name in WAYS[turn:] + WAYS[:turn]:
                 taken, heard[name] = self._timed(ways[name])
                 seconds[name].append(taken)
-            given, again = heard["saved"], heard["reread"]
+            given, again = heard["saved"], heard["recomputed"]
             right.append(given.argmax(-1).tolist() == question.answer)
             identical.append(torch.equal(given.argmax(-1), again.argmax(-1)))
             difference = max(difference, (given - again).abs().max().item())
@@ -164,7 +225,7 @@ class Questions:
         }
 
     def _flops(self, passes: int, questions: Sequence[Question]) -> Row:
-        """Reading once, and a question each way, the mean over all questions."""
+        """The fields of `DepoFlops`, the mean over all questions."""
         config, keeping, context = self.model.config, self.keeper.config, self.task.context
         held = config.window - 1 if config.eviction == "sliding" else 0
         each: dict[str, list[int]] = {name: [] for name in WAYS}
@@ -173,7 +234,7 @@ class Questions:
             tokens, told = len(question.asked) + count - 1, flops.logit_flops(config, count)
             each["saved"].append(flops.pass_flops(config, tokens, past=held) + told)
             each["kept"].append(flops.pass_flops(keeping, tokens, past=context) + told)
-            for name, depth in (("reread", passes), ("reread_awake", 1)):
+            for name, depth in (("recomputed", passes), ("recomputed_n1", 1)):
                 whole = context + tokens
                 each[name].append(flops.sequence_flops(config, whole, depth, logits=count))
         once = {
@@ -181,11 +242,12 @@ class Questions:
             "kept": flops.sequence_flops(keeping, context, 1, logits=1),
         }
         means = {name: fmean(counts) for name, counts in each.items()}
-        return {"once": once, "each": means, "break_even": break_evens([once], [means])}
+        return {"once": once, "each": means}
 
     def _file(self, row: torch.Tensor, passes: int) -> Row:
-        """A saved memory on disk: its size, and seconds on the wall to write and to load it."""
-        cache = self._sleep_over(row[None, : self.task.context].to(self.model.device), passes)
+        """The fields of `File`."""
+        context = row[None, : self.task.context].to(self.model.device)
+        cache = consolidated(self.model, context, passes)
         writing, loading = [], []
         with tempfile.TemporaryDirectory() as folder:
             for _ in range(FILES):
@@ -197,17 +259,6 @@ class Questions:
                 loading.append(time.perf_counter() - between)
             size = sum(path.stat().st_size for path in Path(folder).iterdir())
         return {"bytes": size, "save_seconds": median(writing), "load_seconds": median(loading)}
-
-    def _sleep_over(self, context: torch.Tensor, passes: int) -> SleepCache:
-        cache = SleepCache(self.model.config)
-        self.model(context, cache=cache, sleep_passes=passes, logits_to_keep=1)
-        self.model.sleep(cache, passes)
-        return cache
-
-    def _keep(self, context: torch.Tensor) -> KeepingCache:
-        cache = KeepingCache(self.keeper.config)
-        self.keeper(context, cache=cache, logits_to_keep=1)
-        return cache
 
     def _timed(self, work: Callable[[], Any]) -> tuple[float, Any]:
         began = self.now()
@@ -230,13 +281,13 @@ def _ask(
 
 def break_evens(
     once: Sequence[dict[str, float]], each: Sequence[dict[str, float]]
-) -> dict[str, dict[str, Any]]:
-    """When answering from saved fast weights has paid for itself, against every other way.
+) -> dict[str, Verdict]:
+    """When answers from saved fast weights cost less than those of every other way.
 
-    once: what each cycle cost to read, `saved` and `kept`; each: what a question about it cost.
-    The verdicts of all cycles `together`.
+    once: what the prefill of each cycle cost, `saved` and `kept`; each: what a question about it
+    cost. The verdicts of all cycles `together`.
     """
-    verdicts: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS[1:]}
+    verdicts: dict[str, list[Verdict]] = {way: [] for way in WAYS[1:]}
     for first, later in zip(once, each, strict=True):
         for way, found in verdicts.items():
             invested = first["saved"] - (first["kept"] if way == "kept" else 0)
@@ -246,8 +297,6 @@ def break_evens(
 
 def _over(found: Sequence[dict[str, Any]], what: str) -> dict[str, Any]:
     """Median and quartiles over the cycles, by way."""
-    named = {}
-    for name in found[0][what]:
-        middle, quartiles = spread([cycle[what][name] for cycle in found])
-        named[name] = {"median": middle, "quartiles": quartiles}
-    return named
+    return {
+        way: vars(Spread.of([cycle[what][way] for cycle in found])) for way in found[0][what]
+    }

@@ -1,4 +1,7 @@
-"""The same weights in a model that never sleeps: all of the past stays in the KV cache."""
+"""Two ways to hold a past: consolidated in fast weights, or kept whole in the KV cache.
+
+The second is the same model with the same weights, and one window for all of the past.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,8 @@ class KeepingCache(SleepCache):
 def keeper_of(model: HybridSleepForCausalLM, tokens: int) -> HybridSleepForCausalLM:
     """`model` with one window of `tokens` tokens; parameters are shared, not copied.
 
-    What it says means little, as the weights were made for short windows; what it costs is what
-    keeping the past costs.
+    Its answers mean little, as the weights were trained for short windows; its cost is that of
+    keeping the past.
     """
     config = copy.deepcopy(model.config)
     config.window = tokens
@@ -41,3 +44,18 @@ def appended(cache: KeepingCache) -> list[torch.Tensor]:
     """
     kept = [x for state in cache.states.values() for x in state.slots]
     return [torch.cat((x, x[:, :, -1:]), dim=2) for x in kept]
+
+
+def consolidated(model: HybridSleepForCausalLM, ids: torch.Tensor, passes: int) -> SleepCache:
+    """The cache after `ids`, whole windows, and a sleep over each of them."""
+    cache = SleepCache(model.config)
+    model(ids, cache=cache, sleep_passes=passes, logits_to_keep=1)
+    model.sleep(cache, passes)
+    return cache
+
+
+def kept_cache(keeper: HybridSleepForCausalLM, ids: torch.Tensor) -> KeepingCache:
+    """The cache after `ids`, with all their keys and values; keeper: see `keeper_of`."""
+    cache = KeepingCache(keeper.config)
+    keeper(ids, cache=cache, logits_to_keep=1)
+    return cache

@@ -1,1 +1,0 @@
-"""What a sleeping model costs, per generated token and per sleep; ratios within one process."""

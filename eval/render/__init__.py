@@ -1,0 +1,1 @@
+"""Results in Markdown and as figures: one file a kind, from its results.json alone."""
