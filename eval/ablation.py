@@ -54,13 +54,13 @@ def run(
     first = next(iter(runs.values()))
     device = device_of(first)
     task = first.load_task()
-    floor = task.floor()
+    majority = task.majority()
     result = {
         "benchmark": "ablation",
         "config": Path(config).name,
         "task": {"name": task.name, "params": task.params},
-        "floor": floor["exact"],
-        "floor_per_label": floor["per_label"],
+        "floor": majority.exact,
+        "floor_per_label": majority.per_label,
         "depths": depths,
         "examples": count,
         "clock": "processor" if device == "cpu" else "wall",

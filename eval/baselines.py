@@ -241,7 +241,7 @@ def _depth(run: RunConfig, config: HybridSleepConfig) -> Found:
 
 def _difficulty(run: RunConfig, config: HybridSleepConfig) -> Found:
     task = run.load_task()
-    levels = list(task.floor()["by_difficulty"])
+    levels = list(task.floor())
     deepest = run.sleep_passes.deepest
     if len(levels) < 2 or deepest == 1:
         raise ValueError(

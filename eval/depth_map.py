@@ -102,7 +102,7 @@ def run(
                 cells[name] = {"value": str(value), "depth": depth, "compute": multiple}
     runs = runs_of(config, overrides, variants, numbers, one_task=False)
     floors = {
-        cells[name]["value"]: run.load_task().floor()["by_difficulty"]
+        cells[name]["value"]: run.load_task().floor()
         for (name, seed), run in runs.items()
         if seed == numbers[0]
     }

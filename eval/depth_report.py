@@ -45,7 +45,7 @@ def summarise(
     `read_baseline`.
     """
     depths = results[0].depths
-    floor = task.floor()
+    majority = task.majority()
     mean = {}
     for name in ("exact", "per_question", "per_label", "seconds"):
         by_run = [getattr(result, name) for result in results]
@@ -54,10 +54,10 @@ def summarise(
     return {
         "benchmark": "depth",
         "task": {"name": task.name, "params": task.params},
-        "floor": floor["exact"],
-        "floor_per_label": floor["per_label"],
-        "floor_by_difficulty": keyed(floor["by_difficulty"]),
-        "chance": floor["chance"],
+        "floor": majority.exact,
+        "floor_per_label": majority.per_label,
+        "floor_by_difficulty": keyed(task.floor()),
+        "chance": task.chance(),
         "accuracy": keyed(mean["exact"]),
         "interval": keyed({d: over_seeds(exact[d]) for d in depths}),
         "per_question": keyed(mean["per_question"]),

@@ -129,7 +129,7 @@ def run(
         "config": Path(config).name,
         "overrides": list(overrides),
         "task": {"name": task.name, "params": task.params, "difficulty": task.difficulty},
-        "floor": keyed(task.floor()),
+        "floor": {"by_difficulty": keyed(task.floor()), "chance": task.chance()},
         "depths": levels,
         "examples": count,
         "seeds": numbers,

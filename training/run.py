@@ -286,7 +286,7 @@ def _train(run: RunConfig, place: _Place, *, progress: bool) -> TrainResult:
 
 def _describe(model: Any, run: RunConfig, held_out: Any, work: Path) -> list[str]:
     """Draw `run.png` and, of text, write `samples.txt`; returns the samples, prompts included."""
-    floor = run.load_task().floor().get("exact") if run.text is None else None
+    floor = run.load_task().majority().exact if run.text is None else None
     save_run_plot(work / METRICS_FILE, work, floor)
     if run.text is None or held_out is None:
         return []

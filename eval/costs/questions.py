@@ -141,7 +141,7 @@ class Questions:
             "run": self.run,
             "task": {"name": self.task.name, **self.task.params},
             "cycle_tokens": self.task.context,
-            "floor": self.task.floor()["chance"],
+            "floor": self.task.chance(),
             "cycles": self.cycles,
             "parameters": flops.parameters(config),
             "fast_weight_bytes": config.fast_weight_bytes,

@@ -32,20 +32,23 @@ def lines_of(result: dict[str, Any]) -> list[Line]:
 def markdown(result: dict[str, Any]) -> str:
     """A table of task x depth, the questions of ours by difficulty, and where it came from."""
     depths = result["depths"]
-    head = ["task", "metric", "documents", "floor", *(f"N = {depth}" for depth in depths)]
+    guesses = ("floor", "majority")
+    head = ["task", "metric", "documents", *guesses, *(f"N = {depth}" for depth in depths)]
     lines = [f"| {' | '.join(head)} |", "|:---|:---|" + "---:|" * (len(head) - 2)]
     for name, metric, by_depth in lines_of(result):
         any_depth = next(iter(by_depth.values()))
-        floor = any_depth["floor"]
         less = " (less is better)" if any_depth["higher_is_better"] is False else ""
         cells = [name, metric + less, str(any_depth["documents"] or "")]
-        cells += ["" if floor is None else f"{floor:.4f}"]
+        for guess in guesses:
+            share = any_depth.get(guess)
+            cells.append("" if share is None else f"{share:.4f}")
         cells += [_cell(by_depth.get(depth)) for depth in depths]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
         "Scores by sleep depth N, the passes over each full window (95 % interval, given how many "
-        "documents there were). Floor: always the most frequent answer, of our own tasks.",
+        "documents there were). Of our own tasks, floor: the best guess without any memory of the "
+        "past; majority: always the most frequent answer.",
     ]
     for task, about in result["tasks"].items():
         lines += _by_difficulty(result, task, about)
@@ -134,7 +137,7 @@ def headlines(result: dict[str, Any]) -> list[Line]:
 
 
 def figure(result: dict[str, Any]) -> Figure:
-    """The first metric of each task against depth, 95 % bars and floors.
+    """The first metric of each task against depth, 95 % bars, and what guesses score.
 
     Shares, between 0 and 1 and the more the better, have a panel together; any other metric has one
     of its own below.
@@ -187,11 +190,14 @@ def _draw(axes: Axes, line: Line, depths: list[int], style: int, of: int) -> Non
         ],
         markersize=7, linewidth=2, capsize=3, label=f"{name}: {metric}",
     )  # fmt: skip
-    floor = next(iter(by_depth.values()))["floor"]
-    if floor is not None:
-        axes.axhline(floor, color=color, linestyle=(0, (4, 3)), linewidth=1.2, alpha=0.7)
+    any_depth = next(iter(by_depth.values()))
+    for guess in ("floor", "majority"):
+        share = any_depth.get(guess)
+        if share is None:
+            continue
+        axes.axhline(share, color=color, linestyle=(0, (4, 3)), linewidth=1.2, alpha=0.7)
         axes.annotate(
-            f"floor {100 * floor:.1f} %", (1, floor), xycoords=("axes fraction", "data"),
+            f"{guess} {100 * share:.1f} %", (1, share), xycoords=("axes fraction", "data"),
             xytext=(0, -3), textcoords="offset points", ha="right", va="top", fontsize=10,
             color=GREY,
         )  # fmt: skip

@@ -16,6 +16,7 @@ from hybrid_sleep.support.provenance import provenance
 from hybrid_sleep.validation import check_count
 
 if TYPE_CHECKING:
+    from hybrid_sleep.eval.tasks import Task
     from hybrid_sleep.training import RunConfig
 
 BOOTSTRAP = 1000  # lm-eval's 100,000 take minutes for metrics whose error has no formula
@@ -114,7 +115,7 @@ def run(
                 "params": asked.ours[name].params if name in asked.ours else None,
                 "in_words": asked.text if name in asked.ours else None,
                 "difficulty": asked.ours[name].difficulty if name in asked.ours else None,
-                "floor": _plain(asked.ours[name].floor()) if name in asked.ours else None,
+                **_guesses(asked.ours.get(name)),
             }
             for name in tasks
         },
@@ -137,8 +138,8 @@ def run(
         began = time.perf_counter()
         found = _evaluate(lm, asked.loaded[name], limit=limit, shots=num_fewshot, seed=seed)
         seconds = time.perf_counter() - began
-        floor = result["tasks"][name]["floor"] or {}
-        return {"seconds": seconds, **scores(found, floor)}
+        about = result["tasks"][name]
+        return {"seconds": seconds, **scores(found, about["floor"], about["majority"])}
 
     return collect(
         result, wanted, measure, finish=lambda _: None, out=out, progress=progress
@@ -257,9 +258,15 @@ def _evaluate(lm: Any, loaded: Any, *, limit: int | None, shots: int | None, see
     return evaluate(lm, loaded, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=True)
 
 
-def _plain(content: Any) -> Any:
-    """As it comes back from JSON."""
-    return json.loads(json.dumps(content))
+def _guesses(task: Task | None) -> dict[str, Any]:
+    """What the best guess without memory and the most frequent label score, as in JSON."""
+    if task is None:
+        return {"floor": None, "majority": None}
+    majority = task.majority()
+    return {
+        "floor": {str(level): share for level, share in task.floor().items()},
+        "majority": {"exact": majority.exact, "per_label": majority.per_label},
+    }
 
 
 def _versions() -> dict[str, str]:

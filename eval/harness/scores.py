@@ -1,4 +1,4 @@
-"""The scores in a result of lm-eval, each with its interval and its floor."""
+"""The scores in a result of lm-eval, each with its interval and what guesses score."""
 
 from __future__ import annotations
 
@@ -9,8 +9,16 @@ from typing import Any
 from hybrid_sleep.eval.statistics import Z95, wilson
 
 
-def scores(found: Any, floor: Mapping[str, Any]) -> dict[str, Any]:
-    """Each metric of each task in lm-eval's result, and the questions of ours by difficulty."""
+def scores(
+    found: Any,
+    floor: Mapping[str, float] | None = None,
+    majority: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """Each metric of each task in lm-eval's result, and the questions of ours by difficulty.
+
+    floor, majority: of a task of ours, its floor by difficulty (as a text) and its majority by
+    metric.
+    """
     scores, by_difficulty = [], None
     for name, values in found["results"].items():
         for key, value in values.items():
@@ -35,7 +43,8 @@ def scores(found: Any, floor: Mapping[str, Any]) -> dict[str, Any]:
                     "value": value,
                     "stderr": stderr,
                     "interval": _interval(value, stderr, samples),
-                    "floor": _floor_of(metric, floor, by_difficulty),
+                    "floor": _floor_of(metric, floor or {}, by_difficulty),
+                    "majority": (majority or {}).get(metric),
                     "higher_is_better": found["higher_is_better"].get(name, {}).get(metric),
                     "documents": values.get("sample_len"),
                     "num_fewshot": found["n-shot"].get(name),
@@ -76,14 +85,12 @@ def _interval(
     return None if stderr is None else [value - Z95 * stderr, value + Z95 * stderr]
 
 
-def _floor_of(metric: str, floor: Mapping[str, Any], by_difficulty: Any) -> float | None:
-    if metric != "per_question":
-        return floor.get(metric)
-    levels = floor.get("by_difficulty")
-    if not levels or not by_difficulty or not by_difficulty.keys() <= levels.keys():
+def _floor_of(metric: str, floor: Mapping[str, float], by_difficulty: Any) -> float | None:
+    """The floor of all questions: that of each difficulty, as often as it was asked."""
+    if metric != "per_question" or not by_difficulty or not by_difficulty.keys() <= floor.keys():
         return None
     asked = {level: part["questions"] for level, part in by_difficulty.items()}
-    return sum(levels[level] * n for level, n in asked.items()) / sum(asked.values())
+    return sum(floor[level] * n for level, n in asked.items()) / sum(asked.values())
 
 
 def _finite(value: Any) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,19 @@ IGNORED = -100
 LARGEST_SIZE = 100_000  # of one parameter
 LONGEST_EXAMPLE = 1_000_000
 SPLITS = ("train", "test")
+
+
+class Majority(NamedTuple):
+    """What always guessing the most frequent label scores, shares in 0..1.
+
+    exact: of examples, with every label right. per_label: of labels. guess: the labels of a
+    question that are guessed, one token for all of them, or none where it is not the same guess
+    everywhere.
+    """
+
+    exact: float
+    per_label: float
+    guess: tuple[int, ...] = ()
 
 
 class Task(ABC):
@@ -77,13 +90,20 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def floor(self) -> dict[str, Any]:
-        """What is right without any memory of the past, on the test split.
+    def floor(self) -> dict[int, float]:
+        """What the best guess without any memory of the past scores on the test split.
 
-        `exact`, `per_label`: always guessing the most frequent label. `chance`: the share of
-        questions that a uniform guess among their possible answers gets right. `by_difficulty`:
-        the share of questions of each difficulty that the best guess gets right.
+        The share of questions that it gets right, by difficulty, ascending. The guess may use what
+        a model sees when it answers: the question, and the questions and answers before it.
         """
+
+    @abstractmethod
+    def majority(self) -> Majority:
+        """What always guessing the most frequent label scores on the test split."""
+
+    @abstractmethod
+    def chance(self) -> float:
+        """The share of questions that a uniform guess among their possible answers gets right."""
 
     def only(self, difficulty: int) -> Task:
         """This task limited to examples of one difficulty, in the same tokens and layout.

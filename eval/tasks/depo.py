@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hybrid_sleep.eval.tasks.base import IGNORED, LARGEST_SIZE, Task
+from hybrid_sleep.eval.tasks.base import IGNORED, LARGEST_SIZE, Majority, Task
 from hybrid_sleep.eval.tasks.depo_floor import ENUMERATED_NODES, best_guess
 from hybrid_sleep.eval.tasks.draws import U64, draw, mix
 from hybrid_sleep.validation import check_choice, check_count
@@ -175,20 +175,26 @@ class Depo(Task):
             "queries": [(k[0] - self.asked, start, name) for k, start, _, name in queries],
         }
 
-    def floor(self) -> dict[str, Any]:
-        """What always guessing one token scores on the test split, and what guesses without memory.
+    def floor(self) -> dict[int, float]:
+        """The best guess of a model that knows the nodes of a cycle, but not their order, by k.
 
-        `per_label`: the share among all labels of the most frequent one, `majority` (of letters,
-        equally frequent, the first). `exact`: P(every label of an example is the same given last
-        letter), which needs one-letter names and all questions to meet in one node. `chance`: the
-        share of first questions right for a model that knows the nodes, but not their order.
+        It also knows the questions and answers before. Up to 8 nodes it is enumerated over all
+        cycles and, where that is short, all sequences of k (otherwise 512 drawn ones: see
+        `best_guess`). With more nodes it is the best guess of first questions, a lower bound: later
+        ones are hardly easier with 10 questions on 75 nodes, but much easier where most nodes are
+        asked about.
+        """
+        if self.nodes <= ENUMERATED_NODES:
+            questions = min(self.queries, self.nodes)
+            return dict(best_guess(self.nodes, questions, tuple(self.test_hops))[0])
+        # Once round the cycle lies the start itself.
+        return {k: 1 / (self.nodes - 1) if k % self.nodes else 1.0 for k in self.test_hops}
 
-        `by_difficulty`: by k, the share of questions right for one that besides knows the questions
-        and answers before. Up to 8 nodes it is the best guess, by enumeration of all cycles and,
-        where that is short, of all k: `standard_error` is then 0, and otherwise the largest of the
-        shares', over 512 drawn sequences of k. With more nodes it is that of first questions, and
-        `standard_error` None; later ones are hardly easier with 10 questions on 75 nodes, but much
-        easier where most nodes are asked about. All but this sample is exact.
+    def majority(self) -> Majority:
+        """What always guessing the most frequent token scores (of letters, all alike, the first).
+
+        An example has only one answer, then, whose name has one letter, and all its questions meet
+        in that node.
         """
         shares = _length_shares(self.nodes, self.alphabet, self.lengths)
         letters = sum(share * length for share, length in zip(shares, self.lengths, strict=True))
@@ -196,31 +202,22 @@ class Depo(Task):
         kinds = {1: (letters - 1) / self.alphabet, self.alphabet + 1: 1 / self.alphabet}
         if self.original:
             kinds[self.answer] = 1.0
-        majority = max(kinds, key=kinds.__getitem__)
-        residues = [k % self.nodes for k in self.test_hops]
+        token = max(kinds, key=kinds.__getitem__)
         exact = 0.0
         if self.shortest == 1 and not self.original:
             # One node for all: k differ as the starts do, and any of `nodes` may be the one.
+            residues = [k % self.nodes for k in self.test_hops]
             queries = min(self.queries, self.nodes)
             kept = [residues.count(r) / len(residues) for r in set(residues)]
             differ = sum(map(math.prod, itertools.combinations(kept, queries)))
             one_node = differ * self.nodes / math.comb(self.nodes, queries)
             exact = shares[0] / self.alphabet * one_node
-        elsewhere = sum(residue != 0 for residue in residues) / len(residues)
-        # Once round the cycle lies the start itself.
-        first = {k: 1 / (self.nodes - 1) if k % self.nodes else 1.0 for k in self.test_hops}
-        by_hops, error = first, None
-        if self.nodes <= ENUMERATED_NODES:
-            questions = min(self.queries, self.nodes)
-            by_hops, error = best_guess(self.nodes, questions, tuple(self.test_hops))
-        return {
-            "exact": exact,
-            "per_label": kinds[majority] / (letters + self.original),
-            "majority": majority,
-            "chance": 1 - elsewhere + elsewhere / (self.nodes - 1),
-            "by_difficulty": dict(by_hops),
-            "standard_error": error,
-        }
+        return Majority(exact, kinds[token] / (letters + self.original), (token,))
+
+    def chance(self) -> float:
+        """A uniform guess among the other nodes, which knows that once round lies the start."""
+        elsewhere = sum(k % self.nodes != 0 for k in self.test_hops) / len(self.test_hops)
+        return 1 - elsewhere + elsewhere / (self.nodes - 1)
 
     def only(self, difficulty: int) -> Depo:
         """The same cycles and tokens, `difficulty` steps asked for in every question."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hybrid_sleep.eval.tasks.base import IGNORED, LARGEST_SIZE, Task, check_levels
+from hybrid_sleep.eval.tasks.base import IGNORED, LARGEST_SIZE, Majority, Task, check_levels
 from hybrid_sleep.eval.tasks.draws import U64, distinct, draw, mix
 from hybrid_sleep.validation import check_count, check_flag, check_number
 
@@ -146,21 +146,18 @@ class Mqar(Task):
         queries = [(at, tokens[at], pairs[tokens[at]]) for at in asked]
         return {"pairs": list(pairs.items()), "queries": queries}
 
-    def floor(self) -> dict[str, Any]:
-        """What always guessing one value scores over all examples; exact, as is `chance`.
+    def floor(self) -> dict[int, float]:
+        """`chance`: values are uniform, and neither keys, gaps nor other questions predict them."""
+        return dict.fromkeys(self.asked, self.chance())
 
-        Values are drawn evenly, and neither keys, gaps nor other questions say anything of them:
-        `per_label`, `chance` and `by_difficulty` are 1 / the number of values. `exact` is 0 with
-        several pairs, whose values differ.
-        """
-        share = 1 / self.values
-        return {
-            "exact": share * (self.asked[0] == 1) / len(self.asked),
-            "per_label": share,
-            "majority": self.first_value,
-            "chance": share,
-            "by_difficulty": dict.fromkeys(self.asked, share),
-        }
+    def majority(self) -> Majority:
+        """What always guessing one value scores; `exact` is 0 with several pairs: values differ."""
+        exact = self.chance() * (self.asked[0] == 1) / len(self.asked)
+        return Majority(exact, per_label=self.chance(), guess=(self.first_value,))
+
+    def chance(self) -> float:
+        """1 / the number of values."""
+        return 1 / self.values
 
     def only(self, difficulty: int) -> Mqar:
         """The same layout, `difficulty` pairs in every example."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from hybrid_sleep.eval.tasks.base import IGNORED, Task
+from hybrid_sleep.eval.tasks.base import IGNORED, Majority, Task
 from hybrid_sleep.eval.tasks.draws import U64, distinct, draw, mix
 from hybrid_sleep.eval.tasks.groups import Group
 from hybrid_sleep.validation import check_choice, check_count
@@ -151,27 +151,23 @@ class PrefixProducts(Task):
             answers = self.group.prefix_products(np.array(word)).tolist()
         return {"word": word, "queries": list(zip(asked, answers, strict=True))}
 
-    def floor(self) -> dict[str, Any]:
-        """What always guessing one element scores over all words; exact, as is `chance`.
+    def floor(self) -> dict[int, float]:
+        """`chance`, but that in the layout `tagging` the first element is its own product.
 
-        Products of different prefixes are uniform and independent: `per_label` is 1 / order,
-        `exact` that to the power of the questions, and to know the answers before helps nobody. In
-        the layout `tagging` the first element is its own product, so that who sees only the
-        element to be tagged is right there, and is right in 1 / order of the cases elsewhere:
-        `by_difficulty` says so.
+        Products of different prefixes are uniform and independent, so that the answers before help
+        nobody.
         """
-        share = 1 / self.order
         levels = np.unique(self._difficulty(np.array(self.prefixes)))
-        by_difficulty = dict.fromkeys(levels.tolist(), share)
-        if self.layout == "tagging":
-            by_difficulty[1] = 1.0
-        return {
-            "exact": share ** len(self.prefixes),
-            "per_label": share,
-            "majority": 0,
-            "chance": share,
-            "by_difficulty": by_difficulty,
-        }
+        floor = dict.fromkeys(levels.tolist(), self.chance())
+        return {**floor, 1: 1.0} if self.layout == "tagging" else floor
+
+    def majority(self) -> Majority:
+        """What always guessing one element scores, over all words."""
+        return Majority(self.chance() ** len(self.prefixes), per_label=self.chance(), guess=(0,))
+
+    def chance(self) -> float:
+        """1 / the order of the group."""
+        return 1 / self.order
 
     def describe(self, example: Mapping[str, Any]) -> str:
         """The word of an example, and the products asked for."""

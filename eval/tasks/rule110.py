@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hybrid_sleep.eval.tasks.base import IGNORED, LARGEST_SIZE, SPLITS, Task, check_levels
+from hybrid_sleep.eval.tasks.base import IGNORED, LARGEST_SIZE, SPLITS, Majority, Task, check_levels
 from hybrid_sleep.eval.tasks.draws import TEST_SHARE, THRESHOLD, U64, draw
 from hybrid_sleep.validation import check_count
 
@@ -144,29 +144,30 @@ class Rule110(Task):
             "answers": answers,
         }
 
-    def floor(self) -> dict[str, Any]:
-        """What always guessing the more frequent label scores, over all contexts.
+    def floor(self) -> dict[int, float]:
+        """The share of examples that the more frequent label at every ring gets right.
 
-        `per_label` is p = max(P(label=1), P(label=0)), `exact` is p**states (the rings are
-        independent). P(label=1) = `ones` / `of` by enumeration of every ring: exact, with
-        `standard_error` 0. Only min(width, 2*steps + 1) cells can reach the leftmost one; if
-        that is more than 28 (or fewer, over hundreds of steps), P comes from 2**24 random rings
-        instead (from fewer where they would take minutes: `of` says how many), and
-        `standard_error` is that of `per_label`. `chance` is 2**-states, `by_difficulty` has
-        `exact` by steps. With several `steps`, `exact` and `per_label` are means of what the best
-        guess for each scores, and `by_steps` has the rest.
+        The rings are independent, so that this is the best guess: p**states, with p the larger of
+        P(label=1) and P(label=0) over all rings. P is exact, by enumeration, where at most 28 cells
+        can reach the leftmost one, which are min(width, 2*steps + 1) (or fewer, over hundreds of
+        steps). Otherwise it comes from 2**24 random rings, with a standard error of at most .0002
+        (from fewer where they would take minutes).
         """
-        by_steps = {steps: self._floor(steps) for steps in self._asked_steps}
-        shared = {
-            "exact": sum(floor["exact"] for floor in by_steps.values()) / len(by_steps),
-            "per_label": sum(floor["per_label"] for floor in by_steps.values()) / len(by_steps),
-            "chance": 0.5**self.states,
-            "by_difficulty": {steps: floor["exact"] for steps, floor in by_steps.items()},
-        }
-        if len(by_steps) > 1:
-            return {**shared, "by_steps": by_steps}
-        (only,) = by_steps.values()
-        return {**only, **shared}
+        return {steps: self._majority(steps)[0] ** self.states for steps in self._asked_steps}
+
+    def majority(self) -> Majority:
+        """What always guessing the more frequent label for an example's steps scores."""
+        found = [self._majority(steps) for steps in self._asked_steps]
+        guesses = {guess for _, guess in found}
+        return Majority(
+            exact=sum(share**self.states for share, _ in found) / len(found),
+            per_label=sum(share for share, _ in found) / len(found),
+            guess=tuple(guesses) if len(guesses) == 1 else (),
+        )
+
+    def chance(self) -> float:
+        """2**-states."""
+        return 0.5**self.states
 
     @property
     def _asked_steps(self) -> list[int]:
@@ -182,21 +183,12 @@ class Rule110(Task):
         task.asked = np.array([self.rollouts.index(difficulty)])
         return task
 
-    def _floor(self, steps: int) -> dict[str, Any]:
+    def _majority(self, steps: int) -> tuple[float, int]:
+        """The share of the more frequent label after `steps` steps, and that label."""
         # The leftmost cell's light cone is all that matters, and a ring just as wide as the cone
         # first touches its own far side one step too late to be seen.
-        cells = min(self.width, max(3, 2 * steps + 1))
-        ones, of = _count_ones(cells, steps)
-        share = max(ones, of - ones) / of
-        exact = cells <= ENUMERATED_CELLS
-        return {
-            "exact": share**self.states,
-            "per_label": share,
-            "majority": int(2 * ones >= of),
-            "ones": ones,
-            "of": of,
-            "standard_error": 0.0 if exact else (share * (1 - share) / of) ** 0.5,
-        }
+        ones, of = count_ones(min(self.width, max(3, 2 * steps + 1)), steps)
+        return max(ones, of - ones) / of, int(2 * ones >= of)
 
     def describe(self, example: Mapping[str, Any]) -> str:
         """The rings of an example, what they become, and the labels asked for."""
@@ -260,7 +252,7 @@ def evolve(cells: np.ndarray, steps: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=64)
-def _count_ones(cells: int, steps: int) -> tuple[int, int]:
+def count_ones(cells: int, steps: int) -> tuple[int, int]:
     """(rings whose leftmost cell ends as 1, rings looked at): all 2**cells, or a sample."""
     if cells > ENUMERATED_CELLS or cells * steps << cells > 64 * MOST_ENUMERATED:
         stream = np.random.Philox(np.random.SeedSequence([cells, steps]))

@@ -6,7 +6,7 @@ import inspect
 import itertools
 import json
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from hybrid_sleep.eval.tasks import TASKS, load
@@ -87,16 +87,16 @@ def _facts(task: Task) -> Iterator[str]:
     tokens = f"{task.length} tokens out of {task.vocab_size}"
     yield from _fact("example", f"{tokens}, in windows: {windows}")
     yield from _fact("difficulty", task.difficulty)
-    floor = task.floor()
-    guess = f" (token {floor['majority']})" if "majority" in floor else ""
+    floor = ", ".join(f"{level} {_share(share)}" for level, share in task.floor().items())
+    yield from _fact("floor", f"best guess without memory, by {task.difficulty}: {floor}")
+    majority, word = task.majority(), _word(task)
+    guess = f" ({' '.join(map(word, majority.guess))})" if majority.guess else ""
     yield from _fact(
-        "floor",
-        f"most frequent label{guess} {_share(floor['per_label'])} of labels, "
-        f"{_share(floor['exact'])} of examples; a guess among the possible answers "
-        f"{_share(floor['chance'])} of questions",
+        "majority",
+        f"most frequent label{guess}: {_share(majority.per_label)} of labels, "
+        f"{_share(majority.exact)} of examples",
     )
-    by_difficulty = ", ".join(f"{k} {_share(v)}" for k, v in floor["by_difficulty"].items())
-    yield from _fact("", f"best guess without memory, by {task.difficulty}: {by_difficulty}")
+    yield from _fact("chance", f"uniform guess: {_share(task.chance())} of questions")
 
 
 def _fact(name: str, text: str) -> list[str]:
@@ -110,13 +110,15 @@ def _share(share: float) -> str:
     return (f"{share:.3f}" if share >= 0.001 else f"{share:.1e}").removeprefix("0")
 
 
+def _word(task: Task) -> Callable[[int], str]:
+    """What shows a token of `task`: its text where it has one."""
+    decode = getattr(task, "decode", None)
+    return (lambda token: decode([token]) or f"<{token}>") if decode else str
+
+
 def _windows(task: Task, example: Mapping[str, Any]) -> Iterator[str]:
     """The tokens of each window, with a line of labels below those that have some."""
-    decode = getattr(task, "decode", None)
-
-    def word(token: int) -> str:
-        return (decode([token]) or f"<{token}>") if decode else str(token)
-
+    word = _word(task)
     tokens = [word(token) for token in example["input_ids"]]
     labels = ["." if label == IGNORED else word(label) for label in example["labels"]]
     for number, start in enumerate(range(0, task.length, task.window), 1):

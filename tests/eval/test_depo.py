@@ -279,7 +279,7 @@ def brute_force_letters(alphabet, lengths, nodes):
 @pytest.mark.parametrize(
     "alphabet, shortest, longest, nodes", [(2, 1, 3, 4), (3, 1, 2, 5), (20, 1, 1, 4), (3, 2, 3, 3)]
 )
-def test_floor_equals_a_count_over_all_draws(variant, alphabet, shortest, longest, nodes):
+def test_majority_equals_a_count_over_all_draws(variant, alphabet, shortest, longest, nodes):
     task = tasks.load(
         "depo", variant=variant, nodes=nodes, alphabet=alphabet, shortest=shortest, longest=longest
     )
@@ -288,14 +288,15 @@ def test_floor_equals_a_count_over_all_draws(variant, alphabet, shortest, longes
         letters = brute_force_letters(alphabet, range(shortest, longest + 1), nodes)
     marked = variant != "paper"
     often = {task.answer: marked, 1: (letters - 1) / alphabet, alphabet + 1: 1 / alphabet}
-    floor = task.floor()
-    assert floor["per_label"] == pytest.approx(max(often.values()) / (letters + marked), rel=1e-12)
-    assert often[floor["majority"]] == max(often.values())
+    majority = task.majority()
+    best = max(often.values())
+    assert majority.per_label == pytest.approx(best / (letters + marked), rel=1e-12)
+    assert [often[token] for token in majority.guess] == [best]
 
 
 @pytest.mark.parametrize("queries", [1, 2, 3, 4])
 @pytest.mark.parametrize("hops", [1, 2, 4, 6])
-def test_floor_of_whole_examples_by_enumeration(queries, hops):
+def test_majority_of_whole_examples_by_enumeration(queries, hops):
     """Every choice of starts and steps on a ring of 5; the node they meet in has 1 name of 8."""
     asked = [k for k in (1, 2, 4, 6) if k <= hops]
     right = total = 0
@@ -304,17 +305,17 @@ def test_floor_of_whole_examples_by_enumeration(queries, hops):
             ends = {(start + k) % 5 for start, k in zip(starts, steps, strict=True)}
             right, total = right + (len(ends) == 1), total + 1
     task = tasks.load("depo", nodes=5, hops=hops, queries=queries, alphabet=8, longest=1)
-    assert task.floor()["exact"] == pytest.approx(right / total / 8, rel=1e-12)
+    assert task.majority().exact == pytest.approx(right / total / 8, rel=1e-12)
 
 
 @pytest.mark.parametrize("params", [{}, {"variant": "depo2", "nodes": 20}, SMALL], ids=by_params)
-def test_guessing_scores_the_floor(params):
+def test_guessing_scores_the_majority(params):
     task = tasks.load("depo", **params)
     batch = task.batch("test", 0, 2000)
-    floor = task.floor()
-    score = task.score(torch.full_like(batch["labels"], floor["majority"]), batch)
-    assert score["exact"] == floor["exact"] == 0
-    assert score["per_label"] == pytest.approx(floor["per_label"], abs=0.005)
+    majority = task.majority()
+    score = task.score(torch.full_like(batch["labels"], *majority.guess), batch)
+    assert score["exact"] == majority.exact == 0
+    assert score["per_label"] == pytest.approx(majority.per_label, abs=0.005)
 
 
 @pytest.mark.parametrize("nodes, hops", [(8, 4), (8, 16), (4, 12), (75, 16)])
@@ -328,8 +329,8 @@ def test_chance_knows_the_nodes_but_not_their_order(nodes, hops):
             rest = [name for name in names if name != start]
             right += (start if k % nodes == 0 else drawn.choice(rest)) == target
             asked += 1
-    error = (task.floor()["chance"] / asked) ** 0.5
-    assert right / asked == pytest.approx(task.floor()["chance"], abs=4 * error)
+    error = (task.chance() / asked) ** 0.5
+    assert right / asked == pytest.approx(task.chance(), abs=4 * error)
 
 
 @pytest.mark.parametrize("variant", ["paper", "depo1"])

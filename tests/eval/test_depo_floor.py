@@ -73,21 +73,18 @@ def test_the_floor_is_what_a_guesser_of_drawn_examples_reaches():
             right[k] += often
             asked[k] += 1
     floor = task.floor()
-    assert floor["standard_error"] == 0
-    assert list(floor["by_difficulty"]) == [1, 2, 4]
-    for k, share in floor["by_difficulty"].items():
+    assert list(floor) == [1, 2, 4] and depo_floor.best_guess(8, 4, (1, 2, 4))[1] == 0
+    for k, share in floor.items():
         assert right[k] / asked[k] == pytest.approx(share, abs=0.05)
-        assert share > floor["chance"] + 0.03
+        assert share > task.chance() + 0.03
     # What configs/runs/depo_cpu.yaml and the docstring of earlier results quote.
-    assert sum(floor["by_difficulty"].values()) / 3 == pytest.approx(0.225, abs=0.001)
+    assert sum(floor.values()) / 3 == pytest.approx(0.225, abs=0.001)
 
 
 def test_of_more_nodes_it_is_that_of_first_questions():
-    floor = tasks.load("depo", nodes=12, hops=24, alphabet=20).floor()
-    assert floor["by_difficulty"] == {k: 1 / 11 for k in (1, 2, 4, 8, 16)} | {24: 1.0}
-    assert floor["standard_error"] is None
-    mean = sum(floor["by_difficulty"].values()) / 6
-    assert floor["chance"] == pytest.approx(mean, rel=1e-12)
+    task = tasks.load("depo", nodes=12, hops=24, alphabet=20)
+    assert task.floor() == {k: 1 / 11 for k in (1, 2, 4, 8, 16)} | {24: 1.0}
+    assert task.chance() == pytest.approx(sum(task.floor().values()) / 6, rel=1e-12)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -103,7 +100,7 @@ def test_depo_can_be_limited_to_one_number_of_steps(split):
         for steps, start, answer in read["queries"]:
             assert steps == 3
             assert follows[follows[follows[start]]] == answer
-    assert list(limited.floor()["by_difficulty"]) == [3]
+    assert list(limited.floor()) == [3]
     assert task.test_hops == [1, 2, 4]
-    with pytest.raises(ValueError, match=r"difficulty=5; allowed: hops=\[1, 2, 3, 4\]"):
+    with pytest.raises(ValueError, match=r"difficulty must .*hops=\[1, 2, 3, 4\], got 5"):
         task.only(5)

@@ -156,7 +156,7 @@ def test_summary_of_several_checkpoints():
     result = depth_report.summarise(
         TASK, [made_up(shift) for shift in shifts], [record(seed) for seed in range(3)]
     )
-    assert result["floor"] == TASK.floor()["exact"]
+    assert result["floor"] == TASK.majority().exact
     assert result["accuracy"]["2"] == pytest.approx(0.89)
     assert result["spread"]["2"] == pytest.approx([0.84, 0.93])
     assert result["best_depth"] == 2
@@ -167,7 +167,7 @@ def test_summary_of_several_checkpoints():
     text = depth_report.markdown(json.loads(json.dumps(result)))
     # .84, .90, .93: deviation .0458, and 4.303 of it over the root of 3 on either side, up to 1.
     assert "| 2 | **0.890** | 0.840 to 0.930 | 0.776 to 1.000 | 0.840 | 0.900 | 0.930 |" in text
-    assert f"{TASK.floor()['exact']:.4f}" in text
+    assert f"{TASK.majority().exact:.4f}" in text
 
 
 def test_accuracy_by_difficulty_is_the_mean_over_checkpoints():
@@ -233,7 +233,7 @@ def test_figure_draws_floor_points_and_baseline():
     result["baseline"] = BASE
     axes = depth_report.figure(result).axes[0]
     drawn = [(line.get_xdata(), line.get_ydata()) for line in axes.get_lines()]
-    floor = TASK.floor()["exact"]
+    floor = TASK.majority().exact
     assert any(list(y) == [floor, floor] for _, y in drawn)
     assert any(list(x) == [1] and list(y) == [0.77] for x, y in drawn)
     assert any(list(x) == [1, 2, 3, 4] and list(y) == [0.4, 0.9, 0.9, 0.5] for x, y in drawn)

@@ -110,36 +110,37 @@ GOLDEN = (
 
 def test_floor_is_what_guessing_scores(monkeypatch):
     monkeypatch.setattr(task_module, "SAMPLED", 3000)
-    task_module._floor.cache_clear()
+    task_module._statistics.cache_clear()
     task = load(ops=[1, 2], length=72, windows=2, noise=False)
-    floor = task.floor()
-    task_module._floor.cache_clear()
+    floor, majority = task.floor(), task.majority()
+    task_module._statistics.cache_clear()
     batch = task.batch("test", 5, 1500)
-    guess = [*task.encode(str(floor["majority"])), task.vocabulary.end]
+    guess = majority.guess
     guesses = torch.zeros_like(batch["input_ids"])
     guesses[:, 74 : 74 + len(guess)] = torch.tensor(guess)
-    error = 5 * (floor["standard_error"] ** 2 + 0.25 / 1500) ** 0.5
+    error = 5 * (majority.exact * (1 - majority.exact) / 3000 + 0.25 / 1500) ** 0.5
     score = task.score(guesses, batch)
-    assert score["exact"] == pytest.approx(floor["exact"], abs=error)
-    assert floor["of"] == 3000
+    assert score["exact"] == pytest.approx(majority.exact, abs=error)
     # Constants are drawn evenly from 1..4.
-    assert floor["slices"]["op"]["1"] == pytest.approx(0.25, abs=0.05)
-    assert set(floor["slices"]["mode"]) == {"forward", "reverse"}
+    assert list(floor) == [1, 2] and floor[1] == pytest.approx(0.25, abs=0.05)
     rows = task.batch("train", 0, 3000)["labels"][:, 74:].tolist()
-    assert floor["exact"] == max(Counter(map(tuple, rows)).values()) / 3000
+    assert majority.exact == max(Counter(map(tuple, rows)).values()) / 3000
+    two = [e for e in task.examples("train", 0, 3000) if e["meta"]["op"] == 2]
+    answers = Counter(example["meta"]["answer"] for example in two)
+    assert floor[2] == max(answers.values()) / len(two)
     follows = Counter((j, row[j - 1] if j else None, row[j]) for row in rows for j in range(5))
     labels = {key: n for key, n in follows.items() if key[2] != -100}
     best = sum(max(labels[k] for k in labels if k[:2] == b) for b in {k[:2] for k in labels})
-    assert floor["per_label"] == best / sum(labels.values())
+    assert majority.per_label == best / sum(labels.values())
 
 
 def test_floors_are_of_problems_that_distractors_can_fill(monkeypatch):
     """At 62 tokens they cannot fill all; sums of sentences of 11, 18 and 20 tokens must do."""
     monkeypatch.setattr(task_module, "SAMPLED", 3000)
-    task_module._floor.cache_clear()
+    task_module._statistics.cache_clear()
     task = load(ops=[2], length=62, windows=1)
-    floor = task.floor()
-    task_module._floor.cache_clear()
+    floor, majority = task.floor(), task.majority()
+    task_module._statistics.cache_clear()
     drawn = [*itertools.islice(problems(replace(task.recipe, noise=False), "train", 0), 3000)]
     sums = {sum(parts) for n in range(5) for parts in itertools.product((11, 18, 20), repeat=n)}
     reached = {room for room in range(62) if any(0 <= room - total <= 3 for total in sums)}
@@ -147,7 +148,7 @@ def test_floors_are_of_problems_that_distractors_can_fill(monkeypatch):
     free = [*itertools.islice(load(**task.params | {"noise": False}).examples("train", 0), 300)]
     assert not {62 - example["meta"]["length"] for example in free} <= reached
     answers = Counter(problem.answer for problem in drawn)
-    assert floor["exact"] == max(answers.values()) / 3000
+    assert floor == {2: max(answers.values()) / 3000} and majority.exact == floor[2]
 
 
 def test_only_keeps_tokens_and_layout():

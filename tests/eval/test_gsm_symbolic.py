@@ -246,27 +246,25 @@ def test_what_is_no_sequence_is_refused(change, message):
 
 def test_floor_is_what_guessing_scores(monkeypatch):
     monkeypatch.setattr(symbolic, "SAMPLED", 3000)
-    symbolic._floor.cache_clear()
+    symbolic._statistics.cache_clear()
     task = GsmSymbolic(**BARE)
-    floor = task.floor()
-    one = task.only(1).floor()
-    symbolic._floor.cache_clear()
+    floor, majority = task.floor(), task.majority()
+    one = task.only(1)
+    assert one.floor()[1] == one.majority().exact == pytest.approx(2 / 3 / 1000, rel=0.1)
+    symbolic._statistics.cache_clear()
     rows = task.batch("train", 0, 3000)["labels"][:, 98:].tolist()
     sizes = Counter(row.count(task.vocabulary.ids["V"]) for row in rows)
-    assert floor["sizes"] == {k: sizes[k] / 3000 for k in sorted(sizes)}
-    assert floor["exact"] == pytest.approx(sizes[1] / 3000 / 1000)
-    share = sizes[1] / 3000
-    assert floor["standard_error"] == pytest.approx((share * (1 - share) / 3000) ** 0.5 / 1000)
+    assert majority.exact == pytest.approx(sizes[1] / 3000 / 1000)
     sets = [1000, 499_500, 166_167_000, 41_417_124_750]
-    assert floor["chance"] == pytest.approx(1 / sum(sets))
+    assert all(sizes[k] / n <= sizes[1] / 1000 for k, n in enumerate(sets, 1))
+    assert task.chance() == pytest.approx(1 / sum(sets))
     follows = Counter((j, row[j - 1] if j else None, row[j]) for row in rows for j in range(20))
     labels = {key: n for key, n in follows.items() if key[2] != IGNORED}
     best = sum(max(labels[k] for k in labels if k[:2] == b) for b in {k[:2] for k in labels})
-    assert floor["per_label"] == pytest.approx(best / sum(labels.values()))
-    assert list(floor["by_difficulty"]) == [1, 2, 3]
+    assert majority.per_label == pytest.approx(best / sum(labels.values()))
+    assert list(floor) == [1, 2, 3]
     # A copy, or a step with the root at another value: one answer in two cases of three.
-    assert floor["by_difficulty"][1] == pytest.approx(2 / 3 / 1000, rel=0.1)
-    assert one["exact"] == pytest.approx(2 / 3 / 1000, rel=0.1)
+    assert floor[1] == pytest.approx(2 / 3 / 1000, rel=0.1)
 
 
 def test_only_keeps_tokens_and_layout():

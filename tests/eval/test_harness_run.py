@@ -13,6 +13,7 @@ from hybrid_sleep import HybridSleepConfig, HybridSleepForCausalLM
 from hybrid_sleep.eval import tasks
 from hybrid_sleep.eval.depth import measure_depth
 from hybrid_sleep.eval.tasks import TASKS
+from hybrid_sleep.eval.tasks.base import Majority
 from hybrid_sleep.training.config import run_config
 
 pytest.importorskip("lm_eval")
@@ -67,15 +68,16 @@ def test_a_run_is_written_kept_and_shown(trained, tmp_path, monkeypatch):
     model = HybridSleepForCausalLM.from_pretrained(trained)
     task = tasks.load("rule110", **RULE)
     wanted = measure_depth(model, task, [1, 2], 40, SEED)
-    floor = task.floor()
+    floor, majority = task.floor(), task.majority()
     for row, depth in zip(result["rows"], (1, 2), strict=True):
         exact, per_question, per_label = row["scores"]
         assert (exact["metric"], exact["value"]) == ("exact", wanted.exact[depth])
         assert (per_label["metric"], per_label["value"]) == ("per_label", wanted.per_label[depth])
-        assert exact["floor"] == pytest.approx(floor["exact"])
+        assert exact["majority"] == majority.exact and exact["floor"] is None
+        assert per_label["majority"] == majority.per_label
         asked = {int(level): part["questions"] for level, part in row["by_difficulty"].items()}
         assert per_question["floor"] == pytest.approx(
-            sum(floor["by_difficulty"][level] * n for level, n in asked.items()) / 40
+            sum(floor[level] * n for level, n in asked.items()) / 40
         )
         assert 0 < exact["interval"][0] < exact["value"] < exact["interval"][1] < 1
     assert json.loads((tmp_path / "results.json").read_text())["rows"] == result["rows"]
@@ -89,13 +91,13 @@ def test_a_run_is_written_kept_and_shown(trained, tmp_path, monkeypatch):
 
     table = report.markdown(result)
     first = table.splitlines()[2]
-    assert first.startswith(f"| hybrid_sleep_rule110 | exact | 40 | {floor['exact']:.4f} |")
+    assert first.startswith(f"| hybrid_sleep_rule110 | exact | 40 |  | {majority.exact:.4f} |")
     assert f"| {wanted.exact[1]:.4f} (" in first and f"| {wanted.exact[2]:.4f} (" in first
     assert "questions right by steps" in table and "Trained at depths 1, 2." in table
     axes = report.figure(result).axes[0]
     heights = [list(line.get_ydata()) for line in axes.lines]
     assert [wanted.exact[1], wanted.exact[2]] in heights
-    assert any(set(ys) == {exact["floor"]} for ys in heights)
+    assert any(set(ys) == {exact["majority"]} for ys in heights)
 
 
 def test_an_interrupted_run_keeps_what_was_finished(trained, monkeypatch):
@@ -128,7 +130,9 @@ METRICS
 def test_own_tasks_beside_ours_and_a_model_of_text(tmp_path, monkeypatch):
     """A text model: bytes, no run.yaml; bits of a YAML file's texts, replies to problems."""
     # Its own is measured on thousands of problems.
-    monkeypatch.setattr(TASKS["gsm_infinite"], "floor", lambda self: {"exact": 0.25})
+    guess = Majority(exact=0.25, per_label=0.5)
+    monkeypatch.setattr(TASKS["gsm_infinite"], "floor", lambda self: {2: 0.125})
+    monkeypatch.setattr(TASKS["gsm_infinite"], "majority", lambda self: guess)
     monkeypatch.setitem(ours.TextTask.settings["generation_kwargs"], "max_gen_toks", 20)
     torch.manual_seed(0)
     config = HybridSleepConfig(**MODEL, vocab_size=259, window=8, eos_token_id=1, pad_token_id=0)
@@ -170,7 +174,7 @@ def test_own_tasks_beside_ours_and_a_model_of_text(tmp_path, monkeypatch):
         assert score["higher_is_better"] is False and score["floor"] is None
     assert [row["task"] for row in result["rows"][1:3]] == ["own", "hybrid_sleep_gsm_infinite"]
     exact = result["rows"][2]["scores"][0]
-    assert (exact["metric"], exact["floor"], exact["documents"]) == ("exact", 0.25, 3)
+    assert (exact["metric"], exact["majority"], exact["documents"]) == ("exact", 0.25, 3)
     assert result["tasks"]["hybrid_sleep_gsm_infinite"]["in_words"] is True
     assert "bits_per_byte (less is better)" in report.markdown(result)
     # Shares and other numbers have an axis each.
@@ -280,8 +284,8 @@ def test_the_error_of_a_share_is_that_of_independent_examples():
         "n-shot": {},
         "versions": {},
     }
-    (score,) = scores(found, {"per_label": 0.25})["scores"]
+    (score,) = scores(found, {"2": 0.5}, {"per_label": 0.25})["scores"]
     again = torch.randint(0, 40, (20000, 40), generator=generator)
     shares = right[again].sum(1) / of[again].sum(1)
     assert score["stderr"] == pytest.approx(shares.std().item(), rel=0.06)
-    assert score["floor"] == 0.25
+    assert (score["floor"], score["majority"]) == (None, 0.25)

@@ -192,7 +192,7 @@ def test_one_number_of_pairs_alone_keeps_tokens_and_layout():
         assert example["meta"]["difficulty"] == [6] * 6
         assert task.parse(example["input_ids"]) == only.parse(example["input_ids"])
     assert (only.length, only.window, only.params) == (task.length, task.window, task.params)
-    assert list(only.floor()["by_difficulty"]) == [6]
+    assert list(only.floor()) == [6]
     assert {len(e["meta"]["difficulty"]) for e in task.examples("test", 0, 50)} == {2, 6, 12}
 
 
@@ -237,32 +237,32 @@ def test_pairs_have_left_when_they_are_asked_for():
 @pytest.mark.parametrize("params", VARIANTS, ids=by_params)
 def test_floor_equals_a_count(params):
     task = tasks.load("mqar", **params)
-    floor = task.floor()
+    floor, majority, chance = task.floor(), task.majority(), task.chance()
     count = 4000
     examples = list(task.examples("test", 0, count))
     drawn, labels = random.Random(0), [e["labels"] for e in examples]
-    constant = task.score(np.full((count, task.length), floor["majority"]), examples)
+    constant = task.score(np.full((count, task.length), *majority.guess), examples)
     values = range(task.vocab_size // 2, task.vocab_size)
     guess = [[drawn.choice(values) for _ in row] for row in labels]
     guessed = task.score(np.array(guess), examples)
     for score in (constant, guessed):
-        assert list(score["by_difficulty"]) == list(floor["by_difficulty"])
+        assert list(score["by_difficulty"]) == list(floor)
         for level, share in score["by_difficulty"].items():
-            error = math.sqrt(floor["chance"] / score["questions"][level])
-            assert share == pytest.approx(floor["by_difficulty"][level], abs=4 * error)
-        error = math.sqrt(floor["chance"] / sum(score["questions"].values()))
-        assert score["per_label"] == pytest.approx(floor["per_label"], abs=4 * error)
-    error = math.sqrt(floor["exact"] / count)
-    assert constant["exact"] == pytest.approx(floor["exact"], abs=4 * error)
+            error = math.sqrt(chance / score["questions"][level])
+            assert share == pytest.approx(floor[level], abs=4 * error)
+        error = math.sqrt(chance / sum(score["questions"].values()))
+        assert score["per_label"] == pytest.approx(majority.per_label, abs=4 * error)
+    error = math.sqrt(majority.exact / count)
+    assert constant["exact"] == pytest.approx(majority.exact, abs=4 * error)
 
 
-def test_floor_of_one_pair_by_enumeration():
-    floor = tasks.load("mqar", vocab_size=35, length=10, pairs=[1, 2]).floor()
+def test_majority_of_one_pair_by_enumeration():
+    majority = tasks.load("mqar", vocab_size=35, length=10, pairs=[1, 2]).majority()
     labels = [(v,) for v in range(17, 35)], list(itertools.permutations(range(17, 35), 2))
     for guess in (17, 34):
         shares = [sum(set(row) == {guess} for row in rows) / len(rows) for rows in labels]
-        assert floor["exact"] == pytest.approx(sum(shares) / 2, rel=1e-12)
-    assert floor["per_label"] == 1 / 18
+        assert majority.exact == pytest.approx(sum(shares) / 2, rel=1e-12)
+    assert majority.per_label == 1 / 18
 
 
 @pytest.mark.parametrize(

@@ -86,15 +86,15 @@ def test_floor_by_enumeration():
     words = np.array(list(itertools.product((0, 1), repeat=12)))
     parities = words.cumsum(axis=1) % 2
     for s, t in itertools.combinations(range(11), 2):
-        floor = tasks.load("parity", elements=12, prefixes=[s + 1, t + 1, 12]).floor()
+        task = tasks.load("parity", elements=12, prefixes=[s + 1, t + 1, 12])
         rows, counts = np.unique(parities[:, [s, t, 11]], axis=0, return_counts=True)
-        assert len(rows) == 8 and set(counts) == {len(words) * floor["exact"]}
-    floor = tasks.load("parity", elements=12).floor()
-    assert floor["per_label"] == floor["chance"] == 0.5
-    assert floor["by_difficulty"] == dict.fromkeys([1, 2, 4, 8, 12], 0.5)
-    tagging = tasks.load("parity", elements=12, layout="tagging").floor()
-    assert tagging["exact"] == 2**-12
-    assert tagging["by_difficulty"] == {1: 1.0, 2: 0.5, 4: 0.5, 8: 0.5, 12: 0.5}
+        assert len(rows) == 8 and set(counts) == {len(words) * task.majority().exact}
+    task = tasks.load("parity", elements=12)
+    assert task.majority().per_label == task.chance() == 0.5
+    assert task.floor() == dict.fromkeys([1, 2, 4, 8, 12], 0.5)
+    tagging = tasks.load("parity", elements=12, layout="tagging")
+    assert tagging.majority().exact == 2**-12
+    assert tagging.floor() == {1: 1.0, 2: 0.5, 4: 0.5, 8: 0.5, 12: 0.5}
 
 
 def test_guessing_scores_the_floor():

@@ -160,20 +160,18 @@ def test_a_context_keeps_its_split_whatever_the_steps():
 
 def test_floor_of_the_long_task():
     task = tasks.load("rule110", width=24, states=4, steps=32)
-    floor = task.floor()
-    assert Fraction(floor["ones"], floor["of"]) == Fraction(9423121, 16777216)
-    assert floor["exact"] == pytest.approx(0.0995, abs=5e-5)
-    assert floor["exact"] == (9423121 / 16777216) ** 4
-    assert floor["per_label"] == 9423121 / 16777216
-    assert floor["standard_error"] == 0
+    assert rule110.count_ones(24, 32) == (9423121, 16777216)
+    assert task.floor() == {32: (9423121 / 16777216) ** 4}
+    assert task.floor()[32] == pytest.approx(0.0995, abs=5e-5)
+    assert task.majority() == ((9423121 / 16777216) ** 4, 9423121 / 16777216, (1,))
 
 
 @pytest.mark.parametrize(
     "steps, share", [(1, 0.6250), (2, 0.5313), (4, 0.5352), (8, 0.5406), (12, 0.5435), (16, 0.5559)]
 )
 def test_floor_at_other_steps(steps, share):
-    floor = tasks.load("rule110", width=24, states=4, steps=steps).floor()
-    assert floor["per_label"] == pytest.approx(share, abs=5e-5)
+    task = tasks.load("rule110", width=24, states=4, steps=steps)
+    assert task.majority().per_label == pytest.approx(share, abs=5e-5)
 
 
 @pytest.mark.parametrize("width", [3, 4, 7, 10])
@@ -181,31 +179,32 @@ def test_floor_at_other_steps(steps, share):
 def test_floor_equals_a_count_by_the_table(width, steps):
     rings = ["".join(ring) for ring in itertools.product("01", repeat=width)]
     ones = Fraction(sum(naive(ring, steps)[0] == "1" for ring in rings), len(rings))
-    floor = tasks.load("rule110", width=width, states=2, steps=steps).floor()
-    assert Fraction(floor["ones"], floor["of"]) == ones
-    assert floor["exact"] == float(max(ones, 1 - ones)) ** 2
-    assert floor["majority"] == (ones >= Fraction(1, 2))
+    task = tasks.load("rule110", width=width, states=2, steps=steps)
+    assert Fraction(*rule110.count_ones(min(width, max(3, 2 * steps + 1)), steps)) == ones
+    assert task.floor() == {steps: float(max(ones, 1 - ones)) ** 2}
+    assert task.majority().guess == (ones >= Fraction(1, 2),)
 
 
 def test_guessing_the_majority_scores_the_floor():
     task = tasks.load("rule110", width=24, states=4, steps=16)
     batch = task.batch("test", 0, 20_000)
-    guesses = torch.full_like(batch["labels"], task.floor()["majority"])
-    score = task.score(guesses, batch)
-    assert score["exact"] == pytest.approx(task.floor()["exact"], abs=0.01)
-    assert score["per_label"] == pytest.approx(task.floor()["per_label"], abs=0.01)
+    majority = task.majority()
+    score = task.score(torch.full_like(batch["labels"], *majority.guess), batch)
+    assert majority.exact == task.floor()[16]
+    assert score["exact"] == pytest.approx(majority.exact, abs=0.01)
+    assert score["per_label"] == pytest.approx(majority.per_label, abs=0.01)
 
 
-def test_a_ring_too_wide_to_enumerate_is_sampled_and_says_so(monkeypatch):
+def test_a_ring_too_wide_to_enumerate_is_sampled(monkeypatch):
     monkeypatch.setattr(rule110, "ENUMERATED_CELLS", 16)
     monkeypatch.setattr(rule110, "SAMPLED_STATES", 1 << 20)
-    rule110._count_ones.cache_clear()
-    sampled = tasks.load("rule110", width=24, states=1, steps=32).floor()
-    rule110._count_ones.cache_clear()
-    assert 0 < sampled["standard_error"] < 1e-3
-    assert sampled["per_label"] == pytest.approx(
-        9423121 / 16777216, abs=5 * sampled["standard_error"]
-    )
+    rule110.count_ones.cache_clear()
+    ones, of = rule110.count_ones(24, 32)
+    rule110.count_ones.cache_clear()
+    assert of == 1 << 20
+    error = (ones / of * (1 - ones / of) / of) ** 0.5
+    assert ones / of != 9423121 / 16777216
+    assert ones / of == pytest.approx(9423121 / 16777216, abs=5 * error)
 
 
 def test_score_counts_whole_examples_and_labels():
@@ -250,13 +249,13 @@ def test_several_numbers_of_steps_are_told_apart_by_the_separator():
 
 
 def test_floor_of_several_numbers_of_steps():
-    floor = tasks.load("rule110", width=5, states=2, steps=[0, 2]).floor()
+    task = tasks.load("rule110", width=5, states=2, steps=[0, 2])
     rings = ["".join(bits) for bits in itertools.product("01", repeat=5)]
     ones = sum(naive(ring, 2)[0] == "1" for ring in rings) / 32
-    assert floor["by_difficulty"] == {0: 0.25, 2: max(ones, 1 - ones) ** 2}
-    assert floor["exact"] == (0.25 + max(ones, 1 - ones) ** 2) / 2
-    assert floor["per_label"] == (0.5 + max(ones, 1 - ones)) / 2
-    assert floor["chance"] == 0.25
+    assert task.floor() == {0: 0.25, 2: max(ones, 1 - ones) ** 2}
+    assert task.majority().exact == (0.25 + max(ones, 1 - ones) ** 2) / 2
+    assert task.majority().per_label == (0.5 + max(ones, 1 - ones)) / 2
+    assert task.chance() == 0.25
 
 
 @pytest.mark.parametrize(

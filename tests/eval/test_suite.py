@@ -125,7 +125,8 @@ def test_a_run_is_trained_beside_its_baselines_and_goes_on(tmp_path, config):
     measured = measure_depth(model, run.load_task(), [1, 2], 40)
     last = next(r for r in result["rows"] if (r["variant"], r["seed"]) == ("sleep", 2))
     assert last["per_question"] == {str(d): measured.per_question[d] for d in (1, 2)}
-    assert result["floor"]["exact"] == run.load_task().floor()["exact"]
+    floor = {str(level): share for level, share in run.load_task().floor().items()}
+    assert result["floor"] == {"by_difficulty": floor, "chance": run.load_task().chance()}
     paths = files.save(result, out)
     before = [path.read_bytes() for path in paths[1:]]
     assert files.render(paths[0]) == paths[1:]

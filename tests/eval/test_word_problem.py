@@ -217,46 +217,46 @@ def test_floor_of_questions_by_enumeration():
     table = [[number["".join(b[int(i)] for i in a)] for b in S3] for a in S3]
     products = [list(itertools.accumulate(word, lambda a, b: table[a][b])) for word in words]
     for t in range(1, 5):
-        floor = tasks.load("word_problem", group="S3", elements=5, prefixes=[t, 5]).floor()
+        task = tasks.load("word_problem", group="S3", elements=5, prefixes=[t, 5])
         joint = np.zeros((6, 6))
         for product in products:
             joint[product[t - 1], product[4]] += 1
         assert joint.max() == joint.min()
-        assert floor["per_label"] == pytest.approx(joint.sum(0).max() / len(words))
-        assert floor["exact"] == pytest.approx(joint[0, 0] / len(words), rel=1e-12)
+        assert task.majority().per_label == pytest.approx(joint.sum(0).max() / len(words))
+        assert task.majority().exact == pytest.approx(joint[0, 0] / len(words), rel=1e-12)
         # The best guess for the whole word when the product of its first t is known.
         best = joint.max(axis=1).sum() / len(words)
-        assert floor["by_difficulty"][5] == pytest.approx(best, rel=1e-12)
-        assert floor["chance"] == 1 / 6 and list(floor["by_difficulty"]) == [t, 5]
-    alone = tasks.load("word_problem", group="S3", elements=5, prefixes=[5]).floor()
-    assert list(alone["by_difficulty"]) == [5] and alone["exact"] == 1 / 6
+        assert task.floor()[5] == pytest.approx(best, rel=1e-12)
+        assert task.chance() == 1 / 6 and list(task.floor()) == [t, 5]
+    alone = tasks.load("word_problem", group="S3", elements=5, prefixes=[5])
+    assert list(alone.floor()) == [5] and alone.majority().exact == 1 / 6
 
-    floor = tasks.load("word_problem", group="S3", elements=5, layout="tagging").floor()
+    tagging = tasks.load("word_problem", group="S3", elements=5, layout="tagging")
     seen = {}
     for t in range(1, 6):
         joint = np.zeros((6, 6))
         for word, product in zip(words, products, strict=True):
             joint[word[t - 1], product[t - 1]] += 1
         best = joint.max(axis=1).sum() / len(words)
-        assert floor["by_difficulty"][{3: 4}.get(t, t)] == pytest.approx(best, rel=1e-12)
+        assert tagging.floor()[{3: 4}.get(t, t)] == pytest.approx(best, rel=1e-12)
         seen[t] = best
     assert seen[1] == 1
-    assert floor["exact"] == pytest.approx(6**-5, rel=1e-12)
+    assert tagging.majority().exact == pytest.approx(6**-5, rel=1e-12)
 
 
 @pytest.mark.parametrize("params", VARIANTS, ids=by_params)
 def test_guessing_scores_the_floor(params):
     task = tasks.load("word_problem", **params)
     examples = list(task.examples("test", 0, 1500))
-    floor = task.floor()
-    guess = np.full((1500, task.length), floor["majority"])
+    majority = task.majority()
+    guess = np.full((1500, task.length), *majority.guess)
     score = task.score(guess, examples)
     labels = 1500 * len(task.prefixes)
-    error = math.sqrt(floor["per_label"] / labels)
-    assert score["per_label"] == pytest.approx(floor["per_label"], abs=4 * error)
-    error = math.sqrt(floor["exact"] / 1500)
-    assert score["exact"] == pytest.approx(floor["exact"], abs=4 * error)
-    assert set(score["by_difficulty"]) == set(floor["by_difficulty"])
+    error = math.sqrt(majority.per_label / labels)
+    assert score["per_label"] == pytest.approx(majority.per_label, abs=4 * error)
+    error = math.sqrt(majority.exact / 1500)
+    assert score["exact"] == pytest.approx(majority.exact, abs=4 * error)
+    assert set(score["by_difficulty"]) == set(task.floor())
 
 
 def test_a_long_product_does_not_depend_on_where_it_is_cut():

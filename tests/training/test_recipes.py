@@ -88,7 +88,7 @@ def test_a_task_is_learned_beyond_its_floor(tmp_path, name):
     overrides = [*overrides, "train.eval_examples=400", f"output_dir={tmp_path}"]
     run = load_run_config(RUNS / f"{name}.yaml", overrides)
     result = train(run, progress=False)
-    floor = run.load_task().floor()["per_label"]
+    floor = run.load_task().majority().per_label
     assert min(result.metrics["per_label"].values()) > floor + margin
     assert (tmp_path / "run.png").stat().st_size > 0
 
@@ -131,7 +131,7 @@ def test_a_checkpoint_is_taken_beyond_its_floor(
     more += ["train.eval_examples=400", f"output_dir={tmp_path / 'out'}"]
     run = load_run_config(RUNS / f"{name}.yaml", [*of_recipe, *more])
     result = train(run, progress=False)
-    assert result.metrics["exact"][2] > run.load_task().floor()["exact"] + margin
+    assert result.metrics["exact"][2] > run.load_task().majority().exact + margin
 
 
 def test_text_is_predicted_better_than_its_letters(tmp_path, capsys):

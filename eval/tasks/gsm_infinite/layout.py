@@ -6,7 +6,8 @@ import copy
 import hashlib
 import itertools
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -169,6 +170,16 @@ class WordTask(Task):
             before + answer + after,
             [IGNORED] * len(before) + answer + [IGNORED] * len(after),
         )
+
+
+def best_per_label(sequences: Iterable[Sequence[int]]) -> float:
+    """The share of labels right that are guessed from their place and the label before them."""
+    followed: dict[tuple[int, int], Counter[int]] = {}
+    for labels in sequences:
+        for place, (before, label) in enumerate(itertools.pairwise([IGNORED, *labels])):
+            followed.setdefault((place, before), Counter())[label] += 1
+    hits = sum(max(counts.values()) for counts in followed.values())
+    return hits / sum(counts.total() for counts in followed.values())
 
 
 def check_choices(

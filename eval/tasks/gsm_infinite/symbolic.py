@@ -5,16 +5,15 @@ After GSM-Infinite (arXiv 2502.05252), in words of our own and from a generator 
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
-from hybrid_sleep.eval.tasks.base import IGNORED
+from hybrid_sleep.eval.tasks.base import Majority
 from hybrid_sleep.eval.tasks.gsm_infinite.filling import slack
 from hybrid_sleep.eval.tasks.gsm_infinite.forest import (
     ForestProblem,
@@ -32,6 +31,7 @@ from hybrid_sleep.eval.tasks.gsm_infinite.layout import (
     LONGEST,
     SAMPLED,
     WordTask,
+    best_per_label,
     check_choices,
 )
 from hybrid_sleep.eval.tasks.gsm_infinite.sentences import Vocabulary
@@ -140,16 +140,29 @@ class GsmSymbolic(WordTask):
             raise self._foreign(f"the reply {reply!r}")
         return {"statements": read, "answer": names, "answer_q": asked}
 
-    def floor(self) -> dict[str, Any]:
-        """What guessing without the text scores; names are drawn evenly, so hardly anything.
+    def floor(self) -> dict[int, float]:
+        """The likeliest set of names of problems of each op; names are uniform, so hardly anything.
 
-        `exact`: always the same set, of the size that makes it most likely: the share of answers
-        of k names, over the number of such sets. The shares are measured on `of` = 16,384 drawn
-        problems, `standard_error` is what that leaves open. `per_label`: at each label the one most
-        frequent after the label before it, at that place. `chance`: a uniform guess among all sets
-        of 1 to `answers` names. `sizes`: the share of answers of k names.
+        Always the same set, of the size that makes it most likely: the share of answers of k names,
+        measured on 16,384 drawn problems, over the number of such sets.
         """
-        return copy.deepcopy(_floor(self.recipe))
+        names = 10**self.recipe.digits
+        sizes = _statistics(self.recipe).sizes
+        return {op: _likeliest(counts, names) for op, counts in sizes.items()}
+
+    def majority(self) -> Majority:
+        """What always guessing the same set scores, as in `floor`, of whatever op.
+
+        `per_label`: at each label, the one most frequent after the label before it, at that place.
+        """
+        found = _statistics(self.recipe)
+        whole = sum(found.sizes.values(), Counter())
+        return Majority(_likeliest(whole, 10**self.recipe.digits), found.per_label)
+
+    def chance(self) -> float:
+        """A uniform guess among all sets of 1 to `answers` names."""
+        names = 10**self.recipe.digits
+        return 1 / sum(math.comb(names, k) for k in range(1, self.recipe.answers + 1))
 
 
 def _check_fit(recipe: ForestRecipe) -> None:
@@ -183,34 +196,25 @@ def _probes(op: int, answers: int, digits: int) -> list[Trees]:
     return [draw_trees(stream, recipe) for _ in range(PROBED)]
 
 
+def _likeliest(sizes: Counter[int], names: int) -> float:
+    """How often the likeliest set of some of `names` is the answer; `sizes` counts answers by k."""
+    return max(n / sizes.total() / math.comb(names, size) for size, n in sizes.items())
+
+
+class _Statistics(NamedTuple):
+    """What drawn problems say of guesses: how many answers have k names, by op and k."""
+
+    sizes: dict[int, Counter[int]]
+    per_label: float
+
+
 @lru_cache(maxsize=16)
-def _floor(recipe: ForestRecipe) -> dict[str, Any]:
+def _statistics(recipe: ForestRecipe) -> _Statistics:
     vocabulary = Vocabulary(WORDS)
-    names = 10**recipe.digits
     sizes: dict[int, Counter[int]] = {op: Counter() for op in sorted(recipe.ops)}
-    followed: dict[tuple[int, int], Counter[int]] = {}
+    sequences = []
     bare = replace(recipe, noise=False)
     for problem in itertools.islice(forest_problems(bare, "train", 0), SAMPLED):
         sizes[problem.op][len(problem.answer_list)] += 1
-        labels = [*vocabulary.encode(", ".join(problem.answer_list)), vocabulary.end]
-        for place, (before, label) in enumerate(itertools.pairwise([IGNORED, *labels])):
-            followed.setdefault((place, before), Counter())[label] += 1
-
-    def likeliest(counts: Counter[int]) -> tuple[float, int]:
-        of = counts.total()
-        return max((count / of / math.comb(names, size), size) for size, count in counts.items())
-
-    whole = sum(sizes.values(), Counter())
-    exact, size = likeliest(whole)
-    share, sets = whole[size] / SAMPLED, math.comb(names, size)
-    hits = sum(max(counts.values()) for counts in followed.values())
-    everything = range(1, recipe.answers + 1)
-    return {
-        "exact": exact,
-        "per_label": hits / sum(counts.total() for counts in followed.values()),
-        "chance": 1 / sum(math.comb(names, k) for k in everything),
-        "by_difficulty": {op: likeliest(counts)[0] for op, counts in sizes.items()},
-        "of": SAMPLED,
-        "standard_error": (share * (1 - share) / SAMPLED) ** 0.5 / sets,
-        "sizes": {k: whole[k] / SAMPLED for k in sorted(whole)},
-    }
+        sequences.append((*vocabulary.encode(", ".join(problem.answer_list)), vocabulary.end))
+    return _Statistics(sizes, best_per_label(sequences))

@@ -5,15 +5,14 @@ After GSM-Infinite (arXiv 2502.05252), in words of our own and from a generator 
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
-from hybrid_sleep.eval.tasks.base import IGNORED
+from hybrid_sleep.eval.tasks.base import Majority
 from hybrid_sleep.eval.tasks.gsm_infinite.answers import parse_answer
 from hybrid_sleep.eval.tasks.gsm_infinite.filling import slack
 from hybrid_sleep.eval.tasks.gsm_infinite.generator import (
@@ -28,6 +27,7 @@ from hybrid_sleep.eval.tasks.gsm_infinite.layout import (
     LONGEST,
     SAMPLED,
     WordTask,
+    best_per_label,
     check_choices,
 )
 from hybrid_sleep.eval.tasks.gsm_infinite.reading import read_statement, theme_of
@@ -146,19 +146,24 @@ class GsmInfinite(WordTask):
             raise self._foreign(f"the reply {reply!r}")
         return {"statements": read, "answer": answer}
 
-    def floor(self) -> dict[str, Any]:
-        """What guessing by frequency alone scores, measured on `of` = 16,384 drawn problems.
+    def floor(self) -> dict[int, float]:
+        """The most frequent answer to problems of each op, measured on 16,384 drawn ones.
 
-        `exact`: always the most frequent answer, `majority`, drawn without distractors, which do
-        not change it; `standard_error` is that of `exact`. `per_label`: at each label the one most
-        frequent after the label before it, at that place. `slices`: `exact` among problems of one
-        op, mode or theme, by its own most frequent answer (a problem's wording gives away its mode
-        and theme, and its length something of its op). With `solution`, `exact` and `per_label` are
-        those of solution and answer together, `slices` of the answer alone.
+        They are drawn without distractors, which do not change answers.
         """
-        floor = copy.deepcopy(_floor(self.recipe, self.solution))
-        by_op = {int(op): share for op, share in floor["slices"]["op"].items()}
-        return {**floor, "chance": 1 / LARGEST_VALUE, "by_difficulty": dict(sorted(by_op.items()))}
+        return dict(_statistics(self.recipe, self.solution).by_op)
+
+    def majority(self) -> Majority:
+        """What always guessing the most frequent answer scores, measured on 16,384 problems.
+
+        With `solution`, the most frequent solution with its answer. `per_label`: at each label, the
+        one most frequent after the label before it, at that place.
+        """
+        return _statistics(self.recipe, self.solution).majority
+
+    def chance(self) -> float:
+        """A uniform guess among 1..1000."""
+        return 1 / LARGEST_VALUE
 
 
 def _check_fit(recipe: Recipe) -> None:
@@ -194,35 +199,25 @@ def _probes(op: int, d: int, mode: str) -> list[Draft]:
     return [draw_draft(stream, recipe) for _ in range(PROBED)]
 
 
+class _Statistics(NamedTuple):
+    """What drawn problems say of guesses: the share of the most frequent answer, by op."""
+
+    by_op: dict[int, float]
+    majority: Majority
+
+
 @lru_cache(maxsize=16)
-def _floor(recipe: Recipe, solution: bool) -> dict[str, Any]:
+def _statistics(recipe: Recipe, solution: bool) -> _Statistics:
     vocabulary = Vocabulary(all_words())
     bare = replace(recipe, noise=False)
-    drawn = list(itertools.islice(problems(bare, "train", 0), SAMPLED))
-    answers = Counter(problem.answer for problem in drawn)
-    sequences: Counter[tuple[int, ...]] = Counter()
-    followed: dict[tuple[int, int], Counter[int]] = {}
-    for problem in drawn:
+    answers: dict[int, Counter[int]] = {op: Counter() for op in sorted(recipe.ops)}
+    sequences: list[tuple[int, ...]] = []
+    for problem in itertools.islice(problems(bare, "train", 0), SAMPLED):
+        answers[problem.op][problem.answer] += 1
         said = problem.solution if solution else str(problem.answer)
-        labels = [*vocabulary.encode(said), vocabulary.end]
-        sequences[tuple(labels)] += 1
-        for place, (before, label) in enumerate(itertools.pairwise([IGNORED, *labels])):
-            followed.setdefault((place, before), Counter())[label] += 1
-    exact = sequences.most_common(1)[0][1] / len(drawn)
-    hits = sum(max(counts.values()) for counts in followed.values())
-    slices: dict[str, dict[str, float]] = {}
-    for name in ("op", "mode", "theme"):
-        by_value: dict[str, Counter[int]] = {}
-        for problem in drawn:
-            by_value.setdefault(str(getattr(problem, name)), Counter())[problem.answer] += 1
-        slices[name] = {
-            value: max(counts.values()) / counts.total() for value, counts in by_value.items()
-        }
-    return {
-        "exact": exact,
-        "per_label": hits / sum(counts.total() for counts in followed.values()),
-        "majority": answers.most_common(1)[0][0],
-        "of": len(drawn),
-        "standard_error": (exact * (1 - exact) / len(drawn)) ** 0.5,
-        "slices": slices,
-    }
+        sequences.append((*vocabulary.encode(said), vocabulary.end))
+    [(guess, times)] = Counter(sequences).most_common(1)
+    return _Statistics(
+        {op: max(counts.values()) / counts.total() for op, counts in answers.items()},
+        Majority(times / len(sequences), best_per_label(sequences), guess),
+    )
