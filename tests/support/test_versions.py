@@ -10,9 +10,12 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+import hybrid_sleep
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -95,6 +98,17 @@ def test_pythons_are_named_alike():
     assert f"not (3, {minors[0]}) <= sys.version_info[:2] <= (3, {minors[-1]})" in (
         ROOT / "Makefile"
     ).read_text()
+    (job,) = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())["jobs"].values()
+    assert job["strategy"]["matrix"]["python"] == [f"3.{minor}" for minor in minors]
+    assert [step["run"] for step in job["steps"] if "run" in step] == ["make test PYTHON=python"]
+
+
+def test_what_is_cited_is_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == hybrid_sleep.__version__
+    assert citation["license"] == PROJECT["license"]
+    (paper,) = citation["references"]
+    assert paper["identifiers"][0]["value"] == f"arXiv:{paper['url'].rpartition('/')[2]}"
 
 
 def test_the_demo_installs_no_more_than_it_needs(tmp_path):
