@@ -89,7 +89,7 @@ app.command("eval")(evaluate.evaluate)
 @app.command()
 @command
 def doctor() -> None:
-    """What this machine has, what of it was tested, which path each op takes on it, and why.
+    """What this machine has, which versions were tested, and what each op runs on here, and why.
 
     Ends with exit code 1 where a package is missing or too old.
     """

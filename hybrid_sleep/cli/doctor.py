@@ -1,4 +1,4 @@
-"""What this machine has, what of it was tested, and which path each op takes on it and why.
+"""What this machine has, which versions were tested, and which implementation each op uses here.
 
 `report()` is plain data, ready for JSON; `render(console)` prints it as tables. Optional packages
 are looked up without importing them: some of them fail, or take a GPU, on import.
@@ -36,18 +36,18 @@ OPTIONAL = (
     ("trl", "trl", "fine-tuning on conversations and preferences"),
     ("flash-attn", "flash_attn", "attn_implementation='flash_attention_2'"),
     ("flash-linear-attention", "fla", "gated_delta_rule on a GPU where the Triton kernels decline"),
-    ("causal-conv1d", "causal_conv1d", "short_conv, likewise"),
-    ("mamba-ssm", "mamba_ssm", "ssd without gradients, likewise"),
+    ("causal-conv1d", "causal_conv1d", "short_conv on a GPU where the Triton kernels decline"),
+    ("mamba-ssm", "mamba_ssm", "ssd without gradients, where the Triton kernels decline"),
 )
-# One token is generation; a window of them is reading, training and sleep.
+# Decoding calls an op with one token; prefill, training and sleep with a window of them.
 CALLS = (("one token", 1), ("a window", 1024))
 TITLES = {
     "machine": "Machine",
-    "software": "Software",
-    "optional": "Optional packages (looked up, not imported)",
-    "attention": "Attention implementations",
-    "ops": "Ops: the path each call takes, and why",
-    "sleep": "Sleep: how model.sleep runs its passes, and why",
+    "software": "Packages that are needed",
+    "optional": "Optional packages, and what each is for",
+    "attention": "Attention implementations (attn_implementation=...)",
+    "ops": "Ops: the implementation that is used, why, and why not another",
+    "sleep": "How model.sleep() runs its passes",
     "verdict": "Verdict",
 }
 # What a container may use, where there is one.
@@ -80,7 +80,9 @@ def render(console: Console | None = None, rows: list[Row] | None = None) -> Non
     console = console or Console()
     rows = report() if rows is None else rows
     for section, title in TITLES.items():
-        table = Table(title=title, title_justify="left", title_style="bold", show_header=False)
+        # Not the table's own title, which is wrapped where the table is narrow.
+        console.print(Text(title, style="bold"))
+        table = Table(show_header=False)
         for style in ("", "", "dim"):
             table.add_column(overflow="fold", style=style)
         for row in rows:
@@ -97,12 +99,16 @@ def _row(section: str, name: str, value: Any, why: str = "", ok: bool = True, **
 def _machine() -> Iterator[Row]:
     yield _row("machine", "system", f"{platform.system()} {platform.machine()}")
     threads = torch.get_num_threads()
-    yield _row("machine", "CPU cores", _cores(), f"torch uses {threads} threads")
+    yield _row("machine", "CPU cores", _cores(), f"torch computes with {threads} threads")
     memory = _memory()
     yield _row("machine", "memory", "unknown" if memory is None else _gib(memory))
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
-        why = f"torch is built for {built} but finds no device" if built else "torch is a CPU build"
+        why = (
+            f"torch is built for {built} but finds no device"
+            if built
+            else "this build of torch is for CPUs alone; everything but speed works on them"
+        )
         yield _row("machine", "GPU", "none", why)
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
@@ -170,24 +176,24 @@ def _verdict(rows: list[Row]) -> Row:
     bad = [row for row in rows if not row["ok"]]
     what = "missing, too old or never tested" if broken(bad) else "never tested"
     named = ", ".join(f"{row['name']} {row['value']}" for row in bad)
-    value = f"{what}: {named}" if bad else "all within what was tested"
+    value = f"{what}: {named}" if bad else "all in their tested ranges"
     others = ", ".join(f"{p.name} {p.version} ({p.last})" for p in versions.not_as_last_tested())
-    why = f"not the version last tested: {others}" if others else ""
+    why = f"other than last tested (in brackets): {others}" if others else ""
     return _row("verdict", "versions", value, why, ok=not bad)
 
 
 def _attention() -> Iterator[Row]:
     yield _row("attention", "sdpa", "available", "torch's fused attention; the default")
-    yield _row("attention", "eager", "available", "written out, no fused kernel")
+    yield _row("attention", "eager", "available", "plain PyTorch, no fused kernel; slow")
     if is_flash_attn_2_available():
-        yield _row("attention", "flash_attention_2", "available", "flash-attn and a GPU are here")
+        yield _row("attention", "flash_attention_2", "available", "flash-attn and a GPU are found")
     else:
         why = "needs a GPU and the package flash-attn"
         yield _row("attention", "flash_attention_2", "not available", why)
 
 
 def _devices() -> list[tuple[str, torch.dtype]]:
-    """Where models can lie here, and the dtype they usually have there."""
+    """Where models can run here, and the dtype they usually have there."""
     on_gpu = [("cuda", torch.bfloat16)] if torch.cuda.is_available() else []
     return [("cpu", torch.float32), *on_gpu]
 
@@ -195,7 +201,7 @@ def _devices() -> list[tuple[str, torch.dtype]]:
 def _sleep() -> Iterator[Row]:
     for device, _ in _devices():
         path, why = outlook(device)
-        yield _row("sleep", f"a sleep on {device}", path, why, device=device)
+        yield _row("sleep", f"on {device}", path, why, device=device)
 
 
 def _ops() -> Iterator[Row]:
@@ -203,15 +209,17 @@ def _ops() -> Iterator[Row]:
         for op in dispatch.OPS:
             for label, tokens in CALLS:
                 path = dispatch.explain(op, tokens=tokens, device=device, dtype=dtype)
-                # That another path could run but ranks lower is implied by the one taken.
+                # Left out is what goes without saying: that another one could run but ranks lower,
+                # and that an op has no such implementation.
+                implied = ("", "not implemented", f"{path['implementation']} is preferred")
                 others = [
-                    f"{name}: {why}"
+                    f"not {name}: {why}"
                     for name, why in path["candidates"].items()
-                    if why and why != f"{path['implementation']} is preferred"
+                    if why not in implied
                 ]
                 yield _row(
                     "ops",
-                    f"{op} of {label} on {device}",
+                    f"{op}, {label}, {device}",
                     path["implementation"],
                     "; ".join([path["reason"], *others]),
                     device=device,

@@ -62,18 +62,20 @@ class Checked:
 
     def verdict(self) -> str:
         """What is known about the version, in words; "" where nothing is known."""
+        # The lower bound first, however the distribution's metadata have it.
+        wanted = ",".join(sorted(map(str, SpecifierSet(self.wanted)), reverse=True))
         if self.version is None:
-            return f"needs {self.wanted}" if self.wanted else ""
+            return f"needs {wanted}" if wanted else ""
         if self.tested and self.same_as_last:
             return "the version last tested"
         last = f"last tested: {self.last}" if self.last else ""
         if self.too_old:
-            said = f"too old: needs {self.wanted}"
+            verdict = f"too old: needs {wanted}"
         elif not self.tested:
-            said = f"never tested: outside {self.wanted}"
+            verdict = f"never tested: outside {wanted}"
         else:
-            said = f"within {self.wanted}" if self.wanted else ""
-        return "; ".join(part for part in (said, last) if part)
+            verdict = f"in the tested range {wanted}" if wanted else ""
+        return "; ".join(part for part in (verdict, last) if part)
 
 
 def version(distribution: str) -> str | None:

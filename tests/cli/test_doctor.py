@@ -64,7 +64,7 @@ def test_report_is_plain_data_in_the_order_of_its_sections():
 
 @pytest.mark.parametrize("op", dispatch.OPS)
 def test_ops_take_the_path_that_is_reported(op):
-    rows = [r for r in doctor.report() if r["section"] == "ops" and r["name"].startswith(f"{op} ")]
+    rows = [r for r in doctor.report() if r["section"] == "ops" and r["name"].startswith(f"{op}, ")]
     rows = [r for r in rows if r["device"] == "cpu"]
     assert [r["tokens"] for r in rows] == [1, 1024]
     for reported in rows:
@@ -102,11 +102,11 @@ def test_a_version_that_was_never_tested_is_marked(tmp_path, monkeypatch):
     monkeypatch.setattr(versions, "ROOT", tmp_path)
     (tmp_path / "peft.py").touch()
     assert row("software", "torch")["ok"] is False
-    assert row("software", "torch")["why"] == "never tested: outside <2.14,>=2.11"
+    assert row("software", "torch")["why"] == "never tested: outside >=2.11,<2.14"
     assert row("software", "python")["ok"] is True
     # What only an extra asks for is judged where it is installed.
     assert row("optional", "peft")["ok"] is False
-    assert row("optional", "peft")["why"].endswith("never tested: outside <0.30,>=0.21")
+    assert row("optional", "peft")["why"].endswith("never tested: outside >=0.21,<0.30")
     verdict = row("verdict", "versions")
     assert verdict["ok"] is False
     assert verdict["value"] == "never tested: torch 2.14.0, peft 0.30.1"
@@ -125,7 +125,7 @@ def test_what_is_too_old_or_missing_is_broken(tmp_path, monkeypatch, installed):
     (found,) = [r for r in rows if r["name"] == "some-package"]
     assert found["ok"] is False and found["value"] == (installed or "not found")
     assert found["why"] == (
-        "too old: needs <2.14,>=2.11" if installed else "this package needs it"
+        "too old: needs >=2.11,<2.14" if installed else "this package needs it"
     )
     assert rows[-1]["value"] == (
         f"missing, too old or never tested: some-package {found['value']}"
@@ -153,14 +153,14 @@ def test_a_checkout_says_what_differs_from_the_last_test(tmp_path, monkeypatch):
     monkeypatch.setattr(versions, "ROOT", tmp_path)
     pins = "# Head.\nsame==2.1\nolder==2.1\nnewer==2.1\nFar.Off==6\nnot-installed==1\n"
     (tmp_path / "constraints.txt").write_text(pins)
-    assert row("software", "same")["why"] == "within <3"  # No checkout: the file is another's.
+    assert row("software", "same")["why"] == "in the tested range <3"  # No checkout: the file is another's.
     (tmp_path / "pyproject.toml").touch()
     assert row("software", "same")["why"] == "the version last tested"
-    assert row("software", "older")["why"] == "within <3; last tested: 2.1"
+    assert row("software", "older")["why"] == "in the tested range <3; last tested: 2.1"
     assert row("software", "newer")["why"] == "never tested: outside <3; last tested: 2.1"
     verdict = row("verdict", "versions")
     assert verdict["value"] == "never tested: newer 3.0"
-    wanted = "not the version last tested: older 2.0 (2.1), newer 3.0 (2.1), far-off 7 (6)"
+    wanted = "other than last tested (in brackets): older 2.0 (2.1), newer 3.0 (2.1), far-off 7 (6)"
     assert verdict["why"] == wanted
 
 
@@ -199,15 +199,15 @@ def test_a_machine_with_a_gpu_gets_rows_for_it(monkeypatch):
     calls = [("cpu", "float32"), ("cuda", "bfloat16")]
     wanted = [(*call, tokens) for call in calls for _ in dispatch.OPS for tokens in (1, 1024)]
     assert [(r["device"], r["dtype"], r["tokens"]) for r in ops] == wanted
-    assert row("sleep", "a sleep on cuda")["value"] == "cuda graph"
-    assert row("sleep", "a sleep on cpu")["why"] == "cpu is no CUDA device"
+    assert row("sleep", "on cuda")["value"] == "cuda graph"
+    assert row("sleep", "on cpu")["why"] == "cpu is no CUDA device"
 
 
 @torch.no_grad()
 def test_a_sleep_takes_the_path_that_is_reported():
     model = small_model()
     report = model.sleep(model(small_ids(1, 4)).cache, passes=2)
-    told = row("sleep", "a sleep on cpu")
+    told = row("sleep", "on cpu")
     assert report.path == f"{told['value']}: {told['why']}"
 
 
