@@ -153,7 +153,8 @@ def test_a_checkout_says_what_differs_from_the_last_test(tmp_path, monkeypatch):
     monkeypatch.setattr(versions, "ROOT", tmp_path)
     pins = "# Head.\nsame==2.1\nolder==2.1\nnewer==2.1\nFar.Off==6\nnot-installed==1\n"
     (tmp_path / "constraints.txt").write_text(pins)
-    assert row("software", "same")["why"] == "in the tested range <3"  # No checkout: the file is another's.
+    # No checkout: the file is another's.
+    assert row("software", "same")["why"] == "in the tested range <3"
     (tmp_path / "pyproject.toml").touch()
     assert row("software", "same")["why"] == "the version last tested"
     assert row("software", "older")["why"] == "in the tested range <3; last tested: 2.1"
