@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, TypeVar
 
 from transformers import PreTrainedConfig
 
@@ -36,6 +36,14 @@ _FREE_FIELDS = (
     "eos_token_id",
     "weights_version",
 )
+
+T = TypeVar("T")
+UNSET: Any = None
+if TYPE_CHECKING:
+    # Where None was given, the config fills in a value: whoever reads such a field finds one.
+    Filled = Annotated[T, "None when given"]
+else:
+    Filled = Optional
 
 
 class HybridSleepConfig(PreTrainedConfig):
@@ -85,13 +93,13 @@ class HybridSleepConfig(PreTrainedConfig):
     hidden_size: int = 512
     intermediate_size: int | list[int] = 1408
     num_hidden_layers: int = 8
-    layer_types: list[str] | None = None
+    layer_types: Filled[list[str]] = UNSET
     distinct_layers: int | None = None
     num_attention_heads: int = 8
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: Filled[int] = UNSET
+    head_dim: Filled[int] = UNSET
     max_position_embeddings: int = 1_048_576
-    rope_parameters: dict[str, Any] | None = None
+    rope_parameters: Filled[dict[str, Any]] = UNSET
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     attention_dropout: float = 0.0
@@ -242,7 +250,10 @@ class HybridSleepConfig(PreTrainedConfig):
             raise ValueError(
                 f"distinct_layers must be None or divide num_hidden_layers={layers}, got {count}"
             )
-        repeating = {"layer_types": self.layer_types, "intermediate_size": self.mlp_widths}
+        repeating: dict[str, Sequence[Any]] = {
+            "layer_types": self.layer_types,
+            "intermediate_size": self.mlp_widths,
+        }
         for name, values in repeating.items():
             if any(values[i] != values[i % count] for i in range(layers)):
                 raise ValueError(
@@ -296,7 +307,8 @@ class HybridSleepConfig(PreTrainedConfig):
     @property
     def loop_range(self) -> tuple[int, int]:
         """`(start, end)` of the blocks that a sleep repeats."""
-        return (0, self.num_hidden_layers) if self.loop is None else tuple(self.loop)
+        start, end = (0, self.num_hidden_layers) if self.loop is None else self.loop
+        return start, end
 
     @property
     def mlp_widths(self) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -73,7 +73,7 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
         self.post_init()
 
     @property
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[nn.Module]:
         """The layers in the order in which they are applied, the same one again where shared."""
         distinct = len(self.layers)
         return [self.layers[i % distinct] for i in range(self.config.num_hidden_layers)]
@@ -201,13 +201,30 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
             held.check(Owner.of(self) if owner is None else owner, self.options)
         some = columns_to_keep and not output_hidden_states
         first = max(0, columns - columns_to_keep) if some else 0
-        how = {"supervised": supervised, "every_layer": output_hidden_states}
+        every_layer = bool(output_hidden_states)
         if documents is None:
             held.open(batch)
-            h = forward(self, tokens, real, held, passes, first=first, **how)
+            h = forward(
+                self,
+                tokens,
+                real,
+                held,
+                passes,
+                supervised=supervised,
+                every_layer=every_layer,
+                first=first,
+            )
         else:
             one = held if use_cache else None
-            h = forward_documents(self, tokens, documents, one, passes, **how)[:, first:]
+            h = forward_documents(
+                self,
+                tokens,
+                documents,
+                one,
+                passes,
+                supervised=supervised,
+                every_layer=every_layer,
+            )[:, first:]
         *hidden_states, h = h.split(self.config.hidden_size, dim=-1)
         h = self.norm(h)
         return BaseModelOutputWithPast(
@@ -220,7 +237,7 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
 class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
     """The backbone with a language-modelling head: train it, let it sleep, generate with it."""
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: HybridSleepConfig):
         super().__init__(config)

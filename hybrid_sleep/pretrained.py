@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import os
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,12 +32,12 @@ class HybridSleepPreTrainedModel(PreTrainedModel):
     config_class = HybridSleepConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["Block"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["cache"]
+    _no_split_modules = ["Block"]
+    _skip_keys_device_placement = ["cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["A_log", "dt_bias"]
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
 
     def __init__(self, config: HybridSleepConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
@@ -54,7 +55,9 @@ class HybridSleepPreTrainedModel(PreTrainedModel):
         """Does nothing. Loading with trust_remote_code calls it, and then saving would copy this
         module without its package and overwrite auto_map; `save_pretrained` names the package."""
 
-    def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[Any], *args: Any, **kwargs: Any
+    ) -> None:
         """As transformers', plus a file by which AutoModel finds this package (auto_map)."""
         module = _REMOTE_FILE.removesuffix(".py")
         self.config.auto_map = {
@@ -70,6 +73,7 @@ class HybridSleepPreTrainedModel(PreTrainedModel):
         gradient_checkpointing_kwargs: dict[str, Any] | None = None,
         every_n_layers: int = 1,
         offload: bool = False,
+        **others: Any,
     ) -> None:
         """Recompute in the backward: `set_activation_checkpointing("block")`, or as it is set.
 
@@ -79,10 +83,11 @@ class HybridSleepPreTrainedModel(PreTrainedModel):
         gradient_checkpointing_kwargs: of torch's `checkpoint`, `use_reentrant` and
         `preserve_rng_state` are taken and change nothing: recomputation is never reentrant, keeps
         the state of random numbers, and gives the same gradients. Raises ValueError for others,
-        for every_n_layers other than 1 and for offload.
+        for every_n_layers other than 1, for offload and for any other argument.
         """
-        unknown = set(gradient_checkpointing_kwargs or {}) - {"use_reentrant", "preserve_rng_state"}
-        refused = {name: gradient_checkpointing_kwargs[name] for name in sorted(unknown)}
+        given = gradient_checkpointing_kwargs or {}
+        unknown = set(given) - {"use_reentrant", "preserve_rng_state"}
+        refused = {name: given[name] for name in sorted(unknown)} | others
         refused |= {} if every_n_layers == 1 else {"every_n_layers": every_n_layers}
         refused |= {"offload": offload} if offload else {}
         if refused:
@@ -93,12 +98,14 @@ class HybridSleepPreTrainedModel(PreTrainedModel):
                 "is recomputed with model.set_activation_checkpointing('block', a number of "
                 "layers, 'pass', 'window')"
             )
-        if self.base_model.checkpointing == Checkpointing():
-            self.base_model.checkpointing = Checkpointing(group=1)
+        base: Any = self.base_model
+        if base.checkpointing == Checkpointing():
+            base.checkpointing = Checkpointing(group=1)
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep all activations: `set_activation_checkpointing(None)`."""
-        self.base_model.checkpointing = Checkpointing()
+        base: Any = self.base_model
+        base.checkpointing = Checkpointing()
 
     @property
     def is_activation_checkpointing(self) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -22,7 +25,7 @@ def eager_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
-    scaling: float | None = None,
+    scaling: float = 1.0,
     is_causal: bool = False,
     **_: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,7 +105,7 @@ class Attention(nn.Module):
         """Probability in training; looked up, since a config may change after its model."""
         return self.config.attention_dropout
 
-    def _interface(self, context: Context):
+    def _interface(self, context: Context) -> Callable[..., tuple[torch.Tensor, Any]]:
         name = self.config._attn_implementation
         if name.startswith("flash_attention") and context.attention.mask is not None:
             # Flash kernels take lengths, not a mask over slots that start anywhere.

@@ -24,8 +24,13 @@ DECAY_RATE = (1.0, 16.0)
 TIME_STEP = (1e-3, 1e-1)
 
 
-class GatedNorm(nn.RMSNorm):
+class GatedNorm(nn.Module):
     """`rms_norm(o) * silu(gate)`, o, gate: `[B, T, H, V]`, with one weight of V for all heads."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, o: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         return gated_norm(o, gate, self.weight, self.eps)
@@ -107,7 +112,7 @@ class StateSpaceMixer(nn.Module, ABC):
         # Gradients of h are summed in reverse order of use: another order, other last bits.
         kv = torch.cat((self.k_proj(h), self.v_proj(h)), dim=-1)
         q = self.q_proj(h) if not write_only or context.keep_tails else None
-        o, S, *tails = self.mix(
+        o, S, q_tail, kv_tail = self.mix(
             h,
             q,
             kv,
@@ -118,7 +123,7 @@ class StateSpaceMixer(nn.Module, ABC):
             output=not write_only,
             tails=context.keep_tails,
         )
-        state = LayerState(S, tuple(tails) if context.keep_tails else ())
+        state = LayerState(S, (q_tail, kv_tail) if context.keep_tails else ())
         if write_only:
             return None, state
         gate = self.g_proj(h).view(*h.shape[:2], self.value_heads, self.value_dim)

@@ -63,7 +63,8 @@ def _repeat_passes(
     attention_layers = [i for i, state in window.states.items() if state.slots]
     writer = last_writer(backbone.options, backbone.fast_weight_layers, attention_layers)
     N, auto = (max_passes, True) if passes == "auto" else (passes, False)
-    depths, changes = torch.ones_like(window.lengths), []
+    depths = torch.ones_like(window.lengths)
+    changes: list[report.Change] = []
     if N == 1 or writer is None:
         why = "only one pass" if N == 1 else "no layer leaves anything behind"
         return Outcome({}, depths, changes, f"eager: {why}")

@@ -46,11 +46,12 @@ def check_tokens(
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
-    name, tokens = "input_ids [B, T]", input_ids
-    width, floating = (), False
-    if input_ids is None:
-        name, tokens = f"inputs_embeds [B, T, {config.hidden_size}]", inputs_embeds
+    name, width, floating = "input_ids [B, T]", tuple[int, ...](), False
+    if inputs_embeds is not None:
+        name = f"inputs_embeds [B, T, {config.hidden_size}]"
         width, floating = (config.hidden_size,), True
+    tokens = inputs_embeds if input_ids is None else input_ids
+    assert tokens is not None
     if tokens.ndim != 2 + len(width) or tokens.shape[2:] != width:
         raise ValueError(f"{name} expected, got shape {tuple(tokens.shape)}")
     if 0 in tokens.shape:

@@ -328,7 +328,8 @@ class SleepCache(Cache):
         self.states = map_tensors(change, self.states)
         self.opening = map_tensors(change, self.opening)
         self.hidden = None if self.hidden is None else change(self.hidden)
-        self.history = History(*map(change, self.history.folded()[:2]))
+        whole, opening, _ = self.history.folded()
+        self.history = History(change(whole), change(opening))
         for name in (*ROW_COUNTERS, "supervised"):
             setattr(self, name, change(getattr(self, name)))
 

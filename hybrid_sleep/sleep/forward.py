@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from transformers.utils import logging
 
@@ -11,6 +14,7 @@ from hybrid_sleep.sleep.cache import SleepCache
 from hybrid_sleep.sleep.checkpointing import recompute
 from hybrid_sleep.sleep.documents import Documents
 from hybrid_sleep.sleep.options import Passes
+from hybrid_sleep.sleep.state import LayerState
 from hybrid_sleep.sleep.windows import TokenBlock, cut, unpack
 
 logger = logging.get_logger(__name__)
@@ -104,7 +108,7 @@ def forward_documents(
     similar length together, each group only as far as its longest.
     """
     parts, source, offset = [], torch.zeros(tokens.shape[:2], dtype=torch.long), 1
-    groups = documents.by_length()
+    groups: Iterable[torch.Tensor] = documents.by_length()
     if cache is not None and len(documents.length):
         groups = [torch.arange(len(documents.length))]
     for members in groups:
@@ -143,7 +147,7 @@ def _zeros(
 
 
 def _step_of_copy(
-    backbone: Backbone, before: SleepCache, *arguments: object
+    backbone: Backbone, before: SleepCache, *arguments: Any
 ) -> tuple[torch.Tensor | None, SleepCache]:
     """`_step` that leaves `before` as it is and returns the cache after it."""
     after = before.copy()
@@ -212,9 +216,12 @@ def _pass_one(
     layers, (_, end) = len(backbone.blocks), backbone.options.loop
     # Where every layer is asked for, each is a range of its own.
     stops = range(1, layers + 1) if every_layer else sorted({end, layers})
-    outputs, after, start, hidden = [h], {}, 0, h
+    outputs, start, hidden = [h], 0, h
+    after: dict[int, LayerState] = {}
     for stop in stops:
-        h, new = backbone.run_blocks(range(start, stop), h, cache.states, context)
+        out, new = backbone.run_blocks(range(start, stop), h, cache.states, context)
+        assert out is not None
+        h = out
         outputs.append(h)
         after |= new
         if stop == end:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import (
     GenerationConfig,
     GenerationMixin,
@@ -17,7 +18,9 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from hybrid_sleep.sleep.arguments import check_tokens, refuse_unknown
 from hybrid_sleep.sleep.cache import SleepCache
+from hybrid_sleep.sleep.options import Passes, SleepOptions
 from hybrid_sleep.sleep.prefix import without_read
+from hybrid_sleep.sleep.weights import Owner
 
 _MODES = {
     GenerationMode.GREEDY_SEARCH,
@@ -84,6 +87,22 @@ class SleepGenerationMixin(GenerationMixin):
     """
 
     _is_stateful = True
+
+    if TYPE_CHECKING:
+        # Of the model that this is a part of.
+        config: Any
+
+        @property
+        def options(self) -> SleepOptions: ...
+
+        @property
+        def input_device(self) -> torch.device: ...
+
+        def check_passes(self, passes: Any, name: str = "passes") -> Passes: ...
+
+        def memory_owner(self) -> Owner: ...
+
+        def get_input_embeddings(self) -> nn.Module: ...
 
     @deprecate_kwarg("past_key_values", "6.0.0", new_name="cache", raise_if_both_names=True)
     @torch.no_grad()
@@ -242,9 +261,14 @@ class SleepGenerationMixin(GenerationMixin):
             return None
         return (ids != pad).long()
 
-    def _get_stopping_criteria(self, generation_config, stopping_criteria, **kwargs):
+    def _get_stopping_criteria(
+        self, generation_config: Any, stopping_criteria: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         # The only private method replaced: nothing else sees all criteria of a call together.
-        criteria = super()._get_stopping_criteria(generation_config, stopping_criteria, **kwargs)
+        parent: Any = super()
+        criteria = parent._get_stopping_criteria(
+            generation_config, stopping_criteria, *args, **kwargs
+        )
         if isinstance(stopping_criteria, _Finished):
             return _Finished(criteria, stopping_criteria.cache)
         return criteria

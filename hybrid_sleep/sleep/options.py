@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -116,7 +116,7 @@ def check_passes(
 
 
 def last_writer(
-    options: SleepOptions, fast_weight_layers: Sequence[int], attention_layers: Sequence[int]
+    options: SleepOptions, fast_weight_layers: Collection[int], attention_layers: Collection[int]
 ) -> int | None:
     """Index of the last looped or later block whose state survives a boundary; None for none.
 

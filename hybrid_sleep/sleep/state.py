@@ -29,10 +29,11 @@ class LayerState(NamedTuple):
 
     def put(self, rows: torch.Tensor, new: LayerState, total: int) -> LayerState:
         """This state of `total` rows with `rows` replaced by the rows of `new`, see `put_rows`."""
+        slots = _put_all(rows, self.slots, new.slots, total)
         return LayerState(
             put_rows(rows, self.S, new.S, total),
             _put_all(rows, self.tails, new.tails, total),
-            _put_all(rows, self.slots, new.slots, total),
+            tuple(x for x in slots if x is not None),
         )
 
 

@@ -129,13 +129,14 @@ def load_cache(
     cache = cls(model.options)
     for name in _VECTORS:
         setattr(cache, name, tensors.pop(f"rows.{name}").cpu())
-    cache.history = History(*(tensors.pop(f"rows.{name}") for name in _HASHES))
+    whole, opening = (tensors.pop(f"rows.{name}") for name in _HASHES)
+    cache.history = History(whole, opening)
     cache.hidden = tensors.pop("hidden", None)
     cache.columns = columns
     parts: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():
-        kind, layer, field = name.split(".", 2)
-        parts.setdefault((kind, int(layer)), {})[_FIELDS_OF_2.get(field, field)] = value
+        kind, number, field = name.split(".", 2)
+        parts.setdefault((kind, int(number)), {})[_FIELDS_OF_2.get(field, field)] = value
     for (kind, layer), fields in sorted(parts.items()):
         states = cache.opening if kind == "opening" else cache.states
         slots = (x for x in _numbered("slots", fields) if x is not None)

@@ -32,7 +32,7 @@ class _Journal:
         self._members: list[int] | None = None
         self._held: list[nn.Module] = []
         self.parameters: list[torch.Tensor] = []
-        self.adapters: list[nn.Module] = []
+        self.adapters: list[Any] = []
         self.digest: tuple[Hashable, str] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -139,9 +139,12 @@ def weights_digest(model: nn.Module) -> str:
     if key is not None and journal.digest is not None and journal.digest[0] == key:
         return journal.digest[1]
 
+    # transformers says that it fetches for its own models alone, and does for any module.
+    anyone: Any = model
+
     def fetched() -> Iterator[tuple[str, torch.Tensor]]:
         for name, p in parameters:
-            yield name, load_offloaded_parameter(model, name) if p.is_meta else p
+            yield name, load_offloaded_parameter(anyone, name) if p.is_meta else p
 
     states = [state for state in map(adapter_state, model.modules()) if state is not None]
     digest = _digest(fetched(), repr(states) if states else "")
@@ -173,7 +176,7 @@ def _digest(tensors: Iterable[tuple[str, torch.Tensor]], more: str = "") -> str:
     for name, value in tensors:
         flat = value.detach().cpu().contiguous().reshape(-1)
         digest.update(f"{name}:{tuple(value.shape)}:{value.dtype}:".encode())
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+        digest.update(flat.view(torch.uint8).numpy().data)
     digest.update(more.encode())
     return digest.hexdigest()
 
@@ -188,7 +191,8 @@ class Snapshot:
 
 def bump_version(model: nn.Module) -> int:
     """Count a change of the slow weights, durably (it is saved with the config)."""
-    model.config.weights_version = durable_version(model) + 1
+    config: Any = model.config
+    config.weights_version = durable_version(model) + 1
     return weights_version(model)
 
 

@@ -144,8 +144,10 @@ def unpack(
     source = torch.zeros(batch, columns, dtype=torch.long)
     offset = 1
     for block, h in blocks:
+        columns_Bn = block.columns
+        assert isinstance(columns_Bn, torch.Tensor)
         row, place = block.real.nonzero(as_tuple=True)
-        source[row, block.columns[row, place]] = offset + place
+        source[row, columns_Bn[row, place]] = offset + place
         offset += h.shape[1]
     index = source[:, first:, None].expand(-1, -1, width).to(joined.device)
     return joined.gather(1, index)
