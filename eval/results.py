@@ -43,7 +43,7 @@ KINDS = {
     "cost": Kind(f"{RENDER}.cost", "cost.png", f"{COSTS}.cost:Cost"),
     "kernels": Kind("hybrid_sleep.kernels.benchmarks.report", "kernels.png"),
     "base": Kind("hybrid_sleep.kernels.benchmarks.report", "base.png"),
-    "fallback": Kind("hybrid_sleep.kernels.benchmarks.fallback", "fallback.png"),
+    "fallback": Kind("hybrid_sleep.kernels.benchmarks.report", "fallback.png"),
     "sleep": Kind(f"{RENDER}.sleep_cpu", "sleep.png", f"{COSTS}.sleep_cpu:SleepCost"),
     "sleep_gpu": Kind(f"{RENDER}.sleep_gpu", "sleep.png", f"{COSTS}.sleep_gpu:GpuSleepCost"),
     "training": Kind(f"{RENDER}.training", "training.png", f"{COSTS}.training:TrainingCost"),

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hybrid_sleep.kernels.benchmarks.timing import spread
+from hybrid_sleep.kernels.benchmarks.timing import median_and_quartiles
 
 ALTERNATIVES = ("keeping", "recomputing")
 
@@ -83,7 +83,7 @@ def together(verdicts: Sequence[Verdict]) -> Verdict:
         middle.pays,
         middle.questions,
         kinds=dict(Counter(v.pays for v in verdicts)),
-        quartiles=spread(numbers)[1] if numbers else None,
+        quartiles=median_and_quartiles(numbers)[1] if numbers else None,
         range=[numbers[0], numbers[-1]] if numbers else None,
     )
 

@@ -31,7 +31,7 @@ from hybrid_sleep.eval.depth import read_run
 from hybrid_sleep.eval.depth_report import run_record
 from hybrid_sleep.eval.results import Result
 from hybrid_sleep.eval.tasks.accuracy import check_depths
-from hybrid_sleep.kernels.benchmarks.timing import in_turn
+from hybrid_sleep.kernels.benchmarks.timing import interleaved
 from hybrid_sleep.sleep.weights import weights_digest
 from hybrid_sleep.training.weights import load_model
 from hybrid_sleep.validation import check_count
@@ -316,7 +316,7 @@ class Bench:
         }
         for work in [*works.values()] * 2:
             work()
-        seconds = in_turn(works, self.repeats, 0.5, self._seconds)
+        seconds = interleaved(works, self.repeats, 0.5, self._seconds)
         kept = int(full.kept)
         return {
             "seconds": seconds["sleep"],
@@ -344,8 +344,8 @@ class Bench:
         }
         for work in (*reads.values(), *asks.values()):
             work()
-        taken = in_turn(reads, self.repeats, 0, self._seconds)
-        questions = in_turn(asks, self.repeats, 0, lambda ask: ask() or self._seconds(ask))
+        taken = interleaved(reads, self.repeats, 0, self._seconds)
+        questions = interleaved(asks, self.repeats, 0, lambda ask: ask() or self._seconds(ask))
         starts = {
             "fresh": (self.model, SleepCache(self.config)),
             "slept": (self.model, slept),

@@ -15,7 +15,7 @@ from hybrid_sleep.eval.costs.call import Call
 from hybrid_sleep.eval.costs.models import VOCABULARY, untrained
 from hybrid_sleep.eval.costs.timing import Spread, elapsed
 from hybrid_sleep.eval.results import Result
-from hybrid_sleep.kernels.benchmarks.timing import in_turn
+from hybrid_sleep.kernels.benchmarks.timing import interleaved
 from hybrid_sleep.validation import check_count
 
 LEAST_SECONDS = 3.0
@@ -153,5 +153,5 @@ def time_pairs(
         sleep()
         calls()
         # Each clocks itself: filling the window is no part of the sleep.
-        seconds = in_turn(works, repeats, least_seconds, lambda work: work())
+        seconds = interleaved(works, repeats, least_seconds, lambda work: work())
     return list(zip(seconds["sleep"], seconds["calls"], strict=True))

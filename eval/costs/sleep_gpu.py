@@ -21,7 +21,7 @@ from hybrid_sleep.eval.costs.call import Call
 from hybrid_sleep.eval.costs.models import untrained
 from hybrid_sleep.eval.costs.timing import Spread, elapsed
 from hybrid_sleep.eval.results import Result
-from hybrid_sleep.kernels.benchmarks.timing import in_turn
+from hybrid_sleep.kernels.benchmarks.timing import interleaved
 
 SIZE = {
     "hidden": 1024,
@@ -240,7 +240,9 @@ class Bench:
         """Elapsed seconds of each, round by round, after one round to warm up."""
         for work in works.values():
             work()
-        return in_turn(works, rounds, least_seconds, lambda work: elapsed(work, self._model.device))
+        return interleaved(
+            works, rounds, least_seconds, lambda work: elapsed(work, self._model.device)
+        )
 
     def _peak(self, work: Callable[[], Any]) -> int | None:
         """Bytes that `work` needs on top of what is held when it starts; None on a CPU."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hybrid_sleep.kernels.benchmarks.timing import spread
+from hybrid_sleep.kernels.benchmarks.timing import median_and_quartiles
 
 # On a CPU the processor time of one thread, which other programs lengthen less than elapsed time.
 CLOCK = {"cpu": "cpu_seconds", "cuda": "wall_seconds"}
@@ -25,7 +25,7 @@ class Spread:
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
         """Those of `values`."""
-        return cls(*spread(list(values)))
+        return cls(*median_and_quartiles(list(values)))
 
 
 def synchronise(device: Any) -> None:

@@ -27,7 +27,7 @@ from hybrid_sleep.eval.costs.call import Call
 from hybrid_sleep.eval.costs.models import untrained
 from hybrid_sleep.eval.costs.timing import CLOCK, Spread, synchronise
 from hybrid_sleep.eval.results import Result
-from hybrid_sleep.kernels.benchmarks.timing import in_turn
+from hybrid_sleep.kernels.benchmarks.timing import interleaved
 
 Row = dict[str, Any]
 # By kind of device: a model of which it is representative, and the batch that it trains on.
@@ -282,7 +282,7 @@ class Bench:
     def _rounds(self, step: Step, ways: dict[str, Row]) -> dict[str, list[dict[str, float]]]:
         """Seconds of each way, round by round; measuring memory has warmed them up."""
         works = {name: lambda key=key: step.seconds(key) for name, key in ways.items()}
-        return in_turn(works, self.repeats, 0, lambda work: work())
+        return interleaved(works, self.repeats, 0, lambda work: work())
 
     def _fits(self, work: Callable[[], Any]) -> Any:
         """What `work` returns, or None if the device has no room for it."""

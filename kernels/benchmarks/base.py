@@ -1,7 +1,7 @@
 """The ops of this tree against those of another commit, each in a process of its own.
 
-Both processes live through the whole comparison and are asked in turn, a few calls at a time, so
-that what else the machine does meets both. A ratio is that of one such pair.
+Both processes live through the whole comparison and work alternately, a few calls at a time, so
+that other load on the machine slows both. A ratio is that of one such pair.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ import torch
 import hybrid_sleep
 from hybrid_sleep.kernels.benchmarks import timing
 from hybrid_sleep.kernels.benchmarks.cases import Shape
-from hybrid_sleep.kernels.benchmarks.contenders import Op
-from hybrid_sleep.support.io import write_json_atomic
+from hybrid_sleep.kernels.benchmarks.ops import Op, ended
 from hybrid_sleep.support.provenance import check_device, provenance
+from hybrid_sleep.support.records import write_records
 from hybrid_sleep.support.resume import Budget, finished_rows
+from hybrid_sleep.validation import check_count
 
 BURST_SECONDS = 0.02
 MOST_CALLS = 50
@@ -38,7 +39,7 @@ def root() -> Path:
     """The checkout that this package runs from; ValueError where it is none, or has no git."""
     folder = Path(hybrid_sleep.__file__).resolve().parents[1]
     if not (folder / ".git").exists() or not (folder / "kernels").is_dir():
-        raise ValueError(f"base: needs a git checkout to compare with, and {folder} is none")
+        raise ValueError(f"base needs a git checkout to compare with, and {folder} is none")
     return folder
 
 
@@ -64,18 +65,18 @@ def run(
     stops before they are over, and `complete` is False.
 
     Raises ValueError for a device that is not here, an unknown revision, a tree without git,
-    `repeats` below 2 or `minutes` not above 0; ChildProcessError where a side cannot run at all.
+    `repeats` below 2 or `minutes` not above 0; ChildProcessError where the ops of either cannot
+    run at all.
     """
     check_device(device)
-    if repeats < 2:
-        raise ValueError(f"repeats={repeats}: must be at least 2")
+    check_count("repeats", repeats, 2)
     budget = Budget(minutes)
     checkout = root() if checkout is None else checkout
     commit = _commit(checkout, revision)
     now = {**provenance(device), "base": commit}
     if shapes is not None:
         ops = [replace(op, shapes=tuple(shapes)) for op in ops]
-    wanted = {
+    planned = {
         (op.name, *shape, direction): (op, shape, direction)
         for op in ops
         for shape in op.shapes
@@ -86,14 +87,14 @@ def run(
     def result() -> dict[str, Any]:
         return {
             "benchmark": "base",
-            "complete": all(key in rows for key in wanted),
+            **ended(all(key in rows for key in planned)),
             "revision": revision,
             "rows": list(rows.values()),
             "command": command,
             "provenance": now,
         }
 
-    missing = {key: one for key, one in wanted.items() if key not in rows}
+    missing = {key: one for key, one in planned.items() if key not in rows}
     if not missing:
         return result()
     with _worktree(checkout, commit) as before, _worker(checkout) as ours, _worker(before) as base:
@@ -102,9 +103,9 @@ def run(
                 break
             rows[key] = _row(*one, device, repeats, ours, base)
             if out is not None:
-                write_json_atomic(out / "results.json", result())
+                write_records(out / "results.json", result())
             if progress is not None:
-                progress(sum(key in rows for key in wanted), len(wanted))
+                progress(sum(key in rows for key in planned), len(planned))
     return result()
 
 
@@ -113,7 +114,7 @@ def _key(row: dict[str, Any]) -> tuple:
 
 
 def _row(
-    op: Op, shape: Shape, direction: str, device: str, repeats: int, ours: _Side, base: _Side
+    op: Op, shape: Shape, direction: str, device: str, repeats: int, ours: _Tree, base: _Tree
 ) -> dict[str, Any]:
     dtype = "float32" if torch.device(device).type == "cpu" else "bfloat16"
     row = {
@@ -133,24 +134,25 @@ def _row(
         "device": device,
         "threads": torch.get_num_threads(),
     }
-    opened = {side.name: side.ask(**request) for side in (ours, base)}
+    opened = {tree.name: tree.request(**request) for tree in (ours, base)}
     failed = [f"{name}: {x['error']}" for name, x in opened.items() if "error" in x]
     if failed:
         return {**row, "reason": "; ".join(failed)}
-    for side in (ours, base):
-        side.check_place(opened[side.name]["file"])
+    for tree in (ours, base):
+        tree.check_place(opened[tree.name]["file"])
     longest = max(x["seconds"] for x in opened.values())
     calls = min(MOST_CALLS, max(1, math.ceil(BURST_SECONDS / max(longest, 1e-9))))
-    seconds = timing.in_turn(
-        {side.name: side for side in (ours, base)},
+    seconds = timing.interleaved(
+        {tree.name: tree for tree in (ours, base)},
         repeats,
         0,
-        lambda side: side.ask(do="time", calls=calls)["seconds"],
+        lambda tree: tree.request(do="time", calls=calls)["seconds"],
     )
-    for side in (ours, base):
-        side.ask(do="close")
+    for tree in (ours, base):
+        tree.request(do="close")
     here, there = seconds[ours.name], seconds[base.name]
-    ratio, quartiles = timing.spread([b / a for a, b in zip(here, there, strict=True)])
+    ratios = [b / a for a, b in zip(here, there, strict=True)]
+    ratio, quartiles = timing.median_and_quartiles(ratios)
     return {
         **row,
         "calls": calls,
@@ -171,7 +173,7 @@ def _commit(checkout: Path, revision: str) -> str:
     name = f"{revision}^{{commit}}"
     done = _git(checkout, "rev-parse", "--verify", "--quiet", "--end-of-options", name)
     if done.returncode:
-        raise ValueError(f"base={revision!r}: git knows no such commit in {checkout}")
+        raise ValueError(f"base must be a commit that git knows in {checkout}, got {revision!r}")
     return done.stdout.strip()
 
 
@@ -183,7 +185,7 @@ def _worktree(checkout: Path, commit: str) -> Iterator[Path]:
     try:
         done = _git(checkout, "worktree", "add", "--quiet", "--detach", str(tree), commit)
         if done.returncode:
-            raise ValueError(f"base={commit}: git worktree add failed: {done.stderr.strip()}")
+            raise ValueError(f"git worktree add failed for base {commit}: {done.stderr.strip()}")
         yield tree
     finally:
         _git(checkout, "worktree", "remove", "--force", str(tree))
@@ -191,36 +193,36 @@ def _worktree(checkout: Path, commit: str) -> Iterator[Path]:
         _git(checkout, "worktree", "prune")
 
 
-class _Side:
-    """A worker in the tree `folder`."""
+class _Tree:
+    """The checkout `folder`, with a worker process that runs its ops."""
 
     def __init__(self, folder: Path, process: subprocess.Popen, errors: Any):
         self.folder, self.process, self.errors = folder, process, errors
         self.name = str(folder)
 
-    def ask(self, **request: Any) -> dict[str, Any]:
-        """The worker's answer; ChildProcessError if it ended instead, with its last words."""
+    def request(self, **request: Any) -> dict[str, Any]:
+        """The worker's answer; ChildProcessError if it ended instead, with its last line."""
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
             self.errors.seek(0)
-            words = self.errors.read().strip().splitlines() or ["nothing"]
-            raise ChildProcessError(f"the ops of {self.folder} cannot run; last said: {words[-1]}")
+            lines = self.errors.read().strip().splitlines() or ["nothing"]
+            raise ChildProcessError(f"the ops of {self.folder} cannot run; last line: {lines[-1]}")
         return json.loads(answer)
 
     def check_place(self, file: str) -> None:
-        """ChildProcessError unless `file` lies in this side's tree."""
+        """ChildProcessError unless `file` lies in this tree."""
         if not Path(file).resolve().is_relative_to(self.folder.resolve()):
             raise ChildProcessError(f"the ops of {self.folder} were to run, and {file} did")
 
 
 @contextlib.contextmanager
-def _worker(folder: Path) -> Iterator[_Side]:
+def _worker(folder: Path) -> Iterator[_Tree]:
     environment = {**os.environ, "PYTHONPATH": str(folder)}
-    # Run by its path and not named on the command line, the file's folder is no place to import
-    # from: the tree is, by its own name and as the current folder.
+    # Named on the command line, the file's folder would be the first to import from; so the tree
+    # is, by PYTHONPATH and as the current folder.
     program = f"import runpy; runpy.run_path({str(WORKER)!r}, run_name='__main__')"
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
@@ -235,7 +237,7 @@ def _worker(folder: Path) -> Iterator[_Side]:
             start_new_session=True,
         )
         try:
-            yield _Side(folder, process, errors)
+            yield _Tree(folder, process, errors)
         finally:
             process.kill()
             process.wait()

@@ -1,6 +1,6 @@
 """What is timed: inputs of each op at a shape, and one call of it in each direction.
 
-Imports torch alone at its top: `worker.py` loads this file beside the ops of another commit.
+Imports torch alone at its top: `worker.py` loads this file together with the ops of another commit.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ WIDTH = 4
 
 # By name: tensors, and sizes that no tensor shows.
 Inputs = dict[str, Any]
-# What a contender is: named inputs, and whether the output is wanted beside the state.
-Side = Callable[[Inputs, bool], Sequence[Tensor]]
+# What is timed: of named inputs, and of whether the output is needed besides the state.
+Compute = Callable[[Inputs, bool], Sequence[Tensor]]
 
 
 class Shape(NamedTuple):
@@ -92,7 +92,7 @@ def mamba2(
 
 
 def gated_delta_net(shape: Shape, draw: Callable[..., Tensor], dtype: torch.dtype) -> Inputs:
-    """As `mamba2`, every head with a key of its own, and raw write strengths in place of skips."""
+    """As `mamba2`, one key per head, and raw write strengths instead of skips."""
     T, B, H, d = shape
     made = mamba2(shape, draw, dtype, groups=H)
     del made["skip"]
@@ -119,39 +119,39 @@ def on_tensors(change: Callable[[Tensor], Tensor], given: Inputs) -> Inputs:
     return {name: change(x) if isinstance(x, Tensor) else x for name, x in given.items()}
 
 
-def ours(op: str, impl: str) -> Side:
+def ours(op: str, impl: str) -> Compute:
     """The public op, with `impl` forced."""
     function = getattr(importlib.import_module(f"hybrid_sleep.kernels.{op}"), op)
 
-    def side(given: Inputs, output: bool) -> list[Tensor]:
+    def compute(given: Inputs, output: bool) -> list[Tensor]:
         options = {} if output else {"output": False}
         return [x for x in function(**given, impl=impl, **options) if x is not None]
 
-    return side
+    return compute
 
 
-def job(side: Side, given: Inputs, direction: str) -> Callable[[], list[Tensor]]:
-    """One call of `side` as a function that returns what it computed: results, then gradients."""
+def job(compute: Compute, given: Inputs, direction: str) -> Callable[[], list[Tensor]]:
+    """One call of `compute` as a function of nothing, which returns results, then gradients."""
     if direction != BOTH:
 
         def forward() -> list[Tensor]:
             with torch.no_grad():
-                return list(side(given, direction == FORWARD))
+                return list(compute(given, direction == FORWARD))
 
         return forward
     given = on_tensors(lambda x: x.detach().requires_grad_(), given)
     leaves = [x for x in given.values() if isinstance(x, Tensor)]
-    slopes: list[Tensor] = []
+    grad_outputs: list[Tensor] = []
 
     def both_ways() -> list[Tensor]:
-        results = list(side(given, True))
-        if not slopes:
-            # One random line for all places: drawn on the CPU and of few bits, it is the same on
-            # every device and in every dtype.
+        results = list(compute(given, True))
+        if not grad_outputs:
+            # Drawn on the CPU and rounded to bf16, they are the same on every device and in every
+            # dtype; one vector is repeated, since drawing all of them would take minutes.
             drawn = torch.Generator().manual_seed(1)
             for x in results:
-                line = torch.randn(x.shape[-1], generator=drawn).bfloat16().to(x)
-                slopes.append(line.expand(x.shape).contiguous())
-        return [*results, *torch.autograd.grad(results, leaves, slopes)]
+                vector = torch.randn(x.shape[-1], generator=drawn).bfloat16().to(x)
+                grad_outputs.append(vector.expand(x.shape).contiguous())
+        return [*results, *torch.autograd.grad(results, leaves, grad_outputs)]
 
     return both_ways

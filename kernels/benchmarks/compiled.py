@@ -4,7 +4,8 @@
 
 Every launch of every op is recorded instead of run, forward, backward, state only and decoding, and
 compiled for compute capability 9.0 in each configuration that tuning may choose. Needs the package
-triton and no GPU, and must not run in Triton's interpreter. Writes results.json and results.md.
+triton and no GPU, and must not run in Triton's interpreter. Writes results.json, a line a
+configuration, and results.md.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +25,11 @@ import torch
 from torch import Tensor
 
 from hybrid_sleep.kernels.common.triton_paths import LARGEST_FP32_KEY
-from hybrid_sleep.support.io import write_json_atomic, write_text_atomic
-from hybrid_sleep.support.provenance import describe, provenance
+from hybrid_sleep.support.io import write_text_atomic
+from hybrid_sleep.support.markdown import footer, table
+from hybrid_sleep.support.provenance import provenance
+from hybrid_sleep.support.records import write_records
+from hybrid_sleep.validation import check_choice
 
 CAPABILITY = 90
 # Bytes of shared memory that one program may have on compute capability 9.0.
@@ -185,7 +188,7 @@ def compile_launch(launch: Any, config: Any) -> dict[str, Any]:
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     used = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if used is None:
-        raise RuntimeError(f"cuobjdump said nothing about registers: {usage!r}")
+        raise RuntimeError(f"cuobjdump must report registers, got: {usage!r}")
     return {
         "blocks": dict(config.kwargs),
         "warps": config.num_warps,
@@ -232,9 +235,8 @@ def run(
 
     Raises ValueError for an unknown op, RuntimeError without Triton or in its interpreter.
     """
-    unknown = [op for op in ops if op not in INPUTS]
-    if unknown:
-        raise ValueError(f"ops: {unknown[0]!r} must be one of {', '.join(INPUTS)}")
+    for op in ops:
+        check_choice("ops", op, tuple(INPUTS))
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     if find_spec("triton") is None:
         install = "pip install 'hybrid-sleep[triton]'"
@@ -244,7 +246,7 @@ def run(
     from hybrid_sleep.kernels.common import triton_launch
 
     if triton_launch.INTERPRET:
-        raise RuntimeError("TRITON_INTERPRET=1: unset it, the interpreter compiles nothing")
+        raise RuntimeError("TRITON_INTERPRET must not be 1: the interpreter compiles nothing")
     driver.set_active(_Target())
     rows, seen = [], set()
     for op in ops:
@@ -279,7 +281,6 @@ def run(
         },
         "rows": rows,
         "command": command,
-        "triton": metadata.version("triton"),
         "provenance": provenance(),
     }
 
@@ -287,8 +288,8 @@ def run(
 def line(row: dict[str, Any]) -> str:
     """One row in words."""
     blocks = " ".join(f"{name}={size}" for name, size in row["blocks"].items())
-    said = f"{row['op']} {row['kernel']} {row['dtype']} {blocks} {row['warps']} warps"
-    return said + (f": {'; '.join(row['wrong'])}" if row["wrong"] else "")
+    words = f"{row['op']} {row['kernel']} {row['dtype']} {blocks} {row['warps']} warps"
+    return words + (f": {'; '.join(row['wrong'])}" if row["wrong"] else "")
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -298,20 +299,21 @@ def markdown(result: dict[str, Any]) -> str:
         groups.setdefault((row["op"], row["kernel"], row["dtype"]), []).append(row)
     head = ["op", "kernel", "dtype", "compiled", "shared, KiB", "registers", "spilled, bytes",
             "wgmma", "within limits"]  # fmt: skip
-    lines = [f"| {' | '.join(head)} |", "|---|---|---|" + "---:|" * (len(head) - 4) + "---|"]
+    cells = []
     for (op, name, dtype), rows in groups.items():
         with_wgmma = sum(bool(row["wgmma"]) for row in rows)
         bad = sum(bool(row["wrong"]) for row in rows)
-        cells = [
+        cells.append([
             op, name, dtype, str(len(rows)),
             str(max(row["shared"] for row in rows) // 1024),
             str(max(row["registers"] for row in rows)),
             str(max(row["spilled"] for row in rows)),
             f"in {with_wgmma}" if any(row["wants_wgmma"] for row in rows) else "not wanted",
             f"**{bad} are not**" if bad else "yes",
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    limits = result["limits"]
+        ])  # fmt: skip
+    lines = table(head, cells, align="lllrrrrrl")
+    limits, record = result["limits"], result["provenance"]
+    packages = [f"{name} {version}" for name, version in record["packages"].items()]
     spills = ", ".join(f"{size} bytes in {dtype}" for dtype, size in limits["spilled"].items())
     spills += f", {limits['spilled_of_large_keys']} where K is above {LARGE_KEY}"
     lines += [
@@ -320,11 +322,8 @@ def markdown(result: dict[str, Any]) -> str:
         "configuration that tuning may choose; the largest of each column. Limits: "
         f"{limits['shared'] // 1024} KiB of shared memory; spilled at most {spills}; wgmma "
         "wherever bf16 tiles are 64 tokens long and keys at least 64 channels wide.",
-        "",
-        f"triton {result['triton']}; {describe(result['provenance'])}",
+        *footer(record, result["command"], versions="; ".join(packages)),
     ]
-    if result["command"]:
-        lines += ["", f"`{result['command']}`"]
     broken = [f"- {line(row)}" for row in result["rows"] if row["wrong"]]
     return "\n".join(lines + ([""] + broken if broken else [])) + "\n"
 
@@ -332,7 +331,7 @@ def markdown(result: dict[str, Any]) -> str:
 def save(result: dict[str, Any], out: Path) -> list[Path]:
     """Write results.json and results.md into `out`, each atomically; their paths."""
     paths = [out / "results.json", out / "results.md"]
-    write_json_atomic(paths[0], result)
+    write_records(paths[0], result)
     write_text_atomic(paths[1], markdown(result))
     return paths
 

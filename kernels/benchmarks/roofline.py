@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hybrid_sleep.kernels.benchmarks.cases import BOTH, STATE, WIDTH, Shape
-from hybrid_sleep.kernels.benchmarks.timing import on_cpu, spread, timer
+from hybrid_sleep.kernels.benchmarks.timing import median_and_quartiles, on_cpu, timer
 
 CHUNK = 64
 STATE_BYTES = 4
@@ -41,8 +41,8 @@ def gated_delta_rule(shape: Shape, direction: str, size: int) -> Cost:
 
     Per token and head forward moves size (2K + 2V) + 8 bytes: q, k, v, o, g and beta (1032 for 2
     bytes and 128). Without output q and o go: size (K + V) + 8 (520). The backward pass reads q, k,
-    v, g, beta and the slope of o, and writes five gradients: size (4K + 3V) + 16 more. A head's
-    [K, V] state is read and written once, and twice more, as slopes, by the backward pass.
+    v, g, beta and the gradient of o, and writes five gradients: size (4K + 3V) + 16 more. A head's
+    [K, V] state is read and written once, and so is its gradient by the backward pass.
 
     Flops per token and head are those of K K^T (2CK), its inverse (2C^2 / 3), that times V (2CV),
     W S and K^T V' (2KV each), and with output Q S (2KV), Q K^T (2CK) and P V' (2CV): at C = 64 and
@@ -75,7 +75,7 @@ def ssd(shape: Shape, direction: str, size: int) -> Cost:
 
 def short_conv(shape: Shape, direction: str, size: int) -> Cost:
     """Of 3 H d channels: x in and y out, 2 size bytes a token and channel; the backward pass reads
-    x and a slope and writes another, 3 size more. 2 W flops a token and channel."""
+    x and a gradient and writes another, 3 size more. 2 W flops a token and channel."""
     T, B, H, d = shape
     channels = 3 * H * d
     moved = (5 if direction == BOTH else 2) * size
@@ -140,7 +140,7 @@ def measure(device: Any, copied: int = 2**31, side: int = 8192, repeats: int = 2
     def median(work: Any) -> float:
         for _ in range(3):
             on_cpu(work)
-        return spread([time_one(work) for _ in range(repeats)])[0]
+        return median_and_quartiles([time_one(work) for _ in range(repeats)])[0]
 
     pair = torch.empty(2, copied, dtype=torch.int8, device=device)
     bandwidth = 2 * copied / median(lambda: pair[1].copy_(pair[0]))

@@ -1,8 +1,8 @@
-"""Every op against its peers on one device: in one process, in turn, in alternating order.
+"""Every op and its baseline implementations on one device, in one process, interleaved.
 
-A row is one op at one shape in one direction, with all its contenders. A contender that is not
-installed, fails or takes too long has a `reason` in place of a figure, one of ours that computes
-something else than the fp64 reference a `warning`.
+A row is one op at one shape in one direction, with all its implementations. One that is not
+installed, fails or takes too long has a `reason` in place of a figure; one of ours that computes
+something else than the fp64 reference has a `warning`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from typing import Any
 import torch
 
 from hybrid_sleep.kernels.benchmarks import check, roofline, timing
-from hybrid_sleep.kernels.benchmarks.cases import STATE, Inputs, Shape, Side, inputs, job, ours
-from hybrid_sleep.kernels.benchmarks.contenders import OURS, TARGETS, Missing, Op, Peer
-from hybrid_sleep.support.io import write_json_atomic
+from hybrid_sleep.kernels.benchmarks.cases import STATE, Compute, Inputs, Shape, inputs, job, ours
+from hybrid_sleep.kernels.benchmarks.ops import OURS, TARGETS, Baseline, Op, Unavailable, ended
 from hybrid_sleep.support.provenance import check_device, provenance
+from hybrid_sleep.support.records import write_records
 from hybrid_sleep.support.resume import Budget, finished_rows
+from hybrid_sleep.validation import check_count
 
 LEAST_SECONDS = 1.0
-# Of one call: everybody else in the row waits for it, round after round.
+# Of one call: all others of the row wait for it, round after round.
 SLOWEST_SECONDS = 2.0
 WARM_UPS = 3
 
@@ -40,25 +41,24 @@ def run(
     command: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Time all contenders of `ops`; with `out`, write results.json there after each row.
+    """Time all implementations of `ops`; with `out`, write results.json there after each row.
 
     At least `repeats` rounds of each row, more where they take less than `least_seconds`. Rows that
-    `out` has from the same commit, code, versions and device are kept. With `minutes` the work
+    `out` has from the same code, versions and device are kept. With `minutes` the work
     stops before they are over, and `complete` is False. Bandwidth and rate are measured on a GPU
     alone, and so are shares of the roofline and targets: on a CPU they are None.
 
     Raises ValueError for a device that is not here, `repeats` below 2, or `minutes` not above 0.
     """
     check_device(device)
-    if repeats < 2:
-        raise ValueError(f"repeats={repeats}: must be at least 2")
+    check_count("repeats", repeats, 2)
     budget = Budget(minutes)
     now = provenance(device)
-    wanted = [
+    planned = [
         (op, shape, direction) for op in ops for shape in op.shapes for direction in op.directions
     ]
-    order = [_name(*one) for one in wanted]
-    # Also those of ops that are not asked for now: a file may be filled op by op.
+    order = [_name(*one) for one in planned]
+    # Also those of ops that are not measured now: a file may be filled op by op.
     rows = {_key(row): row for row in finished_rows(out, "kernels", now) if _has_a_figure(row)}
     limits: roofline.Limits | None = None
     measured = 0
@@ -68,14 +68,14 @@ def run(
         found = [rows[key] for key in [*order, *others] if key in rows]
         return {
             "benchmark": "kernels",
-            "complete": all(key in rows for key in order),
+            **ended(all(key in rows for key in order)),
             "rows": found,
             "targets": targets(found, torch.device(device).type),
             "command": command,
             "provenance": now,
         }
 
-    for (op, shape, direction), key in zip(wanted, order, strict=True):
+    for (op, shape, direction), key in zip(planned, order, strict=True):
         if key in rows:
             continue
         if measured and budget.over():
@@ -85,15 +85,15 @@ def run(
         rows[key] = _row(op, shape, direction, dtype, device, repeats, least_seconds, limits)
         measured += 1
         if out is not None:
-            write_json_atomic(out / "results.json", result())
+            write_records(out / "results.json", result())
         if progress is not None:
             progress(sum(key in rows for key in order), len(order))
     return result()
 
 
 def _has_a_figure(row: dict[str, Any]) -> bool:
-    # Without any, what failed may have been the device, and a fresh process deserves a try.
-    return any("seconds" in entry for entry in row["contenders"].values())
+    # Without any, it may have been the device that failed, and a fresh process may succeed.
+    return any("seconds" in entry for entry in row["implementations"].values())
 
 
 def _name(op: Op, shape: Shape, direction: str) -> tuple:
@@ -116,11 +116,11 @@ def _row(
 ) -> dict[str, Any]:
     cost = op.cost(shape, direction, dtype.itemsize)
     floor = None if limits is None else roofline.floor_seconds(cost, limits)
-    found = _contend(op, shape, direction, dtype, device, repeats, least_seconds)
+    found = _measure(op, shape, direction, dtype, device, repeats, least_seconds)
     _forget(device)
     for entry in found.values():
         if "seconds" in entry:
-            median, quartiles = timing.spread(entry["seconds"])
+            median, quartiles = timing.median_and_quartiles(entry["seconds"])
             entry |= {
                 "median": median,
                 "quartiles": quartiles,
@@ -136,12 +136,12 @@ def _row(
         "flops": cost.flops,
         "limits": None if limits is None else limits._asdict(),
         "floor_seconds": floor,
-        "contenders": found,
+        "implementations": found,
         "speedups": speedups(found, op.ours),
     }
 
 
-def _contend(
+def _measure(
     op: Op,
     shape: Shape,
     direction: str,
@@ -150,81 +150,85 @@ def _contend(
     repeats: int,
     least_seconds: float,
 ) -> dict[str, dict[str, Any]]:
-    """What a row says of each contender, with its `seconds` if it was timed."""
-    names = [*op.ours, *(peer.name for peer in op.peers)]
+    """An entry for each implementation, with its `seconds` if it was timed."""
+    names = [*op.ours, *(baseline.name for baseline in op.baselines)]
     try:
         given = inputs(op.inputs, shape, dtype, device)
-        asked = check.question(op, shape, direction, dtype, device)
-    # As for a contender: the other rows are still worth measuring.
+        call = check.expected(op, shape, direction, dtype, device)
+    # The other rows are still worth measuring.
     except Exception as error:
-        reason = f"no question could be put to it: {_failure(error)}"
+        reason = f"its inputs could not be made: {_failure(error)}"
         return {name: {"reason": reason, "warning": None} for name in names}
-    loads = {name: (functools.partial(_ours, op, name, asked, device), None) for name in op.ours}
-    for peer in op.peers:
-        load = functools.partial(_peer, peer, asked, direction, device)
-        loads[peer.name] = (load, peer.prepare)
+    loads: dict[str, tuple[Callable, Callable | None]] = {
+        name: (functools.partial(_load_ours, op, name, call, device), None) for name in op.ours
+    }
+    for baseline in op.baselines:
+        load = functools.partial(_load_baseline, baseline, call, direction, device)
+        loads[baseline.name] = (load, baseline.prepare)
     found, works = {}, {}
     for name, (load, prepare) in loads.items():
-        found[name], work = _enter(load, given, direction, device, prepare)
+        found[name], work = _warm_up(load, given, direction, device, prepare)
         if work is not None:
             works[name] = work
-    seconds = _in_turn(works, found, repeats, least_seconds, timing.timer(device))
+    seconds = _time(works, found, repeats, least_seconds, timing.timer(device))
     for name, values in seconds.items():
         found[name]["seconds"] = values
     return found
 
 
-def _ours(op: Op, name: str, asked: check.Question, device: str) -> tuple[Side, str | None]:
+def _load_ours(
+    op: Op, name: str, call: check.Expected, device: str
+) -> tuple[Compute, str | None]:
     if name == "triton" and torch.device(device).type != "cuda":
-        raise Missing("runs on a GPU alone; what its interpreter takes means nothing")
-    side = ours(op.op, name)
+        raise Unavailable("runs on a GPU alone; the time its interpreter takes means nothing")
+    compute = ours(op.op, name)
     try:
-        return side, check.wrong(asked, side)
+        return compute, check.wrong(call, compute)
     except ValueError as error:
-        # The dispatcher's own words, where it has no such implementation or that one declines.
-        raise Missing(str(error)) from error
+        # The dispatcher's message, where it has no such implementation or that one declines.
+        raise Unavailable(str(error)) from error
 
 
-def _peer(
-    peer: Peer, asked: check.Question, direction: str, device: str
-) -> tuple[Side, str | None]:
+def _load_baseline(
+    baseline: Baseline, call: check.Expected, direction: str, device: str
+) -> tuple[Compute, str | None]:
     if direction == STATE:
-        raise Missing("computes the output whether it is wanted or not")
-    if peer.gpu and torch.device(device).type != "cuda":
-        raise Missing("runs on a GPU alone")
-    side = peer.load()
-    own = None if peer.prepare is None else peer.prepare(asked.given)
-    return side, check.wrong_peer(asked, side, own)
+        raise Unavailable("computes the output even where only the state is needed")
+    if baseline.gpu and torch.device(device).type != "cuda":
+        raise Unavailable("runs on a GPU alone")
+    compute = baseline.load()
+    given = None if baseline.prepare is None else baseline.prepare(call.given)
+    return compute, check.wrong_baseline(call, compute, given)
 
 
-def _enter(
-    load: Callable[[], tuple[Side, str | None]],
+def _warm_up(
+    load: Callable[[], tuple[Compute, str | None]],
     given: Inputs,
     direction: str,
     device: str,
     prepare: Callable[[Inputs], Inputs] | None,
 ) -> tuple[dict[str, Any], Callable | None]:
-    """What a row says of a contender before it is timed, and its warm work if it will be."""
-    said: dict[str, Any] = {"reason": None, "warning": None}
+    """The entry of an implementation before it is timed, and its warm work if it will be."""
+    entry: dict[str, Any] = {"reason": None, "warning": None}
     try:
-        side, said["warning"] = load()
-        if said["warning"] is not None:
-            return said, None
-        work = job(side, given if prepare is None else prepare(given), direction)
+        compute, entry["warning"] = load()
+        if entry["warning"] is not None:
+            return entry, None
+        work = job(compute, given if prepare is None else prepare(given), direction)
         time_one = timing.timer(device)
         for index in range(WARM_UPS):
             took = time_one(work)
             # The first call may have compiled and tuned.
             if index and took > SLOWEST_SECONDS:
-                raise Missing(f"one call takes {took:.1f} s")
-        return said, work
-    except Missing as error:
-        said["reason"] = str(error)
-    # A row per failure: the others are still worth measuring.
+                raise Unavailable(f"one call takes {took:.1f} s")
+        return entry, work
+    except Unavailable as error:
+        entry["reason"] = str(error)
+    # The others are still worth measuring.
     except Exception as error:
-        said["reason"] = _failure(error)
+        entry["reason"] = _failure(error)
     _forget(device)
-    return said, None
+    return entry, None
 
 
 def _failure(error: Exception) -> str:
@@ -240,14 +244,14 @@ def _forget(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def _in_turn(
+def _time(
     works: dict[str, Callable],
     found: dict[str, dict[str, Any]],
     repeats: int,
     least_seconds: float,
     time_one: Callable,
 ) -> dict[str, list[float]]:
-    """Times of all; one that fails now is put aside and the others start again."""
+    """Seconds of all, interleaved; one that fails now is left out and the others start again."""
 
     def guarded(name: str) -> Callable:
         def work() -> None:
@@ -260,8 +264,8 @@ def _in_turn(
 
     while works:
         try:
-            everyone = {name: guarded(name) for name in works}
-            return timing.in_turn(everyone, repeats, least_seconds, time_one)
+            guarded_works = {name: guarded(name) for name in works}
+            return timing.interleaved(guarded_works, repeats, least_seconds, time_one)
         except _Failed as failed:
             (name,) = failed.args
             del works[name]
@@ -270,29 +274,29 @@ def _in_turn(
 
 
 class _Failed(Exception):
-    """Names the contender whose call failed."""
+    """Names the implementation whose call failed."""
 
 
 def speedups(
-    contenders: dict[str, dict[str, Any]], ours: Sequence[str] = OURS
+    implementations: dict[str, dict[str, Any]], ours: Sequence[str] = OURS
 ) -> dict[str, dict[str, Any]]:
-    """How many times faster the first of `ours` with a figure is than each other contender: medians
+    """How many times faster the first of `ours` with a figure is than each other one: medians
     over rounds, with quartiles. Empty where none of ours has a figure."""
-    timed = {name: x["seconds"] for name, x in contenders.items() if "seconds" in x}
-    us = next((name for name in ours if name in timed), None)
+    timed = {name: x["seconds"] for name, x in implementations.items() if "seconds" in x}
+    first = next((name for name in ours if name in timed), None)
     found = {}
-    for name, theirs in timed.items():
-        if us is not None and name != us:
-            ratios = [b / a for a, b in zip(timed[us], theirs, strict=True)]
-            median, quartiles = timing.spread(ratios)
-            found[name] = {"of": us, "ratio": median, "quartiles": quartiles}
+    for name, seconds in timed.items():
+        if first is not None and name != first:
+            ratios = [b / a for a, b in zip(timed[first], seconds, strict=True)]
+            median, quartiles = timing.median_and_quartiles(ratios)
+            found[name] = {"of": first, "ratio": median, "quartiles": quartiles}
     return found
 
 
 def targets(rows: Sequence[dict[str, Any]], device: str) -> list[dict[str, Any]]:
     """Each target, whether it is reached, or the reason why these rows cannot tell (None)."""
     by_key = {_key(row): row for row in rows}
-    said = []
+    found = []
     for target in TARGETS:
         ratio, reason = None, None
         row = by_key.get((target.op, *target.shape, target.direction))
@@ -301,23 +305,23 @@ def targets(rows: Sequence[dict[str, Any]], device: str) -> list[dict[str, Any]]
         elif row is None:
             reason = "not measured yet"
         else:
-            for name in ("triton", target.peer):
-                entry = row["contenders"][name]
+            for name in ("triton", target.baseline):
+                entry = row["implementations"][name]
                 if "seconds" not in entry:
                     reason = f"{name} has no figure: {entry['warning'] or entry['reason']}"
                     break
             else:
-                ratio = row["speedups"][target.peer]["ratio"]
-        said.append(
+                ratio = row["speedups"][target.baseline]["ratio"]
+        found.append(
             {
                 "op": target.op,
                 **target.shape._asdict(),
                 "direction": target.direction,
-                "peer": target.peer,
+                "baseline": target.baseline,
                 "target": target.ratio,
                 "ratio": ratio,
                 "reached": None if ratio is None else ratio >= target.ratio,
                 "reason": reason,
             }
         )
-    return said
+    return found

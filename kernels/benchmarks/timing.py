@@ -1,6 +1,6 @@
-"""Seconds of calls that run in turn, so that whatever else the machine does meets all of them.
+"""Seconds of calls that are interleaved, so that other load on the machine slows all of them.
 
-Imports torch alone: `worker.py` loads this file beside the ops of another commit.
+Imports torch alone: `worker.py` loads this file together with the ops of another commit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FLUSHED_BYTES = 256 * 2**20
 
 
 def on_cpu(work: Work) -> float:
-    """Seconds of one call, on the clock of the wall."""
+    """Seconds of one call, by a clock that only runs forward."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
@@ -34,7 +34,7 @@ def timer(device: Any) -> Callable[[Work], float]:
     def on_cuda(work: Work) -> float:
         with torch.cuda.device(device):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            # While the device is at this, the host gets ahead of it with the launches to come.
+            # While the device does this, the host gets ahead of it with the launches that follow.
             unrelated.zero_()
             start.record()
             work()
@@ -45,14 +45,14 @@ def timer(device: Any) -> Callable[[Work], float]:
     return on_cuda
 
 
-def in_turn(
+def interleaved(
     works: Mapping[str, Work],
     repeats: int,
     least_seconds: float,
     time_one: Callable[[Work], float] = on_cpu,
 ) -> dict[str, list[float]]:
     """At least `repeats` rounds, and more until `least_seconds` have passed; each round calls
-    everything once and starts with another one. Seconds by name, one number a round."""
+    every one once, and the next round starts with the next one. Seconds by name, one per round."""
     names = list(works)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     rounds = 0
@@ -65,8 +65,8 @@ def in_turn(
     return seconds
 
 
-def spread(values: list[float]) -> tuple[float, list[float]]:
-    """The median, and the quartiles around it."""
+def median_and_quartiles(values: list[float]) -> tuple[float, list[float]]:
+    """The median, and the first and third quartile."""
     if len(values) == 1:
         return values[0], [values[0], values[0]]
     low, middle, high = quantiles(values, n=4, method="inclusive")

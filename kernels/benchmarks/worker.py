@@ -1,7 +1,7 @@
 """The ops of one checkout, timed on request: a process that `base` starts in each of two trees.
 
-Run as a program, not imported. The files beside it come from the tree that compares, so that both
-sides are asked the same; the ops come from the tree in whose folder it was started. A request is a
+Run as a program, not imported. The files next to it come from the tree that compares, so that both
+trees get the same work; the ops come from the tree in whose folder it was started. A request is a
 line of JSON on standard input, its answer a line on what was standard output.
 """
 
@@ -37,7 +37,7 @@ class _Worker:
         self, op: str, inputs: str, shape: list[int], direction: str, dtype: str, device: str,
         threads: int,
     ) -> dict[str, Any]:  # fmt: skip
-        """Make a call ready and warm; where its op lies, which path it took, its seconds."""
+        """Prepare a call and warm it up; where its op lies, which path it took, its seconds."""
         import torch
 
         torch.set_num_threads(threads)
@@ -58,7 +58,7 @@ class _Worker:
         return {"seconds": statistics.median(self.time_one(self.work) for _ in range(calls))}
 
     def close(self) -> dict[str, Any]:
-        """Let go of everything, so that the other side has the memory."""
+        """Free everything, so that the other tree has the memory."""
         import torch
 
         self.work = self.time_one = None
@@ -69,17 +69,17 @@ class _Worker:
 
 def _main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    # Compilers and tuners print; what they say must not look like an answer.
+    # Compilers and tuners print; their output must not look like an answer.
     os.dup2(2, 1)
     worker = _Worker()
     for line in sys.stdin:
         request = json.loads(line)
         try:
             answer = getattr(worker, request.pop("do"))(**request)
-        # Whatever an old or a new tree fails with is an answer, too.
+        # Whatever a tree fails with is an answer, too.
         except Exception as error:
-            said = (str(error).splitlines() or [""])[0]
-            answer = {"error": f"{type(error).__name__}: {said}"}
+            first = (str(error).splitlines() or [""])[0]
+            answer = {"error": f"{type(error).__name__}: {first}"}
         answers.write(json.dumps(answer) + "\n")
 
 

@@ -268,7 +268,7 @@ AT = ("bench", "depth", ".", "--depths")
         (["bench", "generation", "--state-space", "s4"], "state_space must be one of"),
         (["bench", "sleep", "--device", "abacus"], "device='abacus'; allowed here: cpu"),
         (["bench", "sleep", "--repeats", "0"], "repeats must be an integer of at least 2, got 0"),
-        (["bench", "kernels", "--repeats", "1"], "repeats=1"),
+        (["bench", "kernels", "--repeats", "1"], "repeats must be an integer of at least 2, got 1"),
         (["bench", "render", "nowhere.json"], "nowhere.json"),
         (["demo", "--seed", "-1"], "seed must be an integer of at least 0, got -1"),
         (["train", "nowhere.yaml"], "config 'nowhere.yaml' is no file"),
@@ -318,11 +318,7 @@ def test_kernels_are_measured_and_rendered(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fallback, "SHAPES", [fallback.Shape(T=4, B=1, H=1, d=8)])
     measure = fallback.run
-    monkeypatch.setattr(
-        fallback,
-        "run",
-        lambda **options: measure(fallback.SHAPES, least_seconds=0, **options),
-    )
+    monkeypatch.setattr(fallback, "run", lambda **options: measure(least_seconds=0, **options))
     call("bench", "kernels", "--repeats", "2", "--out", tmp_path)
     table = (tmp_path / "results.md").read_text()
     assert "forward + backward" in table

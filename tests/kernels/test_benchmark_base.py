@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_sleep.kernels.benchmarks import base, contenders, report
+from hybrid_sleep.eval import results
+from hybrid_sleep.kernels.benchmarks import base, ops
 from hybrid_sleep.kernels.benchmarks.cases import FORWARD, Shape
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def small(index, **changes):
     """An entry of OPS at a small shape, forward alone."""
     changes = {"shapes": (Shape(T=9, B=2, H=2, d=4),), "directions": (FORWARD,), **changes}
-    return replace(contenders.OPS[index], **changes)
+    return replace(ops.OPS[index], **changes)
 
 
 def git(folder, *words):
@@ -48,8 +49,8 @@ def checkout(tmp_path_factory):
 
 
 def test_two_states_are_compared_each_in_its_own_tree(checkout, tmp_path, monkeypatch):
-    ops = (small(1), small(2), replace(small(1), name="gone", op="no_such_op"))
-    result = base.run("HEAD", ops, checkout=checkout, repeats=2, out=tmp_path)
+    measured = (small(1), small(2), replace(small(1), name="gone", op="no_such_op"))
+    result = base.run("HEAD", measured, checkout=checkout, repeats=2, out=tmp_path)
     slower, same, gone = result["rows"]
     # It sleeps fifty milliseconds; what it computes takes less than one.
     assert slower["ratio"] < 0.5 and slower["paths"] == ["chunked", "chunked"]
@@ -59,12 +60,12 @@ def test_two_states_are_compared_each_in_its_own_tree(checkout, tmp_path, monkey
     assert result["complete"]
     assert result["provenance"]["base"] == git(checkout, "rev-parse", "HEAD").strip()
     assert len(git(checkout, "worktree", "list").splitlines()) == 1
-    paths = report.save(result, tmp_path)
+    paths = results.save(result, tmp_path)
     assert [path.name for path in paths] == ["results.json", "results.md", "base.png"]
     assert "No module named" in paths[1].read_text()
     # All of it is there, so no process is started.
     monkeypatch.setattr(base, "_worker", None)
-    again = base.run("HEAD", ops, checkout=checkout, repeats=2, out=tmp_path)
+    again = base.run("HEAD", measured, checkout=checkout, repeats=2, out=tmp_path)
     assert again["rows"] == result["rows"]
 
 
@@ -79,7 +80,7 @@ def test_an_interrupt_leaves_no_tree_and_no_process_behind(checkout, monkeypatch
     monkeypatch.setattr(base, "_row", interrupted)
     with pytest.raises(KeyboardInterrupt):
         base.run("HEAD", [small(1)], checkout=checkout)
-    assert [side.process.poll() is None for side in seen] == [False, False]
+    assert [tree.process.poll() is None for tree in seen] == [False, False]
     assert not seen[1].folder.exists()
     assert len(git(checkout, "worktree", "list").splitlines()) == 1
 
@@ -87,9 +88,9 @@ def test_an_interrupt_leaves_no_tree_and_no_process_behind(checkout, monkeypatch
 def test_what_cannot_be_compared_is_said_before_anything_starts(checkout, monkeypatch):
     monkeypatch.setattr(base, "_worktree", None)
     for revision in ("no-such-branch", "--all", "HEAD~1"):
-        with pytest.raises(ValueError, match=f"base='{revision}': git knows no such commit"):
+        with pytest.raises(ValueError, match=f"base must be a commit .*, got '{revision}'"):
             base.run(revision, [small(1)], checkout=checkout)
-    with pytest.raises(ValueError, match="repeats=1: must be at least 2"):
+    with pytest.raises(ValueError, match="repeats must be an integer of at least 2, got 1"):
         base.run("HEAD", [small(1)], checkout=checkout, repeats=1)
 
 
@@ -101,16 +102,16 @@ def test_a_package_that_is_no_checkout_has_no_base(tmp_path, monkeypatch):
 
 
 def test_ops_from_elsewhere_are_refused(tmp_path):
-    side = base._Side(tmp_path / "tree", None, None)
-    side.check_place(str(tmp_path / "tree" / "kernels" / "ssd" / "__init__.py"))
+    tree = base._Tree(tmp_path / "tree", None, None)
+    tree.check_place(str(tmp_path / "tree" / "kernels" / "ssd" / "__init__.py"))
     with pytest.raises(ChildProcessError, match="were to run, and"):
-        side.check_place(str(tmp_path / "other" / "kernels" / "ssd" / "__init__.py"))
+        tree.check_place(str(tmp_path / "other" / "kernels" / "ssd" / "__init__.py"))
 
 
-def test_a_worker_that_ends_says_its_last_words(tmp_path, monkeypatch):
+def test_the_last_line_of_a_worker_that_ends_is_in_the_error(tmp_path, monkeypatch):
     worker = tmp_path / "worker.py"
     worker.write_text("raise RuntimeError('broken tree')\n")
     monkeypatch.setattr(base, "WORKER", worker)
-    with base._worker(tmp_path) as side:
-        with pytest.raises(ChildProcessError, match="last said: RuntimeError: broken tree"):
-            side.ask(do="close")
+    with base._worker(tmp_path) as tree:
+        with pytest.raises(ChildProcessError, match="last line: RuntimeError: broken tree"):
+            tree.request(do="close")

@@ -7,29 +7,29 @@ from functools import partial
 import pytest
 import torch
 
-from hybrid_sleep.kernels.benchmarks import cases, contenders, roofline, timing
+from hybrid_sleep.kernels.benchmarks import cases, ops, roofline, timing
 from hybrid_sleep.kernels.benchmarks.cases import BOTH, FORWARD, STATE, Shape
 
 COUNTED = {"q", "k", "v", "g", "beta", "initial_state", "x", "kv", "a", "b"}
 
 
 class TestTiming:
-    def test_everyone_is_called_once_a_round_and_each_is_first_in_turn(self):
+    def test_all_are_called_once_a_round_and_each_is_first_in_some_round(self):
         order = []
-        seconds = timing.in_turn(
+        seconds = timing.interleaved(
             {name: partial(order.append, name) for name in "abc"}, 4, 0, lambda work: work() or 1.0
         )
         assert "".join(order) == "abcbcacababc"
         assert seconds == {name: [1.0] * 4 for name in "abc"}
 
-    def test_spread_is_the_median_and_the_quartiles(self):
-        assert timing.spread([5.0, 1.0, 2.0, 4.0, 3.0]) == (3.0, [2.0, 4.0])
-        assert timing.spread([7.0]) == (7.0, [7.0, 7.0])
+    def test_the_median_and_the_quartiles(self):
+        assert timing.median_and_quartiles([5.0, 1.0, 2.0, 4.0, 3.0]) == (3.0, [2.0, 4.0])
+        assert timing.median_and_quartiles([7.0]) == (7.0, [7.0, 7.0])
 
 
 class TestRoofline:
     @pytest.mark.parametrize("direction", [FORWARD, STATE, BOTH])
-    @pytest.mark.parametrize("op", contenders.OPS, ids=lambda op: op.name)
+    @pytest.mark.parametrize("op", ops.OPS, ids=lambda op: op.name)
     def test_bytes_are_those_of_the_tensors(self, op, direction):
         """Counted on a call: inputs in, results out; then both kinds of gradients."""
         if direction not in op.directions:
@@ -57,7 +57,7 @@ class TestRoofline:
     def test_flops_are_the_published_ones(self):
         long = Shape(T=10**6, B=1, H=1, d=128)
         per_token = {
-            direction: contenders.OPS[0].cost(long, direction, 2) for direction in (FORWARD, STATE)
+            direction: ops.OPS[0].cost(long, direction, 2) for direction in (FORWARD, STATE)
         }
         assert per_token[FORWARD].flops / long.T == pytest.approx(166.6e3, rel=1e-3)
         assert per_token[STATE].flops / long.T == pytest.approx(101.0e3, rel=1e-3)

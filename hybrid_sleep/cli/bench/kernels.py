@@ -40,12 +40,13 @@ def kernels(
     import torch
 
     from hybrid_sleep.kernels.benchmarks import base as comparison
-    from hybrid_sleep.kernels.benchmarks import contenders, fallback, suite
+    from hybrid_sleep.kernels.benchmarks import fallback, suite
+    from hybrid_sleep.kernels.benchmarks.ops import chosen as chosen_ops
     from hybrid_sleep.support.progress import progress_bar
     from hybrid_sleep.support.provenance import check_device
 
     kind = torch.device(check_device(device)).type
-    chosen = contenders.chosen(ops or ("gated_delta_rule" if kind == "cpu" else None))
+    chosen = chosen_ops(ops or ("gated_delta_rule" if kind == "cpu" else None))
     if kind == "cpu" and base is None and ops not in (None, "gated_delta_rule"):
         raise ValueError(f"ops must be gated_delta_rule on a CPU without --base, got {ops!r}")
     suffixes = ["" if kind == "cpu" else f"-{kind}", "-base" if base else ""]
@@ -62,12 +63,10 @@ def kernels(
     with sole_writer(out):
         with progress_bar("kernels") as progress:
 
-            def step(done: int | dict[str, Any], total: int | None = None) -> None:
+            def step(done: int, total: int) -> None:
                 nonlocal measured
                 measured += 1
-                # The comparison on a CPU hands over each finished row instead of two counts.
-                whole = len(fallback.SHAPES) * len(fallback.TARGETS)
-                progress(measured if isinstance(done, dict) else done, total or whole)
+                progress(done, total)
 
             try:
                 result = run(

@@ -1,4 +1,4 @@
-"""Who is measured: every op with its inputs, its least cost, and its peers.
+"""What is measured: every op with its inputs, its least cost, and baseline implementations.
 
 To measure another op, or another use of one (such as single tokens), add an entry to OPS.
 """
@@ -9,7 +9,7 @@ import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,13 +19,15 @@ from hybrid_sleep.kernels.benchmarks.cases import (
     FORWARD,
     STATE,
     WIDTH,
+    Compute,
     Inputs,
     Shape,
-    Side,
 )
+from hybrid_sleep.support.markdown import DONE
+from hybrid_sleep.validation import check_choice
 
 OURS = ("triton", "chunked")
-# A batch that fills a GPU, one window of one sleeper, one long sequence.
+# A batch that fills a GPU, one window of a model that sleeps, one long sequence.
 SHAPES = (
     Shape(T=8192, B=8, H=16, d=128),
     Shape(T=2048, B=1, H=8, d=128),
@@ -33,22 +35,22 @@ SHAPES = (
 )
 
 
-class Missing(Exception):
-    """A contender that cannot run here; the text says why."""
+class Unavailable(Exception):
+    """An implementation cannot run here; the text says why."""
 
 
-class Peer(NamedTuple):
-    """Somebody else's implementation.
+class Baseline(NamedTuple):
+    """An implementation of another project, to compare with.
 
     load: returns it, taking and returning what this package's op does (it gives no state alone);
-        raises Missing.
-    prepare: its own form of the inputs, made before the clock runs; the gradients are then those of
-        that form. None where it takes the inputs as they are.
+        raises Unavailable.
+    prepare: the inputs in the form that it takes, made before the clock runs; the gradients are
+        then those of that form. None where it takes the inputs as they are.
     gpu: whether it runs on a GPU alone.
     """
 
     name: str
-    load: Callable[[], Side]
+    load: Callable[[], Compute]
     prepare: Callable[[Inputs], Inputs] | None = None
     gpu: bool = True
 
@@ -60,44 +62,44 @@ class Op:
     name: of the entry; `op` is the public function's, and its module's under hybrid_sleep.kernels.
     inputs: the function of `cases` that makes them.
     cost: the least one call moves and multiplies, from (shape, direction, bytes of a number).
-    ours: the implementations of this package to time, the one to compare with others first.
+    ours: the implementations of this package to time; the first with a figure is compared.
     """
 
     name: str
     op: str
     inputs: str
     cost: Callable[[Shape, str, int], roofline.Cost]
-    peers: tuple[Peer, ...]
+    baselines: tuple[Baseline, ...]
     directions: tuple[str, ...] = (FORWARD, STATE, BOTH)
     shapes: tuple[Shape, ...] = SHAPES
     ours: tuple[str, ...] = OURS
 
 
 class Target(NamedTuple):
-    """How many times faster than `peer` ours should be."""
+    """How many times faster than `baseline` ours should be."""
 
     op: str
     shape: Shape
     direction: str
-    peer: str
+    baseline: str
     ratio: float
 
 
-def _fla() -> Side:
+def _fla() -> Compute:
     compute = _load("fla.ops.gated_delta_rule", "chunk_gated_delta_rule")
     return lambda given, output: compute(**given, output_final_state=True)
 
 
-def _transformers_delta_rule() -> Side:
+def _transformers_delta_rule() -> Compute:
     compute = _fallback("qwen3_next", "torch_chunk_gated_delta_rule")
 
-    def side(given: Inputs, output: bool) -> tuple:
-        # Their names of q, k and v; by position they are the same in every release.
+    def run(given: Inputs, output: bool) -> tuple:
+        # By position, since releases of transformers name them differently.
         q, k, v, g, beta = (given[name] for name in ("q", "k", "v", "g", "beta"))
         state = given["initial_state"]
         return compute(q, k, v, g=g, beta=beta, initial_state=state, output_final_state=True)
 
-    return side
+    return run
 
 
 def _steps(given: Inputs) -> Inputs:
@@ -112,11 +114,11 @@ def _steps(given: Inputs) -> Inputs:
     }
 
 
-def _mamba_scan(compute: Callable) -> Side:
-    # A is a constant of a model, and making one no part of a call.
+def _mamba_scan(compute: Callable) -> Compute:
+    # A is a constant of a model: making it is not part of a call.
     constants: dict[int, torch.Tensor] = {}
 
-    def side(given: Inputs, output: bool) -> tuple:
+    def run(given: Inputs, output: bool) -> tuple:
         x, dt, B, C = (given[name] for name in ("x", "dt", "B", "C"))
         heads = x.shape[2]
         if heads not in constants:
@@ -127,21 +129,21 @@ def _mamba_scan(compute: Callable) -> Side:
         )
         return o, S.mT
 
-    return side
+    return run
 
 
-def _mamba_ssm() -> Side:
+def _mamba_ssm() -> Compute:
     return _mamba_scan(_load("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined"))
 
 
-def _transformers_ssd() -> Side:
+def _transformers_ssd() -> Compute:
     return _mamba_scan(_fallback("mamba2", "mamba2_chunk_scan"))
 
 
-def _causal_conv1d() -> Side:
+def _causal_conv1d() -> Compute:
     compute = _load("causal_conv1d", "causal_conv1d_fn")
 
-    def side(given: Inputs, output: bool) -> tuple:
+    def run(given: Inputs, output: bool) -> tuple:
         y, state = compute(
             given["x"].mT,
             given["weight"],
@@ -152,33 +154,33 @@ def _causal_conv1d() -> Side:
         )
         return y.mT, state.mT
 
-    return side
+    return run
 
 
-def _transformers_conv() -> Side:
+def _transformers_conv() -> Compute:
     compute = _fallback("qwen3_next", "causal_conv1d_fn")
 
-    def side(given: Inputs, output: bool) -> tuple:
-        # It knows no state: tokens from before go in front, and their outputs away again.
+    def run(given: Inputs, output: bool) -> tuple:
+        # It has no state: the tokens before go in front, and their outputs are dropped.
         x = torch.cat([given["initial_state"], given["x"]], 1)
         y = compute(x.mT, given["weight"], given["bias"], activation="silu").mT
         return y[:, WIDTH - 1 :], x[:, x.shape[1] - (WIDTH - 1) :]
 
-    return side
+    return run
 
 
 def _load(module: str, name: str) -> Callable:
     try:
         return getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
-        raise Missing(f"not installed: {error}") from error
+        raise Unavailable(f"not installed: {error}") from error
     # Kernel packages fail to import in every way there is: a driver, a compiler, an ABI.
     except Exception as error:
-        raise Missing(f"importing {module} failed: {type(error).__name__}: {error}") from error
+        raise Unavailable(f"importing {module} failed: {type(error).__name__}: {error}") from error
 
 
 def _fallback(model: str, name: str) -> Callable:
-    """A PyTorch function of transformers, under the decorator that would prefer a package."""
+    """A PyTorch function of transformers, without the decorator that would prefer a package."""
     return inspect.unwrap(_load(f"transformers.models.{model}.modeling_{model}", name))
 
 
@@ -188,7 +190,7 @@ OPS = (
         "gated_delta_rule",
         "gated_delta_rule",
         roofline.gated_delta_rule,
-        (Peer("fla", _fla), Peer("transformers", _transformers_delta_rule, gpu=False)),
+        (Baseline("fla", _fla), Baseline("transformers", _transformers_delta_rule, gpu=False)),
     ),
     Op(
         "ssd",
@@ -196,8 +198,8 @@ OPS = (
         "ssd",
         roofline.ssd,
         (
-            Peer("mamba_ssm", _mamba_ssm, prepare=_steps),
-            Peer("transformers", _transformers_ssd, prepare=_steps, gpu=False),
+            Baseline("mamba_ssm", _mamba_ssm, prepare=_steps),
+            Baseline("transformers", _transformers_ssd, prepare=_steps, gpu=False),
         ),
     ),
     Op(
@@ -206,13 +208,13 @@ OPS = (
         "short_conv",
         roofline.short_conv,
         (
-            Peer("causal_conv1d", _causal_conv1d),
-            Peer("transformers", _transformers_conv, gpu=False),
+            Baseline("causal_conv1d", _causal_conv1d),
+            Baseline("transformers", _transformers_conv, gpu=False),
         ),
         # Its state is the tail of its input: there is nothing to compute without the output.
         directions=(FORWARD, BOTH),
     ),
-    # Whole mixers, from raw projections on: nobody else has one of the same extent.
+    # Whole mixers, from raw projections on: no other project has an op of the same extent.
     Op("gated_delta_net", "gated_delta_net", "gated_delta_net", roofline.gated_delta_net, ()),
     Op("mamba2", "mamba2", "mamba2", roofline.mamba2, ()),
 )
@@ -223,6 +225,11 @@ TARGETS = (
 )
 
 
+def ended(complete: bool) -> dict[str, Any]:
+    """What a result says of how its work ended."""
+    return {"complete": complete, "ended": DONE if complete else "time is up"}
+
+
 def chosen(names: str | None) -> tuple[Op, ...]:
     """The entries that a comma-separated list names, in the order of OPS; all of them for None.
 
@@ -230,9 +237,7 @@ def chosen(names: str | None) -> tuple[Op, ...]:
     """
     if names is None:
         return OPS
-    asked = [name.strip() for name in names.split(",")]
-    allowed = [op.name for op in OPS]
-    for name in asked:
-        if name not in allowed:
-            raise ValueError(f"ops={name!r}: must be among {', '.join(allowed)}")
-    return tuple(op for op in OPS if op.name in asked)
+    chosen = [name.strip() for name in names.split(",")]
+    for name in chosen:
+        check_choice("ops", name, tuple(op.name for op in OPS))
+    return tuple(op for op in OPS if op.name in chosen)
