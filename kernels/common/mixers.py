@@ -140,14 +140,15 @@ def convolve(
     raw: Any, mask: Tensor | None, dims: Dims, output: bool, tails: bool, impl: str
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
     """q (None without output), k [B, T, G, K], v [B, T, H, V] after convolution and SiLU; tails."""
-    common = {"mask": mask, "impl": impl}
     q, q_tail = raw.q, raw.q_tail
-    kv, kv_tail = short_conv(raw.kv, raw.kv_weight, initial_state=raw.kv_tail, **common)
+    kv, kv_tail = short_conv(
+        raw.kv, raw.kv_weight, initial_state=raw.kv_tail, mask=mask, impl=impl
+    )
     k, v = kv.split((dims.key_width, kv.shape[2] - dims.key_width), dim=-1)
     k = k.reshape(dims.B, dims.T, dims.G, dims.K)
     v = v.reshape(dims.B, dims.T, dims.H, dims.V)
     if q is not None and (output or tails):
-        q, q_tail = short_conv(q, raw.q_weight, initial_state=q_tail, **common)
+        q, q_tail = short_conv(q, raw.q_weight, initial_state=q_tail, mask=mask, impl=impl)
         q = q.reshape(dims.B, dims.T, dims.G, dims.K)
     if not tails:
         q_tail = kv_tail = None

@@ -167,19 +167,19 @@ def _run(
     alternate.
     """
     NT = len(M_beta)
-    M_beta, W, U, k_left, gamma = (x.unbind(0) for x in (M_beta, W, U, k_left.mT, gamma))
-    k_into, q_into, states = (() if x is None else x.unbind(0) for x in (k_into, q_into, S))
+    Ms, Ws, Us, lefts, gammas = (x.unbind(0) for x in (M_beta, W, U, k_left.mT, gamma))
+    intos, reads, states = (() if x is None else x.unbind(0) for x in (k_into, q_into, S))
     for i in range(NT):
         after = states[(i + 1) % len(states)] if i + 1 < NT else final
         if i < first:
-            torch.bmm(M_beta[i], W[i], out=U[i])
-            torch.bmm(k_left[i], U[i], out=after)
+            torch.bmm(Ms[i], Ws[i], out=Us[i])
+            torch.bmm(lefts[i], Us[i], out=after)
             continue
         before = states[i % len(states)]
         if read is not None:
-            torch.bmm(q_into[i], before, out=read[i])
-        torch.bmm(M_beta[i], W[i].baddbmm_(k_into[i], before, alpha=-1), out=U[i])
-        torch.mul(before, gamma[i], out=after).baddbmm_(k_left[i], U[i])
+            torch.bmm(reads[i], before, out=read[i])
+        torch.bmm(Ms[i], Ws[i].baddbmm_(intos[i], before, alpha=-1), out=Us[i])
+        torch.mul(before, gammas[i], out=after).baddbmm_(lefts[i], Us[i])
 
 
 def _backward(
@@ -270,12 +270,12 @@ def _run_back(
 
     dS has one entry more than there are chunks, the first None where no gradient is needed.
     """
-    M_beta, dW, dU, k_left, gamma = (x.unbind(0) for x in (M_beta.mT, dW, dU, k_left, gamma))
-    k_into = () if k_into is None else k_into.mT.unbind(0)
-    for i in reversed(range(len(M_beta))):
-        torch.bmm(M_beta[i], dU[i].baddbmm_(k_left[i], dS[i + 1]), out=dW[i])
+    Ms, dWs, dUs, lefts, gammas = (x.unbind(0) for x in (M_beta.mT, dW, dU, k_left, gamma))
+    intos = () if k_into is None else k_into.mT.unbind(0)
+    for i in reversed(range(len(Ms))):
+        torch.bmm(Ms[i], dUs[i].baddbmm_(lefts[i], dS[i + 1]), out=dWs[i])
         if dS[i] is not None:
-            dS[i].addcmul_(dS[i + 1], gamma[i]).baddbmm_(k_into[i], dW[i], alpha=-1)
+            dS[i].addcmul_(dS[i + 1], gammas[i]).baddbmm_(intos[i], dWs[i], alpha=-1)
 
 
 RULE = chunked_rule.Rule(_chunk_size, lambda K, V: 6 * (K + V), _forward, _backward, _Saved)

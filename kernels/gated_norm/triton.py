@@ -15,6 +15,8 @@ captured pass.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -131,7 +133,7 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
     }
 
 
-def _shared(o: Tensor, gate: Tensor, weight: Tensor, eps: float) -> dict[str, object]:
+def _shared(o: Tensor, gate: Tensor, weight: Tensor, eps: float) -> dict[str, Any]:
     """Arguments that both kernels take, of o and gate [tokens, H, V]."""
     tokens, H, V = o.shape
     return dict(
@@ -178,4 +180,5 @@ class _GatedNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return *backward(dy, *ctx.saved_tensors, ctx.eps), None
+        o, gate, weight = ctx.saved_tensors
+        return *backward(dy, o, gate, weight, ctx.eps), None

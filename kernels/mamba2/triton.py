@@ -76,8 +76,9 @@ def _convolve(
     if raw.q is not None:
         q, q_tail = conv.forward(raw.q, raw.q_weight, None, raw.q_tail, *pads)
         q = q.unflatten(-1, (dims.G, dims.K))
-    gates = (x.contiguous() for x in (raw.a, raw.A_log, raw.dt_bias, raw.skip))
-    return rule.Inputs(q, k, v, *gates, raw.initial_state, pads[0]), Tails(q_tail, kv_tail)
+    a, A_log, dt_bias, skip = (x.contiguous() for x in (raw.a, raw.A_log, raw.dt_bias, raw.skip))
+    inputs = rule.Inputs(q, k, v, a, A_log, dt_bias, skip, raw.initial_state, pads[0])
+    return inputs, Tails(q_tail, kv_tail)
 
 
 def _heads(kv: Tensor, dims: Dims) -> tuple[Tensor, Tensor]:

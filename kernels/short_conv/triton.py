@@ -138,4 +138,8 @@ class _ShortConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, d_final):
-        return *backward(dy, d_final, *ctx.saved_tensors, ctx.activation), None, None, None
+        x, weight, bias, initial_state, mask, previous = ctx.saved_tensors
+        gradients = backward(
+            dy, d_final, x, weight, bias, initial_state, mask, previous, ctx.activation
+        )
+        return *gradients, None, None, None

@@ -96,11 +96,11 @@ def ssd(
     how = precision(v.dtype, compute_dtype(q, k, v))
     sizes = sizes_of(k, v, how, chunk_size, segments)
     mask = contiguous(mask)
-    leaves = (q if output else None, k, v, g, initial_state)
+    q = q if output else None
+    leaves = (q, k, v, g, initial_state)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves):
         return _SSD.apply(*leaves, mask, scale, sizes, how)
-    *inputs, initial_state = leaves
-    return forward(Inputs(*inputs, None, None, None, initial_state, mask), scale, sizes, how)
+    return forward(Inputs(q, k, v, g, None, None, None, initial_state, mask), scale, sizes, how)
 
 
 def sizes_of(
