@@ -33,8 +33,8 @@ def training_arguments(run: RunConfig, *, universal: bool = False) -> TrainingAr
     shares = settings.accumulate * world
     if settings.batch_size % shares:
         raise ValueError(
-            f"train.batch_size={settings.batch_size}; allowed: a multiple of {shares}, the number "
-            f"of processes ({world}) times train.accumulate ({settings.accumulate})"
+            f"train.batch_size must be a multiple of {shares}, the number of processes ({world}) "
+            f"times train.accumulate ({settings.accumulate}), got {settings.batch_size}"
         )
     on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
     deepspeed = None
@@ -144,8 +144,8 @@ def _data(
             len(held_out)  # reads them, so that a share without documents is refused now
         elif settings.eval_every is not None:
             raise ValueError(
-                f"train.eval_every={settings.eval_every} with text.held_out=0; allowed: null, or a "
-                "share of the text to evaluate on"
+                "train.eval_every must be null where text.held_out=0 keeps nothing to evaluate on, "
+                f"got {settings.eval_every}"
             )
         return train, held_out
     task = run.load_task()
@@ -169,7 +169,7 @@ def _check_in_step(run: RunConfig) -> None:
     if run.text is not None or "attention_mask" in run.load_task().batch("train", 0, 1):
         what = "text" if run.text is not None else f"task {run.task.name!r}"
         raise ValueError(
-            f"train.deepspeed={run.train.deepspeed!r} is ZeRO stage 3, and rows of {what} have "
-            "boundaries of their own, at which processes would wait for each other; allowed: ZeRO "
-            "stage 0, 1 or 2"
+            f"train.deepspeed must be ZeRO stage 0, 1 or 2 for {what}, whose rows have boundaries "
+            "of their own, at which processes would wait for each other, got stage 3 of "
+            f"{run.train.deepspeed!r}"
         )

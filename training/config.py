@@ -6,37 +6,51 @@ import copy
 import dataclasses
 import functools
 import json
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from hybrid_sleep.training import zero
 from hybrid_sleep.training.depth import DepthPolicy, parse_depth
 from hybrid_sleep.training.parsing import dump_yaml, parse_overrides, parse_yaml
 from hybrid_sleep.training.schedules import parse_windows
-from hybrid_sleep.training.schema import as_path, build, none_missing, only_known, set_key, typed
+from hybrid_sleep.training.schema import (
+    STRICT,
+    Count,
+    CountFrom0,
+    FilePath,
+    FolderPath,
+    Number,
+    Rate,
+    Text,
+    as_number,
+    build,
+    only_known,
+    set_key,
+)
 from hybrid_sleep.training.start import inherited, initial_model
 from hybrid_sleep.training.text.config import TextConfig
 
 Schedule = Literal["constant", "linear", "cosine", "trapezoid"]
-A_FOLDER = "the path of a folder"
 # What a stage may change: not where it starts from or writes to, which follows from its place.
 STAGE_KEYS = ("model", "task", "text", "train", "sleep_passes")
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, config=STRICT)
 class TaskConfig:
     """What to learn: a task of `hybrid_sleep.eval.tasks` and its parameters."""
 
-    name: str
-    params: dict[str, Any] = field(default_factory=dict)
+    name: Text
+    params: dict[Text, Any] = field(default_factory=dict)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, config=STRICT)
 class InitConfig:
-    """Start from a trained model instead of from chance.
+    """Start from a trained model instead of random weights.
 
     `checkpoint` is its folder; its config fills what `model` leaves out. `new_layers` are indices,
     in the model to be trained, of state-space layers which the checkpoint lacks (route (b) of Lee
@@ -45,18 +59,17 @@ class InitConfig:
     the first step begins with the checkpoint's own predictions.
     """
 
-    checkpoint: str
-    new_layers: list[int] = field(default_factory=list)
+    checkpoint: FolderPath
+    new_layers: list[CountFrom0] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.checkpoint = as_path("init.checkpoint", self.checkpoint, A_FOLDER)
-        if len(set(self.new_layers)) < len(self.new_layers) or min(self.new_layers, default=0) < 0:
+        if len(set(self.new_layers)) < len(self.new_layers):
             raise ValueError(
-                f"init.new_layers={self.new_layers}; allowed: distinct indices of layers, from 0"
+                f"init.new_layers must be distinct indices of layers, got {self.new_layers}"
             )
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, config=STRICT)
 class TrainConfig:
     """How to learn it.
 
@@ -87,72 +100,45 @@ class TrainConfig:
     several times faster with one.
     """
 
-    steps: int
-    batch_size: int
-    accumulate: int = 1
-    lr_muon: float | None = 2e-3
-    lr_adamw: float = 5e-5
-    weight_decay: float = 0.0
-    warmup: int = 0
+    steps: Count
+    batch_size: Count
+    accumulate: Count = 1
+    lr_muon: Rate | None = 2e-3
+    lr_adamw: Rate = 5e-5
+    weight_decay: Annotated[Number, Field(ge=0), "a finite number of at least 0"] = 0.0
+    warmup: CountFrom0 = 0
     schedule: Schedule = "constant"
-    cooldown: float = 0.3
-    grad_clip: float | None = 1.0
+    cooldown: Annotated[Number, Field(ge=0, le=1), "a share of the steps, 0 to 1"] = 0.3
+    grad_clip: Rate | None = 1.0
     trainable: Literal["all", "new_layers"] = "all"
-    windows: dict[int, int] | None = None
-    backprop_passes: int | None = None
-    backprop_windows: int | None = None
-    activation_checkpointing: str | int | list | None = None
-    eval_every: int | None = None
-    eval_depths: list[int] | None = None
-    eval_examples: int = 1000
-    log_every: int = 10
-    save_every: int | None = None
-    keep_checkpoints: int = 1
-    report_to: str | list[str] = "none"
-    seed: int = 0
+    windows: dict[CountFrom0, Count] | None = None
+    backprop_passes: Count | None = None
+    backprop_windows: Count | None = None
+    activation_checkpointing: Any = None
+    eval_every: Count | None = None
+    eval_depths: Annotated[list[Count], Field(min_length=1), "a list of depths"] | None = None
+    eval_examples: Count = 1000
+    log_every: Count = 10
+    save_every: Count | None = None
+    keep_checkpoints: Count = 1
+    report_to: Annotated[Text | list[Text], "text or a list of text"] = "none"
+    seed: Annotated[CountFrom0, Field(lt=2**32), "an integer from 0 to 2**32 - 1"] = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu"] = "auto"
-    deepspeed: str | None = None
-    workers: int = 0
-    threads: int | None = None
+    deepspeed: Annotated[FilePath, "the path of a JSON file"] | None = None
+    workers: CountFrom0 = 0
+    threads: Count | None = None
 
     def __post_init__(self) -> None:
-        def demand(holds: bool, name: str, allowed: str) -> None:
-            if not holds:
-                raise ValueError(f"train.{name}={getattr(self, name)!r}; allowed: {allowed}")
-
-        for name in ("steps", "batch_size", "accumulate", "eval_examples", "log_every"):
-            demand(getattr(self, name) >= 1, name, "an integer >= 1")
-        demand(self.keep_checkpoints >= 1, "keep_checkpoints", "an integer >= 1")
-        demand(
-            self.batch_size % self.accumulate == 0,
-            "accumulate",
-            f"a divisor of train.batch_size={self.batch_size}",
-        )
-        for name in ("lr_muon", "lr_adamw"):
-            rate = getattr(self, name)
-            none = name == "lr_muon" and rate is None
-            allowed = "null or a finite number > 0" if name == "lr_muon" else "a finite number > 0"
-            demand(none or (math.isfinite(rate) and rate > 0), name, allowed)
-        demand(0 <= self.weight_decay < math.inf, "weight_decay", "a finite number >= 0")
-        demand(0 <= self.warmup <= self.steps, "warmup", f"0..train.steps={self.steps}")
-        demand(0 <= self.cooldown <= 1, "cooldown", "a share of the steps, 0..1")
-        clip = self.grad_clip
-        demand(clip is None or 0 < clip < math.inf, "grad_clip", "null or a finite number > 0")
-        counts = ("eval_every", "save_every", "threads", "backprop_passes", "backprop_windows")
-        for name in counts:
-            count = getattr(self, name)
-            demand(count is None or count >= 1, name, "null or an integer >= 1")
-        demand(self.workers >= 0, "workers", "an integer >= 0")
-        depths = self.eval_depths
-        demand(
-            depths is None or (len(depths) > 0 and min(depths) >= 1),
-            "eval_depths",
-            "null or a list of depths >= 1",
-        )
-        demand(0 <= self.seed < 2**32, "seed", "an integer >= 0, below 2**32")
-        if self.deepspeed is not None:
-            self.deepspeed = as_path("train.deepspeed", self.deepspeed, "null or a JSON file")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"train.accumulate must be a divisor of train.batch_size={self.batch_size}, got "
+                f"{self.accumulate}"
+            )
+        if self.warmup > self.steps:
+            raise ValueError(
+                f"train.warmup must be at most train.steps={self.steps}, got {self.warmup}"
+            )
 
     @property
     def reporters(self) -> list[str]:
@@ -161,10 +147,7 @@ class TrainConfig:
         return [name for name in names if name != "none"]
 
 
-PARTS = {"task": TaskConfig, "text": TextConfig, "init": InitConfig, "train": TrainConfig}
-
-
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, config=STRICT)
 class RunConfig:
     """A model, what it learns and how, how deep it sleeps meanwhile, and where results go.
 
@@ -177,24 +160,26 @@ class RunConfig:
     it changes in this run. It starts from the model that the stage before it left, and writes into
     `output_dir/stage-1` and so on, the last one into `output_dir`.
 
-    Raises ValueError naming the key, its value and what is allowed.
+    Raises ValueError (pydantic's, of several lines; `run_config` says it in one) naming each key
+    that is wrong, its value and what is allowed.
     """
 
-    model: dict[str, Any]
+    model: dict[Text, Any]
     train: TrainConfig
-    sleep_passes: DepthPolicy
-    output_dir: str
+    sleep_passes: DepthPolicy | Any
+    output_dir: FolderPath
     task: TaskConfig | None = None
     text: TextConfig | None = None
     init: InitConfig | None = None
-    stages: list[dict[str, Any]] = field(default_factory=list)
+    stages: Annotated[
+        list[dict[str, Any]], "a list of mappings of dotted keys to values"
+    ] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.sleep_passes = parse_depth(self.sleep_passes)
-        self.output_dir = as_path("output_dir", self.output_dir, A_FOLDER)
         if (self.task is None) == (self.text is None):
             given = "neither" if self.task is None else "both"
-            raise ValueError(f"task and text: {given} given; allowed: one of the two")
+            raise ValueError(f"one of task and text must be given, got {given}")
         # A model that is all there was resolved before, or is to come from an earlier stage.
         resolved = self.init is None or self.model.keys() >= inherited()
         self.model = _model_section(self.model)
@@ -215,8 +200,8 @@ class RunConfig:
             parse_windows(self.train.windows).check(config.window, self.train.steps)
         if self.train.trainable == "new_layers" and not (self.init and self.init.new_layers):
             raise ValueError(
-                "train.trainable='new_layers' without init.new_layers; allowed: 'all', or to name "
-                "the layers that init.checkpoint lacks"
+                "train.trainable must be 'all' where init.new_layers names no layers, got "
+                "'new_layers'"
             )
         try:
             parse_granularity(self.train.activation_checkpointing, config.num_hidden_layers)
@@ -226,8 +211,8 @@ class RunConfig:
             zero.read_config(self.train)
         if self.train.workers > 1 and self.text is not None:
             raise ValueError(
-                f"train.workers={self.train.workers} with text; allowed: 0 or 1, because the rows "
-                "of a process are read from one stream in order"
+                "train.workers must be 0 or 1 for text, because the rows of a process are read "
+                f"from one stream in order, got {self.train.workers}"
             )
 
     def load_task(self) -> Any:
@@ -235,7 +220,7 @@ class RunConfig:
         from hybrid_sleep.eval import tasks
 
         if self.task is None:
-            raise ValueError("this run learns text, not a task; allowed: a run with task.name")
+            raise ValueError("the run must have task.name, got one that learns text")
         try:
             return tasks.load(self.task.name, **self.task.params)
         except ValueError as error:
@@ -273,13 +258,13 @@ class RunConfig:
         if config.vocab_size < least:
             what = f"task {self.task.name!r}" if self.text is None else "text.tokenizer"
             raise ValueError(
-                f"model.vocab_size={config.vocab_size}; allowed: at least {least}, the tokens of "
-                f"{what}"
+                f"model.vocab_size must be at least {least}, the tokens of {what}, got "
+                f"{config.vocab_size}"
             )
         if self.text is not None and config.sleep_schedule != "every_window":
             raise ValueError(
-                f"model.sleep_schedule={config.sleep_schedule!r} with text; allowed: "
-                "'every_window', because text supervises every window and none would sleep"
+                "model.sleep_schedule must be 'every_window' for text, which supervises every "
+                f"window, so that none would sleep, got {config.sleep_schedule!r}"
             )
         return config
 
@@ -303,7 +288,7 @@ class RunConfig:
                 for key, value in changes.items():
                     if str(key).partition(".")[0] not in STAGE_KEYS:
                         allowed = ", ".join(STAGE_KEYS)
-                        raise ValueError(f"key {key!r}; allowed: keys in {allowed}")
+                        raise ValueError(f"a key must begin with one of {allowed}, got {key!r}")
                     set_key(content, key, value)
                 runs.append(run_config(content))
             except ValueError as error:
@@ -329,33 +314,24 @@ class RunConfig:
         return dump_yaml(self.to_dict())
 
 
-def _model_section(given: Any) -> dict[str, Any]:
+def _model_section(given: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of `model`, all known; numbers written out in quotes are numbers, as elsewhere."""
     from hybrid_sleep import HybridSleepConfig
 
-    if not isinstance(given, Mapping):
-        raise ValueError(f"model={given!r}; allowed: keys of HybridSleepConfig")
-    only_known(given, inherited(), "model.")
-    kinds = HybridSleepConfig.__annotations__
-    return {
-        key: typed(value, float, f"model.{key}") if kinds[key] == "float" else value
-        for key, value in given.items()
-    }
+    only_known(given, inherited(), "model")
+    kinds, model = HybridSleepConfig.__annotations__, dict(given)
+    for key in model:
+        if kinds[key] == "float":
+            try:
+                model[key] = as_number(model[key])
+            except ValueError:
+                raise ValueError(f"model.{key} must be a number, got {model[key]!r}") from None
+    return model
 
 
 def run_config(content: Mapping[str, Any]) -> RunConfig:
     """A RunConfig from nested mappings, as read from YAML. Raises ValueError (see the class)."""
-    content = _as_written_today(content)
-    only_known(content, {f.name for f in dataclasses.fields(RunConfig)}, "")
-    for name, kind in PARTS.items():
-        # Only what may be left out may be null.
-        if name in content and (content[name] is not None or name == "train"):
-            content[name] = build(kind, content[name], f"{name}.")
-    stages = content.get("stages", [])
-    if not isinstance(stages, list) or not all(isinstance(stage, Mapping) for stage in stages):
-        raise ValueError(f"stages={stages!r}; allowed: a list of mappings of dotted keys to values")
-    none_missing(RunConfig, content, "")
-    return RunConfig(**content)
+    return build(RunConfig, _as_written_today(content))
 
 
 def _as_written_today(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -383,16 +359,16 @@ def load_run_config(
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"config {str(path)!r} is no file; allowed: a run's YAML file")
+        raise FileNotFoundError(f"config must be the YAML file of a run, got {str(path)!r}")
     try:
         try:
             text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
-            raise ValueError(f"not UTF-8 at byte {error.start}; allowed: a text file") from None
+            raise ValueError(f"it must be UTF-8 text, got another byte at {error.start}") from None
         content = parse_yaml(text)
         if not isinstance(content, dict):
             found = "nothing" if content is None else type(content).__name__
-            raise ValueError(f"the file holds {found}; allowed: keys and values")
+            raise ValueError(f"it must hold keys and values, got {found}")
         for key, value in parse_overrides(overrides):
             set_key(content, key, value)
         return run_config(content)

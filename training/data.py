@@ -50,7 +50,7 @@ class TaskBatches(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < self.length:
-            raise IndexError(f"batch {index}; allowed: 0..{self.length - 1}")
+            raise IndexError(f"batch must be in 0..{self.length - 1}, got {index}")
         step, part = divmod(index, self.accumulate)
         start = (part * self.world + self.rank) * self.size
         cell = self.task.cell

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from hybrid_sleep.training.schedules import check_starts, stage_at
-from hybrid_sleep.validation import check_count
+from hybrid_sleep.validation import check_count, check_number
 
 FORMS = (
-    "an integer >= 1, {uniform: [low, high]}, {choice: {depth: weight, ...}}, "
+    "an integer of at least 1, {uniform: [low, high]}, {choice: {depth: weight, ...}}, "
     "{lognormal_poisson: {mean: m, sigma: s, max: n}}, {by_difficulty: {difficulty: depth, ...}} "
     "or {stages: {0: policy, step: policy, ...}}"
 )
@@ -119,14 +119,10 @@ class Choice(DepthPolicy):
 
     def __post_init__(self) -> None:
         if not self.weights:
-            raise ValueError("sleep_passes.choice is empty; allowed: at least one depth: weight")
+            raise ValueError("sleep_passes.choice must have a depth: weight at least, got none")
         for depth, weight in self.weights:
             check_count("sleep_passes.choice depth", depth)
-            if not _is_number(weight) or weight <= 0:
-                raise ValueError(
-                    f"sleep_passes.choice weight of depth {depth} is {weight!r}; allowed: a finite "
-                    "number > 0 (leave a depth out to never draw it)"
-                )
+            check_number(f"sleep_passes.choice weight of depth {depth}", weight, above=0)
         object.__setattr__(self, "weights", tuple(sorted(self.weights)))
 
     def probabilities(self) -> dict[int, float]:
@@ -149,7 +145,7 @@ class ByDifficulty(DepthPolicy):
     def __post_init__(self) -> None:
         if not self.depths_of:
             raise ValueError(
-                "sleep_passes.by_difficulty is empty; allowed: at least one difficulty: depth"
+                "sleep_passes.by_difficulty must have a difficulty: depth at least, got none"
             )
         for difficulty, depth in self.depths_of:
             check_count("sleep_passes.by_difficulty difficulty", difficulty, minimum=0)
@@ -193,15 +189,14 @@ class LognormalPoisson(DepthPolicy):
     def __post_init__(self) -> None:
         check_count("sleep_passes.lognormal_poisson max", self.highest)
         _check_deepest("lognormal_poisson max", self.highest)
-        for name, value, low, high in (
-            ("mean", self.target, 1, self.highest),
-            ("sigma", self.sigma, 0, MAX_SIGMA),
-        ):
-            if not _is_number(value) or not low <= value <= high or (name, value) == ("mean", 1):
-                least = "above 1 and" if name == "mean" else "of at least 0 and"
+        check_number("sleep_passes.lognormal_poisson mean", self.target, above=1)
+        check_number("sleep_passes.lognormal_poisson sigma", self.sigma, least=0)
+        for name, value, most in (
+            ("mean", self.target, self.highest), ("sigma", self.sigma, MAX_SIGMA)
+        ):  # fmt: skip
+            if value > most:
                 raise ValueError(
-                    f"sleep_passes.lognormal_poisson {name} is {value!r}; allowed: a number "
-                    f"{least} at most {high}"
+                    f"sleep_passes.lognormal_poisson {name} must be at most {most}, got {value!r}"
                 )
 
     def probabilities(self) -> dict[int, float]:
@@ -227,7 +222,7 @@ class Stages(DepthPolicy):
         for start, policy in self.stages:
             if isinstance(policy, Stages):
                 raise ValueError(
-                    f"sleep_passes.stages at step {start} has stages itself; allowed: one level"
+                    f"sleep_passes.stages at step {start} must be another policy, got stages again"
                 )
 
     def at(self, step: int) -> DepthPolicy:
@@ -262,29 +257,29 @@ def parse_depth(value: Any) -> DepthPolicy:
     if isinstance(value, int):
         return Fixed(value)
     if not isinstance(value, Mapping):
-        raise ValueError(f"sleep_passes={value!r}; allowed: {FORMS}")
+        raise ValueError(f"sleep_passes must be {FORMS}, got {value!r}")
     if len(value) != 1 or next(iter(value)) not in _PARSERS:
-        raise ValueError(f"sleep_passes={dict(value)!r}; allowed: {FORMS}")
+        raise ValueError(f"sleep_passes must be {FORMS}, got {dict(value)!r}")
     ((kind, detail),) = value.items()
     return _PARSERS[kind](detail)
 
 
 def _parse_uniform(detail: Any) -> Uniform:
     if not isinstance(detail, (list, tuple)) or len(detail) != 2:
-        raise ValueError(f"sleep_passes.uniform={detail!r}; allowed: [low, high]")
+        raise ValueError(f"sleep_passes.uniform must be [low, high], got {detail!r}")
     return Uniform(*detail)
 
 
 def _parse_choice(detail: Any) -> Choice:
     if not isinstance(detail, Mapping):
-        raise ValueError(f"sleep_passes.choice={detail!r}; allowed: {{depth: weight, ...}}")
+        raise ValueError(f"sleep_passes.choice must be {{depth: weight, ...}}, got {detail!r}")
     return Choice(tuple(detail.items()))
 
 
 def _parse_by_difficulty(detail: Any) -> ByDifficulty:
     if not isinstance(detail, Mapping):
         raise ValueError(
-            f"sleep_passes.by_difficulty={detail!r}; allowed: {{difficulty: depth, ...}}"
+            f"sleep_passes.by_difficulty must be {{difficulty: depth, ...}}, got {detail!r}"
         )
     return ByDifficulty(tuple(detail.items()))
 
@@ -292,14 +287,15 @@ def _parse_by_difficulty(detail: Any) -> ByDifficulty:
 def _parse_lognormal_poisson(detail: Any) -> LognormalPoisson:
     if not isinstance(detail, Mapping) or set(detail) != {"mean", "sigma", "max"}:
         raise ValueError(
-            f"sleep_passes.lognormal_poisson={detail!r}; allowed: {{mean: m, sigma: s, max: n}}"
+            "sleep_passes.lognormal_poisson must be {mean: m, sigma: s, max: n}, got "
+            f"{detail!r}"
         )
     return LognormalPoisson(detail["mean"], detail["sigma"], detail["max"])
 
 
 def _parse_stages(detail: Any) -> Stages:
     if not isinstance(detail, Mapping):
-        raise ValueError(f"sleep_passes.stages={detail!r}; allowed: {{0: policy, step: policy}}")
+        raise ValueError(f"sleep_passes.stages must be {{0: policy, step: policy}}, got {detail!r}")
     stages = []
     for start, value in detail.items():
         try:
@@ -346,12 +342,7 @@ def _lognormal_poisson(target: float, sigma: float, highest: int) -> tuple[float
 
 def _check_deepest(name: str, depth: int) -> None:
     if depth > DEEPEST:
-        raise ValueError(f"sleep_passes.{name} is {depth}; allowed: at most {DEEPEST}")
-
-
-def _is_number(value: Any) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value)
+        raise ValueError(f"sleep_passes.{name} must be at most {DEEPEST}, got {depth}")
 
 
 def _uniform(seed: int, step: int) -> float:

@@ -91,12 +91,11 @@ def check_checkpoint(checkpoint: Path) -> None:
         return
     others = [path for path in reversed(checkpoints(checkpoint.parent)) if path != checkpoint]
     whole = next((path for path in others if _wrong_with(path) is None), None)
-    allowed = "a whole checkpoint, and no other one here is; --overwrite starts anew"
+    other = "no other one is whole; --overwrite starts anew"
     if whole is not None:
-        allowed = f"{whole}, which is whole: remove {checkpoint.name}, and --resume goes on there"
+        other = f"{whole} is whole: remove {checkpoint.name}, and --resume goes on there"
     raise ValueError(
-        f"checkpoint {checkpoint} is not whole, and the run would not go on as it was: {wrong}; "
-        f"allowed: {allowed}"
+        f"checkpoint {checkpoint} must be whole for the run to go on as it was: {wrong}; {other}"
     )
 
 
@@ -132,13 +131,13 @@ def check_folder(out: Path, overwrite: bool) -> None:
     old = _earlier(out)
     if old and not overwrite:
         raise FileExistsError(
-            f"output_dir={str(out)!r} holds {old[-1].name} of an earlier run; allowed: resume=True "
-            "to go on from its last checkpoint, overwrite=True to replace it, or another folder"
+            f"output_dir must be a folder without a run, got {str(out)!r} with {old[-1].name}: "
+            "resume=True goes on from its last checkpoint, overwrite=True replaces it"
         )
     if old and not (out / RUN_FILE).exists():
         raise FileExistsError(
-            f"output_dir={str(out)!r} holds {old[-1].name}, but no {RUN_FILE}, so that no run "
-            "wrote it and overwrite=True does not replace it; allowed: another folder"
+            f"output_dir must be the folder of a run to be overwritten, got {str(out)!r} with "
+            f"{old[-1].name} but no {RUN_FILE}, so that no run wrote it"
         )
 
 

@@ -58,15 +58,16 @@ class LossByPosition:
         Raises ValueError for another shape or a depth that is not one of `depths`.
         """
         if depth not in self.depths:
-            raise ValueError(f"depth={depth!r}; allowed: {', '.join(map(str, self.depths))}")
+            known = ", ".join(map(str, self.depths))
+            raise ValueError(f"depth must be one of {known}, got {depth!r}")
         check_count("window", window)
         given = {"labels": labels, "attention_mask": attention_mask}
         given |= {"document_ids": document_ids, "positions": positions}
         for name, tensor in given.items():
             if tensor is not None and tensor.shape != logits.shape[:2]:
                 raise ValueError(
-                    f"{name} of shape {tuple(tensor.shape)}; allowed: {tuple(logits.shape[:2])}, "
-                    "that of the logits"
+                    f"{name} must have the shape of the logits, {tuple(logits.shape[:2])}, got "
+                    f"{tuple(tensor.shape)}"
                 )
         labels, attention_mask, document_ids, positions = (
             None if tensor is None else tensor.to(logits.device) for tensor in given.values()
@@ -102,7 +103,7 @@ class LossByPosition:
         """Take `table`, made by `tensor` and perhaps summed over ranks, for what was counted."""
         if table.shape != self._table.shape:
             raise ValueError(
-                f"table of shape {tuple(table.shape)}; allowed: {tuple(self._table.shape)}"
+                f"table must have shape {tuple(self._table.shape)}, got {tuple(table.shape)}"
             )
         self._table = table.detach().to(torch.float64).clone()
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hybrid_sleep.validation import check_choice, check_count, check_number
+
 ADJUSTMENTS = ("original", "match_rms_adamw")
 ALGORITHMS = ("muon", "adamw")
 PRECISIONS = ("float32", "bfloat16")
@@ -90,8 +92,8 @@ class MuonAdamW(torch.optim.Optimizer):
         own = [group["algorithm"] for group in self.param_groups]
         if saved != own:
             raise ValueError(
-                f"state_dict has parameter groups for {saved}, this optimizer for {own}; allowed: "
-                "a state saved by an optimizer over the same groups"
+                f"state_dict must have this optimizer's parameter groups, for {own}, got groups "
+                f"for {saved}"
             )
         # States from before there was a choice are from torch's own steps.
         groups = [{"precision": "bfloat16", **group} for group in state_dict["param_groups"]]
@@ -215,7 +217,7 @@ def parameter_groups(
     ]
     groups = [group for group in groups if group["params"]]
     if not groups:
-        raise ValueError("model has no parameter with requires_grad=True; allowed: at least one")
+        raise ValueError("model must have a parameter with requires_grad=True, got none")
     return groups
 
 
@@ -238,25 +240,22 @@ def optimizer_for(
 
 
 def _check_group(group: dict[str, Any]) -> None:
-    def demand(holds: bool, name: str, allowed: str) -> None:
-        if not holds:
-            raise ValueError(f"{name}={group[name]!r}; allowed: {allowed}")
-
-    demand(group["algorithm"] in ALGORITHMS, "algorithm", ", ".join(ALGORITHMS))
+    check_choice("algorithm", group["algorithm"], ALGORITHMS)
     for name in ("lr", "weight_decay", "eps"):
-        demand(math.isfinite(group[name]) and group[name] >= 0, name, "a finite number >= 0")
-    demand(0 <= group["momentum"] < 1, "momentum", "0 <= momentum < 1")
-    ns_steps = group["ns_steps"]
-    demand(isinstance(ns_steps, int) and 1 <= ns_steps < 100, "ns_steps", "an integer in 1..99")
-    demand(group["adjust_lr"] in ADJUSTMENTS, "adjust_lr", ", ".join(ADJUSTMENTS))
-    demand(group["precision"] in PRECISIONS, "precision", "None, " + ", ".join(PRECISIONS))
-    betas = group["betas"]
-    pair = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
-    demand(pair, "betas", "two numbers in [0, 1)")
+        check_number(name, group[name], least=0)
+    check_number("momentum", group["momentum"], least=0, below=1)
+    if check_count("ns_steps", group["ns_steps"]) > 99:
+        raise ValueError(f"ns_steps must be an integer of at most 99, got {group['ns_steps']}")
+    check_choice("adjust_lr", group["adjust_lr"], ADJUSTMENTS)
+    check_choice("precision", group["precision"], PRECISIONS)
+    if len(group["betas"]) != 2:
+        raise ValueError(f"betas must be two numbers, got {group['betas']!r}")
+    for beta in group["betas"]:
+        check_number("betas", beta, least=0, below=1)
     if group["algorithm"] == "muon":
         for parameter in group["params"]:
             if parameter.ndim != 2 or parameter.is_complex():
                 raise ValueError(
-                    f"params: Muon got shape {list(parameter.shape)}, dtype {parameter.dtype}; "
-                    "allowed: real matrices (2 dimensions), AdamW takes the rest"
+                    "params of Muon must be real matrices, AdamW takes the rest; got shape "
+                    f"{list(parameter.shape)}, dtype {parameter.dtype}"
                 )

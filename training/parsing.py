@@ -60,7 +60,7 @@ def parse_yaml(text: str, key: str = "") -> Any:
     except yaml.YAMLError as error:
         raise ValueError(_in_one_line(error, text)) from None
     except RecursionError:
-        raise ValueError(f"nested too deep; allowed: {DEEPEST} levels") from None
+        raise ValueError(f"it must have at most {DEEPEST} levels, got more") from None
     finally:
         if loader is not None:
             loader.dispose()
@@ -92,7 +92,7 @@ def parse_overrides(
     for text in [overrides] if isinstance(overrides, str) else overrides:
         key, equals, value = text.partition("=")
         if not (key.strip() and equals):
-            raise ValueError(f"override {text!r}; allowed: key=value, such as {example}")
+            raise ValueError(f"override must be key=value, such as {example}, got {text!r}")
         try:
             parsed.append((key.strip(), parse_yaml(value, key.strip())))
         except ValueError as error:
@@ -107,8 +107,8 @@ def _prepare(
     line = node.start_mark.line + 1
     seen[0] += 1
     if depth > DEEPEST or seen[0] > MOST_VALUES:
-        much = f"more than {MOST_VALUES:,} values" if depth <= DEEPEST else "nested too deep"
-        raise ValueError(f"line {line}: {much}; allowed: {DEEPEST} levels, none inside itself")
+        most = f"{MOST_VALUES:,} values" if depth <= DEEPEST else f"{DEEPEST} levels"
+        raise ValueError(f"line {line}: it must have at most {most}, got more")
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
             _prepare(loader, item, path, seen, depth + 1)
@@ -121,11 +121,11 @@ def _prepare(
                 if braces and key_node.start_mark.index == node.start_mark.index + 1:
                     raise ValueError(_template(line))
                 what = "a list" if isinstance(key_node, yaml.SequenceNode) else "keys and values"
-                raise ValueError(f"line {line}: a key is {what}; allowed: text or a number")
+                raise ValueError(f"line {line}: a key must be text or a number, got {what}")
             merged = key_node.tag == _TAG + "merge"
             key = "<<" if merged else loader.construct_object(key_node)
             if key in keys:
-                raise ValueError(f"key {key!r} in line {line} is given twice; allowed: once")
+                raise ValueError(f"key {key!r} must be given once, got it again in line {line}")
             keys.add(key)
             below = path if merged else f"{path}.{key}".lstrip(".")
             _prepare(loader, value, below, seen, depth + 1)
@@ -137,8 +137,8 @@ def _prepare(
 
 def _template(line: int) -> str:
     return (
-        f"line {line}: a template that nothing has filled in; allowed: plain YAML (a text that "
-        "begins with a brace needs quotes)"
+        f"line {line}: it must be plain YAML, got a template that nothing has filled in (a text "
+        "that begins with a brace needs quotes)"
     )
 
 

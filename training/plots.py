@@ -29,7 +29,7 @@ def plot_run(metrics_path: str | os.PathLike, floor: float | None = None) -> Fig
     records = _read(Path(metrics_path))
     losses = [(line["step"], line["depth"], line["loss"]) for line in records if "depth" in line]
     if not losses:
-        raise ValueError(f"{metrics_path} holds no training step; allowed: a run's metrics.jsonl")
+        raise ValueError(f"metrics_path must hold training steps, got none in {metrics_path}")
     measures = [name for name in ("exact", "perplexity") if any(name in r for r in records)]
     depths = {depth for _, depth, _ in losses}
     for name in measures:
@@ -83,7 +83,7 @@ def smoothed(points: Sequence[tuple[int, float]], width: float) -> list[float]:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
-        raise FileNotFoundError(f"{str(path)!r} is no file; allowed: a run's metrics.jsonl")
+        raise FileNotFoundError(f"metrics_path must be a run's metrics.jsonl, got {str(path)!r}")
     return read_json_lines(path)
 
 

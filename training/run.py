@@ -127,7 +127,7 @@ def train(
     """
     stages = run.stage_runs()
     if resume and overwrite:
-        raise ValueError("resume=True and overwrite=True; allowed: one of the two")
+        raise ValueError("one of resume and overwrite must be False, got True for both")
     for stage in stages:
         check_reporters(stage.train.reporters)
         if not resume:
@@ -224,9 +224,9 @@ def _train(run: RunConfig, place: _Place, *, progress: bool) -> TrainResult:
     universal = universal and zero.stage(run.train) > 0
     if universal and run.train.lr_muon is not None:
         raise ValueError(
-            f"{world} processes to resume a run of {state['processes']} with train.lr_muon under "
-            "ZeRO; allowed: as many processes as before, because DeepSpeed's universal checkpoint "
-            "has no place for Muon's momentum"
+            f"a run with train.lr_muon under ZeRO must be resumed in {state['processes']} "
+            "processes, as before, because DeepSpeed's universal checkpoint has no place for "
+            f"Muon's momentum, got {world}"
         )
     arguments = training_arguments(run, universal=universal)
     arguments.output_dir = str(work)
@@ -372,8 +372,8 @@ def _held_out_table(metrics: dict[str, Any]) -> str:
 
 def _nothing_to_resume(out: Path) -> FileNotFoundError:
     return FileNotFoundError(
-        f"resume=True, but output_dir={str(out)!r} holds no checkpoint; allowed: a folder "
-        "with one (train.save_every, or an interrupted run), or resume=False"
+        "output_dir must hold a checkpoint (of train.save_every, or of an interrupted run) to "
+        f"resume from, got {str(out)!r}"
     )
 
 
@@ -382,6 +382,6 @@ def _check_same(run: RunConfig, out: Path) -> None:
     for key in sorted(before.keys() | now.keys()):
         if key not in FREE_ON_RESUME and before.get(key) != now.get(key):
             raise ValueError(
-                f"{key}={now.get(key)!r} to resume a run with {key}={before.get(key)!r}; "
-                f"allowed: the same run, in which only {', '.join(FREE_ON_RESUME)} may differ"
+                f"{key} must be {before.get(key)!r}, as in the run that is resumed, where only "
+                f"{', '.join(FREE_ON_RESUME)} may differ, got {now.get(key)!r}"
             )

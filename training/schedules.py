@@ -46,11 +46,11 @@ def check_starts(name: str, starts: Iterable[Any]) -> None:
     for start in starts:
         check_count(f"{name} step", start, minimum=0)
     if starts[:1] != [0]:
-        found = f"starts at step {starts[0]}" if starts else "is empty"
-        raise ValueError(f"{name} {found}; allowed: a first stage at step 0")
+        found = f"step {starts[0]}" if starts else "none"
+        raise ValueError(f"{name} must have a first stage at step 0, got {found}")
     for before, after in zip(starts, starts[1:], strict=False):
         if after <= before:
-            raise ValueError(f"{name} has step {after} after {before}; allowed: ascending steps")
+            raise ValueError(f"{name} must have ascending steps, got {after} after {before}")
 
 
 def stage_at(stages: Sequence[tuple[int, T]], step: int) -> T:
@@ -79,11 +79,11 @@ class WindowSchedule:
         start, last = self.stages[-1]
         if last != window:
             raise ValueError(
-                f"train.windows ends at {last}; allowed: to end at the model's window, {window}"
+                f"train.windows must end at the model's window, {window}, got {last}"
             )
         if start >= steps:
             raise ValueError(
-                f"train.windows changes at step {start}; allowed: steps below train.steps={steps}"
+                f"train.windows must change before train.steps={steps}, got step {start}"
             )
 
     def to_config(self) -> dict[int, int]:
@@ -99,5 +99,5 @@ def parse_windows(value: Any) -> WindowSchedule:
     if isinstance(value, WindowSchedule):
         return value
     if not isinstance(value, Mapping):
-        raise ValueError(f"train.windows={value!r}; allowed: {{0: window, step: window, ...}}")
+        raise ValueError(f"train.windows must be {{0: window, step: window, ...}}, got {value!r}")
     return WindowSchedule(tuple(value.items()))

@@ -1,4 +1,4 @@
-"""Where a run's weights come from: chance, or a checkpoint that may lack some layers."""
+"""Where a run's weights come from: random, or a checkpoint that may lack some layers."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def initial_model(init: InitConfig, given: dict[str, Any]) -> dict[str, Any]:
     tied = model["tie_word_embeddings"]
     if given.get("tie_word_embeddings", tied) != tied:
         raise ValueError(
-            f"model.tie_word_embeddings={given['tie_word_embeddings']!r}; allowed: {tied}, as in "
-            "init.checkpoint"
+            f"model.tie_word_embeddings must be {tied}, as in init.checkpoint, got "
+            f"{given['tie_word_embeddings']!r}"
         )
     if not init.new_layers:
         return model
@@ -47,18 +47,18 @@ def initial_model(init: InitConfig, given: dict[str, Any]) -> dict[str, Any]:
     count = len(old) + len(init.new_layers)
     if max(init.new_layers) >= count:
         raise ValueError(
-            f"init.new_layers={init.new_layers}; allowed: indices below {count}, the checkpoint's "
-            f"{len(old)} layers and {len(init.new_layers)} new ones"
+            f"init.new_layers must be below {count}, the checkpoint's {len(old)} layers and "
+            f"{len(init.new_layers)} new ones, got {init.new_layers}"
         )
     if model["loop"] is not None and "loop" not in given:
         raise ValueError(
-            f"init.new_layers shift the layers that the checkpoint's loop={model['loop']} names; "
-            "allowed: to give model.loop as well"
+            "model.loop must be given with init.new_layers, which shift the layers that the "
+            f"checkpoint's loop={model['loop']} names, got none"
         )
     if model["distinct_layers"] is not None:
         raise ValueError(
-            f"init.new_layers with the checkpoint's distinct_layers={model['distinct_layers']}; "
-            "allowed: a checkpoint whose layers share no weights"
+            "init.checkpoint must have layers that share no weights to get init.new_layers, got "
+            f"distinct_layers={model['distinct_layers']}"
         )
     width = model["intermediate_size"]
     widths = iter(width if isinstance(width, list) else [width] * len(old))
@@ -82,8 +82,8 @@ def build_model(run: RunConfig) -> HybridSleepForCausalLM:
     for i in new:
         if i >= config.num_hidden_layers or config.layer_types[i] != NEW_LAYER:
             raise ValueError(
-                f"init.new_layers={run.init.new_layers}; allowed: indices of {NEW_LAYER!r} in "
-                f"model.layer_types={config.layer_types}"
+                f"init.new_layers must be indices of {NEW_LAYER!r} in model.layer_types="
+                f"{config.layer_types}, got {run.init.new_layers}"
             )
     model = HybridSleepForCausalLM(config)
     if run.init is not None:
@@ -113,8 +113,8 @@ def _take_over(model: HybridSleepForCausalLM, init: InitConfig) -> None:
         if (match := LAYER.fullmatch(name)) is not None and int(match[2]) in new
     ]
     found = {name: tuple(value.shape) for name, value in weights.items()}
-    allowed = "every weight of the model but those of init.new_layers, in its shape"
-    check_fits(model, found, _named(init), new=inserted, allowed=allowed)
+    needed = "every weight of the model but those of init.new_layers, in its shape"
+    check_fits(model, found, _named(init), new=inserted, needed=needed)
     model.load_state_dict(weights, strict=False)
     with torch.no_grad():
         for i in new:

@@ -75,15 +75,13 @@ def read_config(folder: str | os.PathLike, where: str, **changes: Any) -> Hybrid
 
     path = Path(folder) / CONFIG_FILE
     if not path.exists():
-        no_folder = "" if path.parent.is_dir() else "is no folder and "
-        raise FileNotFoundError(
-            f"{where} {no_folder}holds no {CONFIG_FILE}; allowed: the folder of a trained model"
-        )
+        found = f"one without {CONFIG_FILE}" if path.parent.is_dir() else "no folder"
+        raise FileNotFoundError(f"{where} must be the folder of a trained model, got {found}")
     content = read_json(path)
     if content.get("model_type") != HybridSleepConfig.model_type:
         raise ValueError(
-            f"{where} has model_type={content.get('model_type')!r}; allowed: "
-            f"{HybridSleepConfig.model_type!r}"
+            f"{where} must have model_type={HybridSleepConfig.model_type!r}, got "
+            f"{content.get('model_type')!r}"
         )
     # What is asked for is checked by itself, so that its errors are not the file's.
     own = _config(content, str(path))
@@ -126,12 +124,12 @@ def check_fits(
     where: str,
     *,
     new: Collection[str] = (),
-    allowed: str = "exactly the weights of the model that the config describes",
+    needed: str = "exactly the weights of the model that the config describes",
 ) -> None:
     """ValueError, naming tensors, unless `found` has all that `model` holds, and nothing else.
 
     found: shapes by name. new: parameters of the model that are not to be found there. Tied ones
-    are one tensor, under any of their names. allowed: what the error says is.
+    are one tensor, under any of their names. needed: what the error says there must be.
     """
     own = model.state_dict(keep_vars=True)
     names: dict[int, set[str]] = {}
@@ -145,14 +143,14 @@ def check_fits(
     unknown = [name for name in found if name not in own or name in new]
     known = [name for name in found if name not in unknown]
     other = [name for name in known if tuple(own[name].shape) != tuple(found[name])]
-    parts = [f"lacks {_listed(missing)}"] if missing else []
+    parts = [f"no {_listed(missing)}"] if missing else []
     if unknown:
-        parts.append(f"has {_listed([_shaped(n, found) for n in unknown])}, the model has none")
+        parts.append(f"{_listed([_shaped(n, found) for n in unknown])}, the model has none")
     if other:
         shown = [f"{_shaped(n, found)}, the model has shape {tuple(own[n].shape)}" for n in other]
-        parts.append(f"has {_listed(shown)}")
+        parts.append(_listed(shown))
     if parts:
-        raise ValueError(f"{where} {'; it '.join(parts)}; allowed: {allowed}")
+        raise ValueError(f"{where} must have {needed}, got {'; '.join(parts)}")
 
 
 def _shaped(name: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -177,7 +175,7 @@ def _files(folder: str | os.PathLike, where: str) -> list[Path]:
     for name in names:
         if not (folder / name).exists():
             raise FileNotFoundError(
-                f"{where} holds no {name}; allowed: the folder of a trained model"
+                f"{where} must be the folder of a trained model, got one without {name}"
             )
     return [folder / name for name in names]
 

@@ -53,30 +53,32 @@ def read_config(train: TrainConfig) -> dict[str, Any]:
     path = Path(train.deepspeed)
     where = f"train.deepspeed={str(path)!r}"
     if not path.is_file():
-        raise FileNotFoundError(f"{where} is no file; allowed: a JSON such as configs/deepspeed/*")
+        raise FileNotFoundError(
+            f"train.deepspeed must be a JSON file such as configs/deepspeed/*, got {str(path)!r}"
+        )
     try:
         config = read_json(path)
     except ValueError as error:
-        raise ValueError(f"train.deepspeed: {error}; allowed: a JSON object") from error
+        raise ValueError(f"train.deepspeed must be a JSON object: {error}") from error
     for key, why in REFUSED.items():
         if key in config:
-            raise ValueError(f"{where} has {key!r}; allowed: to leave it out, {why}")
+            raise ValueError(f"{where} must leave {key!r} out, {why}")
     for key, source in FROM_RUN.items():
         if config.get(key, "auto") != "auto":
             raise ValueError(
-                f"{where} has {key}={config[key]!r}; allowed: 'auto', {source} decides"
+                f"{where} must have {key}='auto', {source} decides, got {config[key]!r}"
             )
         config[key] = "auto"
     for key in HALF:
         if (config.get(key) or {}).get("enabled", False):
             raise ValueError(
-                f"{where} enables {key!r}, which rounds all weights, those of the decays too; "
-                "allowed: train.dtype: bfloat16, autocast over fp32 weights"
+                f"{where} must not enable {key!r}, which rounds all weights, those of the decays "
+                "too: train.dtype: bfloat16 is autocast over fp32 weights"
             )
     zero = config.setdefault("zero_optimization", {})
     stage = zero.get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
-        raise ValueError(f"{where} has zero_optimization.stage={stage!r}; allowed: 0, 1, 2, 3")
+        raise ValueError(f"{where} must have a zero_optimization.stage of 0 to 3, got {stage!r}")
     if stage == 3:
         _demand(zero, "stage3_gather_16bit_weights_on_model_save", True, where, "to save a model")
     if train.lr_muon is not None and stage > 0:
@@ -98,14 +100,14 @@ def _check_muon(zero: dict[str, Any], train: TrainConfig, where: str) -> None:
     for key in ("offload_optimizer", "offload_param"):
         if (zero.get(key) or {}).get("device", "none") != "none":
             raise ValueError(
-                f"{where} has {key} with train.lr_muon={train.lr_muon}; allowed: train.lr_muon: "
-                "null (AdamW), or no offloading"
+                f"{where} must have no {key} with train.lr_muon={train.lr_muon}; lr_muon: null "
+                "(AdamW) goes with it"
             )
     if train.grad_clip is not None:
         raise ValueError(
-            f"train.grad_clip={train.grad_clip} with train.lr_muon={train.lr_muon} under ZeRO "
-            f"stage {stage}; allowed: grad_clip: null, because DeepSpeed's Muon would clip the "
-            "orthogonalised updates, or lr_muon: null (AdamW)"
+            f"train.grad_clip must be null for Muon under ZeRO stage {stage}, where DeepSpeed "
+            "would clip the orthogonalised updates (lr_muon: null, AdamW, goes with clipping), got "
+            f"{train.grad_clip}"
         )
     _demand(zero, "reduce_scatter", False, where, f"for Muon under ZeRO stage {stage}")
 
@@ -113,7 +115,7 @@ def _check_muon(zero: dict[str, Any], train: TrainConfig, where: str) -> None:
 def _demand(zero: dict[str, Any], key: str, value: Any, where: str, why: str) -> None:
     if zero.setdefault(key, value) != value:
         raise ValueError(
-            f"{where} has zero_optimization.{key}={zero[key]!r}; allowed: {value!r} {why}"
+            f"{where} must have zero_optimization.{key}={value!r} {why}, got {zero[key]!r}"
         )
 
 
@@ -181,9 +183,8 @@ def build_cpu_adam() -> None:
     if missing:
         raise ValueError(
             "offload_optimizer takes DeepSpeed's Adam for the processor, which has to be compiled, "
-            f"and this machine lacks {' and '.join(missing)}; allowed: to install it, "
-            "'zero_force_ds_cpu_optimizer': false in the DeepSpeed JSON (torch's AdamW, slower), "
-            "or no offloading"
+            f"and this machine lacks {' and '.join(missing)}; "
+            "'zero_force_ds_cpu_optimizer': false in the DeepSpeed JSON takes torch's AdamW, slower"
         )
     from deepspeed.ops.op_builder import CPUAdamBuilder
 

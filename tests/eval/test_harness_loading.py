@@ -75,10 +75,10 @@ def test_lm_eval_makes_the_model_by_its_name(saved):
 
 
 def test_a_folder_of_another_model_or_of_none_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no config.json; allowed: the folder of a"):
+    with pytest.raises(FileNotFoundError, match="of a trained model, got no folder"):
         HybridSleepLM(tmp_path / "nothing")
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(ValueError, match="has model_type='gpt2'; allowed: 'hybrid_sleep'"):
+    with pytest.raises(ValueError, match="must have model_type='hybrid_sleep', got 'gpt2'"):
         HybridSleepLM(tmp_path)
     model = small_model()
     model.save_pretrained(tmp_path / "bare")

@@ -153,15 +153,21 @@ def test_a_folder_with_a_run_is_not_overwritten_by_accident(tmp_path, tiny):
     run = tiny.run(tmp_path, steps=2, warmup=0, save_every=1)
     train(run, progress=False)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(FileExistsError, match="resume=True .* overwrite=True"):
+    with pytest.raises(
+        FileExistsError, match="must be a folder without a run, .* resume=True .* overwrite=True"
+    ):
         train(run, progress=False)
-    with pytest.raises(ValueError, match="resume=True and overwrite=True"):
+    with pytest.raises(ValueError, match="one of resume and overwrite must be False, got True"):
         train(run, resume=True, overwrite=True, progress=False)
     other = tiny.run(tmp_path, steps=2, warmup=0, save_every=1, lr_muon=0.5)
-    with pytest.raises(ValueError, match="train.lr_muon=0.5 to resume a run with .*=0.02"):
+    with pytest.raises(
+        ValueError, match="train.lr_muon must be 0.02, as in the run that is resumed, .*, got 0.5"
+    ):
         train(other, resume=True, progress=False)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+    with pytest.raises(
+        FileNotFoundError, match="output_dir must hold a checkpoint .* to resume from, got"
+    ):
         train(tiny.run(tmp_path / "none"), resume=True, progress=False)
     train(other, overwrite=True, progress=False)
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"]

@@ -66,5 +66,5 @@ def test_an_item_is_the_same_whatever_was_read_before(task):
     in_order = [items[i]["labels"] for i in range(12)]
     backwards = [items[i]["labels"] for i in reversed(range(12))]
     assert all(map(torch.equal, in_order, reversed(backwards)))
-    with pytest.raises(IndexError, match="batch 12; allowed: 0..11"):
+    with pytest.raises(IndexError, match="batch must be in 0..11, got 12"):
         items[12]

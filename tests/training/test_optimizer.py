@@ -214,14 +214,17 @@ def test_parameters_without_gradient_do_not_move():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": -1.0}, "lr=-1.0"),
-        ({"lr": float("nan")}, "lr=nan"),
-        ({"weight_decay": -0.1}, "weight_decay=-0.1"),
-        ({"momentum": 1.0}, "momentum=1.0"),
-        ({"ns_steps": 0}, "ns_steps=0"),
-        ({"adjust_lr": "none"}, "adjust_lr='none'; allowed: original, match_rms_adamw"),
-        ({"precision": "half"}, "precision='half'; allowed: None, float32, bfloat16"),
-        ({"betas": (0.9, 1.0)}, "betas="),
+        ({"lr": -1.0}, "lr must be a finite number of at least 0, got -1.0"),
+        ({"lr": float("nan")}, "lr must be a finite number of at least 0, got nan"),
+        ({"weight_decay": -0.1}, "weight_decay must be a finite number of at least 0, got -0.1"),
+        ({"momentum": 1.0}, "momentum must be a finite number of at least 0 and below 1, got 1.0"),
+        ({"ns_steps": 0}, "ns_steps must be an integer of at least 1, got 0"),
+        (
+            {"adjust_lr": "none"},
+            "adjust_lr must be one of 'original', 'match_rms_adamw', got 'none'",
+        ),
+        ({"precision": "half"}, "precision must be one of 'float32', 'bfloat16', got 'half'"),
+        ({"betas": (0.9, 1.0)}, "betas must be a finite number of at least 0 and below 1, got 1.0"),
     ],
 )
 def test_impossible_options_are_named(options, message):
@@ -232,10 +235,10 @@ def test_impossible_options_are_named(options, message):
 def test_muon_takes_matrices_only():
     vector, cube = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, 2, 2))
     for wrong in (vector, cube):
-        with pytest.raises(ValueError, match="allowed: real matrices"):
+        with pytest.raises(ValueError, match="params of Muon must be real matrices"):
             muon([wrong])
     optimizer = MuonAdamW([vector])
-    with pytest.raises(ValueError, match="algorithm='sgd'; allowed: muon, adamw"):
+    with pytest.raises(ValueError, match="algorithm must be one of 'muon', 'adamw', got 'sgd'"):
         optimizer.add_param_group({"params": [cube], "algorithm": "sgd"})
     assert len(optimizer.param_groups) == 1
 

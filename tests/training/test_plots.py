@@ -80,7 +80,7 @@ def test_the_same_metrics_give_the_same_file(tmp_path):
 
 
 def test_files_without_a_run_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="is no file; allowed"):
+    with pytest.raises(FileNotFoundError, match="metrics_path must be a run's metrics.jsonl, got"):
         plot_run(tmp_path / "none.jsonl")
-    with pytest.raises(ValueError, match="holds no training step"):
+    with pytest.raises(ValueError, match="metrics_path must hold training steps, got none in"):
         plot_run(write(tmp_path / "metrics.jsonl", [{"step": 1, "exact": {}}]))

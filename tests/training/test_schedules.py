@@ -28,21 +28,21 @@ def test_a_window_holds_until_the_next_begins():
 def test_the_last_window_is_the_models_and_is_reached():
     schedule = WindowSchedule(((0, 8), (500, 16)))
     schedule.check(16, 501)
-    with pytest.raises(ValueError, match="ends at 16; allowed: to end at the model's window, 24"):
+    with pytest.raises(ValueError, match="must end at the model's window, 24, got 16"):
         schedule.check(24, 501)
-    with pytest.raises(ValueError, match="at step 500; allowed: steps below train.steps=500"):
+    with pytest.raises(ValueError, match="must change before train.steps=500, got step 500"):
         schedule.check(16, 500)
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (24, "train.windows=24; allowed: {0: window"),
-        ([8, 16], r"train.windows=\[8, 16\]; allowed"),
-        ({}, "train.windows is empty; allowed: a first stage at step 0"),
-        ({1: 8}, "train.windows starts at step 1; allowed"),
+        (24, "train.windows must be {0: window, .*}, got 24"),
+        ([8, 16], r"train.windows must be {0: window, .*}, got \[8, 16\]"),
+        ({}, "train.windows must have a first stage at step 0, got none"),
+        ({1: 8}, "train.windows must have a first stage at step 0, got step 1"),
         ({0: 8, 5: 9, 5.5: 9}, "train.windows step must be an integer of at least 0, got 5.5"),
-        ({0: 8, 9: 16, 5: 24}, "train.windows has step 5 after 9; allowed: ascending"),
+        ({0: 8, 9: 16, 5: 24}, "train.windows must have ascending steps, got 5 after 9"),
         ({0: 8, 5: 0}, "train.windows from step 5 must be an integer of at least 1, got 0"),
         ({0: True}, "train.windows from step 0 must be an integer of at least 1, got True"),
     ],

@@ -118,25 +118,33 @@ def test_a_checkpoint_in_parts_or_with_a_tied_head_is_read_whole(tmp_path, tiny)
     after = build_model(started(tiny, tmp_path / "parts"))
     tiny.assert_same(after.state_dict(), before.state_dict())
     assert after.lm_head.weight is after.model.embed_tokens.weight
-    with pytest.raises(ValueError, match="model.tie_word_embeddings=False; allowed: True"):
+    with pytest.raises(ValueError, match="model.tie_word_embeddings must be True, .*, got False"):
         started(tiny, tmp_path / "parts", model={"tie_word_embeddings": False})
 
 
 @pytest.mark.parametrize(
     ("new_layers", "model", "message"),
     [
-        ([4], {}, r"init.new_layers=\[4\]; allowed: indices below 3"),
-        ([1, 1], {}, r"init.new_layers=\[1, 1\]; allowed: distinct"),
-        ([-1], {}, r"init.new_layers=\[-1\]; allowed: distinct indices of layers, from 0"),
+        ([4], {}, r"init.new_layers must be below 3, .*, got \[4\]"),
+        ([1, 1], {}, r"init.new_layers must be distinct indices of layers, got \[1, 1\]"),
+        ([-1], {}, r"init.new_layers\[0\] must be an integer of at least 0, got -1"),
         ([1], {"hidden_size": 8}, "init.checkpoint=.* has .* of shape .*16.*, the model has shape"),
         ([], {"vocab_size": 5}, r"init.checkpoint=.* has .* of shape \(3, 16\)"),
-        ([], {"intermediate_size": 0}, "init.checkpoint=.* has .*mlp.* the model has none"),
+        (
+            [],
+            {"intermediate_size": 0},
+            "init.checkpoint=.* must have .*, got .*mlp.* the model has none",
+        ),
         (
             [],
             {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3},
-            "init.checkpoint=.* lacks model.layers.2.*; allowed: .*init.new_layers",
+            "init.checkpoint=.* must have .*init.new_layers.*, got no model.layers.2",
         ),
-        ([1], {"layer_types": ["full_attention"] * 3}, "init.new_layers=.*'linear_attention'"),
+        (
+            [1],
+            {"layer_types": ["full_attention"] * 3},
+            "init.new_layers must be indices of 'linear_attention' .*, got \\[1\\]",
+        ),
         ([1], {"num_hidden_layers": 4}, "model: .* for num_hidden_layers=4, got 3"),
     ],
 )
@@ -148,14 +156,17 @@ def test_what_does_not_fit_is_refused_by_its_key(tmp_path, tiny, new_layers, mod
 
 def test_a_loop_is_given_anew_where_layers_shift(tmp_path, tiny):
     checkpoint(tmp_path / "base", loop=(0, 1))
-    with pytest.raises(ValueError, match=r"checkpoint's loop=\[0, 1\].*give model.loop"):
+    with pytest.raises(ValueError, match=r"model.loop must be given .* checkpoint's loop=\[0, 1\]"):
         started(tiny, tmp_path / "base", [1])
     run = started(tiny, tmp_path / "base", [1], {"loop": [0, 2]})
     assert run.model_config().loop_range == (0, 2)
 
 
 def test_what_is_no_whole_checkpoint_is_refused(tmp_path, tiny):
-    with pytest.raises(FileNotFoundError, match="init.checkpoint=.*none.* holds no config.json"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="init.checkpoint=.*none.* must be the folder of a trained model, got no folder",
+    ):
         started(tiny, tmp_path / "none")
     folder = tmp_path / "base"
     checkpoint(folder)
@@ -163,21 +174,27 @@ def test_what_is_no_whole_checkpoint_is_refused(tmp_path, tiny):
     weights = load_file(file)
     gone = weights.pop("model.layers.1.mixer.q_proj.weight")
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="init.checkpoint=.* lacks model.layers.1.mixer.q_proj"):
+    with pytest.raises(
+        ValueError, match="init.checkpoint=.* must have .*, got no model.layers.1.mixer.q_proj"
+    ):
         build_model(run)
     save_file({**weights, "model.layers.7.x": gone}, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="has model.layers.7.x of .*, the model has none"):
+    with pytest.raises(ValueError, match="got .*; model.layers.7.x of .*, the model has none"):
         build_model(run)
     file.unlink()
-    with pytest.raises(FileNotFoundError, match="init.checkpoint=.* holds no model.safetensors"):
+    with pytest.raises(
+        FileNotFoundError, match="init.checkpoint=.* must be .*, got one without model.safetensors"
+    ):
         build_model(run)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
-    with pytest.raises(ValueError, match="model_type='llama'; allowed: 'hybrid_sleep'"):
+    with pytest.raises(ValueError, match="must have model_type='hybrid_sleep', got 'llama'"):
         started(tiny, folder)
 
 
 def test_only_new_layers_can_be_trained_alone(tmp_path, tiny):
     checkpoint(tmp_path / "base")
-    with pytest.raises(ValueError, match="train.trainable='new_layers' without init.new_layers"):
+    with pytest.raises(
+        ValueError, match="train.trainable must be 'all' where .*, got 'new_layers'"
+    ):
         started(tiny, tmp_path / "base", trainable="new_layers")

@@ -153,7 +153,7 @@ def test_rows_are_the_same_for_any_number_of_processes_and_parts(opened, tokeniz
 
 
 def test_a_rank_reads_its_lanes_in_order_micro_batch_by_micro_batch(opened, tokenizer):
-    (whole, _), = steps(opened(), tokenizer, 1)
+    ((whole, _),) = steps(opened(), tokenizer, 1)
     for rank in range(2):
         batches = iter(
             TextBatches(opened(), tokenizer, rows=ROWS, accumulate=2, rank=rank, world=2)
@@ -201,9 +201,7 @@ def test_resuming_reads_on_near_the_slowest_lane(opened, tokenizer, kind, monkey
     assert len(json.dumps(position)) < 1000
     blocks, read = [], []
     every, one = source.blocks, source.read
-    monkeypatch.setattr(
-        source, "blocks", lambda *a: (blocks.append(b) or b for b in every(*a))
-    )
+    monkeypatch.setattr(source, "blocks", lambda *a: (blocks.append(b) or b for b in every(*a)))
     monkeypatch.setattr(source, "read", lambda handle: read.append(handle) or one(handle))
     next(steps(source, tokenizer, 1, start=position))
     newest = max(document for document, _ in position["lanes"])
@@ -231,7 +229,7 @@ def test_a_loader_may_have_one_worker(opened, tokenizer, monkeypatch, kind):
         "hybrid_sleep.training.text.batches.get_worker_info",
         lambda: types.SimpleNamespace(num_workers=2),
     )
-    with pytest.raises(ValueError, match="num_workers=2; allowed: 0 or 1"):
+    with pytest.raises(ValueError, match="num_workers must be 0 or 1, .*, got 2"):
         next(iter(batches))
 
 
@@ -251,22 +249,24 @@ def test_positions_are_merged_only_if_whole(opened, tokenizer):
         [at(0, 3), at(1, 2)],
         [at(0, 3, 2), at(1, 3, 2)],
     ):
-        with pytest.raises(ValueError, match="positions .*allowed: those of all 4 lanes"):
+        with pytest.raises(ValueError, match="positions must be those of all 4 streams"):
             merge_positions(parts)
 
 
 def test_what_cannot_be_dealt_or_resumed_is_named(opened, tokenizer):
     source = opened()
-    with pytest.raises(ValueError, match="train.batch_size=4; allowed: a multiple of 6"):
+    with pytest.raises(ValueError, match="train.batch_size must be a multiple of 6, .*, got 4"):
         TextBatches(source, tokenizer, rows=4, accumulate=2, world=3)
-    with pytest.raises(ValueError, match="rank=2; allowed: 0..1"):
+    with pytest.raises(ValueError, match="rank must be in 0..1, of 2 processes, got 2"):
         TextBatches(source, tokenizer, rows=4, rank=2, world=2)
-    (_, position), = steps(source, tokenizer, 1)
-    with pytest.raises(ValueError, match="rows=8 to go on from a position with rows=4"):
+    ((_, position),) = steps(source, tokenizer, 1)
+    with pytest.raises(
+        ValueError, match="rows of the text must be 4, as where it is to go on, got 8"
+    ):
         TextBatches(source, tokenizer, rows=8, start=position)
-    with pytest.raises(ValueError, match="seed=1"):
+    with pytest.raises(ValueError, match="seed of the text must be 0, .*, got 1"):
         TextBatches(source, tokenizer, rows=4, seed=1, start=position)
-    with pytest.raises(ValueError, match="size="):
+    with pytest.raises(ValueError, match="size of the text must be"):
         TextBatches(opened(held_out=0.1), tokenizer, rows=4, start=position)
 
 
@@ -294,9 +294,11 @@ def test_held_out_rows_are_never_trained_on(opened, tokenizer, kind, packing):
 
 
 def test_nothing_held_out_is_an_error(opened, tokenizer):
-    with pytest.raises(ValueError, match="text.held_out=0.0 keeps no document"):
+    with pytest.raises(
+        ValueError, match="text.held_out must be a share that keeps a document .*, got 0.0"
+    ):
         len(TextHeldOut(opened(), tokenizer, depths=(1,)))
-    with pytest.raises(ValueError, match="count=0"):
+    with pytest.raises(ValueError, match="count must be an integer of at least 1, got 0"):
         TextHeldOut(opened(), tokenizer, depths=(1,), count=0)
 
 

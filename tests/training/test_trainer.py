@@ -140,7 +140,7 @@ def test_held_out_examples_are_in_no_training_batch():
     assert len(set(rows)) == len(rows)
     other_rank = TaskBatches(task, length=40, size=64, seed=0, rank=1)
     assert not torch.equal(other_rank[0]["input_ids"], batches[0]["input_ids"])
-    with pytest.raises(IndexError, match="allowed: 0..39"):
+    with pytest.raises(IndexError, match="batch must be in 0..39, got 40"):
         batches[40]
 
 

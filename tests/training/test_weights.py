@@ -69,21 +69,36 @@ def as_folder(folder):
 
 FILE = "model.safetensors"
 DAMAGES = {
-    "renamed": (rewritten(prefixed), r"lacks model\.\S+, .* more; it has _orig_mod\."),
-    "missing": (rewritten(lambda w: w.pop(NORM)), rf"checkpoint '.*' lacks {NORM}; allowed"),
-    "another": (rewritten(lambda w: w.update(x=torch.ones(2))), r"has x of shape \(2,\), the mo"),
+    "renamed": (rewritten(prefixed), r"got no model\.\S+, .* more; _orig_mod\."),
+    "missing": (
+        rewritten(lambda w: w.pop(NORM)),
+        rf"checkpoint '.*' must have exactly the weights .*, got no {NORM}",
+    ),
+    "another": (
+        rewritten(lambda w: w.update(x=torch.ones(2))),
+        r"x of shape \(2,\), the model has none",
+    ),
     "shape": (rewritten(reshaped), rf"{NORM} of shape \(15,\), the model has shape \(16,\)"),
     "cut": (lambda f: os.truncate(f / FILE, 1000), f"{FILE} is damaged: "),
     "empty": (raw(FILE, b""), f"{FILE} is damaged: it is empty"),
     "pointer": (raw(FILE, b"version https://git-lfs.github.com/spec/v1"), f"{FILE} is a pointer"),
     "folder": (as_folder, f"{FILE} is a folder; allowed: a file"),
-    "gone": (lambda f: (f / FILE).unlink(), f"holds no {FILE}; allowed: the folder of a trained"),
+    "gone": (
+        lambda f: (f / FILE).unlink(),
+        f"must be the folder of a trained model, got one without {FILE}",
+    ),
     "config cut": (raw("config.json", b'{"model_type": "hyb'), "config.json is damaged: no JSON"),
     "config list": (raw("config.json", b"[]"), "config.json is damaged: it holds a list"),
-    "config gone": (lambda f: (f / "config.json").unlink(), "holds no config.json; allowed"),
+    "config gone": (
+        lambda f: (f / "config.json").unlink(),
+        "must be the folder of a trained model, got one without config.json",
+    ),
     "layers": (edited(lambda c: c.update(window=0)), "config.json: window must be"),
     "sizes": (edited(lambda c: c.update(vocab_size=5)), "the model has shape .5, 16."),
-    "other model": (edited(lambda c: c.update(model_type="gpt2")), "model_type='gpt2'; allowed"),
+    "other model": (
+        edited(lambda c: c.update(model_type="gpt2")),
+        "must have model_type='hybrid_sleep', got 'gpt2'",
+    ),
 }
 
 
@@ -99,12 +114,12 @@ def test_commands_load_models_by_this_one_function(saved, tiny, tmp_path):
     """Accuracy by depth, and lm-eval's model; the others take theirs from the first of them."""
     (saved / "run.yaml").write_text(tiny.run(saved).to_yaml())
     rewritten(prefixed)(saved)
-    with pytest.raises(ValueError, match="lacks model"):
+    with pytest.raises(ValueError, match="must have exactly the weights .*, got no model"):
         depth.bench_checkpoints([saved], [1], count=1)
     pytest.importorskip("lm_eval")
     from hybrid_sleep.eval.harness import HybridSleepLM
 
-    with pytest.raises(ValueError, match="lacks model"):
+    with pytest.raises(ValueError, match="must have exactly the weights .*, got no model"):
         HybridSleepLM(saved)
 
 
@@ -124,7 +139,7 @@ def test_whole_ones_are_loaded_to_the_bit_in_one_file_or_several(tmp_path, tied)
         assert loaded.keys() == model.state_dict().keys()
         assert all(torch.equal(x, loaded[name]) for name, x in model.state_dict().items())
     parts[0].unlink()
-    with pytest.raises(FileNotFoundError, match=f"holds no {parts[0].name}; allowed"):
+    with pytest.raises(FileNotFoundError, match=f"got one without {parts[0].name}"):
         load_model(tmp_path / "parts")
     (tmp_path / "parts" / f"{FILE}.index.json").write_text('{"weight_map": 3}')
     with pytest.raises(ValueError, match="index.json is damaged: it has no weight_map"):

@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from hybrid_sleep.training.text.config import TextConfig
 from hybrid_sleep.training.text.source import Dealer, TextSource
 from hybrid_sleep.training.text.tokenizer import Encoder
+from hybrid_sleep.validation import check_count
 
 IGNORED = -100
 NO_DOCUMENT = -1
@@ -55,17 +56,17 @@ class TextBatches(IterableDataset):
     ):
         if rows % (world * accumulate):
             raise ValueError(
-                f"train.batch_size={rows}; allowed: a multiple of {world * accumulate}, the number "
-                f"of processes ({world}) times train.accumulate ({accumulate})"
+                f"train.batch_size must be a multiple of {world * accumulate}, the number of "
+                f"processes ({world}) times train.accumulate ({accumulate}), got {rows}"
             )
         if not 0 <= rank < world:
-            raise ValueError(f"rank={rank}; allowed: 0..{world - 1}, of world={world} processes")
+            raise ValueError(f"rank must be in 0..{world - 1}, of {world} processes, got {rank}")
         if start is not None:
             for name, now in (("rows", rows), ("seed", seed), ("size", source.size)):
                 if start[name] != now:
                     raise ValueError(
-                        f"text: {name}={now} to go on from a position with {name}={start[name]}; "
-                        "allowed: the same text, batch size and seed"
+                        f"{name} of the text must be {start[name]}, as where it is to go on, got "
+                        f"{now}"
                     )
         self.source, self.encoder = source, Encoder(tokenizer)
         self.rows, self.accumulate, self.seed, self.start = rows, accumulate, seed, start
@@ -76,8 +77,8 @@ class TextBatches(IterableDataset):
         worker = get_worker_info()
         if worker is not None and worker.num_workers > 1:
             raise ValueError(
-                f"num_workers={worker.num_workers}; allowed: 0 or 1, because the lanes of a rank "
-                "read one stream in order"
+                "num_workers must be 0 or 1, because the streams of a rank read their documents in "
+                f"order, got {worker.num_workers}"
             )
         fresh = {"step": 0, "source": None, "lanes": [[lane, 0] for lane in range(self.rows)]}
         start = self.start or fresh
@@ -106,9 +107,9 @@ class TextBatches(IterableDataset):
                 batch = collate([lane.row() for lane in chosen], self.source.config, self.encoder)
                 if bool((batch["labels"] == IGNORED).all()):
                     raise ValueError(
-                        f"text: all {size} rows of a batch in step {step} hold but one token of a "
-                        "document, of which nothing is predicted; allowed: longer documents, "
-                        "text.packing=true or another text.length"
+                        "text must have a token to predict in every batch, got one of "
+                        f"{size} rows with but one token of a document each in step {step}; longer "
+                        "documents, text.packing=true or another text.length help"
                     )
                 batch["position"] = {
                     "rows": self.rows,
@@ -142,8 +143,8 @@ def merge_positions(positions: list[dict[str, Any]]) -> dict[str, Any]:
     if not whole:
         found = [(p["step"], p["parts_left"], p["first_lane"], len(p["lanes"])) for p in parts]
         raise ValueError(
-            f"positions (step, micro-batches left, first lane, lanes) {found}; allowed: those of "
-            f"all {shared['rows']} lanes after the last micro-batch of one step"
+            f"positions must be those of all {shared['rows']} streams after the last micro-batch "
+            f"of one step, got (step, micro-batches left, first stream, streams) {found}"
         )
     oldest = min(document for document, _ in lanes)
     places = [part["source"] for part in parts if part["source"]["first"] <= oldest]
@@ -170,8 +171,8 @@ class TextHeldOut:
         batch_size: int = 8,
     ):
         for name, value in (("count", count), ("batch_size", batch_size)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}; allowed: an integer >= 1")
+            if value is not None:
+                check_count(name, value)
         self.source, self.encoder = source, Encoder(tokenizer)
         self.depths, self.count, self.batch_size = depths, count, batch_size
 
@@ -191,8 +192,8 @@ class TextHeldOut:
         rows = list(itertools.islice(iter(lane.row, []), self.count))
         if not rows:
             raise ValueError(
-                f"text.held_out={self.source.config.held_out!r} keeps no document of this source "
-                "for evaluation; allowed: a larger share, at most 0.5"
+                "text.held_out must be a share that keeps a document of this source for "
+                f"evaluation, at most 0.5, got {self.source.config.held_out!r}"
             )
         return rows
 

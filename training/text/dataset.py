@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import glob
 import logging
 import os
@@ -24,20 +25,21 @@ class DatasetSource(TextSource):
 
     def __init__(self, config: TextConfig):
         self.config = config
-        wanted = dict(config.dataset)
+        wanted = dataclasses.asdict(config.dataset)
+        self._named = f"text.dataset={wanted!r}"
         self.column = wanted.pop("column")
         self.streaming = wanted["streaming"]
         try:
             from datasets import load_dataset
         except ImportError as error:
             raise ValueError(
-                "text.dataset needs the package datasets, which is not installed; allowed: "
-                "pip install datasets, or text.files"
+                "text.dataset needs the package datasets, which is not installed: "
+                "pip install datasets"
             ) from error
         for path in _paths(wanted["data_files"]):
             if os.path.isfile(path) and os.path.getsize(path) == 0:
                 raise ValueError(
-                    f"text.dataset.data_files: {path!r} is empty; allowed: files with rows"
+                    f"text.dataset.data_files must be files with rows, got {path!r}, which is empty"
                 )
         with _complaints() as heard:
             try:
@@ -45,15 +47,14 @@ class DatasetSource(TextSource):
                 first = next(iter(copy.deepcopy(data) if self.streaming else data), None)
             except Exception as error:  # builders, file formats and the hub all raise their own
                 raise ValueError(
-                    f"text.dataset={config.dataset!r} cannot be loaded ({_reason(error, heard)}); "
-                    "allowed: what datasets.load_dataset loads"
+                    f"{self._named} cannot be loaded: {_reason(error, heard)}"
                 ) from error
         if first is None:
-            raise ValueError(f"text.dataset={config.dataset!r} has no rows; allowed: at least one")
+            raise ValueError(f"{self._named} must have rows, got none")
         if self.column not in first:
             raise ValueError(
-                f"text.dataset.column={self.column!r}; allowed: a column of the data set, "
-                f"{', '.join(first)}"
+                f"text.dataset.column must be a column of the data set, {', '.join(first)}, got "
+                f"{self.column!r}"
             )
         # Never iterated itself: an iterable data set has one state for all its iterators.
         self._data = data.select_columns([self.column])
@@ -111,8 +112,8 @@ class DatasetSource(TextSource):
             ids = content if isinstance(content, list) else []
             if ids and not 0 <= min(ids) <= max(ids) < count:
                 raise ValueError(
-                    f"text.dataset: row {index} holds {ids[:8]}...; allowed: token ids in "
-                    f"0..{count - 1}, those of text.tokenizer"
+                    f"text.dataset must hold token ids in 0..{count - 1}, those of text.tokenizer, "
+                    f"got {ids[:8]}... in row {index}"
                 )
 
     def _numbered(self, data: Iterable[dict[str, Any]], first: int) -> Iterator[tuple[int, Any]]:
@@ -123,8 +124,7 @@ class DatasetSource(TextSource):
                 yield index, row
         except Exception as error:  # file formats and the hub all raise their own
             raise ValueError(
-                f"text.dataset={self.config.dataset!r} cannot be read behind row {index} "
-                f"({_reason(error, [])}); allowed: what datasets.load_dataset loads"
+                f"{self._named} cannot be read behind row {index}: {_reason(error, [])}"
             ) from error
 
     def _from(self, place: dict[str, Any]) -> Any:
@@ -140,13 +140,13 @@ class DatasetSource(TextSource):
         content = row[self.column]
         if content is not None and not isinstance(content, (str, list)):
             raise ValueError(
-                f"text.dataset.column={self.column!r} holds {type(content).__name__} in row "
-                f"{index}; allowed: a column of text or of lists of token ids"
+                f"text.dataset.column={self.column!r} must hold text or lists of token ids, got "
+                f"{type(content).__name__} in row {index}"
             )
         if isinstance(content, list) and not all(type(token) is int for token in content):
             raise ValueError(
-                f"text.dataset.column={self.column!r} holds {str(content[:8])[:80]}... in row "
-                f"{index}; allowed: text, or a flat list of token ids"
+                f"text.dataset.column={self.column!r} must hold text or flat lists of token ids, "
+                f"got {str(content[:8])[:80]}... in row {index}"
             )
         if not content or (isinstance(content, str) and content.isspace()):
             return None, None

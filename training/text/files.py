@@ -62,8 +62,8 @@ class FileSource(TextSource):
                 held_out.extend((number, first, last, last == end))
         if not training:
             raise ValueError(
-                f"text.files={config.files!r} hold no text to train on; allowed: at least one file "
-                "with text that text.held_out does not take"
+                "text.files must hold text that text.held_out does not take, got none to train on "
+                f"in {config.files!r}"
             )
         self._training, aside = (
             np.array(places, dtype=np.int64).reshape(-1, 4) for places in (training, held_out)
@@ -101,8 +101,8 @@ def find_files(patterns: list[str]) -> list[Path]:
             matches = [path for path in matches if path.is_file()]
         if not matches:
             raise FileNotFoundError(
-                f"text.files[{number}]={pattern!r} is no file; allowed: paths of text files, and "
-                "glob patterns that match at least one (seen from the working directory)"
+                f"text.files[{number}] must be the path of a text file, or a glob pattern that "
+                f"matches one, seen from the working directory, got {pattern!r}"
             )
         found |= dict.fromkeys(matches)
     return list(found)
@@ -130,8 +130,8 @@ def _check_separator(paths: list[Path], separator: str | None) -> None:
     if re.search(r"\\[nrt]", separator):
         hint = ' (a line end is "\\n" in double quotes; without them it is a backslash and an n)'
     raise ValueError(
-        f"text.separator={separator!r} occurs in none of the files; allowed: text that stands "
-        f"between documents, or null: a file is one{hint}"
+        "text.separator must be text that stands between documents, or null where a file is one, "
+        f"got {separator!r}, which occurs in none of the files{hint}"
     )
 
 
@@ -195,8 +195,8 @@ def _check_utf8(path: Path) -> None:
                 decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
                 raise ValueError(
-                    f"text.files: {str(path)!r} is not UTF-8 at byte "
-                    f"{place - unread + error.start}; allowed: UTF-8 text"
+                    f"text.files must be UTF-8, got another byte at {place - unread + error.start} "
+                    f"of {str(path)!r}"
                 ) from error
             if not chunk:
                 return

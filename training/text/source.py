@@ -54,8 +54,8 @@ class TextSource(ABC):
         """Raise ValueError unless a model of `vocab_size` can train on batches of `rows`."""
         if len(tokenizer) > vocab_size:
             raise ValueError(
-                f"text.tokenizer={self.config.tokenizer!r} has {len(tokenizer)} tokens and "
-                f"model.vocab_size={vocab_size}; allowed: model.vocab_size >= {len(tokenizer)}"
+                f"model.vocab_size must be at least {len(tokenizer)}, the tokens of text.tokenizer="
+                f"{self.config.tokenizer!r}, got {vocab_size}"
             )
         found, teaches, encoder = 0, False, Encoder(tokenizer)
         for _, handles in self.blocks(min(rows, BLOCK)):
@@ -65,13 +65,13 @@ class TextSource(ABC):
                 return
         if found >= rows:
             raise ValueError(
-                "text holds no document of two tokens or more, and nothing is predicted of the "
-                "first; allowed: longer documents"
+                "text must hold a document of two tokens or more, of which the first is not "
+                "predicted, got none"
             )
         raise ValueError(
-            f"text holds {found} documents to train on and train.batch_size={rows}; allowed: at "
-            "least one document for each row of a batch, which reads documents of its own (a file "
-            f"gives one for each {piece_bytes(self.config)} bytes)"
+            f"text must hold a document for each of train.batch_size={rows} rows, which read "
+            f"documents of their own (a file gives one for each {piece_bytes(self.config)} bytes), "
+            f"got {found} to train on"
         )
 
 
@@ -153,7 +153,7 @@ class Dealer:
                 block += 1
                 yield
             if number == before and at is None:
-                raise ValueError("text holds no documents to train on; allowed: at least one")
+                raise ValueError("text must hold documents to train on, got none")
             epoch, block, at = epoch + 1, 0, None
 
 

@@ -33,13 +33,13 @@ def load_tokenizer(name: str) -> Any:
         if "trust_remote_code" in str(error):
             reason = "it comes with code of its own, which is not run"
         raise ValueError(
-            f"text.tokenizer={name!r} cannot be loaded ({reason}); allowed: {BYTES}, a folder with "
-            "a saved tokenizer, or a name on the hub if the hub can be reached"
+            f"text.tokenizer must be {BYTES}, a folder with a saved tokenizer, or a name on the "
+            f"hub if that can be reached, got {name!r} ({reason})"
         ) from error
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"text.tokenizer={name!r} has no eos token to end a document with; allowed: {BYTES}, "
-            "or a tokenizer with one"
+            f"text.tokenizer must have an eos token to end a document with, as {BYTES} has, got "
+            f"{name!r}, which has none"
         )
     return tokenizer
 
@@ -73,12 +73,12 @@ class Encoder:
                 content, add_special_tokens=False, split_special_tokens=True, verbose=False
             ).input_ids
             return np.array([*self.first, *ids, *[self.eos] * ends], dtype=np.int64)
-        allowed = len(self.tokenizer)
+        count = len(self.tokenizer)
         whole = all(type(token) is int for token in content)
-        if not whole or not 0 <= min(content) <= max(content) < allowed:
+        if not whole or not 0 <= min(content) <= max(content) < count:
             raise ValueError(
-                f"text.dataset: a document holds {content[:8]}...; allowed: token ids in "
-                f"0..{allowed - 1}, those of text.tokenizer"
+                f"text.dataset must hold token ids in 0..{count - 1}, those of text.tokenizer, got "
+                f"a document of {content[:8]}..."
             )
         ids = np.array(content, dtype=np.int64)
         return np.append(ids, self.eos) if ends and ids[-1] != self.eos else ids
