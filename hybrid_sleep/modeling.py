@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from hybrid_sleep.configuration import HybridSleepConfig
 from hybrid_sleep.layers.block import Block
 from hybrid_sleep.layers.context import Context
 from hybrid_sleep.layers.rotary import Rotary
-from hybrid_sleep.layers.stack import NOT_COMPILED, run_blocks
+from hybrid_sleep.layers.stack import NOT_COMPILED, Stack
 from hybrid_sleep.pretrained import HybridSleepPreTrainedModel
 from hybrid_sleep.registration import register_with_transformers
 from hybrid_sleep.sleep.algorithm import consolidate
@@ -43,7 +42,6 @@ from hybrid_sleep.sleep.generation import SleepGenerationMixin
 from hybrid_sleep.sleep.masks import build_mask
 from hybrid_sleep.sleep.options import MAX_PASSES, TOLERANCE, Passes
 from hybrid_sleep.sleep.report import SleepReport
-from hybrid_sleep.sleep.state import LayerState
 from hybrid_sleep.sleep.weights import Owner
 from hybrid_sleep.sleep.windows import next_labels, real_tokens
 from hybrid_sleep.validation import check_count, check_number
@@ -51,7 +49,7 @@ from hybrid_sleep.validation import check_count, check_number
 _LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index")
 
 
-class HybridSleepModel(HybridSleepPreTrainedModel):
+class HybridSleepModel(Stack, HybridSleepPreTrainedModel):
     """The backbone (`sleep.backbone.Backbone`): embeddings, blocks, final norm, windows and sleeps.
 
     `engine` runs the passes of sleeps from CUDA graphs where it can; None turns it off, to measure.
@@ -71,12 +69,6 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
         self.truncation = Truncation()
         self.engine: SleepEngine | None = SleepEngine()
         self.post_init()
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """The layers in the order in which they are applied, the same one again where shared."""
-        distinct = len(self.layers)
-        return [self.layers[i % distinct] for i in range(self.config.num_hidden_layers)]
 
     def _apply(self, *args: Any, **kwargs: Any) -> HybridSleepModel:
         # Graphs hold memory on the device that the parameters may be about to leave.
@@ -123,21 +115,6 @@ class HybridSleepModel(HybridSleepPreTrainedModel):
             device=device,
         )
         return Context(cos, sin, attention, mask, keep_tails=options.is_sliding or not sleeping)
-
-    def run_blocks(
-        self,
-        layers: range,
-        h: torch.Tensor,
-        states: Mapping[int, LayerState],
-        context: Context,
-        *,
-        last_writer: int | None = None,
-    ) -> tuple[torch.Tensor | None, dict[int, LayerState]]:
-        """One pass of some blocks, see `Backbone.run_blocks`."""
-        group = self.checkpointing.group
-        return run_blocks(
-            self.blocks, layers, h, states, context, last_writer=last_writer, group=group
-        )
 
     def _check_truncation(self, passes: Passes) -> None:
         kept = self.truncation.passes

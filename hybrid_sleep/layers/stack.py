@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from hybrid_sleep.layers.context import Context
-from hybrid_sleep.sleep.checkpointing import recompute
+from hybrid_sleep.sleep.checkpointing import Checkpointing, recompute
 from hybrid_sleep.sleep.state import LayerState
 
 # Which rows sleep when is decided in every call, from counters that are never the same: traced, it
@@ -20,35 +21,49 @@ NOT_COMPILED = (
 )
 
 
-def run_blocks(
-    blocks: Sequence[nn.Module],
-    indices: Sequence[int],
-    h: torch.Tensor,
-    states: Mapping[int, LayerState],
-    context: Context,
-    *,
-    last_writer: int | None = None,
-    group: int | None = None,
-) -> tuple[torch.Tensor | None, dict[int, LayerState]]:
-    """Apply `blocks[i] for i in indices` to `h: [B, T, D]`.
+class Stack:
+    """Blocks over explicit states: the part of `sleep.backbone.Backbone` that runs them."""
 
-    states: what each block starts from (missing: nothing); a new dict comes back, this one stays.
-    last_writer: stop at this block and only let it update its state; h comes back as None.
-    group: recompute in the backward, so many blocks at a time. States are arguments and results of
-        what is recomputed, so nothing is lost on the way.
-    """
-    after: dict[int, LayerState] = {}
-    if group is not None and torch.is_grad_enabled():
-        for first in range(0, len(indices), group):
-            part = indices[first : first + group]
-            run = partial(run_blocks, blocks, part, last_writer=last_writer)
-            h, new = recompute(run, h, {i: states[i] for i in part if i in states}, context)
-            after |= new
-            if h is None:
+    config: Any
+    layers: nn.ModuleList
+    checkpointing: Checkpointing
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The layers in the order in which they are applied, the same one again where shared."""
+        distinct = len(self.layers)
+        return [self.layers[i % distinct] for i in range(self.config.num_hidden_layers)]
+
+    def run_blocks(
+        self,
+        layers: range,
+        h: torch.Tensor,
+        states: Mapping[int, LayerState],
+        context: Context,
+        *,
+        last_writer: int | None = None,
+        recomputing: bool = False,
+    ) -> tuple[torch.Tensor | None, dict[int, LayerState]]:
+        """Apply `blocks[i] for i in layers` to `h: [B, T, D]`, see `Backbone.run_blocks`.
+
+        With `checkpointing.group`, so many blocks at a time are computed again in the backward
+        (`recomputing`: this is one such group). States are arguments and results of what is
+        recomputed, so nothing is lost on the way.
+        """
+        after: dict[int, LayerState] = {}
+        group = self.checkpointing.group
+        if group is not None and not recomputing and torch.is_grad_enabled():
+            for first in range(0, len(layers), group):
+                part = layers[first : first + group]
+                run = partial(self.run_blocks, part, last_writer=last_writer, recomputing=True)
+                h, new = recompute(run, h, {i: states[i] for i in part if i in states}, context)
+                after |= new
+                if h is None:
+                    break
+            return h, after
+        blocks = self.blocks
+        for i in layers:
+            h, after[i] = blocks[i](h, states.get(i), context, i == last_writer)
+            if i == last_writer:
                 break
         return h, after
-    for i in indices:
-        h, after[i] = blocks[i](h, states.get(i), context, i == last_writer)
-        if i == last_writer:
-            break
-    return h, after

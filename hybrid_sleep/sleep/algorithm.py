@@ -42,8 +42,7 @@ def consolidate(
     the cache as it was, where fast weights are not finite before or after.
     """
     began, learns = time.perf_counter(), torch.is_grad_enabled()
-    rows = rows[cache.counts[rows] > 0]
-    if not len(rows):
+    if not len(rows := rows[cache.counts[rows] > 0]):
         return report.nothing_slept()
     window = cache.window(rows)
     done = _repeat_passes(backbone, window, passes, tol, max_passes)

@@ -46,12 +46,12 @@ def parse_granularity(granularity: Granularity | None, layers: int) -> Checkpoin
         return Checkpointing()
     if granularity == "window":
         return Checkpointing(window=True)
-    nested = (
-        isinstance(granularity, (tuple, list))
-        and len(granularity) == 2
-        and granularity[0] == "window"
-    )
-    group: Any = granularity[1] if nested else granularity  # type: ignore[index]
+    group: Any = granularity
+    nested = False
+    if isinstance(granularity, (tuple, list)) and len(granularity) == 2:
+        outer, group = granularity
+        nested = outer == "window"
+        group = group if nested else None
     if isinstance(group, str):
         group = {"block": 1, "pass": layers}.get(group)
     if isinstance(group, bool) or not isinstance(group, int) or group < 1:

@@ -75,7 +75,7 @@ class Eager(Generic[Carry]):
 
     def write(self, field: str, tree: Any) -> None:
         """Replace a field of the carry by a tree of the same shapes."""
-        self.carry = self.carry._replace(**{field: tree})  # type: ignore[attr-defined]
+        self.carry = self.carry._replace(**{field: tree})  # type: ignore[attr-defined]  # named
 
 
 class Plan(Generic[Carry]):

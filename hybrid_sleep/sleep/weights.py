@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -29,9 +29,9 @@ class _Journal:
 
     def __init__(self) -> None:
         self._registries: list[dict[str, Any]] = []
-        self._members: list[int] | None = None
-        self._held: list[nn.Module] = []
-        self.parameters: list[torch.Tensor] = []
+        self._members: list[Any] | None = None
+        self.parameters: dict[int, nn.Parameter] = {}
+        self.counted_before = 0
         self.adapters: list[Any] = []
         self.digest: tuple[Hashable, str] | None = None
 
@@ -42,44 +42,47 @@ class _Journal:
     def of(cls, model: nn.Module) -> _Journal:
         """The journal of `model`, with the parameters that it has now."""
         journal = vars(model).setdefault(_JOURNAL, cls())
-        # A walk over the modules costs a twentieth of a decode step; comparing the identities of
-        # all that was registered costs a thousandth, and finds whatever was replaced since.
-        if journal._members is None or journal._identities() != journal._members:
+        # A walk over the modules costs a hundredth of a decode step; asking whether all that was
+        # registered is still the same objects costs a tenth of that.
+        members, now = journal._members, journal._registered()
+        if members is None or len(members) != len(now) or not all(map(is_, members, now)):
             journal._look(model)
         return journal
 
-    def _identities(self) -> list[int]:
-        return list(map(id, chain.from_iterable(map(dict.values, self._registries))))
+    def _registered(self) -> list[Any]:
+        return list(chain.from_iterable(map(dict.values, self._registries)))
 
     def _look(self, model: nn.Module) -> None:
         modules = list(model.modules())
-        # Held, an object's identity cannot be given to another one. The model itself is not: it
-        # holds this journal.
-        self._held = modules[1:]
         self._registries = [
             registry for m in modules for registry in (m._parameters, m._modules)
         ]
-        self._members = self._identities()
+        first, self._members = self._members is None, self._registered()
         self.adapters = [m for m in modules if adapter_state(m) is not None]
         # peft wraps a raw parameter anew in every forward pass, which counts as a change.
         recreated = {id(m.get_param()) for m in self.adapters if "parameter_name" in vars(m)}
         found = {id(p): p for m in modules for p in m._parameters.values() if p is not None}
-        self.parameters = [
-            p
+        counted = {
+            key: p
             for key, p in found.items()
-            # Tensors made in inference mode keep no count.
+            # Tensors made in inference mode keep no count, offloaded ones are new at every look.
             if key not in recreated and not p.is_inference() and not p.is_meta
-        ]
+        }
+        if not first and counted.keys() != self.parameters.keys():
+            # A new parameter begins its count anew, and a version must never come back.
+            self.counted_before += 1 + sum(map(_version_of, self.parameters.values()))
+        self.parameters = counted
         self.digest = None
 
 
 def weights_version(model: nn.Module) -> int:
     """How often the slow weights were changed, counted by the config and by torch itself.
 
-    Every in-place change of a parameter counts (an optimiser step, an edit, a rollback), so equal
-    versions of one model mean equal weights, with the same adapters at work. torch does not see a
-    change made through `p.data`: whoever does that calls `bump_weights_version()`. Nor can it see
-    those that accelerate keeps offloaded, which are new tensors at every call.
+    Every in-place change of a parameter counts (an optimiser step, an edit, a rollback), and so
+    does another parameter in its place, so equal versions of one model mean equal weights, with the
+    same adapters at work. torch does not see a change made through `p.data`: whoever does that
+    calls `bump_weights_version()`. Nor can it see those that accelerate keeps offloaded, which are
+    new tensors at every call.
     """
     return weights_state(model)[0]
 
@@ -96,7 +99,8 @@ def weights_state(model: nn.Module) -> tuple[int, tuple[Hashable, ...]]:
     merging it leave every version as it was (peft merges through `p.data`).
     """
     journal = _Journal.of(model)
-    version = durable_version(model) + sum(map(_version_of, journal.parameters))
+    version = durable_version(model) + journal.counted_before
+    version += sum(map(_version_of, journal.parameters.values()))
     adapters: list[Hashable] = []
     for module in journal.adapters:
         adapters.append(adapter_state(module))
@@ -128,7 +132,9 @@ def _checksum(parameter: torch.Tensor) -> int:
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 of all parameters, name by name, and of the adapters at work, if there are any.
 
-    Reads every byte, about a second a gigabyte, once for each version of the weights. Parameters
+    Reads every byte, about a second a gigabyte, once for each version of the weights. A write
+    through `p.data` is none, and then found only where it touches one of a few elements of each
+    parameter: whoever writes so calls `bump_weights_version()`. Parameters
     that accelerate keeps elsewhere (offloaded to the CPU or a disk) are fetched one by one, and
     hashed every time, since no version tells of them.
     """

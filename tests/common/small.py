@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from oracle import Oracle, OracleRow, OracleWindow
 
 from hybrid_sleep import HybridSleepConfig, HybridSleepForCausalLM, SleepCache
+from hybrid_sleep.sleep.minimal import MinimalModel, Window
+from hybrid_sleep.sleep.minimal import Row as Read
 from hybrid_sleep.sleep.state import LayerState
 
 VOCAB = 11
@@ -60,10 +61,10 @@ def small_ids(*shape: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
     return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def oracle_of(model: HybridSleepForCausalLM, dtype: torch.dtype = torch.float64) -> Oracle:
+def oracle_of(model: HybridSleepForCausalLM, dtype: torch.dtype = torch.float64) -> MinimalModel:
     """The specification with the model's weights."""
     weights = {name: value.detach().to(dtype) for name, value in model.state_dict().items()}
-    return Oracle(model.config, weights)
+    return MinimalModel(model.config, weights)
 
 
 class Row:
@@ -71,7 +72,7 @@ class Row:
 
     def __init__(self, window: int):
         self.window = window
-        self.windows = [OracleWindow()]
+        self.windows = [Window()]
 
     def read(self, tokens: Any, depth: int) -> Row:
         """Tokens of one call; where one finds its window full, the row sleeps first."""
@@ -85,7 +86,7 @@ class Row:
         """Close the window if it holds anything."""
         if self.windows[-1].tokens:
             self.windows[-1].depth = depth
-            self.windows.append(OracleWindow())
+            self.windows.append(Window())
         return self
 
     @property
@@ -102,7 +103,7 @@ class Row:
         return sum(len(window.tokens) for window in self.windows)
 
 
-def expect(model: HybridSleepForCausalLM, ids: torch.Tensor, depth: int) -> OracleRow:
+def expect(model: HybridSleepForCausalLM, ids: torch.Tensor, depth: int) -> Read:
     """What the specification says about one row read in one go."""
     return oracle_of(model).read(Row(model.config.window).read(ids.tolist(), depth).windows)
 

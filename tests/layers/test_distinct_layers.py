@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import Oracle
 from small import Row, gap, small_config, small_ids, small_model
 
 from hybrid_sleep import HybridSleepForCausalLM, SleepCache
+from hybrid_sleep.sleep.minimal import MinimalModel
 
 KINDS = ["full_attention", "linear_attention"]
 
@@ -45,7 +45,7 @@ def test_shared_layers_are_the_specification_with_equal_weights(changes):
     with torch.no_grad():
         out = model(ids, sleep_passes=3)
     twin = unshared(model)
-    oracle = Oracle(twin.config, twin.state_dict())
+    oracle = MinimalModel(twin.config, twin.state_dict())
     for row, tokens in enumerate(ids):
         want = oracle.read(Row(5).read(tokens.tolist(), 3).windows)
         assert gap(out.logits[row], torch.stack(want.logits)) <= 1e-10

@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from oracle import Oracle
 from small import Row, gap, small_config, small_ids, small_model
 
 from hybrid_sleep import HybridSleepConfig, HybridSleepForCausalLM
+from hybrid_sleep.sleep.minimal import MinimalModel
 
 KINDS = ["full_attention", "linear_attention", "full_attention", "linear_attention"]
 
@@ -42,7 +42,8 @@ def test_gradients_equal_the_specification(widths):
     weigh = torch.randn_like(logits)
     (logits * weigh).sum().backward()
     weights = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
-    wanted = Oracle(model.config, weights).read(Row(3).read(ids[0].tolist(), 3).windows).logits
+    oracle = MinimalModel(model.config, weights)
+    wanted = oracle.read(Row(3).read(ids[0].tolist(), 3).windows).logits
     (torch.stack(wanted) * weigh).sum().backward()
     assert gap(logits, torch.stack(wanted)) <= 1e-10
     for name, parameter in model.named_parameters():

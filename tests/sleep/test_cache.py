@@ -7,6 +7,7 @@ import torch
 from small import assert_same, gap, small_ids, small_model, snapshot
 
 from hybrid_sleep import SleepCache
+from hybrid_sleep.configuration import STATE_SPACES
 from hybrid_sleep.sleep.options import EVICTIONS
 
 EXACT = 1e-10
@@ -121,3 +122,88 @@ def test_tokens_cannot_be_taken_back():
         cache.crop(3)
     assert_same(before, snapshot(cache))
     assert cache.get_seq_length() == 13
+
+
+@pytest.mark.parametrize("state_space", STATE_SPACES)
+@pytest.mark.parametrize("eviction", EVICTIONS)
+def test_rows_that_are_split_hold_what_they_would_alone(eviction, state_space):
+    model = small_model(eviction=eviction, state_space=state_space, loop=(0, 3))
+    ids, cache = ragged(model)
+    cache.finished = torch.tensor([True, False, False])
+    parts = cache.split()
+    assert [part.batch_size for part in parts] == [1, 1, 1]
+    for row, part in enumerate(parts):
+        with torch.no_grad():
+            alone = model(ids[row : row + 1, : LENGTHS[row]], sleep_passes=2).cache
+        want, held = snapshot(alone), snapshot(part)
+        # Zeros that a row has only because its neighbours needed them are nothing.
+        held = {k: x for k, x in held.items() if k in want or bool(x.any())}
+        assert held.keys() == want.keys()
+        for name in want.keys() - {"columns", "reports"}:
+            if want[name] is None or want[name].dtype in (torch.long, torch.bool):
+                assert held[name] is want[name] or torch.equal(held[name], want[name]), name
+            else:
+                assert gap(held[name], want[name]) <= EXACT, name
+        assert part.nbytes() <= alone.nbytes() + sum(
+            x.nbytes for name, x in snapshot(part).items() if name not in want
+        )
+        assert part.reports == [] and part.finished is None
+    twice = cache.split([2, 1])
+    assert [part.counts.tolist() for part in twice] == [
+        cache.counts[:2].tolist(), cache.counts[2:].tolist(),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS)
+def test_caches_that_are_joined_go_on_as_each_alone(eviction):
+    model = small_model(eviction=eviction, loop=(0, 3))
+    texts = [small_ids(1, n, seed=n) for n in (3, 13, 5, 1)]
+    with torch.no_grad():
+        caches = [model(text, sleep_passes=2).cache for text in texts]
+    fresh, joined = SleepCache(model.config), SleepCache.join(caches)
+    assert joined.batch_size == 4 and joined.columns == 13
+    assert joined.sleeps.tolist() == [0, 2, 0, 0]
+    assert SleepCache.join([fresh]).batch_size == -1
+    more = small_ids(4, 9, seed=7)
+    with torch.no_grad():
+        model.sleep(joined, passes=3)
+        out = model(more, cache=joined, sleep_passes=3)
+    for row, cache in enumerate(caches):
+        with torch.no_grad():
+            model.sleep(cache, passes=3)
+            alone = model(more[row : row + 1], cache=cache, sleep_passes=3)
+        assert gap(out.logits[row], alone.logits[0]) <= EXACT
+        for i, S in cache.fast_weights.items():
+            assert gap(joined.fast_weights[i][row], S[0]) <= EXACT
+        assert torch.equal(joined.history.folded().whole[row], cache.history.folded().whole[0])
+    again = SleepCache.join(joined.split([1, 2, 1]))
+    assert_same(snapshot(joined) | {"columns": 0, "reports": 0},
+                snapshot(again) | {"columns": 0, "reports": 0})  # fmt: skip
+
+
+def test_caches_that_do_not_belong_together_are_not_joined():
+    model, other = small_model(), small_model(seed=1)
+    cache = model(small_ids(1, 3)).cache
+    with pytest.raises(ValueError, match="at least one SleepCache, got none"):
+        SleepCache.join([])
+    with pytest.raises(ValueError, match=r"caches\[1\] must be of the same model and weights"):
+        SleepCache.join([cache, other(small_ids(1, 3)).cache])
+    with pytest.raises(ValueError, match=r"caches\[1\] must be of the same options"):
+        SleepCache.join([cache, SleepCache(small_model(window=4).config)])
+    for sizes in ([2], [0, 1], []):
+        with pytest.raises(ValueError, match="sizes must be at least 1 each and 1 in all"):
+            cache.split(sizes)
+
+
+def test_a_transaction_that_fails_leaves_no_trace():
+    model = small_model(loop=(0, 3))
+    _, cache = ragged(model)
+    before = snapshot(cache)
+    with pytest.raises(KeyboardInterrupt), cache.transaction():
+        model.sleep(cache, passes=2)
+        cache.batch_select_indices(torch.tensor([1]))
+        raise KeyboardInterrupt
+    assert_same(before, snapshot(cache))
+    with cache.transaction():
+        cache.batch_select_indices(torch.tensor([1]))
+    assert cache.batch_size == 1

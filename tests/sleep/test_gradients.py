@@ -6,11 +6,11 @@ from itertools import product
 
 import pytest
 import torch
-from oracle import Oracle
 from small import Row, gap, small_config, small_ids, small_model
 from torch.func import functional_call
 
 from hybrid_sleep.configuration import STATE_SPACES
+from hybrid_sleep.sleep.minimal import MinimalModel
 from hybrid_sleep.sleep.options import EVICTIONS
 
 TINY = {
@@ -67,7 +67,7 @@ def test_gradients_equal_the_specification(state_space, eviction, loop):
     weigh = torch.randn(2, 8, model.config.vocab_size, dtype=torch.float64)
     (model(ids, sleep_passes=3).logits * weigh).sum().backward()
     weights = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
-    oracle = Oracle(model.config, weights)
+    oracle = MinimalModel(model.config, weights)
     total = 0
     for b in range(2):
         logits = torch.stack(oracle.read(Row(3).read(ids[b].tolist(), 3).windows).logits)

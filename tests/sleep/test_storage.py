@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 import hybrid_sleep
 from hybrid_sleep import HybridSleepConfig, HybridSleepForCausalLM, HybridSleepModel, SleepCache
 from hybrid_sleep.sleep import storage
+from hybrid_sleep.sleep.weights import tensors_digest
 
 FILE = storage.FILE_NAME
 GATES = ("A_log", "dt_bias")
@@ -57,6 +58,7 @@ CONTINUE_THEN_DIE = """
     from safetensors.torch import save_file
     from hybrid_sleep import HybridSleepForCausalLM, SleepCache
     from hybrid_sleep.sleep import storage
+from hybrid_sleep.sleep.weights import tensors_digest
 
     torch.set_num_threads(1)
     model = HybridSleepForCausalLM.from_pretrained("model").eval()
@@ -372,3 +374,25 @@ def test_a_damaged_file_is_named_with_what_is_wrong(tmp_path, damage, message):
     damage(path)
     with pytest.raises((ValueError, IsADirectoryError), match=f"{FILE} .*{message}"):
         SleepCache.from_pretrained(tmp_path, model=model)
+
+
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+def test_files_of_format_2_load(tmp_path, eviction):
+    """They called the states of two kinds of layers by names of their own."""
+    model = small_model(eviction=eviction, loop=(0, 3))
+    cache = ragged_cache(model)
+    cache.save_pretrained(tmp_path)
+    old_names = {"tails.0": "q_tail", "tails.1": "kv_tail", "slots.0": "k", "slots.1": "v"}
+
+    def as_format_2(tensors, metadata):
+        for name in [*tensors]:
+            kind, _, field = name.partition(".")
+            layer, _, field = field.partition(".")
+            if kind in ("states", "opening"):
+                kind = "memory" if kind == "states" else kind
+                tensors[f"{kind}.{layer}.{old_names.get(field, field)}"] = tensors.pop(name)
+        metadata.update(format="hybrid_sleep.cache.2", contents=tensors_digest(tensors))
+
+    rewritten(as_format_2)(tmp_path / FILE)
+    loaded = snapshot(SleepCache.from_pretrained(tmp_path, model=model))
+    assert_same(loaded | {"reports": 0}, snapshot(cache) | {"reports": 0})

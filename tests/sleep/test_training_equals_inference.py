@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import OracleRow
 from small import VOCAB, Row, expect, gap, oracle_of, small_config, small_ids, small_model
 
 from hybrid_sleep import HybridSleepConfig, SleepCache
 from hybrid_sleep.configuration import STATE_SPACES
+from hybrid_sleep.sleep.minimal import Row as Read
 from hybrid_sleep.sleep.options import ATTENTIONS, EVICTIONS
 
 EXACT = 1e-10
@@ -59,7 +59,7 @@ def play(model, calls: list[Call]) -> tuple[SleepCache, list[list[torch.Tensor]]
     return cache, logits, rows
 
 
-def compare(cache, logits, rows: list[Row], wanted: list[OracleRow], tolerance: float) -> None:
+def compare(cache, logits, rows: list[Row], wanted: list[Read], tolerance: float) -> None:
     for b, (row, want) in enumerate(zip(rows, wanted, strict=True)):
         assert cache.counts[b] == row.count
         assert cache.positions[b] == row.total

@@ -6,11 +6,12 @@ from itertools import product
 
 import pytest
 import torch
-from oracle import Oracle, OracleRow
 from small import Row, gap, small_ids, small_model
 
 from hybrid_sleep.configuration import STATE_SPACES
 from hybrid_sleep.sleep.checkpointing import Truncation
+from hybrid_sleep.sleep.minimal import MinimalModel
+from hybrid_sleep.sleep.minimal import Row as Read
 from hybrid_sleep.sleep.options import EVICTIONS, SCHEDULES
 
 EXACT = 1e-10
@@ -18,21 +19,21 @@ LENGTHS = (7, 5)
 CUTS = ((1, 2), (2, None), (None, 1), (1, None), (2, 3))
 
 
-class Truncated(Oracle):
+class Truncated(MinimalModel):
     """The specification's loop over windows, cutting gradients where the definition says."""
 
     def __init__(self, config, weights, passes, windows):
         super().__init__(config, weights)
         self.passes, self.windows = passes, windows
 
-    def read(self, windows) -> OracleRow:
+    def read(self, windows) -> Read:
         start, end = self.loop
-        c, layers, row, position = self.config, self.blank(), OracleRow([], {}, []), 0
+        c, layers, row, position = self.config, self.blank(), Read([], {}, []), 0
         for window in windows:
             first = position if self.sliding else 0
             places = list(range(first, first + len(window.tokens)))
             position += len(window.tokens)
-            opening = [layer.twin() for layer in layers]
+            opening = [layer.copy() for layer in layers]
             h = [self.embed(token) for token in window.tokens]
             h = self.run(0, end, layers, h, places, sleeping=False)
             out = self.run(end, self.count, layers, h, places, sleeping=False)
@@ -46,12 +47,12 @@ class Truncated(Oracle):
                     h = [x.detach() for x in h]
                     S = [[x.detach() for x in heads] for heads in S]
                 for i in range(start, end):
-                    layers[i] = opening[i].twin()
+                    layers[i] = opening[i].copy()
                     layers[i].S = S[i]
                 h = self.run(start, end, layers, h, places, sleeping=True)
             if window.depth > 1:
                 for i in range(end, self.count):
-                    layers[i] = opening[i].twin()
+                    layers[i] = opening[i].copy()
                 self.run(end, self.count, layers, h, places, sleeping=True)
             for layer in layers:
                 layer.seen = layer.seen[max(0, len(layer.seen) - c.window + 1) :]
