@@ -1,4 +1,4 @@
-"""A run config in the words of transformers: arguments, data and model of a trainer."""
+"""From a run config to what transformers trains with: arguments, data and model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hybrid_sleep.training.trainer import SleepTrainer
 
 
 def training_arguments(run: RunConfig, *, universal: bool = False) -> TrainingArguments:
-    """`run.train` in the words of transformers; joins the other processes if there are any.
+    """`run.train` as arguments of transformers; joins the other processes if there are any.
 
     universal: DeepSpeed is to load a checkpoint that other numbers of processes can load too.
     Raises ValueError where the batch does not divide among the processes, or for what DeepSpeed

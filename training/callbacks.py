@@ -225,9 +225,9 @@ class StopOnSignal(TrainerCallback):
                 signal.signal(number, handler or signal.SIG_DFL)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        asked = torch.tensor([self.requested], dtype=torch.float64)
+        requested = torch.tensor([self.requested], dtype=torch.float64)
         # Never set to False: a signal may arrive in between.
-        if bool(over_ranks(asked, "MAX")):
+        if bool(over_ranks(requested, "MAX")):
             self.requested = True
             control.should_save = True
             control.should_training_stop = True
@@ -239,7 +239,7 @@ class Display:
     def __init__(self, steps: int):
         console = Console(stderr=True)
         self.live = console.is_terminal
-        self.steps, self.said = steps, 0
+        self.steps, self.printed = steps, 0
         bar = [] if console.width < NARROW else [BarColumn(bar_width=16)]
         self.progress = Progress(
             *bar,
@@ -271,8 +271,9 @@ class Display:
         used = "/".join(f"{memory[name] / 2**30:.1f}" for name in ("current", "peak"))
         text = f"loss {loss:.3f}  depth {depth}  {memory['of']} {used} GiB  {speed:,.0f} tokens/s"
         self.progress.update(self.task, completed=step, description=text)
-        if not self.live and (step - self.said >= self.steps / PLAIN_LINES or step >= self.steps):
-            self.said = step
+        due = step - self.printed >= self.steps / PLAIN_LINES or step >= self.steps
+        if due and not self.live:
+            self.printed = step
             self.say(f"step {step}/{self.steps}  {text}")
 
     def say(self, text: str) -> None:

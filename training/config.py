@@ -74,7 +74,7 @@ class TrainConfig:
     """How to learn it.
 
     Optimisation: `steps` updates of `batch_size` examples each, over all processes together
-    (`accumulate` micro-batches in turn), Muon with `lr_muon` on matrices, AdamW with `lr_adamw` and
+    (in `accumulate` micro-batches), Muon with `lr_muon` on matrices, AdamW with `lr_adamw` and
     betas (0.9, 0.95) on the rest (`lr_muon: null`: AdamW on everything), decoupled `weight_decay`
     (matrices and embeddings), gradients clipped to norm `grad_clip` (None: not clipped). The rates
     rise linearly for `warmup` steps, then follow `schedule`: `constant`; `linear` or `cosine` to

@@ -20,8 +20,8 @@ class TaskBatches(Dataset):
     """Item i is the i-th micro-batch of this rank: what `task.batch` gives, `size` rows of it.
 
     A step reads `size * accumulate * world` examples. They depend on `(seed, step)` and nothing
-    else: they are drawn in cells of `task.cell` examples, each from a seed of its own, and a rank
-    draws the cells that its rows lie in. So ranks and worker processes read apart, any number of
+    else: they are drawn in blocks of `task.block` examples, each from a seed of its own, and a rank
+    draws the blocks that its rows lie in. So ranks and worker processes read apart, any number of
     them reads the same steps, and a resumed run goes on without drawing what it has read.
     `length`: number of items. `difficulty(step)`: what all examples of a step are limited to, see
     `Task.only`; None: to nothing. Raises IndexError past the end.
@@ -43,7 +43,7 @@ class TaskBatches(Dataset):
         self.task, self.length, self.size, self.seed = task, length, size, seed
         self.rank, self.world, self.accumulate = rank, world, accumulate
         self.rows = size * world * accumulate
-        self._cells: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
+        self._blocks: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
 
     def __len__(self) -> int:
         return self.length
@@ -53,30 +53,30 @@ class TaskBatches(Dataset):
             raise IndexError(f"batch must be in 0..{self.length - 1}, got {index}")
         step, part = divmod(index, self.accumulate)
         start = (part * self.world + self.rank) * self.size
-        cell = self.task.cell
-        first, last = start // cell, (start + self.size - 1) // cell
-        parts = [self._cell(step, number) for number in range(first, last + 1)]
-        rows = slice(start - first * cell, start - first * cell + self.size)
+        block = self.task.block
+        first, last = start // block, (start + self.size - 1) // block
+        parts = [self._block(step, number) for number in range(first, last + 1)]
+        rows = slice(start - first * block, start - first * block + self.size)
         return {name: torch.cat([part[name] for part in parts])[rows] for name in parts[0]}
 
-    def _cell(self, step: int, number: int) -> dict[str, torch.Tensor]:
-        if (step, number) not in self._cells:
-            # Micro-batches of a step share cells; earlier steps do not come back.
-            self._cells = {key: rows for key, rows in self._cells.items() if key[0] == step}
-            count = min(self.task.cell, self.rows - number * self.task.cell)
+    def _block(self, step: int, number: int) -> dict[str, torch.Tensor]:
+        if (step, number) not in self._blocks:
+            # Micro-batches of a step share blocks; earlier steps do not come back.
+            self._blocks = {key: rows for key, rows in self._blocks.items() if key[0] == step}
+            count = min(self.task.block, self.rows - number * self.task.block)
             seed = derive_seed("train", self.seed, step, number)
             difficulty = self.difficulty(step)
             task = self.task if difficulty is None else self.task.only(difficulty)
-            self._cells[step, number] = task.batch(TRAIN_SPLIT, seed, count)
-        return self._cells[step, number]
+            self._blocks[step, number] = task.batch(TRAIN_SPLIT, seed, count)
+        return self._blocks[step, number]
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """Examples to judge a model by while it trains, at each of `depths`.
+    """Examples to evaluate a model on while it trains, at each of `depths`.
 
-    They come from the training split, from a seed that no training batch uses: judging by the test
-    split, and stopping or tuning by it, would leave no clean number for the end.
+    They come from the training split, from a seed that no training batch uses: evaluating on the
+    test split, and stopping or tuning by it, would leave no clean number for the end.
     """
 
     task: Task

@@ -29,7 +29,7 @@ STAGING = ".partial"
 UNFINISHED = "unfinished"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
-# What runs write beside what is in their list; those before there was one have it all.
+# What every run writes, in its list or not; runs of versions without a list wrote all of it.
 ALWAYS = {METRICS_FILE, FIGURE_FILE, SAMPLES_FILE, LIST_FILE, STAGING}
 ALWAYS |= {CONFIG_FILE, INDEX_FILE, "generation_config.json", "modeling_hybrid_sleep.py"}
 
@@ -67,7 +67,7 @@ def written(what: str, run_dir: str | os.PathLike) -> Iterator[None]:
 
 
 def last_good(run_dir: str | os.PathLike) -> str:
-    """Where a run that fails can be taken up again, in words."""
+    """A text that says where a run that fails can be resumed."""
     saved = checkpoints(run_dir)
     if not saved:
         return "no checkpoint was saved yet"
@@ -187,7 +187,7 @@ def settle(out: Path) -> None:
 
 
 def _others(out: Path) -> list[Path]:
-    """What a run wrote into `out` beside weights, checkpoints and its config."""
+    """What a run wrote into `out` besides weights, checkpoints and its config."""
     names = set(ALWAYS)
     with contextlib.suppress(OSError, ValueError):
         names |= {name for name in read_json(out / LIST_FILE, list) if isinstance(name, str)}

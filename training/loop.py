@@ -84,7 +84,7 @@ def fit(
             `learning_rates`). It has the same rates again afterwards.
         grad_clip: largest norm of the gradient of a step, None: not clipped.
         sleep_passes: a depth, a `DepthPolicy`, or what `parse_depth` reads: drawn for each step
-            and given in the batch as `sleep_passes`, beside `supervised` (see `MarkSupervised`).
+            and given in the batch as `sleep_passes`, with `supervised` (see `MarkSupervised`).
             None: batches stay as they are.
         seed: what depths and dropout are drawn from, anew for each step.
         start: steps that an earlier call has done. With its optimizer and the batches that it left,

@@ -25,7 +25,7 @@ class LossByPosition:
     hard eviction all others know what lies before their window from fast weights alone, so a loss
     that is no higher behind the boundary than at the window's end says that they hold what matters.
 
-    depths: every depth that may be asked for, as `DepthPolicy.depths()` gives them.
+    depths: every depth that is trained, as `DepthPolicy.depths()` gives them.
     """
 
     def __init__(self, depths: Iterable[int], bins: int = 8):
@@ -83,15 +83,15 @@ class LossByPosition:
         # Both the label of a token and its bin, where the token is predicted from.
         targets = shift(labels).flatten()
         bins = shift(place % window * self.bins // window).flatten()
-        asked = (targets != -100).nonzero()[:, 0]
-        targets, bins = targets[asked], bins[asked]
+        counted = (targets != -100).nonzero()[:, 0]
+        targets, bins = targets[counted], bins[counted]
         flat = logits.reshape(-1, logits.shape[-1])
         self._table = self._table.to(logits.device)
         sums, counts = self._table[:, self.depths.index(depth)]
         size = max(1, CHUNK // flat.shape[1])
-        for start in range(0, len(asked), size):
+        for start in range(0, len(counted), size):
             some = slice(start, start + size)
-            loss = cross_entropy(flat[asked[some]].float(), targets[some], reduction="none")
+            loss = cross_entropy(flat[counted[some]].float(), targets[some], reduction="none")
             sums.index_add_(0, bins[some], loss.double())
             counts.index_add_(0, bins[some], torch.ones_like(loss, dtype=torch.float64))
 

@@ -84,7 +84,7 @@ def parse_overrides(
 ) -> list[tuple[str, Any]]:
     """Pairs of dotted key and value, from a mapping or from `key=value` texts (read as YAML).
 
-    Raises ValueError naming the text that is none, with an `example` of one.
+    Raises ValueError naming a text in another form, with an `example` of the right one.
     """
     if isinstance(overrides, Mapping):
         return list(overrides.items())

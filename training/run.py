@@ -258,7 +258,7 @@ def _train(run: RunConfig, place: _Place, *, progress: bool) -> TrainResult:
         trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)
         every = run.train.eval_every or run.train.steps + 1
         if trainer.state.global_step >= run.train.steps and run.train.steps % every:
-            # Of text, what was learned is known only at the end, whatever was asked on the way.
+            # Of text, what was learned is known only at the end, whatever was evaluated on the way.
             if isinstance(trainer.eval_dataset, TextHeldOut):
                 trainer.evaluate()
     steps = trainer.state.global_step

@@ -112,7 +112,7 @@ def alike(given: Any, known: Iterable[str]) -> str:
 
 
 def _findings(error: ValidationError, kind: type, content: Any) -> Iterator[str]:
-    said = set()
+    found = set()
     for finding in error.errors(include_url=False):
         path, hint, value, rest = _follow(kind, content, finding["loc"])
         why = str(finding["ctx"]["error"]) if finding["type"] == "value_error" else ""
@@ -131,8 +131,8 @@ def _findings(error: ValidationError, kind: type, content: Any) -> Iterator[str]
             words = "an integer of at most 2**63 - 1" if too_large else _words(hint)
             text = f"{path} must be {words}, got {value!r}" + (f" ({why})" if why else "")
         # Every branch of a union finds something, of one and the same value.
-        if text not in said:
-            said.add(text)
+        if text not in found:
+            found.add(text)
             yield text
 
 

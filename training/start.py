@@ -19,7 +19,7 @@ NEW_LAYER = "linear_attention"
 def inherited() -> set[str]:
     """The keys of a model's config that a run takes over from a checkpoint.
 
-    The version is none: it counts changes of the checkpoint's weights.
+    The weights' version is not one of them: it counts changes of the checkpoint's weights.
     """
     from hybrid_sleep import HybridSleepConfig
 

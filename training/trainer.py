@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from hybrid_sleep.eval.tasks.accuracy import measure_accuracy
 from hybrid_sleep.eval.tasks.perplexity import measure_perplexity
 from hybrid_sleep.support.io import write_json_atomic
 from hybrid_sleep.training import zero
@@ -44,7 +45,7 @@ METRICS = ("exact", "per_label", "loss", "perplexity", "bits_per_byte", "by_wind
 class SleepTrainer(Trainer):
     """`transformers.Trainer` whose model sleeps at a depth drawn anew for every step.
 
-    Args (beside Trainer's):
+    Args (besides Trainer's):
         sleep_passes: a depth, a `DepthPolicy`, or what `parse_depth` reads; drawn from
             (`args.seed`, step), so that ranks agree and a resumed run draws the same. Evaluation
             uses the depth of the model's config, or the depths of a `HeldOut`.
@@ -56,7 +57,7 @@ class SleepTrainer(Trainer):
 
     `train_dataset` may be a `TaskBatches` or `TextBatches`, whose items are batches already;
     `eval_dataset` may be a `HeldOut`, for exact accuracy by depth, or a `TextHeldOut`, for
-    perplexity. A checkpoint is written beside its place and renamed, so that each one found is
+    perplexity. A checkpoint is written under another name and renamed, so that each one found is
     complete, and one with weights that are not finite is never written. `resume_from_checkpoint`
     goes on bit for bit as if nothing had stopped, on a CPU and as many processes; a checkpoint that
     is not whole any more is refused with ValueError.
@@ -219,7 +220,9 @@ class SleepTrainer(Trainer):
         """
         held_out = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(held_out, HeldOut):
-            scores = accuracy_by_depth(self.model, held_out)
+            batches, depths = held_out.batches(), held_out.depths
+            measured = measure_accuracy(self.model, held_out.task, batches, depths)
+            scores = {depth: vars(accuracy) for depth, accuracy in measured.items()}
         elif isinstance(held_out, TextHeldOut):
             first_byte = FIRST_BYTE if reads_bytes(held_out.encoder.tokenizer) else None
             scores = measure_perplexity(
@@ -295,34 +298,6 @@ class SleepTrainer(Trainer):
             for old in checkpoints(place.parent)[: -self.args.save_total_limit]:
                 if str(old) != best:
                     shutil.rmtree(old)
-
-
-@torch.no_grad()
-def accuracy_by_depth(model: Any, held_out: HeldOut) -> dict[int, dict[str, float]]:
-    """`{depth: {"exact": ..., "per_label": ...}}` of `model` on `held_out`, labels given in turn.
-
-    The model is left in the mode (train or eval) it came in.
-    """
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    scores = {}
-    try:
-        for depth in held_out.depths:
-            guesses, answers = [], []
-            for batch in held_out.batches():
-                ids = batch["input_ids"].to(device)
-                logits = model(input_ids=ids, sleep_passes=depth, use_cache=False).logits
-                # Position t holds the guess for token t, made from the tokens before it.
-                guess = torch.zeros_like(ids)
-                guess[:, 1:] = logits[:, :-1].argmax(-1)
-                guesses.append(guess.cpu())
-                answers.append(batch["labels"])
-            answers = {"labels": torch.cat(answers)}
-            scores[depth] = held_out.task.score(torch.cat(guesses), answers)
-    finally:
-        model.train(was_training)
-    return scores
 
 
 def check_finite(model: torch.nn.Module, where: str) -> None:

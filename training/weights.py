@@ -69,7 +69,7 @@ def check_model(
 def read_config(folder: str | os.PathLike, where: str, **changes: Any) -> HybridSleepConfig:
     """The config of the model in `folder`, called `where` in errors; `changes` in place of its own.
 
-    Raises FileNotFoundError or ValueError if there is none of a model of this package.
+    Raises FileNotFoundError if it holds no model, ValueError if not one of this package.
     """
     from hybrid_sleep import HybridSleepConfig
 
@@ -83,7 +83,7 @@ def read_config(folder: str | os.PathLike, where: str, **changes: Any) -> Hybrid
             f"{where} must have model_type={HybridSleepConfig.model_type!r}, got "
             f"{content.get('model_type')!r}"
         )
-    # What is asked for is checked by itself, so that its errors are not the file's.
+    # `changes` are checked apart, so that their errors are not said to be the file's.
     own = _config(content, str(path))
     return _config({**content, **changes}, where) if changes else own
 

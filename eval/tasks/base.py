@@ -36,7 +36,7 @@ class Task(ABC):
     """A source of supervised sequences whose correct answers are known by construction.
 
     `length` is the number of tokens of an example, `window` the window a model of the task is
-    usually given, `params` what `load` needs to make the same task again. Training draws `cell`
+    usually given, `params` what `load` needs to make the same task again. Training draws `block`
     examples from one seed: fewer where drawing is slow and several processes share a batch.
 
     `difficulty` names what makes a question harder. A question is right if all its labels are; its
@@ -50,7 +50,7 @@ class Task(ABC):
     length: int
     window: int
     params: dict[str, Any]
-    cell: ClassVar[int] = 128
+    block: ClassVar[int] = 128
 
     def examples(self, split: str, seed: int, count: int | None = None) -> Iterator[dict[str, Any]]:
         """Yield `count` examples (endlessly if None), the same ones for the same (split, seed).

@@ -93,10 +93,10 @@ def test_a_separator_that_never_occurs(tmp_path):
         open_source(config("\n\n", one))
     with pytest.raises(ValueError, match=r"occurs in none .* in double quotes"):
         open_source(config(r"\n", one))
-    assert open_source(config("\n\n", one, two)).size["pieces"]
-    assert open_source(config(None, one)).size["pieces"]
+    assert open_source(config("\n\n", one, two)).size["chunks"]
+    assert open_source(config(None, one)).size["chunks"]
     one.write_text(r"taken\nfrom\ncode" * 9)
-    assert open_source(config(r"\n", one)).size["pieces"]
+    assert open_source(config(r"\n", one)).size["chunks"]
 
 
 def test_a_step_without_a_label_says_so(dataset):

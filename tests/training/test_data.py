@@ -8,9 +8,9 @@ from hybrid_sleep.training.data import TaskBatches, derive_seed
 
 
 class Small(tasks.Rule110):
-    """Ten examples from one seed, so that a step takes several cells, the last one cut."""
+    """Ten examples from one seed, so that a step takes several blocks, the last one cut."""
 
-    cell = 10
+    block = 10
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +47,9 @@ def steps_of(task, world: int, accumulate: int) -> list[torch.Tensor]:
 def test_cells_are_drawn_from_seeds_of_their_own(task):
     (first, second, _) = steps_of(task, 1, 1)
     by_hand = [
-        task.batch("train", derive_seed("train", 5, step, cell), count)["input_ids"]
+        task.batch("train", derive_seed("train", 5, step, block), count)["input_ids"]
         for step in (0, 1)
-        for cell, count in enumerate((10, 10, 4))
+        for block, count in enumerate((10, 10, 4))
     ]
     assert torch.equal(torch.cat([first, second]), torch.cat(by_hand))
     assert len({tuple(row) for row in torch.cat([first, second]).tolist()}) == 48

@@ -88,17 +88,17 @@ def test_a_long_document_is_cut_into_pieces_that_give_it_back(tmp_path, text):
     path = tmp_path / "long.txt"
     path.write_bytes(text.encode())
     source = open_source(TextConfig(files=[str(path)], length=16, held_out=0.1))
-    pieces, tail = training(source), [source.read(h) for h in sorted(source.held_out(), key=list)]
+    chunks, tail = training(source), [source.read(h) for h in sorted(source.held_out(), key=list)]
     plain = text.replace("\r\n", "\n")
-    assert "".join(d.content for d in pieces + tail) == plain
-    assert max(len(d.content.encode()) for d in pieces) <= 10 * 16
-    assert len(pieces) > 30
+    assert "".join(d.content for d in chunks + tail) == plain
+    assert max(len(d.content.encode()) for d in chunks) <= 10 * 16
+    assert len(chunks) > 30
     # Only the end of the document ends: the held-out part is what follows the training part.
-    assert [d.ends for d in pieces + tail] == [False] * (len(pieces) + len(tail) - 1) + [True]
+    assert [d.ends for d in chunks + tail] == [False] * (len(chunks) + len(tail) - 1) + [True]
     share = sum(len(d.content) for d in tail) / len(plain)
     assert 0.08 < share < 0.2
     if "line" in text:
-        assert all(d.content.endswith("text\n") for d in pieces)
+        assert all(d.content.endswith("text\n") for d in chunks)
 
 
 def test_one_document_of_every_group_is_held_out(tmp_path):

@@ -56,7 +56,7 @@ def encoded(text):
 
 
 def steps(source, tokenizer, count, *, world=1, accumulate=1, start=None, seed=0):
-    """`count` steps of all ranks: tensors of all lanes in order, and the merged position."""
+    """`count` steps of all ranks: tensors of all streams in order, and the merged position."""
     ranks = [
         iter(
             TextBatches(
@@ -79,10 +79,10 @@ def steps(source, tokenizer, count, *, world=1, accumulate=1, start=None, seed=0
 
 
 def by_hand(documents, packing, count):
-    """Rows of every lane, for documents in this order, over and over."""
-    lanes = []
-    for lane in range(ROWS):
-        mine = itertools.islice(itertools.cycle(documents), lane, None, ROWS)
+    """Rows of every stream, for documents in this order, over and over."""
+    streams = []
+    for stream in range(ROWS):
+        mine = itertools.islice(itertools.cycle(documents), stream, None, ROWS)
         rows, row = [], []
         while len(rows) < count:
             tokens = encoded(next(mine))
@@ -93,40 +93,40 @@ def by_hand(documents, packing, count):
                 if len(part) == space or not packing:
                     rows.append(row)
                     row = []
-        lanes.append(rows)
-    return lanes
+        streams.append(rows)
+    return streams
 
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_rows_are_those_packed_by_hand(opened, tokenizer, packing):
     source = opened(shuffle=0, packing=packing)
-    lanes = by_hand(texts(), packing, 30)
+    streams = by_hand(texts(), packing, 30)
     for step, (batch, _) in enumerate(steps(source, tokenizer, 30)):
-        for lane in range(ROWS):
-            parts = lanes[lane][step]
+        for stream in range(ROWS):
+            parts = streams[stream][step]
             rest = LENGTH - sum(map(len, parts))
-            assert batch["input_ids"][lane].tolist() == sum(parts, []) + [PAD] * rest
-            assert batch["document_ids"][lane].tolist() == (
+            assert batch["input_ids"][stream].tolist() == sum(parts, []) + [PAD] * rest
+            assert batch["document_ids"][stream].tolist() == (
                 sum(([i] * len(part) for i, part in enumerate(parts)), []) + [-1] * rest
             )
-            assert batch["labels"][lane].tolist() == (
+            assert batch["labels"][stream].tolist() == (
                 sum(([-100, *part[1:]] for part in parts), []) + [-100] * rest
             )
 
 
 def test_a_lane_cut_at_its_eos_tokens_gives_its_documents_back(opened, tokenizer):
-    """Whatever the shuffle, an epoch has every document once, and no two lanes the same one."""
+    """Whatever the shuffle, an epoch has every document once, and no two streams the same one."""
     count = len(texts())
     seen = {}
     batches = [batch["input_ids"] for batch, _ in steps(opened(), tokenizer, 60)]
-    for lane in range(ROWS):
-        row = torch.cat([ids[lane] for ids in batches]).tolist()
+    for stream in range(ROWS):
+        row = torch.cat([ids[stream] for ids in batches]).tolist()
         documents, rest = [], row
         while EOS in rest:
             end = rest.index(EOS)
             documents.append(bytes(t - 3 for t in rest[:end]).decode())
             rest = rest[end + 1 :]
-        seen |= {lane + ROWS * i: text for i, text in enumerate(documents)}
+        seen |= {stream + ROWS * i: text for i, text in enumerate(documents)}
     expected = [list(range(count))[i : i + 5] for i in range(0, count, 5)]
     epochs = []
     for first in (0, count):
@@ -144,7 +144,7 @@ def test_rows_are_the_same_for_any_number_of_processes_and_parts(opened, tokeniz
             alone, steps(source, tokenizer, 25, world=world, accumulate=accumulate), strict=True
         ):
             assert all(torch.equal(one[0][name], other[0][name]) for name in TENSORS)
-            assert one[1]["lanes"] == other[1]["lanes"]
+            assert one[1]["streams"] == other[1]["streams"]
     other_seed = list(steps(source, tokenizer, 25, seed=1))
     assert any(
         not torch.equal(one["input_ids"], other["input_ids"])
@@ -176,7 +176,7 @@ def test_resumed_equals_uninterrupted(opened, tokenizer, kind, stop):
         again = steps(opened(kind, held_out=0.2), tokenizer, 6, world=world, start=saved)
         for (batch, later), (expected, at) in zip(again, whole[stop : stop + 6], strict=True):
             assert all(torch.equal(batch[name], expected[name]) for name in TENSORS)
-            assert later["lanes"] == at["lanes"] and later["step"] == at["step"]
+            assert later["streams"] == at["streams"] and later["step"] == at["step"]
         # The resumed run stops too, and goes on in other parts.
         last = steps(source, tokenizer, 6, accumulate=accumulate, start=later)
         for (batch, _), (expected, _) in zip(last, whole[stop + 6 :], strict=True):
@@ -192,11 +192,22 @@ def test_a_data_set_gives_the_rows_of_files_with_the_same_documents(opened, toke
         assert all(torch.equal(one[name], other[name]) for name in TENSORS)
 
 
+def test_a_position_of_an_earlier_version_goes_on(opened, tokenizer):
+    """Which named streams and chunks otherwise."""
+    source = opened()
+    *_, (_, position), (expected, _) = steps(source, tokenizer, 4)
+    old = {"lanes" if name == "streams" else name: value for name, value in position.items()}
+    old["size"] = {"pieces" if name == "chunks" else name: n for name, n in old["size"].items()}
+    assert "lanes" in old and "pieces" in old["size"]
+    ((again, _),) = steps(source, tokenizer, 1, start=json.loads(json.dumps(old)))
+    assert all(torch.equal(again[name], expected[name]) for name in TENSORS)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_resuming_reads_on_near_the_slowest_lane(opened, tokenizer, kind, monkeypatch):
+def test_resuming_reads_on_near_the_slowest_stream(opened, tokenizer, kind, monkeypatch):
     source = opened(kind)
     *_, (_, position) = steps(source, tokenizer, 14)
-    oldest = min(document for document, _ in position["lanes"])
+    oldest = min(document for document, _ in position["streams"])
     assert oldest - 5 < position["source"]["first"] <= oldest
     assert len(json.dumps(position)) < 1000
     blocks, read = [], []
@@ -204,7 +215,7 @@ def test_resuming_reads_on_near_the_slowest_lane(opened, tokenizer, kind, monkey
     monkeypatch.setattr(source, "blocks", lambda *a: (blocks.append(b) or b for b in every(*a)))
     monkeypatch.setattr(source, "read", lambda handle: read.append(handle) or one(handle))
     next(steps(source, tokenizer, 1, start=position))
-    newest = max(document for document, _ in position["lanes"])
+    newest = max(document for document, _ in position["streams"])
     assert len(blocks) <= (newest - oldest) // 5 + 4
     assert len(read) <= 4 * ROWS
 
@@ -224,7 +235,7 @@ def test_a_loader_may_have_one_worker(opened, tokenizer, monkeypatch, kind):
         for expected in plain:
             batch = next(loader)
             assert all(torch.equal(batch[name], expected[name]) for name in TENSORS)
-            assert batch["position"]["lanes"] == expected["position"]["lanes"]
+            assert batch["position"]["streams"] == expected["position"]["streams"]
     monkeypatch.setattr(
         "hybrid_sleep.training.text.batches.get_worker_info",
         lambda: types.SimpleNamespace(num_workers=2),
@@ -241,7 +252,7 @@ def test_positions_are_merged_only_if_whole(opened, tokenizer):
         return list(itertools.islice(batches, count))[-1]["position"]
 
     whole = merge_positions([at(1, 3), at(0, 3)])
-    assert whole["step"] == 3 and len(whole["lanes"]) == ROWS
+    assert whole["step"] == 3 and len(whole["streams"]) == ROWS
     for parts in (
         [at(0, 3)],
         [at(1, 3)],
@@ -253,7 +264,7 @@ def test_positions_are_merged_only_if_whole(opened, tokenizer):
             merge_positions(parts)
 
 
-def test_what_cannot_be_dealt_or_resumed_is_named(opened, tokenizer):
+def test_what_cannot_be_shared_out_or_resumed_is_named(opened, tokenizer):
     source = opened()
     with pytest.raises(ValueError, match="train.batch_size must be a multiple of 6, .*, got 4"):
         TextBatches(source, tokenizer, rows=4, accumulate=2, world=3)
@@ -283,8 +294,8 @@ def test_held_out_rows_are_never_trained_on(opened, tokenizer, kind, packing):
     # Whole documents, one after another, every one once.
     assert rows[real].tolist() == sum(map(encoded, aside), [])
     trained = set()
-    for lane in range(ROWS):
-        row = torch.cat([b["input_ids"][lane] for b, _ in steps(source, tokenizer, 60)])
+    for stream in range(ROWS):
+        row = torch.cat([b["input_ids"][stream] for b, _ in steps(source, tokenizer, 60)])
         text = bytes(t - 3 if t >= 3 else 10 for t in row.tolist()).decode()
         trained |= set(text.replace("\n\n", "\n").split("\n"))
     assert len(aside) in (7, 8) and not trained & set(aside)

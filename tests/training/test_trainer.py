@@ -11,12 +11,13 @@ from transformers import TrainingArguments
 
 from hybrid_sleep import HybridSleepForCausalLM
 from hybrid_sleep.eval import tasks
+from hybrid_sleep.eval.tasks.accuracy import measure_accuracy
 from hybrid_sleep.training.config import load_run_config, run_config
 from hybrid_sleep.training.data import HeldOut, TaskBatches
 from hybrid_sleep.training.depth import Uniform
 from hybrid_sleep.training.folder import checkpoints
 from hybrid_sleep.training.run import build_trainer, train
-from hybrid_sleep.training.trainer import SleepTrainer, accuracy_by_depth
+from hybrid_sleep.training.trainer import SleepTrainer
 
 
 def test_a_step_trains_at_the_depth_of_its_seed_and_number(tmp_path, tiny):
@@ -104,29 +105,27 @@ def test_training_improves_on_the_floor_and_saves_what_it_measured(tmp_path, tin
     assert result.steps == 150
     model = HybridSleepForCausalLM.from_pretrained(result.model_dir)
     held_out = HeldOut(task=run.load_task(), depths=(1, 2, 3), count=1000, seed=0)
-    again = accuracy_by_depth(model, held_out)
-    assert {depth: score["exact"] for depth, score in again.items()} == result.metrics["exact"]
+    again = measure_accuracy(model, held_out.task, held_out.batches(), held_out.depths)
+    assert {depth: score.exact for depth, score in again.items()} == result.metrics["exact"]
     assert load_run_config(result.model_dir / "run.yaml") == run
 
 
-def test_accuracy_by_depth_asks_what_a_user_would(tmp_path, tiny):
+def test_evaluating_is_what_a_user_would_do(tmp_path, tiny):
     """Against generating the answers one by one, through a cache, at each depth."""
     run = tiny.run(tmp_path)
-    trainer = build_trainer(run)
-    trainer.train()
-    task = run.load_task()
+    trainer, task = build_trainer(run), run.load_task()
     held_out = HeldOut(task=task, depths=(1, 3), count=40, seed=1, batch_size=16)
-    scores = accuracy_by_depth(trainer.model, held_out)
+    metrics = trainer.evaluate(held_out)
     trainer.model.eval()
     batches = list(held_out.batches())
     assert [len(batch["labels"]) for batch in batches] == [16, 16, 8]
     ids = torch.cat([batch["input_ids"] for batch in batches])
-    for depth, score in scores.items():
+    for depth in held_out.depths:
         answered = trainer.model.generate(
             ids[:, : -task.states], max_new_tokens=task.states, do_sample=False, sleep_passes=depth
         )
         exact = (answered == ids).all(1).float().mean().item()
-        assert score["exact"] == pytest.approx(exact)
+        assert metrics[f"eval_exact_{depth}"] == pytest.approx(exact)
 
 
 def test_held_out_examples_are_in_no_training_batch():

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from hybrid_sleep.training.text.config import TextConfig
-from hybrid_sleep.training.text.source import Dealer, TextSource
+from hybrid_sleep.training.text.source import Shuffler, TextSource
 from hybrid_sleep.training.text.tokenizer import Encoder
 from hybrid_sleep.validation import check_count
 
@@ -23,11 +23,11 @@ NO_DOCUMENT = -1
 class TextBatches(IterableDataset):
     """Endless training batches of the documents of `source`, already collated.
 
-    A step has `rows` rows, one from each lane. Document d of the endless, shuffled stream belongs
-    to lane d mod `rows`; a lane joins its documents, an eos token behind each, into rows of T
+    A step has `rows` rows, one from each stream. Document d of the shuffled, endless source belongs
+    to stream d mod `rows`; a stream joins its documents, an eos token behind each, into rows of T
     tokens. A document cut by the end of a row goes on in the next as a document of its own. Rank r
-    of `world` has the lanes of its share, in order, and reads `accumulate` micro-batches of them a
-    step. So what a step reads depends on the source's config, `rows` and `seed` alone.
+    of `world` has the streams of its share, in order, in `accumulate` micro-batches a step. So what
+    a step trains on depends on the source's config, `rows` and `seed` alone.
 
     An item is a micro-batch of b = rows / (world * accumulate) rows:
         input_ids: LongTensor `[b, T]`.
@@ -62,6 +62,7 @@ class TextBatches(IterableDataset):
         if not 0 <= rank < world:
             raise ValueError(f"rank must be in 0..{world - 1}, of {world} processes, got {rank}")
         if start is not None:
+            start = _in_todays_words(start)
             for name, now in (("rows", rows), ("seed", seed), ("size", source.size)):
                 if start[name] != now:
                     raise ValueError(
@@ -71,7 +72,7 @@ class TextBatches(IterableDataset):
         self.source, self.encoder = source, Encoder(tokenizer)
         self.rows, self.accumulate, self.seed, self.start = rows, accumulate, seed, start
         share = rows // world
-        self.lanes = range(rank * share, (rank + 1) * share)
+        self.streams = range(rank * share, (rank + 1) * share)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
@@ -80,19 +81,21 @@ class TextBatches(IterableDataset):
                 "num_workers must be 0 or 1, because the streams of a rank read their documents in "
                 f"order, got {worker.num_workers}"
             )
-        fresh = {"step": 0, "source": None, "lanes": [[lane, 0] for lane in range(self.rows)]}
+        fresh = {"step": 0, "source": None, "streams": [[first, 0] for first in range(self.rows)]}
         start = self.start or fresh
-        begun = start["lanes"][self.lanes.start : self.lanes.stop]
-        dealer = Dealer(
+        begun = start["streams"][self.streams.start : self.streams.stop]
+        shuffler = Shuffler(
             self.source,
             seed=self.seed,
             rows=self.rows,
-            wanted={lane: document for lane, (document, _) in zip(self.lanes, begun, strict=True)},
+            wanted={
+                stream: document for stream, (document, _) in zip(self.streams, begun, strict=True)
+            },
             start=start["source"],
         )
-        lanes = [
-            Lane(
-                lambda number: self.encoder(dealer.take(number)),
+        streams = [
+            Stream(
+                lambda number: self.encoder(shuffler.take(number)),
                 self.source.config,
                 document=document,
                 used=used,
@@ -100,11 +103,12 @@ class TextBatches(IterableDataset):
             )
             for document, used in begun
         ]
-        size = len(lanes) // self.accumulate
+        size = len(streams) // self.accumulate
         for step in itertools.count(start["step"] + 1):
             for part in range(self.accumulate):
-                chosen = lanes[part * size : (part + 1) * size]
-                batch = collate([lane.row() for lane in chosen], self.source.config, self.encoder)
+                chosen = streams[part * size : (part + 1) * size]
+                rows = [stream.row() for stream in chosen]
+                batch = collate(rows, self.source.config, self.encoder)
                 if bool((batch["labels"] == IGNORED).all()):
                     raise ValueError(
                         "text must have a token to predict in every batch, got one of "
@@ -117,9 +121,9 @@ class TextBatches(IterableDataset):
                     "size": self.source.size,
                     "step": step,
                     "parts_left": self.accumulate - part - 1,
-                    "first_lane": self.lanes.start,
-                    "lanes": [[lane.document, lane.used] for lane in lanes],
-                    "source": dealer.place(min(lane.document for lane in lanes)),
+                    "first_stream": self.streams.start,
+                    "streams": [[stream.document, stream.used] for stream in streams],
+                    "source": shuffler.place(min(stream.document for stream in streams)),
                 }
                 yield batch
 
@@ -127,37 +131,44 @@ class TextBatches(IterableDataset):
 def merge_positions(positions: list[dict[str, Any]]) -> dict[str, Any]:
     """What `TextBatches(start=...)` takes, from the last position of every rank of a step.
 
-    JSON can hold it: two numbers a lane, and where to read on. Raises ValueError unless the
-    positions are all lanes of one step, after its last micro-batch.
+    JSON can hold it: two numbers a stream, and where to read on. Raises ValueError unless the
+    positions are all streams of one step, after its last micro-batch.
     """
-    parts = sorted(positions, key=lambda part: part["first_lane"])
-    lanes = [lane for part in parts for lane in part["lanes"]]
+    parts = sorted(positions, key=lambda part: part["first_stream"])
+    streams = [stream for part in parts for stream in part["streams"]]
     shared = {name: parts[0][name] for name in ("rows", "seed", "size", "step")}
-    firsts = itertools.accumulate((len(part["lanes"]) for part in parts), initial=0)
-    whole = len(lanes) == shared["rows"] and all(
-        part["first_lane"] == first
+    firsts = itertools.accumulate((len(part["streams"]) for part in parts), initial=0)
+    whole = len(streams) == shared["rows"] and all(
+        part["first_stream"] == first
         and part["parts_left"] == 0
         and all(part[name] == value for name, value in shared.items())
         for part, first in zip(parts, firsts, strict=False)
     )
     if not whole:
-        found = [(p["step"], p["parts_left"], p["first_lane"], len(p["lanes"])) for p in parts]
+        found = [(p["step"], p["parts_left"], p["first_stream"], len(p["streams"])) for p in parts]
         raise ValueError(
             f"positions must be those of all {shared['rows']} streams after the last micro-batch "
             f"of one step, got (step, micro-batches left, first stream, streams) {found}"
         )
-    oldest = min(document for document, _ in lanes)
+    oldest = min(document for document, _ in streams)
     places = [part["source"] for part in parts if part["source"]["first"] <= oldest]
     source = max(places, key=lambda place: place["first"])
-    return {**shared, "lanes": lanes, "source": source}
+    return {**shared, "streams": streams, "source": source}
+
+
+def _in_todays_words(position: dict[str, Any]) -> dict[str, Any]:
+    """A position as it is written today: checkpoints of earlier versions have other names in it."""
+    size = {"chunks" if key == "pieces" else key: n for key, n in position["size"].items()}
+    position = {"streams" if key == "lanes" else key: x for key, x in position.items()}
+    return {**position, "size": size}
 
 
 class TextHeldOut:
     """Batches of the documents that training never reads, always the same, to measure at `depths`.
 
-    One lane reads them in order, into at most `count` rows (None: all); the last row may have pads.
+    One stream reads them in order into at most `count` rows (None: all); the last may have pads.
     A batch has at most `batch_size` rows and the tensors of a `TextBatches` item; `len` is the
-    number of rows. Documents are read when the first of these is asked for. Raises ValueError then
+    number of rows. Documents are read when one of these is first used. Raises ValueError then
     if there are none.
     """
 
@@ -188,8 +199,8 @@ class TextHeldOut:
     @cached_property
     def _rows(self) -> list[list[np.ndarray]]:
         documents = (self.encoder(self.source.read(h)) for h in self.source.held_out())
-        lane = Lane(lambda _: next(documents, None), self.source.config)
-        rows = list(itertools.islice(iter(lane.row, []), self.count))
+        stream = Stream(lambda _: next(documents, None), self.source.config)
+        rows = list(itertools.islice(iter(stream.row, []), self.count))
         if not rows:
             raise ValueError(
                 "text.held_out must be a share that keeps a document of this source for "
@@ -198,7 +209,7 @@ class TextHeldOut:
         return rows
 
 
-class Lane:
+class Stream:
     """Joins documents `document`, `document + stride`... into rows of T tokens.
 
     `read(number)` gives the tokens of a document, None behind the last. The next row begins behind

@@ -19,7 +19,7 @@ from hybrid_sleep.training.text.source import Document, HoldOut, TextSource
 class DatasetSource(TextSource):
     """Rows of `datasets.load_dataset`, read in order; `column` holds text or lists of token ids.
 
-    A row is read and tokenised in one piece. A place in it is the row's number and, if it streams,
+    A row is read and tokenised whole. A place in it is the row's number and, if it streams,
     the library's own state, with which it skips what it can without reading.
     """
 

@@ -18,20 +18,20 @@ from hybrid_sleep.training.text.source import (
     Document,
     HoldOut,
     TextSource,
-    piece_bytes,
+    chunk_bytes,
     shuffled,
 )
 
-CHUNK = 4 << 20
+READ_BYTES = 4 << 20
 
 
 class FileSource(TextSource):
     """Text files: all are scanned when the source is opened, and none is ever read whole.
 
-    A document longer than `piece_bytes` is trained on in pieces of about that size, cut behind a
+    A document longer than `chunk_bytes` is trained on in chunks of about that size, cut behind a
     line where one ends nearby. They are documents of their own but for the eos token, which only
-    the last has. So lanes share a long file instead of all reading it from the start. The index
-    takes 32 bytes a piece.
+    the last has. So streams share a long file instead of all reading it from the start. The index
+    takes 32 bytes a chunk.
 
     Line ends are read as Python reads them (CR LF and CR are LF), in the separator too.
     """
@@ -48,7 +48,7 @@ class FileSource(TextSource):
             _check_separator(self.paths, config.separator)
         split = HoldOut(config.held_out, len(spans))
         training, held_out = array("q"), array("q")
-        size, place, data = piece_bytes(config), -1, b""
+        size, place, data = chunk_bytes(config), -1, b""
         for index, span in enumerate(spans):
             number, start, end = span.tolist()
             if number != place:
@@ -56,9 +56,9 @@ class FileSource(TextSource):
             stop = start if split.draws(index) else end
             if tail := split.tail(end - start):
                 stop = _line_end(data, start, end - tail)
-            for first, last in _pieces(data, start, stop, size):
+            for first, last in _chunks(data, start, stop, size):
                 training.extend((number, first, last, last == end))
-            for first, last in _pieces(data, stop, end, size):
+            for first, last in _chunks(data, stop, end, size):
                 held_out.extend((number, first, last, last == end))
         if not training:
             raise ValueError(
@@ -71,7 +71,7 @@ class FileSource(TextSource):
         # Shuffled, for whoever reads only the first of them to see more than one document.
         self._held_out = aside[shuffled(len(aside), 0, 0, 0)]
         self.size = {
-            "pieces": len(self._training),
+            "chunks": len(self._training),
             "bytes": sum(path.stat().st_size for path in self.paths),
         }
 
@@ -148,7 +148,7 @@ def _separators(data: mmap.mmap | bytes, separator: str | None) -> Iterator[tupl
         yield match.span()
 
 
-def _pieces(
+def _chunks(
     data: mmap.mmap | bytes, start: int, end: int, size: int
 ) -> Iterator[tuple[int, int]]:
     count = -(-(end - start) // size)
@@ -172,7 +172,8 @@ def _line_end(data: mmap.mmap | bytes, start: int, near: int) -> int:
 
 def _blank(data: mmap.mmap | bytes, start: int, end: int) -> bool:
     return all(
-        data[place : min(end, place + CHUNK)].isspace() for place in range(start, end, CHUNK)
+        data[place : min(end, place + READ_BYTES)].isspace()
+        for place in range(start, end, READ_BYTES)
     )
 
 
@@ -189,15 +190,15 @@ def _check_utf8(path: Path) -> None:
     place = 0
     with open(path, "rb") as file:
         while True:
-            chunk = file.read(CHUNK)
+            block = file.read(READ_BYTES)
             unread = len(decoder.getstate()[0])
             try:
-                decoder.decode(chunk, final=not chunk)
+                decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
                 raise ValueError(
                     f"text.files must be UTF-8, got another byte at {place - unread + error.start} "
                     f"of {str(path)!r}"
                 ) from error
-            if not chunk:
+            if not block:
                 return
-            place += len(chunk)
+            place += len(block)

@@ -1,4 +1,4 @@
-"""Text that a model writes: what a run shows beside its perplexity."""
+"""Text that a model writes: what a run shows with its perplexity."""
 
 from __future__ import annotations
 

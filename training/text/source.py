@@ -1,4 +1,4 @@
-"""Where documents come from, which of them are held out, and in which order lanes get them."""
+"""Where documents come from, which of them are held out, and in which order streams get them."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class TextSource(ABC):
             )
         raise ValueError(
             f"text must hold a document for each of train.batch_size={rows} rows, which read "
-            f"documents of their own (a file gives one for each {piece_bytes(self.config)} bytes), "
+            f"documents of their own (a file gives one for each {chunk_bytes(self.config)} bytes), "
             f"got {found} to train on"
         )
 
@@ -99,14 +99,14 @@ class HoldOut:
         return max(1, round(length * self.share)) if self.tails else 0
 
 
-class Dealer:
-    """Numbers documents through endless epochs, shuffled, and deals number d to lane d mod `rows`.
+class Shuffler:
+    """Shuffles documents through endless epochs, and gives document d to stream d mod `rows`.
 
-    `wanted`: the lanes dealt to, and the first document that each still needs. `start`: a `place`
+    `wanted`: the streams to serve, and the first document that each still needs. `start`: a `place`
     from which to read on. The shuffle of a block depends on (seed, epoch, block) alone.
 
     Documents that are read but not yet taken are kept, of files only their places: about as much
-    text as the fastest lane is ahead of the slowest.
+    text as the fastest stream is ahead of the slowest.
     """
 
     def __init__(
@@ -122,12 +122,12 @@ class Dealer:
         self.waiting: dict[int, Any] = {}
         self.start = start or {"first": 0, "epoch": 0, "block": 0, "at": None}
         self.begun: deque[dict[str, Any]] = deque()
-        self.dealing = self._deal()
+        self.reading = self._read_blocks()
 
     def take(self, number: int) -> Document:
-        """Document `number` of a wanted lane; each can be taken once."""
+        """Document `number` of a wanted stream; each can be taken once."""
         while number not in self.waiting:
-            next(self.dealing)
+            next(self.reading)
         return self.source.read(self.waiting.pop(number))
 
     def place(self, oldest: int) -> dict[str, Any]:
@@ -136,7 +136,7 @@ class Dealer:
             self.begun.popleft()
         return self.begun[0] if self.begun else self.start
 
-    def _deal(self) -> Iterator[None]:
+    def _read_blocks(self) -> Iterator[None]:
         number, epoch, block, at = (self.start[key] for key in ("first", "epoch", "block", "at"))
         size = self.source.config.shuffle or BLOCK
         while True:
@@ -163,10 +163,10 @@ def shuffled(count: int, seed: int, epoch: int, block: int) -> list[int]:
     return np.argsort(keys, kind="stable").tolist()
 
 
-def piece_bytes(config: TextConfig) -> int:
-    """Bytes of the pieces in which long documents of files are read: about eight rows each.
+def chunk_bytes(config: TextConfig) -> int:
+    """Bytes of the chunks in which long documents of files are read: about eight rows each.
 
-    A row sees nothing of the rows before it, so longer pieces would only make batches that follow
+    A row sees nothing of the rows before it, so longer chunks would only make batches that follow
     each other alike; shorter ones would put the end of one into too many rows.
     """
     return 8 * config.length * (1 if config.tokenizer == BYTES else 4)

@@ -29,7 +29,7 @@ class WordTask(Task):
     """
 
     difficulty = "op"
-    cell = 16
+    block = 16
     recipe: Any
     vocabulary: Vocabulary
     question_first: bool
