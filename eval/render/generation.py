@@ -39,8 +39,8 @@ def markdown(result: GenerationCost) -> str:
         "",
         f"Allowed: {result.allowed:.2f}. {last} windows of {result.window} tokens, "
         f"{result.passes} passes a sleep, medians of {result.repeats} runs. For times, the first "
-        "window is that of a fresh sequence, generated alternately with the windows of the long "
-        f"one and compared token by token. Batch 1, {config['num_hidden_layers']} layers of "
+        "window is that of a fresh sequence, generated token by token in lockstep with the window "
+        f"it is compared with. Batch 1, {config['num_hidden_layers']} layers of "
         f"{config['hidden_size']}, {result.state_space}, random weights.",
         *result.footer(),
     ]

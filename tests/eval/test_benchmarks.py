@@ -21,7 +21,7 @@ TINY = sleep_cpu.Shape(state_space="mamba2", batch=2, window=5, hidden=16, layer
 
 def test_a_sleep_is_charged_to_the_window_that_slept():
     """Windows of 3: forwards 3 and 6 begin with a sleep, of windows 1 and 2."""
-    clock = generation.Clock(None, 3, torch.device("cpu"), None)
+    clock = generation.Clock(None, 3, torch.device("cpu"), lambda: None)
     clock.forwards = [1.0, 2.0, 6.0, 5.0 + 10.0, 2.0, 9.0, 1.0 + 20.0]
     clock.cache_bytes, clock.process_bytes = [7, 8], [70, 80]
     costs = generation.Costs.of(clock, [10.0, 20.0])
@@ -64,8 +64,37 @@ def test_the_clock_reads_the_cache_when_a_window_is_full(monkeypatch):
     assert clock.cache_bytes == [3, 6]
 
 
-def test_a_fresh_window_is_generated_whenever_one_is_full(monkeypatch):
-    """Off the clock of the long run, before the sleep that the next token brings."""
+def test_work_in_steps_runs_only_when_told_to():
+    done = []
+
+    def work(pause):
+        for number in range(2):
+            done.append(number)
+            pause()
+        done.append("end")
+        return "result"
+
+    steps = generation.InSteps(work)
+    assert done == []
+    for expected in ([0], [0, 1], [0, 1, "end"]):
+        steps.step()
+        assert done == expected
+    assert steps.result == "result"
+
+
+def test_an_error_in_a_step_is_raised_by_it():
+    def work(pause):
+        pause()
+        raise RuntimeError("from the thread")
+
+    steps = generation.InSteps(work)
+    steps.step()
+    with pytest.raises(RuntimeError, match="from the thread"):
+        steps.step()
+
+
+def test_the_fresh_windows_keep_step_with_the_long_run(monkeypatch):
+    """Forward by forward: each token of a window is followed by the same token of a fresh one."""
     order, real = [], generation.Clock.put
 
     def noting(clock, value):
@@ -77,11 +106,12 @@ def test_a_fresh_window_is_generated_whenever_one_is_full(monkeypatch):
     generation.run(windows=2, window=3, passes=1, repeats=1, hidden=16, layers=2)
     clocks = list(dict.fromkeys(clock for clock, _ in order))
     warm, long, first, second = range(4)
-    assert [(clocks.index(clock), forward) for clock, forward in order] == [
-        *((warm, j) for j in range(7)),
-        (long, 0), (long, 1), (long, 2), (first, 0), (first, 1), (first, 2), (first, 3),
-        (long, 3), (long, 4), (long, 5), (second, 0), (second, 1), (second, 2), (second, 3),
-        (long, 6),
+    named = [(clocks.index(clock), forward) for clock, forward in order]
+    assert [step for step in named if step[0] == warm] == [(warm, j) for j in range(7)]
+    assert [step for step in named if step[0] != warm] == [
+        (long, 0), (first, 0), (long, 1), (first, 1), (long, 2), (first, 2),
+        (long, 3), (first, 3), (second, 0), (long, 4), (second, 1), (long, 5), (second, 2),
+        (long, 6), (second, 3),
     ]  # fmt: skip
 
 
