@@ -227,7 +227,7 @@ def run(
     if kind == "cpu":
         torch.set_num_threads(1)
     try:
-        asked = Questions(depo, runs["depo"], cycles, device) if depo else None
+        questions = Questions(depo, runs["depo"], cycles, device) if depo else None
         if model is None:
             subject = untrained(device=device, **sizes)
         else:
@@ -245,10 +245,10 @@ def run(
                 f"window, got {question} and {answer}"
             )
         bench = Bench(subject, call.repeats, question, answer)
-        rows = [*bench.rows(depths, windows), *(asked.rows(depths) if asked else ())]
+        rows = [*bench.rows(depths, windows), *(questions.rows(depths) if questions else ())]
         works = {"sleep": bench.sleep, "decode": bench.decode}
-        if asked:
-            works["depo"] = asked.measure
+        if questions:
+            works["depo"] = questions.measure
         return call.measure(
             Cost,
             rows,
@@ -265,7 +265,7 @@ def run(
                 "kv_bytes_per_token": flops.kv_bytes(subject.config, subject.dtype.itemsize),
                 "config": subject.config.to_diff_dict(),
             },
-            depo=asked and asked.about(),
+            depo=questions and questions.about(),
         )
     finally:
         torch.set_num_threads(threads)
@@ -297,10 +297,10 @@ class Bench:
     def rows(self, depths: Sequence[int], windows: Sequence[int]) -> list[Row]:
         """What each row is about: sleeps by depth, then decoding by windows in the past."""
         about = {"model": digest_of(self.model), "repeats": self.repeats}
-        asked = {"depths": list(depths), "question": self.question, "answer": self.answer}
+        tokens = {"depths": list(depths), "question": self.question, "answer": self.answer}
         return [
             *({"what": "sleep", **about, "passes": depth} for depth in depths if depth > 1),
-            *({"what": "decode", **about, **asked, "windows": count} for count in windows),
+            *({"what": "decode", **about, **tokens, "windows": count} for count in windows),
         ]
 
     @torch.no_grad()
@@ -337,10 +337,10 @@ class Bench:
             str(depth): partial(consolidated, self.model, ids, depth) for depth in depths
         }
         reads["kept"] = lambda: kept_cache(keeper, ids)
-        asked = self._tokens(self.question)
+        question = self._tokens(self.question)
         asks = {
-            "slept": lambda: self._next(self.model, slept.copy(), asked),
-            "kept": lambda: self._next(keeper, kept.copy(), asked),
+            "slept": lambda: self._next(self.model, slept.copy(), question),
+            "kept": lambda: self._next(keeper, kept.copy(), question),
         }
         for work in (*reads.values(), *asks.values()):
             work()

@@ -16,10 +16,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar
 
+import psutil
 from transformers.generation.streamers import BaseStreamer
 
 from hybrid_sleep.eval.costs.models import VOCABULARY, untrained
@@ -56,10 +56,8 @@ class GenerationCost(Result):
         """Of the last window: times to its fresh first window's, bytes to the run's own first's."""
         last = {name: self.per_window[f"ratio_{name}"][-1] for name in ("token", "sleep", "total")}
         for name in ("cache", "process"):
-            first = self.per_window[name][0]
-            # 0 where the system does not say.
-            if first:
-                last[name] = self.per_window[name][-1] / first
+            held = self.per_window[name]
+            last[name] = held[-1] / held[0]
         return last
 
     @property
@@ -131,22 +129,14 @@ class InSteps:
 
 
 def process_bytes(device: Any) -> int:
-    """Bytes this process holds: resident on a CPU, the peak since the last call on a GPU.
-
-    0 on a CPU whose system does not say (no /proc).
-    """
+    """Bytes this process holds: resident on a CPU, the peak since the last call on a GPU."""
     import torch
 
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return peak
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmRSS:"):
-                return 1024 * int(line.split()[1])
-    return 0
+    return psutil.Process().memory_info().rss
 
 
 def run(

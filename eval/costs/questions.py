@@ -103,7 +103,7 @@ class Question(NamedTuple):
     """`hops` steps from a node: tokens up to the answer, and tokens of the answer."""
 
     hops: int
-    asked: list[int]
+    tokens: list[int]
     answer: list[int]
 
 
@@ -115,8 +115,8 @@ def questions_of(task: Depo, edges: Sequence[tuple[Any, Any]]) -> list[Question]
             node = start
             for _ in range(hops):
                 node = follows[node]
-            asked = [task.asked + hops, *start, task.answer]
-            found.append(Question(hops, asked, list(node)))
+            tokens = [task.asked + hops, *start, task.answer]
+            found.append(Question(hops, tokens, list(node)))
     return found
 
 
@@ -160,7 +160,7 @@ class Questions:
         ids = self.task.batch("test", SEED, self.cycles)["input_ids"]
         self._cycle(ids[0], passes)
         found = [self._cycle(row, passes) for row in ids]
-        asked = [question for cycle in found for question in cycle["questions"]]
+        questions = [question for cycle in found for question in cycle["questions"]]
         right = [answer for cycle in found for answer in cycle["right"]]
         shares = [fmean(cycle["right"]) for cycle in found]
         return {
@@ -169,7 +169,7 @@ class Questions:
             # Questions about one cycle are not independent; cycles are.
             "interval": list(over_seeds(shares)),
             "by_hops": {
-                str(hops): fmean(r for r, q in zip(right, asked, strict=True) if q.hops == hops)
+                str(hops): fmean(r for r, q in zip(right, questions, strict=True) if q.hops == hops)
                 for hops in self.task.test_hops
             },
             "identical": sum(sum(cycle["identical"]) for cycle in found),
@@ -182,7 +182,7 @@ class Questions:
                     [cycle["once"] for cycle in found], [cycle["each"] for cycle in found]
                 ).items()
             },
-            "flops": self._flops(passes, asked),
+            "flops": self._flops(passes, questions),
             "bytes": found[0]["bytes"],
             "file": self._file(ids[0], passes),
         }
@@ -197,7 +197,7 @@ class Questions:
         seconds: dict[str, list[float]] = {name: [] for name in WAYS}
         for number, question in enumerate(questions):
             # Later letters of an answer are predicted with the earlier ones given.
-            tokens = torch.tensor([question.asked + question.answer[:-1]], device=context.device)
+            tokens = torch.tensor([question.tokens + question.answer[:-1]], device=context.device)
             whole = torch.cat((context, tokens), dim=1)
             count = len(question.answer)
             ways = {
@@ -206,11 +206,11 @@ class Questions:
                 "recomputed": partial(_ask, self.model, whole, count, passes=passes),
                 "recomputed_n1": partial(_ask, self.model, whole, count, passes=1),
             }
-            heard, turn = {}, number % len(WAYS)
+            logits, turn = {}, number % len(WAYS)
             for name in WAYS[turn:] + WAYS[:turn]:
-                taken, heard[name] = self._timed(ways[name])
+                taken, logits[name] = self._timed(ways[name])
                 seconds[name].append(taken)
-            given, again = heard["saved"], heard["recomputed"]
+            given, again = logits["saved"], logits["recomputed"]
             right.append(given.argmax(-1).tolist() == question.answer)
             identical.append(torch.equal(given.argmax(-1), again.argmax(-1)))
             difference = max(difference, (given - again).abs().max().item())
@@ -231,9 +231,10 @@ class Questions:
         each: dict[str, list[int]] = {name: [] for name in WAYS}
         for question in questions:
             count = len(question.answer)
-            tokens, told = len(question.asked) + count - 1, flops.logit_flops(config, count)
-            each["saved"].append(flops.pass_flops(config, tokens, past=held) + told)
-            each["kept"].append(flops.pass_flops(keeping, tokens, past=context) + told)
+            tokens = len(question.tokens) + count - 1
+            logits = flops.logit_flops(config, count)
+            each["saved"].append(flops.pass_flops(config, tokens, past=held) + logits)
+            each["kept"].append(flops.pass_flops(keeping, tokens, past=context) + logits)
             for name, depth in (("recomputed", passes), ("recomputed_n1", 1)):
                 whole = context + tokens
                 each[name].append(flops.sequence_flops(config, whole, depth, logits=count))

@@ -28,9 +28,8 @@ def markdown(result: GenerationCost) -> str:
         first_value, last_value = (1000 * per_window[key][-1] for key in (f"fresh_{name}", name))
         rows.append([label, f"{first_value:.3f}", f"{last_value:.3f}", f"**{ratio[name]:.3f}**"])
     for name, label in BYTES.items():
-        if name in ratio:
-            ends = (f"{per_window[name][index]:,.0f}" for index in (0, -1))
-            rows.append([label, *ends, f"**{ratio[name]:.3f}**"])
+        ends = (f"{per_window[name][index]:,.0f}" for index in (0, -1))
+        rows.append([label, *ends, f"**{ratio[name]:.3f}**"])
     for name, value in result.trend.items():
         rows.append([f"{TIMES[name]}: trend over all windows", "", "", f"{value:.3f}"])
     config = result.config

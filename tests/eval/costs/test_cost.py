@@ -175,7 +175,7 @@ def test_a_question_as_the_task_itself_reads_it():
                 for i in range(task.nodes)
                 for hops in task.test_hops
             }
-            read = [task.parse(context + q.asked + q.answer)["queries"] for q in found]
+            read = [task.parse(context + q.tokens + q.answer)["queries"] for q in found]
             assert all(len(queries) == 1 for queries in read)
             assert {queries[0] for queries in read} == wanted and len(found) == len(wanted)
             assert [queries[0][0] for queries in read] == [q.hops for q in found]
