@@ -174,7 +174,7 @@ class HybridSleepModel(Stack, HybridSleepPreTrainedModel):
         real = real_tokens(attention_mask, batch, columns)
         held = SleepCache(self.options) if cache is None else cache
         if cache is not None or use_cache:
-            # A new cache belongs to no one yet; one that no one will see again needs no owner.
+            # A new cache has no owner yet, and one that is not returned needs none.
             held.check(Owner.of(self) if owner is None else owner, self.options)
         some = columns_to_keep and not output_hidden_states
         first = max(0, columns - columns_to_keep) if some else 0
@@ -232,7 +232,7 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
             `("window", "block" | k | "pass")`: a window, and within it again by layers, which
             costs one forward more than either. ValueError for anything else.
 
-        Fast weights and short-term memory are passed explicitly, so results do not change.
+        States are passed explicitly, so results do not change.
         """
         layers = self.config.num_hidden_layers
         self.model.checkpointing = parse_granularity(granularity, layers)
@@ -280,16 +280,16 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
         sleep_passes: depth N of the sleeps in this call, None for the config's.
 
         supervised: bool `[B, T]`, tokens that a loss is computed on; default: `labels != -100`,
-        without labels none. `context_windows` (Algorithm 1) keeps windows that hold one awake,
-        `every_window` lets them sleep after predicting; the loss is always pass 1's.
+        without labels none. under `context_windows` (Algorithm 1) a window that holds one is not
+        consolidated, under `every_window` it is, after predicting; the loss is always pass 1's.
         Under no_grad sleeps are recorded in `cache.reports`; with gradients they are not.
 
         document_ids: integers `[B, T]`; equal ids in adjacent columns are one document (-1, or 0 in
-        attention_mask: a pad, which ends one). Each is read as if alone: from empty memory, in
+        attention_mask: a pad, which ends one). Each is processed as if alone: from a new cache, in
         windows of its own, its last token predicting nothing. Needs cache=None. With
         use_cache=True (default here: False) the new cache has a row per document, row by row in
-        order of appearance; otherwise only documents of similar length are read side by side, so
-        that padding costs at most a third more (`packing.Documents.by_length`).
+        order of appearance; otherwise only documents of similar length share a batch, so
+        that padding costs at most a third more (`Documents.by_length`).
         position_ids (among the other keywords, `[B, T]` or `[1, T]`): where they start again at 0
         a document starts; otherwise they must be the positions that the tokens have anyway.
         output_hidden_states: return those of pass 1, `[B, T, D]` each: the embeddings, what each

@@ -27,7 +27,7 @@ __all__ = ["HybridSleepConfig", "HybridSleepForCausalLM", "HybridSleepModel"]
 
 
 class HybridSleepPreTrainedModel(PreTrainedModel):
-    """A PreTrainedModel whose checkpoints find this package and whose memory knows its owner."""
+    """A PreTrainedModel whose checkpoints find this package and whose caches know their owner."""
 
     config_class = HybridSleepConfig
     base_model_prefix = "model"

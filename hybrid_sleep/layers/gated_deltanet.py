@@ -19,7 +19,7 @@ class GatedDeltaNet(StateSpaceMixer):
         super().__init__(config, layer_idx)
         self.b_proj = nn.Linear(config.hidden_size, self.value_heads, bias=False)
 
-    def mix(self, h, q, kv, **memory):
+    def mix(self, h, q, kv, **carried):
         return gated_delta_net(
             q,
             kv,
@@ -30,5 +30,5 @@ class GatedDeltaNet(StateSpaceMixer):
             self.A_log,
             self.dt_bias,
             key_heads=self.key_heads,
-            **memory,
+            **carried,
         )

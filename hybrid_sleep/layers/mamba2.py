@@ -27,7 +27,7 @@ class Mamba2(StateSpaceMixer):
         super().reset_gates()
         self.skip.fill_(1.0)
 
-    def mix(self, h, q, kv, **memory):
+    def mix(self, h, q, kv, **carried):
         return mamba2(
             q,
             kv,
@@ -38,5 +38,5 @@ class Mamba2(StateSpaceMixer):
             self.dt_bias,
             self.skip,
             key_heads=self.key_heads,
-            **memory,
+            **carried,
         )

@@ -41,8 +41,8 @@ class StateSpaceMixer(nn.Module, ABC):
 
     forward(h: [B, T, D], state, context, write_only) returns `(out: [B, T, D] or None, state)`; the
     state's tails are the last inputs of q_conv and kv_conv.
-    With `write_only` the fast weights are written and nothing is read: no queries, no output gate,
-    no output projection. The state is bitwise the one that a full call leaves.
+    With `write_only` the fast weights are only updated: no queries, no output gate, no output
+    projection. The state is bitwise the one that a full call leaves.
 
     The log decay is `g = -exp(A_log) softplus(a_proj(h) + dt_bias)`, always in fp32 or wider
     (Mamba-2, arXiv 2405.21060; Gated DeltaNet, arXiv 2412.06464, section 3.4). So are `A_log` and
@@ -131,10 +131,10 @@ class StateSpaceMixer(nn.Module, ABC):
 
     @abstractmethod
     def mix(
-        self, h: torch.Tensor, q: torch.Tensor | None, kv: torch.Tensor, **memory: Any
+        self, h: torch.Tensor, q: torch.Tensor | None, kv: torch.Tensor, **carried: Any
     ) -> Mixed:
-        """Everything between the projections: convolutions, gates, reading and writing.
+        """Everything between the projections: convolutions, gates, the update and the output.
 
-        q: `[B, T, G * K]` or None, kv: `[B, T, G * K + H * V]`, both as projected; memory: the
+        q: `[B, T, G * K]` or None, kv: `[B, T, G * K + H * V]`, both as projected; carried: the
         keywords of the mixers in `kernels` from `initial_state` to `tails`.
         """

@@ -1,4 +1,4 @@
-"""Checks of what a forward pass is given, before anything is read."""
+"""Checks of what a forward pass is given, before it runs."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ ROW_COUNTERS = ("counts", "kept", "positions", "sleeps")
 
 @dataclass
 class Window:
-    """The open windows of R rows, as a sleep reads them.
+    """The open windows of R rows, which a sleep starts from.
 
     rows: `[R]`, ascending indices of these rows in the cache, on the CPU as all counters are.
     hidden: `[R, L, D]`, outputs of the last looped block in pass 1.
@@ -54,18 +54,17 @@ class Window:
 
 
 class SleepCache(Cache):
-    """Everything a sleeping model remembers of the rows it reads; constant in size.
+    """All that a model carries from token to token for a batch of rows; constant in size.
 
     Per row: keys and values of the open window (and, under sliding eviction, of the L - 1 tokens
-    before it), the window's pass-1 hidden states, short-convolution tails, fast weights, and how
-    many tokens came, lie in the window, and how often the row slept. `history` has a hash of all
-    that was read, by which generate() knows a text again. Tensors are replaced, never
-    written in place, so gradients flow through them and a copy is cheap.
+    before it), the window's pass-1 hidden states, short-convolution tails, fast weights, and counts
+    of its tokens, of those in the window, and of its sleeps. `history` is a hash of all tokens so
+    far, by which generate() recognises a text. Tensors are replaced, never written in place, so
+    gradients flow through them and a copy is cheap.
 
-    states: per layer that has read anything, its `LayerState`. opening: per layer, what a sleep of
-    the open window must start it from. `reports` lists a `SleepReport` for each sleep that happened
-    outside of training. `finished` is set by generate(): rows that read no more tokens in this
-    call.
+    states: `LayerState` by layer; a layer that has processed nothing is missing. opening: by layer,
+    what a sleep of the open window must start it from. reports: a `SleepReport` for each sleep
+    outside of training. finished: set by generate(), rows that take no more tokens in this call.
 
     SleepCache(options): `SleepOptions`, or a config that has them as `sleep_options`. ValueError
     for anything else.
@@ -147,7 +146,7 @@ class SleepCache(Cache):
         self.positions = self.positions + new
 
     def window(self, rows: torch.Tensor) -> Window:
-        """The open windows of `rows` (ascending indices on the CPU), for a sleep to read."""
+        """The open windows of `rows` (ascending indices on the CPU)."""
         lengths, kept = self.counts[rows], self.kept[rows]
 
         def take(x: torch.Tensor) -> torch.Tensor:
@@ -193,7 +192,7 @@ class SleepCache(Cache):
         if self.options.is_sliding:
             return old if new is None else old.put(rows, new, total)
         S = old.S if new is None else put_rows(rows, old.S, new.S, total)
-        # Slots stay for now: they are one tensor, which rows that are still awake may need.
+        # Slots stay for now: they are one tensor, which rows whose window stays open may need.
         return LayerState(S, tuple(put_rows(rows, x, None, total) for x in old.tails), old.slots)
 
     def _reopen(self, layer: int, rows: torch.Tensor) -> None:
@@ -396,7 +395,7 @@ class SleepCache(Cache):
 
     @property
     def fast_weights(self) -> dict[int, torch.Tensor]:
-        """`{layer: S}`, `S: [B, H, K, V]`, of the state-space layers that have read anything."""
+        """`{layer: S}`, `S: [B, H, K, V]`, of the layers that have fast weights."""
         return {i: state.S for i, state in sorted(self.states.items()) if state.S is not None}
 
     def check_finite(self, name: str = "cache", only: Set[int] | None = None) -> None:
@@ -436,7 +435,7 @@ class SleepCache(Cache):
         return load_cache(cls, directory, model)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Input columns read so far, pads included; what is held does not grow with it."""
+        """Input columns so far, pads included; what is held does not grow with it."""
         return self.columns
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -449,7 +448,7 @@ class SleepCache(Cache):
         return len(self.states)
 
     def __bool__(self) -> bool:
-        # A cache that has read nothing is a cache all the same.
+        # A cache of no layers yet is a cache all the same.
         return True
 
     def __repr__(self) -> str:
@@ -468,7 +467,7 @@ class SleepCache(Cache):
 
     @property
     def is_initialized(self) -> bool:
-        """Whether any token was read."""
+        """Whether any token was processed."""
         return bool(len(self.counts))
 
 

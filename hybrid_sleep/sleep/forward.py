@@ -203,7 +203,7 @@ def _pass_one(
         cache.supervised = cache.supervised | (block.take(supervised) & block.real).any(1)
     h = backbone.embed(part) if tokens.ndim == 2 else part
     if cache.owner is not None:
-        # A cache that no one will see again needs no history.
+        # A cache that is not returned needs no history.
         cache.history = cache.history.extend(h, cache.positions, block.lengths)
     context = backbone.context(
         cache.kept + cache.counts,

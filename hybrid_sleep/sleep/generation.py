@@ -53,7 +53,7 @@ class _Inputs(dict):
     """Inputs of a forward pass in which the cache also answers to its old name.
 
     peft (0.21) looks at what `prepare_inputs_for_generation` returns under that name alone, to tell
-    whether its virtual tokens were read; handed on with `**`, only the new name is there.
+    whether its virtual tokens were processed; handed on with `**`, only the new name is there.
     """
 
     def __missing__(self, name: str) -> Any:
@@ -66,7 +66,7 @@ class _Inputs(dict):
 
 
 class _Finished(StoppingCriteriaList):
-    """Stopping criteria that tell the cache which rows are done and read no more tokens."""
+    """Stopping criteria that tell the cache which rows are done and take no more tokens."""
 
     def __init__(self, criteria: Iterable[StoppingCriteria], cache: SleepCache):
         super().__init__(criteria)
@@ -82,8 +82,8 @@ class _Finished(StoppingCriteriaList):
 class SleepGenerationMixin(GenerationMixin):
     """Greedy search, sampling and beam search with sleep; one forward pass a token.
 
-    A row sleeps when it reads a token and its window is full. Rows of a batch, padded on the left
-    or on the right, get what each would get alone; a row that is finished reads nothing further.
+    A row sleeps when a token arrives and its window is full. Rows of a batch, padded on the left
+    or on the right, get what each would get alone; a row that is finished takes no further token.
     """
 
     _is_stateful = True
@@ -117,14 +117,14 @@ class SleepGenerationMixin(GenerationMixin):
         sleep_passes: depth N of every sleep in this call, an integer of at least 1 or "auto";
             None takes the config's.
         cache: a `SleepCache` to continue; it goes on with this call (give a `copy()` to keep it).
-            The prompt is either the new tokens alone, or the whole text: what the cache has read
-            of it is then left out. With beams or several returned sequences a repeated copy is
-            used instead.
+            The prompt is either the new tokens alone, or the whole text: what the cache has
+            processed of it is then left out. With beams or several returned sequences a repeated
+            copy is used instead.
 
         Raises ValueError for an empty prompt, an invalid depth, a cache of another model, config
         or weights version, a text that the cache knows otherwise, and for what cannot work:
         assisted decoding (fast weights cannot be rolled back), static, quantised or offloaded
-        caches, chunked prefill (prompts are read window by window already).
+        caches, chunked prefill (prompts are processed window by window already).
         """
         if kwargs.get("sleep_passes") is not None:
             self.check_passes(kwargs["sleep_passes"], "sleep_passes")

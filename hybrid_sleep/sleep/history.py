@@ -1,4 +1,4 @@
-"""What a cache has read, as two hashes a row: enough to know a text again, and constant in size."""
+"""Which tokens a cache has processed, as two hashes a row: enough to recognise a text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-# Of a text that begins like the one that was read, so many tokens decide whether it means it.
+# A prompt that shares so many first tokens with the past is taken for the same text, changed.
 OPENING = 32
 MOST_LATER = 64
 
@@ -18,7 +18,7 @@ _ELEMENTS = 1 << 22
 
 
 class History(NamedTuple):
-    """Polynomial hashes modulo 2**64 of what each row has read, `[B]` int64 each.
+    """Polynomial hashes modulo 2**64 of the tokens of each row, `[B]` int64 each.
 
     whole: of all tokens; opening: of the first `OPENING`. A token counts as the bits of its
     embedding, so that ids, and embeddings of the same values, are the same text.
@@ -32,7 +32,7 @@ class History(NamedTuple):
 
     @classmethod
     def empty(cls, batch: int, device: torch.device | str = "cpu") -> History:
-        """Of rows that have read nothing."""
+        """Of rows without tokens."""
         zero = torch.zeros(batch, dtype=torch.long, device=device)
         return cls(zero, zero)
 
@@ -78,7 +78,7 @@ def token_hashes(h: torch.Tensor) -> torch.Tensor:
 def history_of(
     parts: Iterable[tuple[torch.Tensor, torch.Tensor]], length: torch.Tensor
 ) -> History:
-    """Of rows that have read the first `length: [B]` tokens of a text, which is given in parts.
+    """Of rows whose tokens are the first `length: [B]` tokens of a text, which is given in parts.
 
     parts: embeddings `[B, n, D]` and real `[B, n]`, False at pads, one stretch of columns after
     another; lengths and real on the CPU.

@@ -1,4 +1,4 @@
-"""Which part of a prompt a cache has read: transformers goes on by giving the whole text again."""
+"""Which part of a prompt a cache has processed: transformers continues with the whole text."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def without_read(
     tokens: torch.Tensor,
     mask: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """`mask: [B, T]` of a prompt, with what the cache has read of it hidden as pads are.
+    """`mask: [B, T]` of a prompt, with what the cache has processed of it masked like pads.
 
     tokens: ids `[B, T]`, which `embed` turns into embeddings, or embeddings `[B, T, D]`. A prompt
-    is the whole text if each row begins with all that the cache has read of it, and holds new
+    is the whole text if each row begins with all that the cache has processed, and holds new
     tokens alone if none does.
 
     Raises ValueError where rows differ in that, where nothing is new, and where a prompt that is

@@ -33,7 +33,7 @@ class TokenBlock:
 
     @property
     def last_column(self) -> int:
-        """The last input column that any row reads in this block."""
+        """The last input column of any row in this block."""
         if isinstance(self.columns, slice):
             return self.columns.stop - 1
         return int(self.columns[self.real].max())
@@ -132,7 +132,7 @@ def unpack(
 ) -> torch.Tensor:
     """Put the blocks' hidden states `[B, n, D]` back where their tokens stood in the input.
 
-    blocks: at least those that read any column from `first` on. Returns `[B, columns - first, D]`
+    blocks: at least those with any column from `first` on. Returns `[B, columns - first, D]`
     for input columns `first..columns - 1`, zeros at pads.
     """
     if all(isinstance(block.columns, slice) for block, _ in blocks):
