@@ -18,7 +18,7 @@ import numpy as np
 
 from hybrid_sleep.eval.tasks.base import IGNORED, LARGEST_SIZE, Majority, Task
 from hybrid_sleep.eval.tasks.depo_floor import ENUMERATED_NODES, best_guess
-from hybrid_sleep.eval.tasks.draws import U64, draw, mix
+from hybrid_sleep.eval.tasks.sampling import U64, draw, mix
 from hybrid_sleep.validation import check_choice, check_count
 
 if TYPE_CHECKING:

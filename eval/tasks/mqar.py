@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hybrid_sleep.eval.tasks.base import IGNORED, LARGEST_SIZE, Majority, Task, check_levels
-from hybrid_sleep.eval.tasks.draws import U64, distinct, draw, mix
+from hybrid_sleep.eval.tasks.sampling import U64, distinct, draw, mix
 from hybrid_sleep.validation import check_count, check_flag, check_number
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from hybrid_sleep.eval.tasks.base import IGNORED, Majority, Task
-from hybrid_sleep.eval.tasks.draws import U64, distinct, draw, mix
 from hybrid_sleep.eval.tasks.groups import Group
+from hybrid_sleep.eval.tasks.sampling import U64, distinct, draw, mix
 from hybrid_sleep.validation import check_choice, check_count
 
 if TYPE_CHECKING:

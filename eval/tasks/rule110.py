@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hybrid_sleep.eval.tasks.base import IGNORED, LARGEST_SIZE, SPLITS, Majority, Task, check_levels
-from hybrid_sleep.eval.tasks.draws import TEST_SHARE, THRESHOLD, U64, draw
+from hybrid_sleep.eval.tasks.sampling import TEST_SHARE, THRESHOLD, U64, draw
 from hybrid_sleep.validation import check_count
 
 if TYPE_CHECKING:

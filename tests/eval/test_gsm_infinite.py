@@ -12,8 +12,8 @@ import torch
 
 from hybrid_sleep.eval import tasks
 from hybrid_sleep.eval.tasks.gsm_infinite import task as task_module
-from hybrid_sleep.eval.tasks.gsm_infinite.generator import problems, solve
 from hybrid_sleep.eval.tasks.gsm_infinite.graph import Definition, Quantity
+from hybrid_sleep.eval.tasks.gsm_infinite.problems import problems, solve
 
 
 def load(**params):

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from hybrid_sleep.eval.tasks import IGNORED, SPLITS
-from hybrid_sleep.eval.tasks.gsm_infinite import GsmSymbolic, forest, parse_set, symbolic
+from hybrid_sleep.eval.tasks.gsm_infinite import GsmSymbolic, parse_set, symbolic
+from hybrid_sleep.eval.tasks.sampling import TEST_SHARE
 
 ROOT = re.compile(r"assign (V\d+) = (\d+)\.")
 STEP = re.compile(r"assign (V\d+) = (V\d+)(?: ([+-]) 1)?\.")
@@ -83,12 +84,12 @@ def test_the_reading_of_a_problem_made_by_hand():
     assert reading.answers() == {"V03", "V11", "V21"}
     assert reading.operations() == 4
     assert len(reading.core()) == 6
-    pairs = [forest.read_assignment(s.removesuffix(".")) for s in reading.said]
+    pairs = [symbolic.read_assignment(s.removesuffix(".")) for s in reading.said]
     values = {"V03": 9, "V07": 10, "V10": 10, "V11": 9, "V20": 10, "V21": 9, "V30": 0, "V31": 1}
-    assert forest.evaluate(pairs) == values
-    assert forest.evaluate([*pairs, ("V31", "2")]) is None
-    assert forest.evaluate([*pairs, ("V50", "V51")]) is None
-    assert forest.evaluate([*pairs, ("V50", "V51"), ("V51", "V50 + 1")]) is None
+    assert symbolic.evaluate(pairs) == values
+    assert symbolic.evaluate([*pairs, ("V31", "2")]) is None
+    assert symbolic.evaluate([*pairs, ("V50", "V51")]) is None
+    assert symbolic.evaluate([*pairs, ("V50", "V51"), ("V51", "V50 + 1")]) is None
 
 
 @pytest.mark.parametrize("params", SETTINGS, ids=["small", "bare", "noise", "long"])
@@ -183,7 +184,7 @@ def test_splits_never_meet():
             cores[split].add(tuple(Reading(meta["problem"], meta["question"]).core()))
     assert not cores["train"] & cores["test"]
     # 100 * 99 pairs of names, 11 roots, 3 steps but -1 of 0: 4000 draws seldom meet.
-    possible = 9900 * 32 / forest.TEST_SHARE
+    possible = 9900 * 32 / TEST_SHARE
     expected = possible * (1 - math.exp(-4000 / possible))
     assert len(cores["test"]) == pytest.approx(expected, rel=0.05)
 

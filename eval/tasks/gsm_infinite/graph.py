@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from hybrid_sleep.eval.tasks.gsm_infinite.stream import Stream
+from hybrid_sleep.eval.tasks.sampling import Stream
 
 COUNT, AVERAGE, TOTAL, GRAND = "count", "average", "total", "grand"
 LARGEST_CONSTANT = 4

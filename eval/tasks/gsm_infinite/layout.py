@@ -7,12 +7,12 @@ import hashlib
 import itertools
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hybrid_sleep.eval.tasks.base import IGNORED, Task
-from hybrid_sleep.eval.tasks.gsm_infinite.sentences import Vocabulary
+from hybrid_sleep.eval.tasks.gsm_infinite.language import Vocabulary, slack
 
 if TYPE_CHECKING:
     import torch
@@ -199,3 +199,36 @@ def check_choices(
             f"each once, got {given!r}"
         )
     return chosen
+
+
+def check_fit(
+    recipe: Any,
+    probes: Callable[[int], Sequence[Sequence[Any]]],
+    shortest: int,
+    fillers: str,
+) -> None:
+    """Raise ValueError for a length that too many problems exceed, or cannot be filled up to.
+
+    `probes(op)` draws problems of any length, in groups (drafts with `tokens` and `fits`). Three
+    quarters of those with most operations must be short enough. A quarter of each group must be
+    such that `fillers`, whose shortest sentence has `shortest` tokens, can fill what is left.
+    """
+    most, length = max(recipe.ops), recipe.length
+    tokens = sorted(draft.tokens for group in probes(most) for draft in group)
+    needed = tokens[len(tokens) * 3 // 4]
+    if length < needed:
+        raise ValueError(f"length must be at least {needed} for op={most}, got {length}")
+    if recipe.slack is None or recipe.slack == shortest - 1:
+        return
+    groups = [group for op in recipe.ops for group in probes(op)]
+
+    def fitting(tried: int) -> bool:
+        other = replace(recipe, length=tried, slack=slack(tried, shortest))
+        return all(sum(draft.fits(other) for draft in g) * 4 >= len(g) for g in groups)
+
+    if not fitting(length):
+        longer = next(tried for tried in itertools.count(length) if fitting(tried))
+        raise ValueError(
+            f"length must be one that {fillers} can fill problems of these ops up to (unless "
+            f"noise=False), such as {longer}, got {length}"
+        )

@@ -14,26 +14,31 @@ from typing import Any, NamedTuple
 
 from hybrid_sleep.eval.tasks.base import Majority
 from hybrid_sleep.eval.tasks.gsm_infinite.answers import parse_answer
-from hybrid_sleep.eval.tasks.gsm_infinite.filling import slack
-from hybrid_sleep.eval.tasks.gsm_infinite.generator import (
-    Draft,
-    Problem,
-    Recipe,
-    draw_draft,
-    problems,
-)
 from hybrid_sleep.eval.tasks.gsm_infinite.graph import LARGEST_OP, LARGEST_VALUE
+from hybrid_sleep.eval.tasks.gsm_infinite.language import (
+    THEMES,
+    Vocabulary,
+    all_words,
+    read_statement,
+    slack,
+    theme_of,
+)
 from hybrid_sleep.eval.tasks.gsm_infinite.layout import (
     LONGEST,
     SAMPLED,
     WordTask,
     best_per_label,
     check_choices,
+    check_fit,
 )
-from hybrid_sleep.eval.tasks.gsm_infinite.reading import read_statement, theme_of
-from hybrid_sleep.eval.tasks.gsm_infinite.sentences import Vocabulary, all_words
-from hybrid_sleep.eval.tasks.gsm_infinite.stream import Stream
-from hybrid_sleep.eval.tasks.gsm_infinite.themes import THEMES
+from hybrid_sleep.eval.tasks.gsm_infinite.problems import (
+    Draft,
+    Problem,
+    Recipe,
+    draw_draft,
+    problems,
+)
+from hybrid_sleep.eval.tasks.sampling import Stream
 from hybrid_sleep.validation import check_count, check_flag
 
 MODES = ("forward", "reverse")
@@ -124,7 +129,12 @@ class GsmInfinite(WordTask):
             self._lay_out(length, windows, SOLUTION_CUE, tail, "the solution")
         else:
             self._lay_out(length, windows, CUE, ANSWER_TOKENS, "the answer")
-        _check_fit(self.recipe)
+        check_fit(
+            self.recipe,
+            lambda op: [_probes(op, d, mode) for mode in self.recipe.modes],
+            SHORTEST,
+            "distractors",
+        )
 
     def _problems(self, split: str, seed: int) -> Iterator[Problem]:
         return problems(self.recipe, split, seed)
@@ -164,31 +174,6 @@ class GsmInfinite(WordTask):
     def chance(self) -> float:
         """A uniform guess among 1..1000."""
         return 1 / LARGEST_VALUE
-
-
-def _check_fit(recipe: Recipe) -> None:
-    """ValueError for a length that too many problems exceed, or cannot be filled up to."""
-    most, length = max(recipe.ops), recipe.length
-    drafts = [draft for mode in recipe.modes for draft in _probes(most, recipe.d, mode)]
-    shortest = sorted(draft.tokens for draft in drafts)[len(drafts) * 3 // 4]
-    if length < shortest:
-        raise ValueError(
-            f"length must be at least {shortest} for op={most}, got {length}"
-        )
-    if recipe.slack is None or recipe.slack == SHORTEST - 1:
-        return
-    pairs = [_probes(op, recipe.d, mode) for op in recipe.ops for mode in recipe.modes]
-
-    def fits(tried: int) -> bool:
-        other = replace(recipe, length=tried, slack=slack(tried, SHORTEST))
-        return all(sum(d.fits(other) for d in drafts) * 4 >= len(drafts) for drafts in pairs)
-
-    if not fits(length):
-        longer = next(tried for tried in itertools.count(length) if fits(tried))
-        raise ValueError(
-            "length must be one that distractors can fill problems of these ops up to (unless "
-            f"noise=False), such as {longer}, got {length}"
-        )
 
 
 @lru_cache(maxsize=256)

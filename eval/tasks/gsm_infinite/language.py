@@ -1,12 +1,21 @@
-"""What the problems say, and the closed vocabulary they say it in."""
+"""The language of the problems: themes, sentences and how they are parsed, a closed vocabulary."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
 
-from hybrid_sleep.eval.tasks.gsm_infinite.graph import COUNT, Definition, Form, Quantity
-from hybrid_sleep.eval.tasks.gsm_infinite.themes import FIRST_NAMES, THEMES, Naming
+from hybrid_sleep.eval.tasks.gsm_infinite.graph import (
+    AVERAGE,
+    COUNT,
+    GRAND,
+    TOTAL,
+    Definition,
+    Form,
+    Quantity,
+)
 
 FILL, END = "<fill>", "<end>"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -15,6 +24,96 @@ _OTHER_WORDS = (
     "The the equals plus times sum difference between and exists its number is greater than How "
     "many does have What Define as so unknown It given that Answer Solution"
 )
+TOLERANCE = 20  # a problem lacks at most one part in so many of its target
+ROOMY = 256  # here a few sentences of any task's lengths reach every room
+FIRST_NAMES = (
+    "Amber", "Birch", "Copper", "Crane", "Ember", "Falcon", "Granite", "Heron",
+    "Ivory", "Juniper", "Larch", "Marble", "Otter", "Raven", "Silver", "Thistle",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Things of several kinds at several places, each with a number of parts.
+
+    A place is one of `FIRST_NAMES` and one of `sites`, a kind of thing one of `kinds` and
+    `thing` (`things`): one word each, so that every problem has the length it would have under
+    other names.
+    """
+
+    name: str
+    thing: str
+    things: str
+    parts: str
+    kinds: tuple[str, ...]
+    sites: tuple[str, ...]
+
+    @property
+    def places(self) -> int:
+        """How many places there are."""
+        return len(FIRST_NAMES) * len(self.sites)
+
+    def place(self, index: int) -> str:
+        """The name of a place."""
+        first, site = divmod(index, len(self.sites))
+        return f"{FIRST_NAMES[first]} {self.sites[site]}"
+
+    @cached_property
+    def phrases(self) -> dict[str, str]:
+        """How each sort of quantity is named, with `{kind}` and `{place}` to fill in."""
+        return {
+            COUNT: f"number of {{kind}} {self.things} in {{place}}",
+            AVERAGE: f"average number of {self.parts} per {{kind}} {self.thing} in {{place}}",
+            TOTAL: f"total number of {self.things} in {{place}}",
+            GRAND: f"total number of {self.parts} in {{place}}",
+        }
+
+
+THEMES = {
+    theme.name: theme
+    for theme in (
+        Theme(
+            "orchard", "tree", "trees", "nests",
+            ("almond", "apple", "apricot", "cherry", "chestnut", "fig", "hazel", "lemon",
+             "medlar", "mulberry", "olive", "peach", "pear", "plum", "quince", "walnut"),
+            ("Estate", "Farm", "Garden", "Grove", "Hill", "Orchard", "Terrace", "Valley"),
+        ),
+        Theme(
+            "harbour", "boat", "boats", "sailors",
+            ("cargo", "ferry", "fishing", "mail", "patrol", "pilot", "racing", "rescue",
+             "research", "river", "sailing", "salvage", "supply", "survey", "training", "whaling"),
+            ("Bay", "Cove", "Harbour", "Haven", "Landing", "Port", "Quay", "Sound"),
+        ),
+        Theme(
+            "library", "shelf", "shelves", "books",
+            ("art", "chess", "cookery", "craft", "drama", "history", "language", "law",
+             "medicine", "music", "mystery", "nature", "poetry", "science", "sports", "travel"),
+            ("Academy", "Archive", "College", "Hall", "House", "Institute", "Library", "School"),
+        ),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Naming:
+    """What the places and items of a problem, which are numbers, are called."""
+
+    theme: Theme
+    places: tuple[int, ...]
+    items: tuple[int, ...]
+
+    def kind(self, quantity: Quantity) -> str:
+        """The kind of thing of a count or an average."""
+        return self.theme.kinds[self.items[quantity.item]]
+
+    def place(self, quantity: Quantity) -> str:
+        """Where the quantity is counted."""
+        return self.theme.place(self.places[quantity.place])
+
+    def name(self, quantity: Quantity) -> str:
+        """`number of pear trees in Amber Hill` and the like."""
+        kind = self.kind(quantity) if quantity.item >= 0 else ""
+        return self.theme.phrases[quantity.sort].format(kind=kind, place=self.place(quantity))
 
 
 def stated(quantity: Quantity, definition: Definition, naming: Naming) -> str:
@@ -164,3 +263,56 @@ def _ends_in_name(text: str) -> bool:
     """Whether a digit would continue the last word: a number, or a single letter."""
     last = text.rpartition(" ")[2].lstrip("(")
     return last.isdigit() or last[:1] in LETTERS and not last[1:].strip("0123456789") != ""
+
+
+def theme_of(question: str) -> Theme | None:
+    """The theme in whose words a question is asked; None if it is no question."""
+    found = [t for t in THEMES.values() if re.fullmatch(_grammar(t)["question"], question)]
+    return found[0] if found else None
+
+
+def read_statement(theme: Theme, sentence: str) -> tuple[str, str | None] | None:
+    """Name and definition in `The NAME equals DEFINITION`, None where NAME only exists.
+
+    None for a sentence (without its full stop) that the theme has not.
+    """
+    grammar = _grammar(theme)
+    if found := re.fullmatch(grammar["exists"], sentence):
+        return found[1], None
+    found = re.fullmatch(grammar["equals"], sentence)
+    return found and (found[1], found[2])
+
+
+@cache
+def _grammar(theme: Theme) -> dict[str, str]:
+    """Patterns for `question`, `exists` and `equals`."""
+    kind = f"(?:{'|'.join(theme.kinds)})"
+    place = f"(?:{'|'.join(FIRST_NAMES)}) (?:{'|'.join(theme.sites)})"
+    names = {
+        sort: phrase.format(kind=kind, place=place) for sort, phrase in theme.phrases.items()
+    }
+    name = f"(?:{'|'.join(names.values())})"
+    others = "|".join(phrase for sort, phrase in names.items() if sort != COUNT)
+    one = f"the {name}"
+    several = f"the sum of {one}(?: and {one}|(?:, {one})+, and {one})"
+    operands = f"(?:{one}|{several}|the difference between {one} and {one})"
+    return {
+        "question": (
+            f"How many {kind} {theme.things} does {place} have\\?|What is the (?:{others})\\?"
+        ),
+        "exists": f"The ({name}) exists, and its number is greater than 0",
+        "equals": f"The ({name}) equals (\\d+|(?:\\d (?:plus|times) )?{operands})",
+    }
+
+
+def slack(length: int, shortest: int) -> int:
+    """How many tokens may lack of `length`: 5 %, and fewer than the `shortest` sentence has."""
+    return min(length // TOLERANCE, shortest - 1)
+
+
+@lru_cache(maxsize=1 << 14)
+def fillable(room: int, left: int, costs: tuple[int, ...]) -> bool:
+    """Whether sentences of `costs` tokens, any number of each, leave at most `left` of `room`."""
+    if room <= left or room >= ROOMY:
+        return room >= 0
+    return any(fillable(room - cost, left, costs) for cost in costs if cost <= room)

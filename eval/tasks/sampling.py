@@ -1,16 +1,26 @@
-"""Drawing many examples at once from raw Philox words, each for the split that its hash names."""
+"""Random draws for tasks, all from raw Philox words, and which split a draw belongs to.
+
+The raw words of a bit generator are the same in every version of numpy; what its methods make of
+them (a permutation, a choice) is not. So a task stays the same, token for token, and with it every
+published number.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from hybrid_sleep.eval.tasks.base import SPLITS
 
-TEST_SHARE = 16  # one context in this many is a test context
+T = TypeVar("T")
+
+TEST_SHARE = 16  # one context, or problem, in this many belongs to the test split
 WORDS_AT_ONCE = 1 << 18
 CARDS_AT_ONCE = 1 << 20
+STREAM_WORDS = 256
 U64 = np.uint64
 THRESHOLD = U64(2**64 // TEST_SHARE)
 
@@ -64,3 +74,54 @@ def mix(words: np.ndarray) -> np.ndarray:
     mixed = (mixed ^ (mixed >> U64(30))) * U64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> U64(27))) * U64(0x94D049BB133111EB)
     return mixed ^ (mixed >> U64(31))
+
+
+def in_test(content: str) -> bool:
+    """Whether what `content` says belongs to the test split: by its hash alone."""
+    digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % TEST_SHARE == 0
+
+
+class Stream:
+    """Choices that depend on `entropy` (integers >= 0) alone."""
+
+    def __init__(self, *entropy: int):
+        self._philox = np.random.Philox(np.random.SeedSequence(entropy))
+        self._words: list[int] = []
+
+    def below(self, n: int) -> int:
+        """An integer of 0..n-1."""
+        if not self._words:
+            self._words = self._philox.random_raw(STREAM_WORDS).tolist()
+        return (self._words.pop() * n) >> 64
+
+    def pick(self, options: Sequence[T]) -> T:
+        """One of `options`."""
+        return options[self.below(len(options))]
+
+    def weighted(self, options: Sequence[tuple[int, T]]) -> T:
+        """The second of one of the pairs (weight, option), drawn by the first."""
+        at = self.below(sum(weight for weight, _ in options))
+        for weight, option in options:
+            at -= weight
+            if at < 0:
+                return option
+        raise AssertionError("unreachable: `at` is below the sum of the weights")
+
+    def chance(self, percent: int) -> bool:
+        """True in `percent` of 100 calls."""
+        return self.below(100) < percent
+
+    def shuffle(self, items: list) -> list:
+        """`items`, shuffled in place."""
+        for i in range(len(items) - 1, 0, -1):
+            j = self.below(i + 1)
+            items[i], items[j] = items[j], items[i]
+        return items
+
+    def distinct(self, n: int, count: int) -> list[int]:
+        """`count` different integers of 0..n-1."""
+        drawn: dict[int, None] = {}
+        while len(drawn) < count:
+            drawn[self.below(n)] = None
+        return list(drawn)

@@ -1,15 +1,13 @@
-"""Problems drawn one after another, each solved once more before it leaves."""
+"""Problems drawn one after another, among distractors, each solved once more before it leaves."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from hybrid_sleep.eval.tasks.base import SPLITS
-from hybrid_sleep.eval.tasks.gsm_infinite import sentences
-from hybrid_sleep.eval.tasks.gsm_infinite.filling import fillable
+from hybrid_sleep.eval.tasks.gsm_infinite import language
 from hybrid_sleep.eval.tasks.gsm_infinite.graph import (
     AVERAGE,
     COUNT,
@@ -20,16 +18,17 @@ from hybrid_sleep.eval.tasks.gsm_infinite.graph import (
     Definition,
     Form,
     Quantity,
+    draw_constant,
     draw_core,
     form,
     forms_of,
     hide,
 )
-from hybrid_sleep.eval.tasks.gsm_infinite.noise import distractors, sure_definitions
-from hybrid_sleep.eval.tasks.gsm_infinite.stream import Stream
-from hybrid_sleep.eval.tasks.gsm_infinite.themes import THEMES, Naming, Theme
+from hybrid_sleep.eval.tasks.gsm_infinite.language import THEMES, Naming, Theme, fillable
+from hybrid_sleep.eval.tasks.sampling import Stream, in_test
 
-TEST_SHARE = 16  # one problem in this many is a test problem
+TRIES = 4
+FEW = 4  # names left before a place is added
 
 
 @dataclass(frozen=True)
@@ -92,19 +91,19 @@ class Draft:
         core, said = self.core, []
         for quantity, definition in core.definitions.items():
             if quantity == self.hidden:
-                said.append(sentences.exists(quantity, naming))
+                said.append(language.exists(quantity, naming))
             elif quantity.item >= 0:
-                said.append(sentences.stated(quantity, definition, naming))
+                said.append(language.stated(quantity, definition, naming))
         if self.hidden is not None:
-            said.append(sentences.given(core.last, core.values[core.last], naming))
+            said.append(language.given(core.last, core.values[core.last], naming))
         return said
 
     @cached_property
     def tokens(self) -> int:
         """Tokens of statements and question, which any names leave the same."""
         naming = self.naming(tuple(range(self.core.places)), tuple(range(self.core.items)))
-        text = [*self.statements(naming), sentences.question(self.asked, naming)]
-        return sum(len(sentences.split_tokens(sentence)) for sentence in text)
+        text = [*self.statements(naming), language.question(self.asked, naming)]
+        return sum(len(language.split_tokens(sentence)) for sentence in text)
 
     @cached_property
     def costs(self) -> tuple[int, ...]:
@@ -112,7 +111,7 @@ class Draft:
         naming = self.naming(tuple(range(self.core.places)), tuple(range(self.core.items)))
         other = next(q for q in self.core.definitions if q.item >= 0)._replace(sort=COUNT)
         return tuple(
-            len(sentences.split_tokens(sentences.stated(other, definition, naming)))
+            len(language.split_tokens(language.stated(other, definition, naming)))
             for definition in sure_definitions(self.core)
         )
 
@@ -149,13 +148,13 @@ def problems(recipe: Recipe, split: str, seed: int) -> Iterator[Problem]:
                 tuple(stream.distinct(draft.theme.places, draft.core.places)),
                 tuple(stream.distinct(len(draft.theme.kinds), draft.core.items)),
             )
-            if in_test(draft.core, naming) == (split == "test"):
+            if in_test(_content(draft.core, naming)) == (split == "test"):
                 break
         yield _written(stream, recipe, draft, naming)
 
 
-def in_test(core: Core, naming: Naming) -> bool:
-    """Whether a core belongs to the test split: by a hash of what its definitions say.
+def _content(core: Core, naming: Naming) -> str:
+    """What the definitions of a core say, for the hash that decides its split.
 
     Order, distractors, and which quantity is hidden make no difference, so a problem and its
     reverse are in the same split.
@@ -172,9 +171,7 @@ def in_test(core: Core, naming: Naming) -> bool:
             operands.sort()
         if quantity.item >= 0:  # a total reads whatever is mentioned at its place
             said.append((named(quantity), definition[:3], operands))
-    content = repr((naming.theme.name, named(core.last), sorted(said))).encode()
-    digest = hashlib.blake2b(content, digest_size=8).digest()
-    return int.from_bytes(digest, "big") % TEST_SHARE == 0
+    return repr((naming.theme.name, named(core.last), sorted(said)))
 
 
 def _written(stream: Stream, recipe: Recipe, draft: Draft, naming: Naming) -> Problem:
@@ -188,21 +185,21 @@ def _written(stream: Stream, recipe: Recipe, draft: Draft, naming: Naming) -> Pr
         )
 
         def cost(quantity: Quantity, definition: Definition) -> int:
-            return len(sentences.split_tokens(sentences.stated(quantity, definition, naming)))
+            return len(language.split_tokens(language.stated(quantity, definition, naming)))
 
         room = recipe.length - length
         extra = distractors(
             stream, core, recipe.d, places, kinds, room, cost, recipe.slack, draft.costs
         )
-        noise = [sentences.stated(*pair, naming) for pair in extra.items()]
-        length += sum(len(sentences.split_tokens(sentence)) for sentence in noise)
+        noise = [language.stated(*pair, naming) for pair in extra.items()]
+        length += sum(len(language.split_tokens(sentence)) for sentence in noise)
         said += noise
     stated = {q: definition for q, definition in core.definitions.items() if q.item >= 0} | extra
     last = None if draft.hidden is None else (core.last, core.values[core.last])
     found = solve(stated, draft.asked, draft.hidden, last)
     if found != draft.answer:
         raise RuntimeError(f"the answer is {found}, not {draft.answer}, to: {' '.join(said)}")
-    text = sentences.solution(
+    text = language.solution(
         core.definitions,
         draft.forms(),
         draft.hidden,
@@ -217,7 +214,7 @@ def _written(stream: Stream, recipe: Recipe, draft: Draft, naming: Naming) -> Pr
         d=recipe.d,
         length=length,
         problem=" ".join(stream.shuffle(said)),
-        question=sentences.question(draft.asked, naming),
+        question=language.question(draft.asked, naming),
         solution=text,
         answer=draft.answer,
     )
@@ -273,3 +270,125 @@ def _implied(total: Quantity, stated: Mapping[Quantity, Definition]) -> Definiti
         return None
     pairs = tuple(q for count in counts for q in (count, averages[count.item]))
     return Definition(0, "", GRAND, pairs)
+
+
+def distractors(
+    stream: Stream,
+    core: Core,
+    d: int,
+    places: int,
+    items: int,
+    room: int,
+    cost: Callable[[Quantity, Definition], int],
+    slack: int,
+    costs: tuple[int, ...],
+) -> dict[Quantity, Definition]:
+    """Definitions of other quantities, of `room` tokens less at most `slack`.
+
+    Each reads one or two of the core's quantities or of the ones before it, or is a constant. None
+    is a total, and none lies at a place whose total the core reads, so that nothing in the core
+    changes. `places` and `items` are how many names there are; `cost` counts a sentence's tokens.
+    `costs`: those of `sure_definitions` for a count, with which `room` must be fillable.
+    """
+    names = _Names(stream, core, d, places, items)
+    values = {quantity: Form(0, value) for quantity, value in core.values.items()}
+    needed, drawn = list(core.values), {}
+    while (quantity := names.draw(names.sorts)) is not None:
+        definition = _reading(stream, needed, list(drawn), values)
+        spent = cost(quantity, definition)
+        if not fillable(room - spent, slack, costs):
+            quantity = names.draw((COUNT,))
+            if quantity is None:
+                break
+            sure = (_leaf(stream), *sure_definitions(core)[1:])
+            ends = [fillable(room - spent, slack, costs) for spent in costs]
+            if not any(ends):
+                break
+            definition, spent = sure[ends.index(True)], costs[ends.index(True)]
+        room -= spent
+        drawn[quantity] = definition
+        values[quantity] = form(definition, values)
+    return drawn
+
+
+def _reading(
+    stream: Stream, needed: list[Quantity], drawn: list[Quantity], values: dict[Quantity, Form]
+) -> Definition:
+    """A definition worth 1..1000 that reads something, if a few tries find one."""
+    for _ in range(TRIES if stream.chance(85) else 0):
+        pools = [drawn if drawn and stream.chance(50) else needed for _ in range(2)]
+        operands = [stream.pick(pool) for pool in pools[: 1 + stream.below(2)]]
+        if len(set(operands)) < len(operands):
+            continue
+        operands.sort(key=lambda operand: -values[operand].level)
+        join = "" if len(operands) == 1 else stream.pick(("sum", "difference"))
+        if join == "sum":
+            stream.shuffle(operands)
+        sign = stream.pick(("", "plus", "times"))
+        constant = draw_constant(stream, sign) if sign else 0
+        definition = Definition(constant, sign, join, tuple(operands))
+        if 1 <= form(definition, values).level <= LARGEST_VALUE:
+            return definition
+    return _leaf(stream)
+
+
+def sure_definitions(core: Core) -> tuple[Definition, ...]:
+    """Definitions of three lengths, the shortest first, that any distractor can have."""
+    leaf = next(q for q, definition in core.definitions.items() if not definition.operands)
+    return (
+        Definition(1, "", "", ()),
+        Definition(0, "", "", (leaf,)),
+        Definition(1, "plus", "", (leaf,)),
+    )
+
+
+def _leaf(stream: Stream) -> Definition:
+    return Definition(draw_constant(stream, ""), "", "", ())
+
+
+class _Names:
+    """Names that are free: at the core's places without a total, then at ever more others."""
+
+    def __init__(self, stream: Stream, core: Core, d: int, places: int, items: int):
+        self.stream, self.limits = stream, (places, items)
+        self.sorts = (COUNT,) if d == 2 else (COUNT, AVERAGE)
+        closed = {quantity.place for quantity in core.values if quantity.item < 0}
+        self.used = set(core.values)
+        self.places: list[int] = []
+        self.next_place, self.items = core.places, core.items
+        self.free: list[Quantity] = []
+        for place in range(core.places):
+            if place not in closed:
+                self._open(place)
+
+    def draw(self, sorts: tuple[str, ...]) -> Quantity | None:
+        """A free name of one of these sorts, or None if all are taken."""
+        while True:
+            options = [i for i, quantity in enumerate(self.free) if quantity.sort in sorts]
+            if len(options) >= FEW or not self._more():
+                break
+        if not options:
+            return None
+        at = self.stream.pick(options)
+        self.free[at], self.free[-1] = self.free[-1], self.free[at]
+        return self.free.pop()
+
+    def _more(self) -> bool:
+        places, items = self.limits
+        if self.next_place < places:
+            self._open(self.next_place)
+            self.next_place += 1
+        elif self.items < items:
+            self.items += 1
+            self._add(self.places, (self.items - 1,))
+        else:
+            return False
+        return True
+
+    def _open(self, place: int) -> None:
+        self.places.append(place)
+        self._add((place,), range(self.items))
+
+    def _add(self, places: Iterable[int], items: Sequence[int]) -> None:
+        fresh = [Quantity(sort, p, i) for p in places for i in items for sort in self.sorts]
+        self.free += [quantity for quantity in fresh if quantity not in self.used]
