@@ -102,7 +102,8 @@ def build_trainer(
     train, held_out = _data(run, arguments, tuple(depths), position)
     set_seed(settings.seed)
     model = build_model(run)
-    model.set_activation_checkpointing(settings.activation_checkpointing)
+    granularity: Any = settings.activation_checkpointing
+    model.set_activation_checkpointing(granularity)
     model.set_truncation(settings.backprop_passes, settings.backprop_windows)
     trainer = SleepTrainer(
         model,
@@ -137,7 +138,7 @@ def _data(
         tokenizer, source = run.load_tokenizer(), open_source(run.text)
         vocab_size = run.model_config().vocab_size
         source.check(tokenizer, vocab_size=vocab_size, rows=settings.batch_size)
-        train = TextBatches(source, tokenizer, rows=settings.batch_size, start=position, **shared)
+        batches = TextBatches(source, tokenizer, rows=settings.batch_size, start=position, **shared)
         held_out = None
         if run.text.held_out:
             held_out = TextHeldOut(source, tokenizer, depths=depths, count=settings.eval_examples)
@@ -147,7 +148,7 @@ def _data(
                 "train.eval_every must be null where text.held_out=0 keeps nothing to evaluate on, "
                 f"got {settings.eval_every}"
             )
-        return train, held_out
+        return batches, held_out
     task = run.load_task()
     train = TaskBatches(
         task,
@@ -167,7 +168,7 @@ def _check_in_step(run: RunConfig) -> None:
     would wait for the others for ever.
     """
     if run.text is not None or "attention_mask" in run.load_task().batch("train", 0, 1):
-        what = "text" if run.text is not None else f"task {run.task.name!r}"
+        what = "text" if run.task is None else f"task {run.task.name!r}"
         raise ValueError(
             f"train.deepspeed must be ZeRO stage 0, 1 or 2 for {what}, whose rows have boundaries "
             "of their own, at which processes would wait for each other, got stage 3 of "

@@ -88,7 +88,9 @@ class RunLog(TrainerCallback):
         self.rates = {group.get("algorithm", "all"): group["lr"] for group in groups}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.pending.append((self.trainer.last_step, self.rates))
+        step = self.trainer.last_step
+        assert step is not None
+        self.pending.append((step, self.rates))
         last = state.global_step >= state.max_steps
         ahead = control.should_save or control.should_evaluate
         if state.global_step % self.every == 0 or last or ahead:
@@ -124,7 +126,8 @@ class RunLog(TrainerCallback):
             return
         pending, self.pending = self.pending, []
         tokens = sum(record.tokens for record, _ in pending)
-        parts = [torch.stack([record.loss.detach().double() for record, _ in pending]).cpu()]
+        shares = [torch.as_tensor(record.loss).detach().double() for record, _ in pending]
+        parts = [torch.stack(shares).cpu()]
         parts.append(torch.tensor([tokens], dtype=torch.float64))
         if self.losses is not None:
             parts.append(self.losses.tensor().cpu().flatten())
@@ -133,7 +136,7 @@ class RunLog(TrainerCallback):
         for (record, _), loss in zip(pending, losses, strict=True):
             if not math.isfinite(loss):
                 raise ValueError(self._diverged(record, loss))
-        memory = memory_in_use(pending[-1][0].loss.device)
+        memory = memory_in_use(shares[-1].device)
         most = torch.tensor([memory["current"], memory["peak"]], dtype=torch.float64)
         current, peak = over_ranks(most, "MAX").tolist()
         memory |= {"current": int(current), "peak": int(peak)}
@@ -210,7 +213,9 @@ class StopOnSignal(TrainerCallback):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        usual: dict[int, Any] = {
+            number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
+        }
 
         def request(number: int, frame: Any) -> None:
             self.requested = True

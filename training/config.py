@@ -181,9 +181,11 @@ class RunConfig:
             given = "neither" if self.task is None else "both"
             raise ValueError(f"one of task and text must be given, got {given}")
         # A model that is all there was resolved before, or is to come from an earlier stage.
-        resolved = self.init is None or self.model.keys() >= inherited()
+        resolved = self.model.keys() >= inherited()
         self.model = _model_section(self.model)
-        start = {} if resolved else initial_model(self.init, self.model)
+        start = {}
+        if self.init is not None and not resolved:
+            start = initial_model(self.init, self.model)
         self.model = {**self._model_defaults, **start, **self.model}
         self._check_training(self.model_config())
         self.stage_runs()
@@ -203,8 +205,9 @@ class RunConfig:
                 "train.trainable must be 'all' where init.new_layers names no layers, got "
                 "'new_layers'"
             )
+        granularity: Any = self.train.activation_checkpointing
         try:
-            parse_granularity(self.train.activation_checkpointing, config.num_hidden_layers)
+            parse_granularity(granularity, config.num_hidden_layers)
         except ValueError as error:
             raise ValueError(f"train.activation_checkpointing: {error}") from error
         if self.train.deepspeed is not None:
@@ -234,6 +237,7 @@ class RunConfig:
     def _tokenizer(self) -> Any:
         from hybrid_sleep.training.text.tokenizer import load_tokenizer
 
+        assert self.text is not None
         return load_tokenizer(self.text.tokenizer)
 
     @functools.cached_property
@@ -256,7 +260,7 @@ class RunConfig:
             raise ValueError(f"model: {error}") from error
         least = self._model_defaults["vocab_size"]
         if config.vocab_size < least:
-            what = f"task {self.task.name!r}" if self.text is None else "text.tokenizer"
+            what = "text.tokenizer" if self.task is None else f"task {self.task.name!r}"
             raise ValueError(
                 f"model.vocab_size must be at least {least}, the tokens of {what}, got "
                 f"{config.vocab_size}"

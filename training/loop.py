@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
@@ -126,9 +127,9 @@ def fit(
         try:
             for step in range(start, steps):
                 done = StepRecord(step, None if policy is None else policy.draw(seed, step))
-                parts = [next(source, None) for _ in range(accumulate)]
-                if None in parts:
-                    raise _too_few(needed, (step - start) * accumulate + parts.index(None))
+                parts = list(itertools.islice(source, accumulate))
+                if len(parts) < accumulate:
+                    raise _too_few(needed, (step - start) * accumulate + len(parts))
                 for batch in parts:
                     if not isinstance(batch, Mapping):
                         raise ValueError(f"batches must hold mappings, got {type(batch).__name__}")
@@ -140,7 +141,7 @@ def fit(
                 optimizer.step()
                 _forget_gradients(model, optimizer)
                 record.steps = step + 1
-                record.losses.append(done.loss)
+                record.losses.append(float(done.loss))
                 record.depths.append(done.depth)
                 if on_step is not None and on_step(done):
                     break

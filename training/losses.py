@@ -69,7 +69,8 @@ class LossByPosition:
                     f"{name} must have the shape of the logits, {tuple(logits.shape[:2])}, got "
                     f"{tuple(tensor.shape)}"
                 )
-        labels, attention_mask, document_ids, positions = (
+        labels = labels.to(logits.device)
+        _, attention_mask, document_ids, positions = (
             None if tensor is None else tensor.to(logits.device) for tensor in given.values()
         )
         if document_ids is None:

@@ -126,19 +126,19 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _muon_step(self, group: dict[str, Any]) -> None:
         """torch.optim.Muon's update in float32, matrices of one shape together."""
-        shapes: dict[torch.Size, list[nn.Parameter]] = {}
+        shapes: dict[torch.Size, list[tuple[nn.Parameter, torch.Tensor]]] = {}
         for parameter in group["params"]:
             if parameter.grad is not None:
-                shapes.setdefault(parameter.shape, []).append(parameter)
+                shapes.setdefault(parameter.shape, []).append((parameter, parameter.grad))
         momentum, nesterov = group["momentum"], group["nesterov"]
-        for (rows, columns), parameters in shapes.items():
+        for (rows, columns), pairs in shapes.items():
             updates = []
-            for parameter in parameters:
+            for parameter, gradient in pairs:
                 state = self.state[parameter]
                 if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter.grad)
-                buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
-                updates.append(parameter.grad.lerp(buffer, momentum) if nesterov else buffer)
+                    state["momentum_buffer"] = torch.zeros_like(gradient)
+                buffer = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+                updates.append(gradient.lerp(buffer, momentum) if nesterov else buffer)
             stacked = orthogonalised(
                 torch.stack(updates).float(),
                 group["ns_coefficients"],
@@ -148,7 +148,7 @@ class MuonAdamW(torch.optim.Optimizer):
             scale = math.sqrt(max(1, rows / columns))
             if group["adjust_lr"] == "match_rms_adamw":
                 scale = 0.2 * math.sqrt(max(rows, columns))
-            for parameter, update in zip(parameters, stacked, strict=True):
+            for (parameter, _), update in zip(pairs, stacked, strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update.to(parameter.dtype), alpha=-group["lr"] * scale)
 
@@ -210,7 +210,7 @@ def parameter_groups(
             split["muon"].append(parameter)
         else:
             split["decayed" if parameter.ndim >= 2 else "rest"].append(parameter)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"algorithm": "muon", "params": split["muon"], "lr": lr_muon, "weight_decay": weight_decay},
         {"params": split["decayed"], "lr": lr_adamw, "weight_decay": weight_decay},
         {"params": split["rest"], "lr": lr_adamw, "weight_decay": 0.0},

@@ -142,7 +142,7 @@ def _template(line: int) -> str:
     )
 
 
-def _in_one_line(error: yaml.YAMLError, text: str) -> str:
+def _in_one_line(error: Any, text: str) -> str:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     if mark is None:
         return " ".join(str(error).split())

@@ -234,7 +234,7 @@ def _train(run: RunConfig, place: _Place, *, progress: bool) -> TrainResult:
     trainer = build_trainer(run, arguments, position=state["position"])
     trainer.checked = checkpoint
     trainer.accelerator.wait_for_everyone()
-    if main and universal:
+    if main and universal and checkpoint is not None:
         zero.to_universal(checkpoint)
     trainer.accelerator.wait_for_everyone()
     stop = StopOnSignal()
@@ -300,7 +300,7 @@ def save_model(trainer: SleepTrainer, run: RunConfig, out: Path) -> None:
 
     A folder without weights is unfinished; one with weights is whole. Collective.
     """
-    model = trainer.model
+    model: Any = trainer.model
     check_finite(model, "the end of training")
     weights = None
     if trainer.is_deepspeed_enabled:

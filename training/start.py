@@ -78,12 +78,13 @@ def build_model(run: RunConfig) -> HybridSleepForCausalLM:
     from hybrid_sleep import HybridSleepForCausalLM
 
     config = run.model_config()
-    new = set() if run.init is None else set(run.init.new_layers)
+    inserted = [] if run.init is None else run.init.new_layers
+    new = set(inserted)
     for i in new:
         if i >= config.num_hidden_layers or config.layer_types[i] != NEW_LAYER:
             raise ValueError(
                 f"init.new_layers must be indices of {NEW_LAYER!r} in model.layer_types="
-                f"{config.layer_types}, got {run.init.new_layers}"
+                f"{config.layer_types}, got {inserted}"
             )
     model = HybridSleepForCausalLM(config)
     if run.init is not None:

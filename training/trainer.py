@@ -65,6 +65,9 @@ class SleepTrainer(Trainer):
     `args.activation_checkpointing` stands for `model.set_activation_checkpointing("block")`.
     """
 
+    model: Any
+    args: Any
+
     def __init__(
         self,
         model: Any = None,
@@ -91,9 +94,9 @@ class SleepTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         ours = self.lr_muon is not None or self.args.optim in ADAMW
         if self.optimizer is None and ours:
-            trained = self.model if model is None else model
+            trained: Any = self.model if model is None else model
             rates = (self.lr_muon, self.args.learning_rate, self.args.weight_decay)
-            adam = {
+            adam: dict[str, Any] = {
                 "betas": (self.args.adam_beta1, self.args.adam_beta2),
                 "eps": self.args.adam_epsilon,
             }
@@ -124,12 +127,12 @@ class SleepTrainer(Trainer):
             check_fits(self.model, shapes(checkpoint, where), where)
         super()._load_from_checkpoint(checkpoint, model)
 
-    def _run_epoch(self, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Trainer takes a step before it asks whether one is left, and text has no end.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
-            super()._run_epoch(**kwargs)
+            super()._run_epoch(*args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

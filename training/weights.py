@@ -99,7 +99,7 @@ def _config(content: Mapping[str, Any], where: str) -> HybridSleepConfig:
 
 def shapes(folder: str | os.PathLike, where: str) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of the model in `folder`, without reading them (see `_opened`)."""
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for path in _files(folder, where):
         with _opened(path) as file:
             found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
@@ -111,7 +111,7 @@ def read_weights(folder: str | os.PathLike, where: str) -> dict[str, torch.Tenso
 
     Raises FileNotFoundError if there are none, ValueError if a file is damaged.
     """
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
     for path in _files(folder, where):
         with _opened(path) as file:
             weights |= {name: file.get_tensor(name) for name in file.keys()}

@@ -50,6 +50,7 @@ def read_config(train: TrainConfig) -> dict[str, Any]:
 
     Raises FileNotFoundError if there is no such file, ValueError for what does not go together.
     """
+    assert train.deepspeed is not None
     path = Path(train.deepspeed)
     where = f"train.deepspeed={str(path)!r}"
     if not path.is_file():
@@ -160,7 +161,7 @@ def prepare(config: dict[str, Any], device: str) -> None:
     warnings.filterwarnings("ignore", r".*torch\.distributed\..* is deprecated", FutureWarning)
     import deepspeed.comm  # noqa: F401
 
-    communication = sys.modules["deepspeed.comm.torch"]
+    communication: Any = sys.modules["deepspeed.comm.torch"]
     if on_cpu and hasattr(communication, "build_shm_op"):
         communication.build_shm_op = lambda: None
     if offloads_adam(config):

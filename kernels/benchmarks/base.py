@@ -7,6 +7,7 @@ that other load on the machine slows both. A ratio is that of one such pair.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -143,10 +144,13 @@ def _row(
     longest = max(x["seconds"] for x in opened.values())
     calls = min(MOST_CALLS, max(1, math.ceil(BURST_SECONDS / max(longest, 1e-9))))
     seconds = timing.interleaved(
-        {tree.name: tree for tree in (ours, base)},
+        {
+            tree.name: functools.partial(tree.request, do="time", calls=calls)
+            for tree in (ours, base)
+        },
         repeats,
         0,
-        lambda tree: tree.request(do="time", calls=calls)["seconds"],
+        lambda time: time()["seconds"],
     )
     for tree in (ours, base):
         tree.request(do="close")

@@ -59,8 +59,8 @@ def expected(op: Op, shape: Shape, direction: str, dtype: torch.dtype, device: A
     tolerances = [2 * error(x, y) + FLOOR[dtype] for x, y in zip(chunked, results, strict=True)]
     tensors = [name for name, x in given.items() if isinstance(x, Tensor)]
     gradients = [f"gradient of {name}" for name in tensors] if direction == BOTH else []
-    names = RESULTS[1:] if direction == STATE else RESULTS
-    names = [*names[: len(results) - len(gradients)], *gradients]
+    outputs = RESULTS[1:] if direction == STATE else RESULTS
+    names = [*outputs[: len(results) - len(gradients)], *gradients]
     return Expected(given, direction, results, tolerances, names)
 
 

@@ -345,7 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("out/compiled"))
     options = parser.parse_args(arguments)
-    dims = DIMS
+    dims: Sequence[Any] = DIMS
     if options.dims:
         dims = [tuple(int(size) for size in pair.split(",")) for pair in options.dims]
 

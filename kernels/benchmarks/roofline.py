@@ -67,7 +67,7 @@ def ssd(shape: Shape, direction: str, size: int) -> Cost:
     T, B, H, d = shape
     K = V = d
     moved = _moved(shape, direction, keys=K / H, size=size, gates=1)
-    flops = 2 * K * V
+    flops: float = 2 * K * V
     if direction != STATE:
         flops += 2 * K * V + 2 * CHUNK * K / H + 2 * CHUNK * V
     return Cost(moved, _flops(B * T * H * flops, direction))

@@ -166,8 +166,8 @@ def _measure(
         load = functools.partial(_load_baseline, baseline, call, direction, device)
         loads[baseline.name] = (load, baseline.prepare)
     found, works = {}, {}
-    for name, (load, prepare) in loads.items():
-        found[name], work = _warm_up(load, given, direction, device, prepare)
+    for name, (warm, prepare) in loads.items():
+        found[name], work = _warm_up(warm, given, direction, device, prepare)
         if work is not None:
             works[name] = work
     seconds = _time(works, found, repeats, least_seconds, timing.timer(device))
@@ -231,7 +231,7 @@ def _warm_up(
     return entry, None
 
 
-def _failure(error: Exception) -> str:
+def _failure(error: BaseException) -> str:
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return "needs more memory than the device has left"
     first = (str(error).splitlines() or [""])[0]
@@ -269,7 +269,7 @@ def _time(
         except _Failed as failed:
             (name,) = failed.args
             del works[name]
-            found[name]["reason"] = _failure(failed.__cause__)
+            found[name]["reason"] = _failure(failed.__cause__ or failed)
     return {}
 
 

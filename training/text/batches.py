@@ -81,8 +81,11 @@ class TextBatches(IterableDataset):
                 "num_workers must be 0 or 1, because the streams of a rank read their documents in "
                 f"order, got {worker.num_workers}"
             )
-        fresh = {"step": 0, "source": None, "streams": [[first, 0] for first in range(self.rows)]}
-        start = self.start or fresh
+        start = self.start or {
+            "step": 0,
+            "source": None,
+            "streams": [[first, 0] for first in range(self.rows)],
+        }
         begun = start["streams"][self.streams.start : self.streams.stop]
         shuffler = Shuffler(
             self.source,
@@ -108,7 +111,7 @@ class TextBatches(IterableDataset):
             for part in range(self.accumulate):
                 chosen = streams[part * size : (part + 1) * size]
                 rows = [stream.row() for stream in chosen]
-                batch = collate(rows, self.source.config, self.encoder)
+                batch: dict[str, Any] = collate(rows, self.source.config, self.encoder)
                 if bool((batch["labels"] == IGNORED).all()):
                     raise ValueError(
                         "text must have a token to predict in every batch, got one of "

@@ -25,6 +25,7 @@ class DatasetSource(TextSource):
 
     def __init__(self, config: TextConfig):
         self.config = config
+        assert config.dataset is not None
         wanted = dataclasses.asdict(config.dataset)
         self._named = f"text.dataset={wanted!r}"
         self.column = wanted.pop("column")
@@ -189,13 +190,14 @@ def _complaints() -> Iterator[list[str]]:
 
 def _reason(error: BaseException, heard: list[str]) -> str:
     """The first line of what was `heard` last, else of the first cause of `error` that has one."""
-    reasons = heard[-1:]
-    while not reasons and error is not None:
-        inner = error.__cause__ or error.__context__
-        text = str(error).strip()
+    reasons, cause = heard[-1:], error
+    while not reasons:
+        inner = cause.__cause__ or cause.__context__
+        text = str(cause).strip()
         if text and (inner is None or not str(inner).strip()):
-            reasons = [f"{type(error).__name__}: {text}"]
+            reasons = [f"{type(cause).__name__}: {text}"]
         elif inner is None:
-            reasons = [type(error).__name__]
-        error = inner
+            reasons = [type(cause).__name__]
+        else:
+            cause = inner
     return reasons[0].strip().partition("\n")[0]

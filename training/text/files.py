@@ -38,7 +38,7 @@ class FileSource(TextSource):
 
     def __init__(self, config: TextConfig):
         self.config = config
-        self.paths = find_files(config.files)
+        self.paths = find_files(config.files or [])
         whole = array("q")
         for number, path in enumerate(self.paths):
             for span in find_documents(path, config.separator):
@@ -48,9 +48,9 @@ class FileSource(TextSource):
             _check_separator(self.paths, config.separator)
         split = HoldOut(config.held_out, len(spans))
         training, held_out = array("q"), array("q")
-        size, place, data = chunk_bytes(config), -1, b""
-        for index, span in enumerate(spans):
-            number, start, end = span.tolist()
+        size, place = chunk_bytes(config), -1
+        data: mmap.mmap | bytes = b""
+        for index, (number, start, end) in enumerate(spans.tolist()):
             if number != place:
                 place, data = number, _mapped(self.paths[number])
             stop = start if split.draws(index) else end

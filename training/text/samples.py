@@ -41,10 +41,10 @@ def samples(
     encoder = Encoder(tokenizer)
     encoded = []
     for prompt in prompts:
-        ids = encoder(Document(prompt, ends=False))
-        if not len(ids):
+        given = encoder(Document(prompt, ends=False))
+        if not len(given):
             raise ValueError(f"prompt must have one or more tokens, got {prompt!r}")
-        encoded.append(torch.from_numpy(ids)[None].to(device))
+        encoded.append(torch.from_numpy(given)[None].to(device))
     # A vocabulary may be wider than the tokenizer's, which cannot decode the rest.
     unknown = list(range(len(tokenizer), model.config.vocab_size))
     texts = []
@@ -81,7 +81,7 @@ def held_out_samples(model: Any, held_out: TextHeldOut, *, passes: int, seed: in
     """
     tokenizer, window = held_out.encoder.tokenizer, model.config.window
     batch = next(held_out.batches())
-    prompts = []
+    prompts: list[str] = []
     for ids, document in zip(batch["input_ids"], batch["document_ids"], strict=True):
         # What the first document of the row begins with; a cut character is left out.
         start = ids[document == 0][: max(1, window // 2)]
