@@ -122,7 +122,8 @@ def _findings(error: ValidationError, kind: type, content: Any) -> Iterator[str]
         elif finding["type"] == "unexpected_keyword_argument":
             text = _unknown(rest[0], [f.name for f in dataclasses.fields(hint)], path or "a run")
         elif finding["type"] == "missing":
-            text = f"{'.'.join(filter(None, [path, rest[0]]))} must be given: it has no default"
+            name = ".".join(filter(None, [path, str(rest[0])]))
+            text = f"{name} must be given: it has no default"
         elif rest[-1:] == (KEY,):
             (of_key, _) = typing.get_args(_bare(hint))
             text = f"a key of {path} must be {_words(of_key)}, got {rest[0]!r}"
