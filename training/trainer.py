@@ -222,6 +222,7 @@ class SleepTrainer(Trainer):
         Every rank evaluates everything: under ZeRO-3 all of them must call the same layers.
         """
         held_out = self.eval_dataset if eval_dataset is None else eval_dataset
+        scores: dict[Any, dict[str, Any]]
         if isinstance(held_out, HeldOut):
             batches, depths = held_out.batches(), held_out.depths
             measured = measure_accuracy(self.model, held_out.task, batches, depths)
