@@ -34,9 +34,12 @@ class Kind(NamedTuple):
 
 
 COSTS, RENDER = "hybrid_sleep.eval.costs", "hybrid_sleep.eval.render"
+STUDIES = "hybrid_sleep.eval.studies"
 KINDS = {
-    "depth": Kind("hybrid_sleep.eval.depth_report", "accuracy.png"),
-    "demo": Kind("hybrid_sleep.eval.demo", "accuracy.png"),
+    "depth": Kind(
+        f"{RENDER}.depth", "accuracy.png", "hybrid_sleep.eval.measure.depth:DepthResult"
+    ),
+    "demo": Kind(f"{RENDER}.demo", "accuracy.png", "hybrid_sleep.eval.demo:DemoResult"),
     "generation": Kind(
         f"{RENDER}.generation", "generation.png", f"{COSTS}.generation:GenerationCost"
     ),
@@ -47,10 +50,11 @@ KINDS = {
     "sleep": Kind(f"{RENDER}.sleep_cpu", "sleep.png", f"{COSTS}.sleep_cpu:SleepCost"),
     "sleep_gpu": Kind(f"{RENDER}.sleep_gpu", "sleep.png", f"{COSTS}.sleep_gpu:GpuSleepCost"),
     "training": Kind(f"{RENDER}.training", "training.png", f"{COSTS}.training:TrainingCost"),
-    "ablation": Kind("hybrid_sleep.eval.ablation", "accuracy.png"),
     "harness": Kind("hybrid_sleep.eval.harness.report", "accuracy.png"),
-    "map": Kind("hybrid_sleep.eval.depth_map", "map.png"),
-    "suite": Kind("hybrid_sleep.eval.suite_report", "accuracy.png"),
+    "map": Kind(f"{RENDER}.depth_map", "map.png", f"{STUDIES}.depth_map:DepthMap"),
+    "comparison": Kind(
+        f"{RENDER}.comparison", "accuracy.png", f"{STUDIES}.comparison:Comparison"
+    ),
 }
 
 

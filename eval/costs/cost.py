@@ -20,15 +20,15 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from hybrid_sleep import SleepCache
-from hybrid_sleep.eval import flops
 from hybrid_sleep.eval.costs.break_even import Price, Verdict, together
 from hybrid_sleep.eval.costs.call import Call
 from hybrid_sleep.eval.costs.keeping import appended, consolidated, keeper_of, kept_cache
 from hybrid_sleep.eval.costs.models import untrained
 from hybrid_sleep.eval.costs.questions import DepoModel, DepoRow, Questions
 from hybrid_sleep.eval.costs.timing import CLOCK, stopwatch
-from hybrid_sleep.eval.depth import read_run
-from hybrid_sleep.eval.depth_report import run_record
+from hybrid_sleep.eval.measure import flops
+from hybrid_sleep.eval.measure.checkpoints import read_run
+from hybrid_sleep.eval.measure.depth import run_record
 from hybrid_sleep.eval.results import Result
 from hybrid_sleep.eval.tasks.accuracy import check_depths
 from hybrid_sleep.kernels.benchmarks.timing import interleaved

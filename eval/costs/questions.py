@@ -21,12 +21,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from hybrid_sleep import SleepCache
-from hybrid_sleep.eval import flops
 from hybrid_sleep.eval.costs.break_even import Verdict, break_even, together
 from hybrid_sleep.eval.costs.keeping import consolidated, keeper_of, kept_cache
 from hybrid_sleep.eval.costs.timing import Spread, stopwatch
-from hybrid_sleep.eval.depth_report import run_record
-from hybrid_sleep.eval.statistics import over_seeds
+from hybrid_sleep.eval.measure import flops
+from hybrid_sleep.eval.measure.depth import run_record
+from hybrid_sleep.eval.measure.statistics import over_seeds
 from hybrid_sleep.eval.tasks.depo import Depo
 from hybrid_sleep.sleep.weights import weights_digest
 from hybrid_sleep.training.weights import load_model

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hybrid_sleep.eval import depth
+from hybrid_sleep.eval.measure.checkpoints import read_run
 from hybrid_sleep.support.provenance import check_device
 from hybrid_sleep.training import weights
 
@@ -42,7 +42,7 @@ def check_sleep_options(options: Mapping[str, Any]) -> dict[str, Any]:
 def find_run(folder: Path) -> RunConfig | None:
     """The run that a checkpoint came from, if training left it beside the weights."""
     try:
-        return depth.read_run(folder)
+        return read_run(folder)
     except FileNotFoundError:
         return None
 

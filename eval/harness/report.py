@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hybrid_sleep.eval.plots import GREY, INK, STYLES, new_figure
+from hybrid_sleep.support.plots import GREY, INK, STYLES, new_figure
 from hybrid_sleep.support.provenance import describe
 
 if TYPE_CHECKING:

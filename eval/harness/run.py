@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybrid_sleep.eval.depth import check_depths, parse_depths
+from hybrid_sleep.eval.tasks.accuracy import check_depths, parse_depths
 from hybrid_sleep.support.provenance import provenance
 from hybrid_sleep.validation import check_count
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hybrid_sleep.eval.statistics import Z95, wilson
+from hybrid_sleep.eval.measure.statistics import Z95, wilson
 
 
 def scores(

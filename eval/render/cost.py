@@ -242,7 +242,7 @@ def _method(result: Cost) -> list[str]:
         "the number of questions on where prefill, sleeps and questions together cost at most as "
         "much as the alternative. The number is the middle one of the rounds.",
         "- FLOPs: 2 for each multiply-add of products, attention over visible pairs and "
-        "recurrences (eval/flops.py).",
+        "recurrences (eval/measure/flops.py).",
     ]
     if result.depo is not None:
         lines.insert(-1, "- Recomputing with the same sleeps costs more from 2 questions on by "

@@ -117,6 +117,17 @@ def check_depths(depths: Iterable[int]) -> list[int]:
     return sorted(checked)
 
 
+def parse_depths(text: str) -> list[int]:
+    """Depths from text such as `1-8` or `1,2,4-6`; ValueError for anything else."""
+    depths = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.strip().isdecimal() or (dash and not last.strip().isdecimal()):
+            raise ValueError(f"depths must be such as 1-8 or 1,2,4, got {text!r}")
+        depths += range(int(first), int(last if dash else first) + 1)
+    return check_depths(depths)
+
+
 def predict(model: Any, input_ids: torch.Tensor, depth: int) -> torch.Tensor:
     """The model's choice for every token of `input_ids` [B, T], given those before it.
 

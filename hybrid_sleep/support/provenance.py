@@ -21,12 +21,9 @@ KERNEL_PACKAGES = ("triton", "flash-linear-attention", "fla-core", "mamba-ssm", 
 # What only shows numbers cannot change one: modules, and packages with all that is in them.
 PRESENTATION = (
     "cli",
-    "eval.depth_report",
     "eval.harness.report",
-    "eval.plots",
     "eval.render",
     "eval.results",
-    "eval.suite_report",
     "eval.tasks.show",
     "kernels.benchmarks.report",
     "support.markdown",

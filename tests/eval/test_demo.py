@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from hybrid_sleep.eval import demo, results, tasks
-from hybrid_sleep.eval import depth as depths_of
+from hybrid_sleep.eval.measure.checkpoints import bench_checkpoints
+from hybrid_sleep.eval.measure.depth import Baseline
 
 REAL_RECIPE = demo.recipe
 
@@ -25,15 +24,10 @@ def short(monkeypatch):
     monkeypatch.setattr(demo, "EXAMPLES", 20)
 
 
-BASE = {
-    "depth": 1,
-    "accuracy": {"1": 0.9},
-    "spread": {"1": [0.8, 0.95]},
-    "seeds": [0, 1, 2],
-    "examples_ratio": 3.0,
-    "passes_ratio": 1.2,
-    "command": "hybrid-sleep bench depth a b c",
-}
+BASE = Baseline(
+    depth=1, accuracy=0.9, lowest=0.8, highest=0.95, seeds=[0, 1, 2], examples_ratio=3.0,
+    passes_ratio=1.2, command="hybrid-sleep bench depth a b c", provenance={},
+)  # fmt: skip
 
 
 def test_the_packaged_recipe_is_found_and_takes_seed_and_folder(tmp_path):
@@ -47,43 +41,45 @@ def test_the_packaged_recipe_is_found_and_takes_seed_and_folder(tmp_path):
 def test_demo_writes_what_it_measured(short, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "baseline", lambda run: BASE)
     path = demo.run_demo(seed=3, out=tmp_path / "d", command="hybrid-sleep demo --seed 3")
-    result = json.loads(path.read_text())
+    result = results.read(path, demo.DemoResult)
     assert sorted(p.name for p in (tmp_path / "d").iterdir()) == [
         "accuracy.png", "results.json", "results.md", "training",
     ]  # fmt: skip
-    assert list(result["accuracy"]) == [str(n) for n in range(1, 7)]
-    assert all(0 <= value <= 1 for value in result["accuracy"].values())
-    task = tasks.load(result["task"]["name"], **result["task"]["params"])
-    assert result["floor"] == task.majority().exact
-    assert 0 < result["seconds_training"] < result["seconds"]
-    assert result["config"]["train"]["seed"] == 3
+    assert result.depths == list(range(1, 7))
+    (run,) = result.runs
+    assert all(0 <= accuracy.exact <= 1 for accuracy in run.accuracy.values())
+    task = tasks.load(result.task.name, **result.task.params)
+    assert result.task.majority["exact"] == task.majority().exact
+    assert 0 < result.seconds_training < result.seconds
+    assert result.config["train"]["seed"] == 3
     trained = REAL_RECIPE(3, tmp_path).sleep_passes.probabilities()
-    assert result["runs"][0]["trained_depths"] == sorted(trained)
+    assert run.trained_depths == sorted(trained)
 
     # The saved model gives the same numbers again, by the other command.
-    again = depths_of.bench_checkpoints([tmp_path / "d" / "training"], range(1, 7), count=20)
-    assert again["accuracy"] == result["accuracy"]
+    again = bench_checkpoints([tmp_path / "d" / "training"], range(1, 7), count=20)
+    for depth in result.depths:
+        assert again.shares("exact", depth) == result.shares("exact", depth)
 
-    generation = result["generation"]
-    window, prompt = generation["window"], generation["prompt"]
+    generation = result.generation
+    window, prompt = generation.window, generation.prompt
     assert prompt == next(
         example["input_ids"][: -task.states]
         for example in task.examples("test", 0)
         if len(set(example["meta"]["answers"])) == 2
     )
-    assert len(generation["generated"]) == 3 * window
+    assert len(generation.generated) == 3 * window
     # Each window but the last, which nothing followed, slept once.
-    read = len(prompt) + len(generation["generated"]) - 1
-    assert len(generation["reports"]) == (read - 1) // window >= 4
-    assert all(sleep["tokens"] == window for sleep in generation["reports"])
-    assert all(sleep["passes"] == result["best_depth"] for sleep in generation["reports"])
+    read = len(prompt) + len(generation.generated) - 1
+    assert len(generation.reports) == (read - 1) // window >= 4
+    assert all(sleep["tokens"] == window for sleep in generation.reports)
+    assert all(sleep["passes"] == result.best_depth for sleep in generation.reports)
 
     shown = capsys.readouterr().out
     page = path.with_name("results.md").read_text()
     for text in (shown, page):
         assert "0.900 at depth 1 (0.800 to 0.950 over 3 seeds)" in text
         assert f"sleep 4: {window} tokens" in text
-        assert f"scores {result['floor']:.3f}" in text
+        assert f"scores {result.task.majority['exact']:.3f}" in text
     assert "`hybrid-sleep demo --seed 3`" in page and "hybrid-sleep bench depth a b c" in page
 
     before = {p.name: p.read_bytes() for p in (tmp_path / "d").iterdir() if p.is_file()}
@@ -104,8 +100,8 @@ def test_the_committed_baseline_belongs_to_the_recipe(tmp_path):
     found = demo.baseline(run)
     if found is None:
         pytest.skip("eval/results/baseline_n1 is not here")
-    assert found["depth"] == 1
-    assert len(found["seeds"]) >= 3
+    assert found.depth == 1
+    assert len(found.seeds) >= 3
 
 
 @pytest.mark.parametrize("stopped, kept", [("measure", "bench depth"), ("generate", "accuracies")])
@@ -113,15 +109,15 @@ def test_interrupted_it_says_what_is_kept(short, tmp_path, monkeypatch, stopped,
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    place = {"measure": (depths_of, "measure_depth"), "generate": (demo, "generate")}[stopped]
+    place = {"measure": (demo, "measure_depth"), "generate": (demo, "generate")}[stopped]
     monkeypatch.setattr(*place, interrupt)
     with pytest.raises(KeyboardInterrupt, match=kept):
         demo.run_demo(seed=0, out=tmp_path)
     assert (tmp_path / "training" / "model.safetensors").is_file()
     assert (tmp_path / "results.json").is_file() == (stopped == "generate")
     if stopped == "generate":
-        result = json.loads((tmp_path / "results.json").read_text())
-        assert result["generation"] is None and len(result["accuracy"]) == 6
+        result = results.read(tmp_path / "results.json", demo.DemoResult)
+        assert result.generation is None and len(result.depths) == 6
 
 
 def test_a_negative_seed_is_refused_before_anything_is_written(tmp_path):

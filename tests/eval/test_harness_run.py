@@ -11,7 +11,7 @@ from transformers import ByT5Tokenizer
 
 from hybrid_sleep import HybridSleepConfig, HybridSleepForCausalLM
 from hybrid_sleep.eval import tasks
-from hybrid_sleep.eval.depth import measure_depth
+from hybrid_sleep.eval.measure.accuracy import measure_depth
 from hybrid_sleep.eval.tasks import TASKS
 from hybrid_sleep.eval.tasks.base import Majority
 from hybrid_sleep.training.config import run_config
@@ -71,8 +71,8 @@ def test_a_run_is_written_kept_and_shown(trained, tmp_path, monkeypatch):
     floor, majority = task.floor(), task.majority()
     for row, depth in zip(result["rows"], (1, 2), strict=True):
         exact, per_question, per_label = row["scores"]
-        assert (exact["metric"], exact["value"]) == ("exact", wanted.exact[depth])
-        assert (per_label["metric"], per_label["value"]) == ("per_label", wanted.per_label[depth])
+        assert (exact["metric"], exact["value"]) == ("exact", wanted[depth].exact)
+        assert (per_label["metric"], per_label["value"]) == ("per_label", wanted[depth].per_label)
         assert exact["majority"] == majority.exact and exact["floor"] is None
         assert per_label["majority"] == majority.per_label
         asked = {int(level): part["questions"] for level, part in row["by_difficulty"].items()}
@@ -92,11 +92,11 @@ def test_a_run_is_written_kept_and_shown(trained, tmp_path, monkeypatch):
     table = report.markdown(result)
     first = table.splitlines()[2]
     assert first.startswith(f"| hybrid_sleep_rule110 | exact | 40 |  | {majority.exact:.4f} |")
-    assert f"| {wanted.exact[1]:.4f} (" in first and f"| {wanted.exact[2]:.4f} (" in first
+    assert f"| {wanted[1].exact:.4f} (" in first and f"| {wanted[2].exact:.4f} (" in first
     assert "questions right by steps" in table and "Trained at depths 1, 2." in table
     axes = report.figure(result).axes[0]
     heights = [list(line.get_ydata()) for line in axes.lines]
-    assert [wanted.exact[1], wanted.exact[2]] in heights
+    assert [wanted[1].exact, wanted[2].exact] in heights
     assert any(set(ys) == {exact["majority"]} for ys in heights)
 
 

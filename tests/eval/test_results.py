@@ -116,3 +116,13 @@ def test_every_kind_has_a_renderer():
         assert callable(renderer.markdown) and callable(renderer.figure), name
         if kind.result is not None:
             assert pkgutil.resolve_name(kind.result).benchmark == name
+
+
+def test_render_refuses_what_is_no_result(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text("{")
+    with pytest.raises(ValueError, match="results.json is damaged: no JSON"):
+        results.render(path)
+    path.write_text('{"benchmark": "speed"}')
+    with pytest.raises(ValueError, match="benchmark must be one of depth.*got 'speed'"):
+        results.render(path)

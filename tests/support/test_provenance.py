@@ -89,7 +89,7 @@ def tree(tmp_path):
         "training/optimizer.py",
         "training/plots.py",
         "eval/tasks/depo.py",
-        "eval/plots.py",
+        "eval/render/depth.py",
     ):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(CODE)
@@ -118,7 +118,7 @@ def test_any_two_edits_that_can_change_a_number_have_two_fingerprints(tree, path
 
 
 @pytest.mark.parametrize(
-    "path", ["eval/plots.py", "training/plots.py", "hybrid_sleep/cli/app.py"]
+    "path", ["eval/render/depth.py", "training/plots.py", "hybrid_sleep/cli/app.py"]
 )
 def test_what_shows_numbers_is_left_out(tree, path):
     folder, key = tree

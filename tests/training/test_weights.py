@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import ByT5Tokenizer
 
 from hybrid_sleep import HybridSleepConfig, HybridSleepForCausalLM
-from hybrid_sleep.eval import depth
 from hybrid_sleep.eval.harness.tokenizer import load_tokenizer
+from hybrid_sleep.eval.measure.checkpoints import bench_checkpoints
 from hybrid_sleep.training.weights import load_model
 
 SIZES = {
@@ -115,7 +115,7 @@ def test_commands_load_models_by_this_one_function(saved, tiny, tmp_path):
     (saved / "run.yaml").write_text(tiny.run(saved).to_yaml())
     rewritten(prefixed)(saved)
     with pytest.raises(ValueError, match="must have exactly the weights .*, got no model"):
-        depth.bench_checkpoints([saved], [1], count=1)
+        bench_checkpoints([saved], [1], count=1)
     pytest.importorskip("lm_eval")
     from hybrid_sleep.eval.harness import HybridSleepLM
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from hybrid_sleep.cli.options import Config, Count, Depths, Jobs, Minutes, Out, 
 from hybrid_sleep.support.io import sole_writer
 
 CONFIG_SUFFIXES = (".yaml", ".yml")
+ABLATIONS = "state_space, eviction, loop, schedule, attention, depth, difficulty, adaptive"
 
 
 @command
@@ -61,8 +63,7 @@ def depth(
         str | None,
         typer.Option(
             metavar="NAME,NAME",
-            help="CONFIG: all, none or some of state_space, eviction, loop, schedule, attention, "
-            "depth, difficulty, adaptive (default: none).",
+            help=f"CONFIG: all, none or some of {ABLATIONS} (default: none).",
         ),
     ] = None,
     jobs: Annotated[
@@ -84,27 +85,37 @@ def depth(
     of_config = {
         "seeds": seeds,
         "baselines": baselines,
-        "ablations": ablate,
+        "ablate": ablate,
         "jobs": jobs,
         "minutes": minutes,
     }
     from_config = Path(source[0]).suffix in CONFIG_SUFFIXES
     for name, value in (of_models if from_config else of_config).items():
         if value is not None:
-            flag = {"ablations": "ablate"}.get(name, name).replace("_", "-")
             kind = "trained models" if from_config else "a run's YAML file"
+            flag = name.replace("_", "-")
             raise ValueError(f"--{flag} must come with {kind}, got {value} with {source[0]!r}")
-    given: dict[str, Any] = of_config if from_config else of_models
-    given = {name: value for name, value in given.items() if value is not None}
     if from_config:
-        from hybrid_sleep.eval import suite
+        from hybrid_sleep.eval.studies import comparison
 
-        given |= {"config": source[0], "overrides": source[1:], "depths": depths}
-        measure("depth", suite.run, out, count=count, **given)
+        call = {"config": source[0], "overrides": source[1:], "count": count, "minutes": minutes}
+        call["seeds"] = "0,1,2" if seeds is None else seeds
+        call["jobs"] = 1 if jobs is None else jobs
+        _study(
+            "depth",
+            comparison.run,
+            out,
+            call,
+            depths=depths,
+            baselines="all" if baselines is None else baselines,
+            ablations="none" if ablate is None else ablate,
+        )
     else:
-        from hybrid_sleep.eval.depth import bench_checkpoints, parse_depths
+        from hybrid_sleep.eval.measure.checkpoints import bench_checkpoints
+        from hybrid_sleep.eval.tasks.accuracy import parse_depths
 
         levels = parse_depths("1-8" if depths is None else depths)
+        given: dict[str, Any] = {k: v for k, v in of_models.items() if v is not None}
         out = out or Path("out/bench-depth")
         with sole_writer(out):
             result = bench_checkpoints(
@@ -136,22 +147,11 @@ def depth_map(
     Models of one compute take the same FLOPs to train; parameters and the cost of decoding a token
     are the same for all. Results in the folder from the same code are kept.
     """
-    from hybrid_sleep.eval import depth_map
+    from hybrid_sleep.eval.studies import depth_map
 
-    measure(
-        "map",
-        depth_map.run,
-        out,
-        config=config,
-        vary=vary,
-        overrides=overrides or [],
-        depths=depths,
-        compute=compute,
-        seeds=seeds,
-        count=count,
-        jobs=jobs,
-        minutes=minutes,
-    )
+    call = {"config": config, "overrides": overrides or [], "seeds": seeds, "count": count,
+            "jobs": jobs, "minutes": minutes}  # fmt: skip
+    _study("map", depth_map.run, out, call, vary=vary, depths=depths, compute=compute)
 
 
 @command
@@ -167,27 +167,48 @@ def ablate(
             metavar="NAME:KEY=VALUE,...", help="The others are compared with the first one."
         ),
     ] = None,
+    ablate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,NAME",
+            help=f"Decisions to change one at a time: all or some of {ABLATIONS} (default: all, or "
+            "none with --variant).",
+        ),
+    ] = None,
     seeds: Seeds = "0,1,2",
     depths: Depths = "1-4",
     count: Count = 2000,
     jobs: Jobs = 1,
+    minutes: Minutes = None,
     out: Out = None,
 ) -> None:
     """Train variants of a run with several seeds: accuracy by sleep depth, seed against seed.
 
     Models go to output_dir/NAME/seedSEED. Results in the folder from the same code are kept.
     """
-    from hybrid_sleep.eval import ablation
+    from hybrid_sleep.eval.studies import comparison
 
-    measure(
-        "ablate",
-        ablation.run,
-        out,
-        config=config,
-        variants=variant or [],
-        overrides=overrides or [],
-        seeds=seeds,
-        depths=depths,
-        count=count,
-        jobs=jobs,
+    call = {"config": config, "overrides": overrides or [], "seeds": seeds, "count": count,
+            "jobs": jobs, "minutes": minutes}  # fmt: skip
+    names = ("none" if variant else "all") if ablate is None else ablate
+    _study(
+        "ablate", comparison.run, out, call, depths=depths, ablations=names, variants=variant or []
     )
+
+
+def _study(
+    name: str,
+    study: Callable[..., Any],
+    out: Path | None,
+    call: dict[str, Any],
+    **given: Any,
+) -> None:
+    """Run a study of trials with what is given, and report its result."""
+    from hybrid_sleep.eval.trials import Call, parse_seeds
+
+    call["seeds"] = parse_seeds(call["seeds"])
+
+    def run(**how: Any) -> Any:
+        return study(Call(**call, **how), **given)
+
+    measure(name, run, out)

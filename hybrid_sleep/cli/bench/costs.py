@@ -97,7 +97,7 @@ def cost(
     call finished in the folder, with the same code, versions and device, is kept.
     """
     from hybrid_sleep.eval.costs import cost
-    from hybrid_sleep.eval.depth import parse_depths
+    from hybrid_sleep.eval.tasks.accuracy import parse_depths
 
     given = {"hidden": hidden, "layers": layers, "window": window, "state_space": state_space}
     _measure(

@@ -14,11 +14,12 @@ from small import assert_same, gap, small_ids, small_model, snapshot
 from torch import nn
 
 from hybrid_sleep import HybridSleepConfig, HybridSleepForCausalLM, SleepCache
-from hybrid_sleep.eval import flops, results, tasks
+from hybrid_sleep.eval import results, tasks
 from hybrid_sleep.eval.costs import call as calls
 from hybrid_sleep.eval.costs import cost, keeping, questions
 from hybrid_sleep.eval.costs.break_even import Verdict
 from hybrid_sleep.eval.costs.call import Call
+from hybrid_sleep.eval.measure import flops
 from hybrid_sleep.eval.render import cost as pages
 from hybrid_sleep.support.plots import save_figure
 from hybrid_sleep.training.config import run_config
@@ -354,7 +355,7 @@ def test_windows_are_read_from_text():
 def test_checkpoints_that_cannot_serve_are_refused(tmp_path, trained_on_depo, monkeypatch):
     monkeypatch.setattr(cost.Bench, "sleep", lambda *_: pytest.fail("measured"))
     for name in ("model", "depo"):
-        with pytest.raises(FileNotFoundError, match="is no folder"):
+        with pytest.raises(FileNotFoundError, match="must be the folder of a trained model, got"):
             run(**{name: tmp_path / "missing"})
     with pytest.raises(ValueError, match="hidden must be left out where a model is given"):
         run(model=trained_on_depo, sizes={"hidden": 16})

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hybrid_sleep import HybridSleepForCausalLM, SleepCache
-from hybrid_sleep.eval import flops
+from hybrid_sleep.eval.measure import flops
 from hybrid_sleep.kernels.gated_delta_rule.reference import gated_delta_rule
 from hybrid_sleep.kernels.ssd.reference import ssd
 from hybrid_sleep.layers.attention import Attention
@@ -68,13 +68,14 @@ class Counter:
         self.flops += 2 * output.numel() * module.in_features
 
     def attention(self, module, inputs):
-        h, memory, context, write_only = inputs
+        h, state, context, write_only = inputs
         if write_only:
             return
-        new, old = h.shape[1], 0 if memory is None else memory.k.shape[2]
-        if context.sight.mask is not None:
-            pairs = int(context.sight.mask.sum())
-        elif context.sight.causal:
+        old = state.slots[0].shape[2] if state is not None and state.slots else 0
+        new = h.shape[1]
+        if context.attention.mask is not None:
+            pairs = int(context.attention.mask.sum())
+        elif context.attention.causal:
             pairs = sum(1 for i in range(new) for j in range(new) if j <= i)
         else:
             pairs = new * (old + new)

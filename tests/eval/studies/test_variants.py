@@ -1,4 +1,4 @@
-"""Baselines: equal compute by an independent count, and what each changes of the model."""
+"""Variants of a run: equal compute by an independent count, what each changes, texts by hand."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from hybrid_sleep import HybridSleepForCausalLM
-from hybrid_sleep.eval import baselines, variants
-from hybrid_sleep.eval.baselines import ABLATIONS, BASELINES, ablations_of, baselines_of
+from hybrid_sleep.eval.measure.run_cost import cost_of, one_stage
+from hybrid_sleep.eval.studies.ablations import ABLATIONS, ablations_of, applicable
+from hybrid_sleep.eval.studies.baselines import BASELINES, baselines_of
+from hybrid_sleep.eval.studies.baselines import changed as with_changes
+from hybrid_sleep.eval.studies.variants import parse_names, parse_variant, parse_variants
 from hybrid_sleep.training.config import run_config
 
 MODEL = {
@@ -37,7 +40,7 @@ def run_of(tmp_path, task=None, model=None, sleep_passes=4, **train):
 
 
 def changed(run, variant):
-    return baselines._changed(run, variant.changes)
+    return with_changes(run, variant.changes)
 
 
 def products(model, ids, passes) -> int:
@@ -106,9 +109,9 @@ def test_what_the_baselines_are(tmp_path):
 def test_cost_counts_the_depths_that_a_seed_draws(tmp_path):
     run = run_of(tmp_path, sleep_passes={"choice": {1: 1, 3: 1}})
     drawn = [run.sleep_passes.draw(0, step) for step in range(600)]
-    ones = variants.cost_of(run_of(tmp_path, sleep_passes=1, steps=drawn.count(1)))
-    threes = variants.cost_of(run_of(tmp_path, sleep_passes=3, steps=drawn.count(3)))
-    cost = variants.cost_of(run)
+    ones = cost_of(run_of(tmp_path, sleep_passes=1, steps=drawn.count(1)))
+    threes = cost_of(run_of(tmp_path, sleep_passes=3, steps=drawn.count(3)))
+    cost = cost_of(run)
     assert cost["training_flops"] == ones["training_flops"] + threes["training_flops"]
     assert cost["tokens"] == 600 * 8 * (3 * 8 + 1 + 3)
     model = HybridSleepForCausalLM(run.model_config())
@@ -118,14 +121,14 @@ def test_cost_counts_the_depths_that_a_seed_draws(tmp_path):
 def test_cost_of_stages_is_that_of_each(tmp_path):
     stages = [{"train.steps": 5, "sleep_passes": 1}, {"train.steps": 7, "sleep_passes": 3}]
     content = run_of(tmp_path).to_dict()
-    cost = variants.cost_of(run_config({**content, "stages": stages}))
-    one = variants.cost_of(run_of(tmp_path, sleep_passes=1, steps=5))
-    three = variants.cost_of(run_of(tmp_path, sleep_passes=3, steps=7))
+    cost = cost_of(run_config({**content, "stages": stages}))
+    one = cost_of(run_of(tmp_path, sleep_passes=1, steps=5))
+    three = cost_of(run_of(tmp_path, sleep_passes=3, steps=7))
     for name in ("steps", "examples", "tokens", "training_flops"):
         assert cost[name] == one[name] + three[name]
     assert cost["parameters"] == one["parameters"]
-    with pytest.raises(ValueError, match="a run of 2 stages, .*allowed: a run without stages"):
-        variants.one_stage(run_config({**content, "stages": stages}))
+    with pytest.raises(ValueError, match="stages must be empty where steps are fitted .*, got 2"):
+        one_stage(run_config({**content, "stages": stages}))
 
 
 def test_ablations_change_one_decision_each(tmp_path):
@@ -142,7 +145,7 @@ def test_ablations_change_one_decision_each(tmp_path):
             differing.append("sleep_passes")
         assert len(differing) == 1, name
         assert after.train == run.train
-    assert found["state_space_mamba2"].asked == 4
+    assert found["state_space_mamba2"].compared_at == 4
     assert {name for name in found if name.startswith("loop")} == {
         "loop_0_2", "loop_2_4", "loop_1_3",
     }  # fmt: skip
@@ -157,19 +160,30 @@ def test_the_schedule_is_ablated_where_it_matters(tmp_path):
     run = run_of(tmp_path, task=word, model={"window": 8})
     (variant,) = ablations_of(run, ["schedule"], [1, 2])
     assert changed(run, variant).model_config().sleep_schedule == "every_window"
-    with pytest.raises(ValueError, match="ablation='schedule': labels .* lie in its last window"):
+    with pytest.raises(
+        ValueError, match="'schedule' must .* labels lie in its last window"
+    ):
         ablations_of(run_of(tmp_path), ["schedule"], [1, 2])
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda run: baselines_of(run(), ["longer"]), "baseline='longer'; allowed: once, deeper"),
-        (lambda run: baselines_of(run(sleep_passes=1), ["once"]), "sleep_passes=1 makes a run"),
-        (lambda run: ablations_of(run(), ["rope"], [1]), "ablation='rope'; allowed: state_space"),
+        (
+            lambda run: baselines_of(run(), ["longer"]),
+            "baseline must be one of once, .* got 'longer'",
+        ),
+        (
+            lambda run: baselines_of(run(sleep_passes=1), ["once"]),
+            "sleep_passes must be above 1 .*, got 1",
+        ),
+        (
+            lambda run: ablations_of(run(), ["rope"], [1]),
+            "ablation must be one of state_space, .* got 'rope'",
+        ),
         (
             lambda run: ablations_of(run(sleep_passes=1), ["depth"], [1]),
-            "ablation='depth': sleep_passes=1",
+            "ablation 'depth' must have a run that sleeps, got sleep_passes=1",
         ),
         (
             lambda run: ablations_of(
@@ -177,7 +191,7 @@ def test_the_schedule_is_ablated_where_it_matters(tmp_path):
                 ["difficulty"],
                 [1],
             ),
-            r"task 'rule110' has steps=\[2\]",
+            r"two or more difficulties .* got 'rule110' with steps=\[2\]",
         ),
         (
             lambda run: ablations_of(
@@ -185,10 +199,55 @@ def test_the_schedule_is_ablated_where_it_matters(tmp_path):
                 ["loop"],
                 [1],
             ),
-            "ablation='loop': .* leave no other range",
+            "ablation 'loop' must have layers that leave another range",
         ),
     ],
 )
 def test_what_cannot_be_compared_is_refused(tmp_path, call, message):
     with pytest.raises(ValueError, match=message):
         call(lambda **changes: run_of(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("as_it_is", ("as_it_is", [])),
+        ("as-it.is:", ("as-it.is", [])),
+        ("a:x=1", ("a", ["x=1"])),
+        ("a:x=[1, 2],y={b: {c: 3, d: 4}}, z=5", ("a", ["x=[1, 2]", "y={b: {c: 3, d: 4}}", "z=5"])),
+        ("a:x='1,2',y=\"],\"", ("a", ["x='1,2'", 'y="],"'])),
+        ("a:x=[b, c],train.y = 2", ("a", ["x=[b, c]", "train.y = 2"])),
+    ],
+)
+def test_a_variant_is_a_name_and_changes(text, expected):
+    assert parse_variant(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", ":x=1", "../a:x=1", "a:x", "a:x,y=1"])
+def test_what_is_no_variant_is_refused(text):
+    with pytest.raises(ValueError, match="variant must be NAME:key=value,key=value, .* got"):
+        parse_variant(text)
+
+
+@pytest.mark.parametrize("texts", [[], ["a", "a:x=1"]])
+def test_variants_have_different_names(texts):
+    with pytest.raises(ValueError, match="variants must be one or more with different names, got"):
+        parse_variants(texts)
+
+
+def test_names_are_all_none_or_some():
+    assert parse_names("n", "all", ("a", "b")) == ["a", "b"]
+    assert parse_names("n", "none", ("a", "b")) == []
+    assert parse_names("n", "b, a", ("a", "b")) == ["b", "a"]
+    for wrong in ("c", "a,a", ""):
+        with pytest.raises(
+            ValueError, match="n must be all, none, or some of a, b, each"
+        ):
+            parse_names("n", wrong, ("a", "b"))
+
+
+def test_of_all_ablations_those_without_effect_are_left_out(tmp_path):
+    run = run_of(tmp_path)
+    kept, left_out = applicable(run, ["attention", "schedule", "difficulty"], [1, 2])
+    assert kept == ["attention", "difficulty"]
+    assert list(left_out) == ["schedule"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hybrid_sleep.eval import tasks
-from hybrid_sleep.eval.tasks.accuracy import Auto, measure_accuracy
+from hybrid_sleep.eval.tasks.accuracy import Auto, measure_accuracy, parse_depths
 
 TASK = tasks.load("rule110", width=6, states=2, steps=[1, 2, 3])
 
@@ -61,3 +61,11 @@ def test_tensors_and_examples_are_measured_alike():
 def test_no_batch_is_refused(depth):
     with pytest.raises(ValueError, match="batches must hold one or more batches of examples"):
         measure_accuracy(Guesses(), TASK, [], [depth])
+
+
+def test_parse_depths():
+    assert parse_depths("1-4") == [1, 2, 3, 4]
+    assert parse_depths("8,1,2-3") == [1, 2, 3, 8]
+    for wrong in ("", "0-3", "3-1", "1,1", "a", "1-", "-2", "1.5"):
+        with pytest.raises(ValueError, match="^depths must be .*, got "):
+            parse_depths(wrong)

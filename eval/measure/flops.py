@@ -1,4 +1,4 @@
-"""FLOPs, parameters and bytes of a HybridSleepConfig, counted on paper: no model, no torch.
+"""FLOPs, parameters and bytes of a HybridSleepConfig, counted on paper: no model is made.
 
 Counted, at 2 for each multiply-add: every matrix product (projections, MLPs, logits), attention
 over the pairs of tokens that see each other (`q k` and `weights v`), and the recurrences of
@@ -81,22 +81,21 @@ def sleep_flops(config: HybridSleepConfig, tokens: int, passes: int, *, past: in
     check_count("tokens", tokens)
     check_count("passes", passes)
     start, end = config.loop_range
-    kinds = ("linear_attention", "full_attention")[: 2 if config.eviction == "sliding" else 1]
-    writers = [i for i, kind in enumerate(config.layer_types) if i >= start and kind in kinds]
-    if passes == 1 or not writers:
+    writer = config.last_writer
+    if passes == 1 or writer is None:
         return 0
     seen = {"past": past, "bidirectional": config.sleep_attention == "bidirectional"}
     whole = pass_flops(config, tokens, first=start, last=end, **seen)
-    closing = {"last": writers[-1] + 1, "write_only_last": True, **seen}
-    if writers[-1] < end:
+    closing = {"last": writer + 1, "write_only_last": True, **seen}
+    if writer < end:
         return (passes - 2) * whole + pass_flops(config, tokens, first=start, **closing)
     return (passes - 1) * whole + pass_flops(config, tokens, first=end, **closing)
 
 
 def token_flops(config: HybridSleepConfig, past: int) -> int:
-    """One token awake behind `past` tokens that are held, its logits included.
+    """One decode step behind `past` tokens in the cache, its logits included.
 
-    A model that sleeps holds those of its open window; one that keeps its whole KV cache, all.
+    A model that sleeps has those of its open window there; one that keeps its whole KV cache, all.
     """
     return pass_flops(config, 1, past=past) + logit_flops(config)
 
@@ -114,7 +113,7 @@ def sequence_flops(
     *,
     logits: int | None = None,
 ) -> int:
-    """A sequence of `tokens` tokens read from its start: pass 1 of every window, and the sleeps.
+    """A whole sequence of `tokens` tokens: pass 1 of every window, and the sleeps.
 
     sleeps: how many of the first windows sleep (0 or more, `passes` deep); the others only evict.
     None: all that are full when another token comes. logits: of how many tokens; None for all.
@@ -136,7 +135,7 @@ def sequence_flops(
 
 
 def past_flops(config: HybridSleepConfig, tokens: int, passes: int) -> int:
-    """`tokens`, a multiple of the window, read and slept over, the last window too.
+    """A past of `tokens`, a multiple of the window: pass 1 and a sleep of every window.
 
     With the logits of one token, which a forward computes in any case.
     """

@@ -1,0 +1,193 @@
+"""Accuracy by sleep depth of trained models: table, comparison with a baseline, figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from hybrid_sleep.eval.measure.statistics import NO_DIFFERENCE, over_questions
+from hybrid_sleep.support.markdown import footer, table
+from hybrid_sleep.support.plots import BLUE, GREY, INK, SKY, VERMILLION, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from hybrid_sleep.eval.measure.depth import DepthResult
+
+
+def markdown(result: DepthResult) -> str:
+    """The table of a depth result, what can be scored without memory, and where it came from."""
+    lines = [*accuracy_table(result), *_by_difficulty(result), "", task_line(result)]
+    if result.baseline is not None:
+        lines += ["", baseline_words(result), "", f"`{result.baseline.command}`"]
+    if not result.complete:
+        lines += ["", f"Interrupted after {len(result.runs)} checkpoint(s)."]
+    return "\n".join([*lines, *footer(result.provenance, result.command)]) + "\n"
+
+
+def accuracy_table(result: DepthResult) -> list[str]:
+    """A row a depth: accuracy with its intervals, seed by seed, and what an example costs."""
+    several = len(result.runs) > 1
+    seeds = [f"seed {run.seed}" for run in result.runs] if several else []
+    intervals = ["lowest to highest", "95 % interval"] if several else ["95 % interval"]
+    head = ["depth N", "exact", *intervals, *seeds, "per label", "ms per example", "cost"]
+    rows = []
+    for depth in result.depths:
+        shares = result.shares("exact", depth)
+        seconds = result.seconds_per_example(depth)
+        exact = f"{shares.mean:.3f}"
+        if several:
+            ranges = [(shares.lowest, shares.highest), shares.interval]
+        else:
+            ranges = [result.interval(result.runs[0], depth)]
+        rows.append(
+            [
+                depth,
+                f"**{exact}**" if depth == result.best_depth else exact,
+                *map(_between, ranges),
+                *(f"{share:.3f}" for share in shares.values if several),
+                f"{result.shares('per_label', depth).mean:.3f}",
+                f"{1000 * seconds:.2f}",
+                f"{seconds / result.seconds_per_example(min(result.depths)):.2f}x",
+            ]
+        )
+    return table(head, rows)
+
+
+def task_line(result: DepthResult) -> str:
+    """The task, how it was measured, and what scores are reached without memory of the past."""
+    task = result.task
+    questions = result.runs[0].accuracy[result.depths[0]].questions
+    return (
+        f"Task: {task}; {result.examples} test examples a depth, evaluation seed "
+        f"{result.eval_seed}. Without memory of the past: floor (the best guess) "
+        f"{over_questions(task.floor, questions):.4f} of questions; majority (always the most "
+        f"frequent label) exact {task.majority['exact']:.4f}, per label "
+        f"{task.majority['per_label']:.4f}; chance {task.chance:.4f}."
+    )
+
+
+def baseline_words(result: DepthResult) -> str:
+    """The comparison with training at one depth, said as it is."""
+    base = result.baseline
+    best = result.shares("exact", result.best_depth).mean
+    text = (
+        f"Baseline: the same model trained at N = {base.depth} alone, on {base.examples_ratio:.1f} "
+        f"times the examples ({base.passes_ratio:.1f} times the passes over a window), reaches "
+        f"{base.accuracy:.3f} at depth {base.depth} ({base.lowest:.3f} to {base.highest:.3f} over "
+        f"{len(base.seeds)} seeds). "
+    )
+    if base.accuracy > best - NO_DIFFERENCE:
+        return text + (
+            "So on this setting depth does not beat more training at equal compute. What it buys "
+            "is data, the same accuracy from fewer examples, and a choice at inference: one "
+            "checkpoint that can be evaluated at little cost or at high accuracy."
+        )
+    if base.highest > best - NO_DIFFERENCE:
+        return text + (
+            "Its seeds differ: for about the same compute the best one gets as far without "
+            f"sleeping deeper, on average they fall {best - base.accuracy:.3f} of exact accuracy "
+            "short."
+        )
+    return text + (
+        f"So for about the same compute, sleeping deeper is worth {best - base.accuracy:.3f} of "
+        "exact accuracy here."
+    )
+
+
+def _between(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
+
+
+def _by_difficulty(result: DepthResult) -> list[str]:
+    """Accuracy on questions by depth and difficulty, where there is more than one difficulty."""
+    levels = list(result.by_difficulty(result.depths[0]))
+    if len(levels) < 2:
+        return []
+    rows = {f"depth {depth}": result.by_difficulty(depth) for depth in result.depths}
+    rows["floor"] = result.task.floor
+    head = [f"accuracy by {result.task.difficulty}", *map(str, levels)]
+    cells = [[name, *(f"{shares[x]:.3f}" for x in levels)] for name, shares in rows.items()]
+    return ["", *table(head, cells, "lr")]
+
+
+def figure(result: DepthResult) -> Figure:
+    """Exact accuracy against depth, majority and baseline; single seeds behind their mean."""
+    depths, runs, base = result.depths, result.runs, result.baseline
+    which = "one checkpoint" if len(runs) == 1 else f"{len(runs)} checkpoints"
+    picture, axes = new_figure(f"{result.task.name}: {which}, evaluated at {len(depths)} depths")
+    deepest = max(depth for run in runs for depth in run.trained_depths)
+    if deepest < max(depths):
+        axes.axvspan(deepest + 0.5, max(depths) + 0.65, color=GREY, alpha=0.1, linewidth=0)
+        axes.annotate(
+            "deeper than trained", (deepest + 0.6, 0.02), fontsize=11, color=GREY, va="bottom"
+        )
+    majority = result.task.majority["exact"]
+    axes.axhline(majority, color=GREY, linestyle=(0, (4, 3)), linewidth=1.6)
+    axes.annotate(
+        f"majority: always the most frequent label, {_percent(majority)}",
+        (1, majority), xycoords=("axes fraction", "data"), xytext=(0, -5),
+        textcoords="offset points", ha="right", va="top", fontsize=11, color=GREY,
+    )  # fmt: skip
+    if len(runs) == 1:
+        _one(axes, result)
+    else:
+        _several(axes, result)
+    if base is not None:
+        axes.errorbar(
+            [base.depth], [base.accuracy], color=VERMILLION, marker="D", markersize=10,
+            yerr=[[base.accuracy - base.lowest], [base.highest - base.accuracy]],
+            linestyle="none", capsize=4, zorder=4,
+            label=f"trained at N = {base.depth} only, {base.examples_ratio:.0f}x the examples",
+        )  # fmt: skip
+    for depth in depths:
+        value = result.shares("exact", depth).mean
+        axes.annotate(
+            _percent(value), (depth, value), xytext=(4, -9), textcoords="offset points",
+            ha="left", va="top", fontsize=11, color=INK,
+        )  # fmt: skip
+    axes.set_ylim(0, 1.04)
+    axes.set_xticks(depths)
+    axes.set_xlim(min(depths) - 0.35, max(depths) + 0.65)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    axes.set_xlabel("sleep depth N (passes over each window)", fontsize=13)
+    axes.set_ylabel("exact accuracy", fontsize=13)
+    picture.legend(fontsize=11, frameon=False, loc="outside lower center", ncols=2)
+    return picture
+
+
+def _one(axes: Axes, result: DepthResult) -> None:
+    (run,) = result.runs
+    exact = [run.accuracy[depth].exact for depth in result.depths]
+    ends = [result.interval(run, depth) for depth in result.depths]
+    errors = [
+        [max(0.0, value - low) for value, (low, _) in zip(exact, ends, strict=True)],
+        [max(0.0, high - value) for value, (_, high) in zip(exact, ends, strict=True)],
+    ]
+    axes.errorbar(
+        result.depths, exact, yerr=errors, color=BLUE, marker="o", markersize=8, linewidth=2.5,
+        capsize=4, label="this model (bars: 95 %)",
+    )  # fmt: skip
+
+
+def _several(axes: Axes, result: DepthResult) -> None:
+    depths = result.depths
+    shares = [result.shares("exact", depth) for depth in depths]
+    for index, run in enumerate(result.runs):
+        axes.plot(
+            depths, [run.accuracy[depth].exact for depth in depths], color=SKY, linewidth=1.2,
+            marker=".", label="each seed" if index == 0 else None,
+        )  # fmt: skip
+    axes.fill_between(
+        depths, [x.lowest for x in shares], [x.highest for x in shares],
+        color=SKY, alpha=0.3, linewidth=0,
+    )  # fmt: skip
+    axes.plot(
+        depths, [x.mean for x in shares], color=BLUE, marker="o", markersize=8, linewidth=2.5,
+        label=f"mean of {len(shares[0].values)} seeds",
+    )  # fmt: skip
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

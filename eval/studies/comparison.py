@@ -1,0 +1,216 @@
+"""A run compared with others, trained with several seeds: baselines, ablations, variants by hand.
+
+`bench depth CONFIG` compares a run with what the same compute and the same tokens buy at N = 1
+(`baselines`), `bench ablate` with variants of it (`ablations`, or changes that are given).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+from hybrid_sleep.eval.measure.depth import TaskRecord
+from hybrid_sleep.eval.measure.run_cost import one_stage
+from hybrid_sleep.eval.measure.statistics import Gap, Seeds, over_questions
+from hybrid_sleep.eval.studies.ablations import ABLATIONS, ablations_of, applicable
+from hybrid_sleep.eval.studies.baselines import BASELINES, baselines_of
+from hybrid_sleep.eval.studies.variants import (
+    REFERENCE,
+    Variant,
+    compared_at,
+    parse_names,
+    parse_variants,
+    tied_depths,
+)
+from hybrid_sleep.eval.tasks.accuracy import parse_depths
+from hybrid_sleep.eval.trials import Call, TrialsResult
+
+if TYPE_CHECKING:
+    from hybrid_sleep.training import RunConfig
+
+AUTO = "adaptive"
+FEWEST_SEEDS = 3
+
+
+class AutoShare(NamedTuple):
+    """Accuracy where each row chose its depth: the tolerance, the mean depth, shares by seed."""
+
+    tolerance: float
+    passes: float
+    per_question: Seeds
+
+
+@dataclass(kw_only=True)
+class Comparison(TrialsResult):
+    """Variants of a run, each trained with every seed and measured on the same test examples.
+
+    The first of `variants` is what the others are compared with. left_out: ablations that would
+    have changed nothing, and why. All shares are of questions.
+    """
+
+    benchmark: ClassVar[str] = "comparison"
+    task: TaskRecord
+    variants: list[Variant]
+    left_out: dict[str, str]
+
+    @property
+    def reference(self) -> Variant:
+        return self.variants[0]
+
+    @property
+    def measured(self) -> list[Variant]:
+        """Variants of which at least one trial is finished."""
+        return [variant for variant in self.variants if self.trials(variant.name)]
+
+    @property
+    def questions(self) -> dict[int, int]:
+        """How many questions of each difficulty the test examples have."""
+        first = self.rows[0]
+        return first.accuracy[first.depths[0]].questions
+
+    @property
+    def floor(self) -> float:
+        """The floor of all questions together."""
+        return over_questions(self.task.floor, self.questions)
+
+    def shares(self, variant: Variant, depth: int, level: int | None = None) -> Seeds:
+        """Questions right at `depth`, of one difficulty (None: of all), over seeds."""
+        found = [trial.accuracy[depth] for trial in self.trials(variant.name).values()]
+        if level is None:
+            return Seeds(tuple(accuracy.per_question for accuracy in found))
+        return Seeds(tuple(accuracy.by_difficulty[level] for accuracy in found))
+
+    def tied(self, variant: Variant) -> dict[int, Seeds]:
+        """Each difficulty at the depth it was trained at; empty where training ties none, or at
+        depths that were not measured."""
+        if not set(variant.tied.values()) <= set(variant.depths):
+            return {}
+        return {x: self.shares(variant, depth, x) for x, depth in variant.tied.items()}
+
+    def ahead(self, variant: Variant) -> Gap | None:
+        """What the reference scores more than `variant`, each where it is compared."""
+        one, other = (
+            {
+                seed: trial.accuracy[side.compared_at].per_question
+                for seed, trial in self.trials(side.name).items()
+            }
+            for side in (self.reference, variant)
+        )
+        return Gap.between(one, other)
+
+    def steps(self, variant: Variant) -> float:
+        """Mean steps of a training."""
+        return mean(trial.steps for trial in self.trials(variant.name).values())
+
+    def seconds(self, variant: Variant) -> float:
+        """Mean seconds of a training."""
+        return mean(trial.seconds for trial in self.trials(variant.name).values())
+
+    def cost(self, variant: Variant) -> dict[str, float] | None:
+        """Mean of `cost_of` over seeds; None where it was not counted."""
+        costs = [trial.cost for trial in self.trials(variant.name).values()]
+        if any(cost is None for cost in costs):
+            return None
+        return {name: mean(cost[name] for cost in costs) for name in costs[0]}
+
+    @property
+    def auto(self) -> list[AutoShare]:
+        """The reference at depths that its rows choose, by tolerance."""
+        trials = self.trials(self.reference.name).values()
+        found = [trial.auto for trial in trials if trial.auto is not None]
+        return [
+            AutoShare(
+                tolerance,
+                mean(auto[tolerance].passes for auto in found),
+                Seeds(tuple(auto[tolerance].per_question for auto in found)),
+            )
+            for tolerance in (found[0] if found else ())
+        ]
+
+
+def run(
+    call: Call,
+    *,
+    depths: str | None = None,
+    baselines: str = "none",
+    ablations: str = "none",
+    variants: Sequence[str] = (),
+) -> Comparison:
+    """Train and measure the run of `call`, and what it is compared with, with every seed.
+
+    depths: where the reference and its ablations are evaluated (default: 1 to the deepest in
+    training); baselines are at 1. baselines, ablations: names (see `parse_names`); of "all"
+    ablations those that would change nothing of this run are left out. variants: texts that
+    `parse_variant` reads, in place of these; the first is the reference. Raises ValueError or
+    FileNotFoundError before anything is trained, also for baselines with fewer than 3 seeds.
+    """
+    compared = parse_names("baselines", baselines, tuple(BASELINES))
+    asked = parse_names("ablations", ablations, (*ABLATIONS, AUTO))
+    if compared and len(call.seeds) < FEWEST_SEEDS:
+        raise ValueError(
+            f"seeds must be at least {FEWEST_SEEDS}, such as 0,1,2, got {list(call.seeds)}"
+        )
+    if variants and (compared or asked):
+        raise ValueError("variants must come without baselines and ablations, got both")
+    levels = None if depths is None else parse_depths(depths)
+    left_out: dict[str, str] = {}
+    if variants:
+        planned = _given(call, variants, levels)
+    else:
+        first = call.load(seed=call.seeds[0])
+        if compared or asked:
+            one_stage(first)
+        levels = levels or list(range(1, first.sleep_passes.deepest + 1))
+        names = [name for name in asked if name != AUTO]
+        if ablations == "all":
+            names, left_out = applicable(first, names, levels)
+        planned = [
+            _reference(first, levels),
+            *baselines_of(first, compared),
+            *ablations_of(first, names, levels),
+        ]
+    runs = call.plan({variant.name: variant.changes for variant in planned})
+    task = next(iter(runs.values())).load_task()
+    return call.run(
+        Comparison,
+        runs,
+        {variant.name: variant.depths for variant in planned},
+        {planned[0].name: max(planned[0].depths)} if AUTO in asked else None,
+        task=TaskRecord.of(task),
+        variants=planned,
+        left_out=left_out,
+    )
+
+
+def _reference(run: RunConfig, depths: list[int]) -> Variant:
+    drawn = run.sleep_passes.depths()
+    words = " in training" if len(drawn) > 1 else ""
+    return Variant(
+        name=REFERENCE,
+        label=f"sleep, N = {', '.join(map(str, drawn))}{words}",
+        depths=depths,
+        compared_at=compared_at(run, depths),
+        role="reference",
+        equal="both",
+        tied=tied_depths(run),
+    )
+
+
+def _given(call: Call, texts: Sequence[str], depths: list[int] | None) -> list[Variant]:
+    """The variants of `texts`, the first as reference."""
+    parsed = parse_variants(texts)
+    runs = {name: run for (name, _), run in call.plan(parsed).items()}
+    depths = depths or list(range(1, max(run.sleep_passes.deepest for run in runs.values()) + 1))
+    return [
+        Variant(
+            name=name,
+            label=name,
+            changes=changes,
+            depths=depths,
+            compared_at=compared_at(runs[name], depths),
+            role="reference" if place == 0 else "ablation",
+        )
+        for place, (name, changes) in enumerate(parsed.items())
+    ]
