@@ -78,15 +78,17 @@ def together(verdicts: Sequence[Verdict]) -> Verdict:
     middle = soonest[len(soonest) // 2]
     if len(verdicts) == 1:
         return middle
-    numbers = [v.questions for v in soonest if v.pays == "from"]
+    numbers = [v.questions for v in soonest if v.pays == "from" and v.questions is not None]
     return Verdict(
         middle.pays,
         middle.questions,
         kinds=dict(Counter(v.pays for v in verdicts)),
-        quartiles=median_and_quartiles(numbers)[1] if numbers else None,
+        quartiles=median_and_quartiles([*map(float, numbers)])[1] if numbers else None,
         range=[numbers[0], numbers[-1]] if numbers else None,
     )
 
 
 def _waits(verdict: Verdict) -> float:
-    return {"always": 0.0, "from": verdict.questions}.get(verdict.pays, math.inf)
+    if verdict.pays == "always":
+        return 0.0
+    return math.inf if verdict.pays != "from" or verdict.questions is None else verdict.questions

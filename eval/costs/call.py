@@ -59,5 +59,8 @@ class Call:
             "command": self.command,
             "provenance": provenance(self.device),
         }
-        how = {"minutes": self.minutes, "out": self.out, "progress": self.progress}
-        return kind.from_content(collect(content, planned, measure, **how))
+        measured = collect(
+            content, planned, measure,
+            minutes=self.minutes, out=self.out, progress=self.progress,
+        )  # fmt: skip
+        return kind.from_content(measured)

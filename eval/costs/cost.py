@@ -216,7 +216,7 @@ def run(
     check_count("cycles", cycles, 2)
     if model is not None and sizes:
         raise ValueError(
-            f"{', '.join(sizes)} must be left out where a model is given, got {os.fspath(model)!r}"
+            f"{', '.join(sizes)} must be left out where a model is given, got {sizes!r}"
         )
     device, kind = call.device, call.kind
     sizes = {**SIZES[kind], **(sizes or {})}
@@ -233,7 +233,7 @@ def run(
         else:
             subject = load_model(model, device).eval()
         if not subject.config.fast_weight_bytes:
-            raise ValueError(f"model must have a state-space layer, got {os.fspath(model)!r}")
+            raise ValueError(f"model must have a state-space layer, got {model!r}")
         window = subject.config.window
         question, answer = (
             max(1, window // 4) if count is None else check_count(name, count)
@@ -333,12 +333,12 @@ class Bench:
         depths, ids = key["depths"], self._tokens(past)
         keeper = keeper_of(self.model, past + window)
         slept, kept = consolidated(self.model, ids, depths[-1]), kept_cache(keeper, ids)
-        reads = {
+        reads: dict[str, Callable[[], Any]] = {
             str(depth): partial(consolidated, self.model, ids, depth) for depth in depths
         }
         reads["kept"] = lambda: kept_cache(keeper, ids)
         question = self._tokens(self.question)
-        asks = {
+        asks: dict[str, Callable[[], Any]] = {
             "slept": lambda: self._next(self.model, slept.copy(), question),
             "kept": lambda: self._next(keeper, kept.copy(), question),
         }
@@ -346,7 +346,7 @@ class Bench:
             work()
         taken = interleaved(reads, self.repeats, 0, self._seconds)
         questions = interleaved(asks, self.repeats, 0, lambda ask: ask() or self._seconds(ask))
-        starts = {
+        starts: dict[str, tuple[Any, SleepCache]] = {
             "fresh": (self.model, SleepCache(self.config)),
             "slept": (self.model, slept),
             "kept": (keeper, kept),
@@ -401,6 +401,7 @@ class Bench:
         order = list(seconds)
         for token in self._tokens(min(TOKENS, self.config.window - half)).T:
             for name in order:
+                work: Callable[[], Any]
                 # What ran before has filled the processor's caches: a first call is not timed.
                 if name == "copying":
                     work = partial(appended, caches["kept"])

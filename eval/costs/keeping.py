@@ -29,7 +29,7 @@ def keeper_of(model: HybridSleepForCausalLM, tokens: int) -> HybridSleepForCausa
     Its answers mean little, as the weights were trained for short windows; its cost is that of
     keeping the past.
     """
-    config = copy.deepcopy(model.config)
+    config: Any = copy.deepcopy(model.config)
     config.window = tokens
     keeper = HybridSleepForCausalLM(config)
     keeper.load_state_dict(model.state_dict(), assign=True)
@@ -37,7 +37,7 @@ def keeper_of(model: HybridSleepForCausalLM, tokens: int) -> HybridSleepForCausa
     return keeper.eval()
 
 
-def appended(cache: KeepingCache) -> list[torch.Tensor]:
+def appended(cache: SleepCache) -> list[torch.Tensor]:
     """Keys and values of every attention layer copied to make room for one more token.
 
     A forward does this too; a server that reserves its memory beforehand need not.

@@ -31,7 +31,7 @@ def untrained(
     from hybrid_sleep import HybridSleepConfig, HybridSleepForCausalLM
 
     heads = max(2, hidden // head_dim)
-    config = HybridSleepConfig(
+    fields: dict[str, Any] = dict(
         vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=3 * hidden,
@@ -48,4 +48,5 @@ def untrained(
         loop=loop,
     )
     torch.manual_seed(0)
-    return HybridSleepForCausalLM(config).to(device, getattr(torch, dtype)).eval()
+    model = HybridSleepForCausalLM(HybridSleepConfig(**fields))
+    return model.to(device, getattr(torch, dtype)).eval()

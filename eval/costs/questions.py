@@ -55,7 +55,7 @@ class DepoModel:
 class DepoFlops:
     """FLOPs that are paid `once` (`saved`, `kept`), and the mean of a question, by way."""
 
-    once: dict[str, int]
+    once: dict[str, float]
     each: dict[str, float]
 
     def break_even(self, way: str) -> Verdict:
@@ -132,7 +132,7 @@ class Questions:
             )
         self.run, self.cycles, self.now = run_record(checkpoint, run), cycles, stopwatch(device)
         self.model = load_model(checkpoint, device).eval()
-        self.keeper = keeper_of(self.model, self.task.length)
+        self.keeper: Any = keeper_of(self.model, self.task.length)
 
     def about(self) -> Row:
         """The fields of `DepoModel`."""
@@ -167,7 +167,7 @@ class Questions:
             "questions": len(right),
             "accuracy": fmean(shares),
             # Questions about one cycle are not independent; cycles are.
-            "interval": list(over_seeds(shares)),
+            "interval": over_seeds(shares),
             "by_hops": {
                 str(hops): fmean(r for r, q in zip(right, questions, strict=True) if q.hops == hops)
                 for hops in self.task.test_hops

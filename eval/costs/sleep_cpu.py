@@ -7,7 +7,7 @@ run alternately in one process and are compared pair by pair. `sleep_gpu` is the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any, ClassVar
 
@@ -68,18 +68,16 @@ class SleepCost(Result):
 def _shapes() -> tuple[Shape, ...]:
     shapes = []
     for state_space in ("gated_deltanet", "mamba2"):
-        for batch, window, hidden, layers in (
-            (1, 24, 64, 2),
-            (128, 24, 64, 2),
-            (8, 75, 128, 4),
-            (1, 256, 256, 4),
-            (1, 1024, 256, 4),
-        ):
-            size = {"batch": batch, "window": window, "hidden": hidden, "layers": layers}
-            shapes.append(Shape(state_space=state_space, **size))
-        middle = {"batch": 8, "window": 75, "hidden": 128, "layers": 4}
-        shapes.append(Shape(state_space=state_space, **middle, eviction="sliding"))
-        shapes.append(Shape(state_space=state_space, **middle, loop=(1, 3)))
+        middle = Shape(state_space=state_space, batch=8, window=75, hidden=128, layers=4)
+        shapes += [
+            replace(middle, batch=1, window=24, hidden=64, layers=2),
+            replace(middle, batch=128, window=24, hidden=64, layers=2),
+            middle,
+            replace(middle, batch=1, window=256, hidden=256),
+            replace(middle, batch=1, window=1024, hidden=256),
+            replace(middle, eviction="sliding"),
+            replace(middle, loop=(1, 3)),
+        ]
     return tuple(shapes)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from operator import truediv
 from typing import Any, ClassVar, Literal
 
@@ -178,10 +179,10 @@ class Bench:
 
         works = dict(zip(WAYS, (graph, eager, calls), strict=True))
         engine.forget()
-        held = self._reserved()
+        before = self._reserved()
         # The first sleep runs eagerly and warms up, the second one captures.
         first = [elapsed(graph, model.device) for _ in range(2)]
-        held = None if held is None else self._reserved() - held
+        after = self._reserved()
         peaks = {name: self._peak(work) for name, work in works.items()}
         seconds = self._rounds(works, self.repeats, self.least_seconds)
         row = {
@@ -193,7 +194,7 @@ class Bench:
                 for name in ("graph", "eager")
             },
             "capture_seconds": first[1],
-            "held_bytes": held,
+            "held_bytes": None if before is None or after is None else after - before,
             "peak_bytes": peaks,
         }
         engine.forget()
@@ -218,9 +219,8 @@ class Bench:
         if sleeps != key["windows"]:
             raise RuntimeError(f"{sleeps} sleeps happened where {key['windows']} should have")
         token = self._ids(batch, 1)
-        works = {
-            name: lambda cache=cache: model(input_ids=token, cache=cache)
-            for name, cache in caches.items()
+        works: dict[str, Callable[[], Any]] = {
+            name: partial(model, input_ids=token, cache=cache) for name, cache in caches.items()
         }
         # The window has to stay open: no token may bring a sleep with it.
         room = window - caches["before"].counts.max().item()

@@ -168,17 +168,17 @@ class TrainingCost(Result):
         Truncation changes what is learned, so that no truncated row meets it.
         """
         judged = [
-            (row, memory)
+            (row.checkpointing, memory, row.time_ratio.median)
             for row in self.rows
-            if row.at(BASE[self.measured_on]) and row.truncation is None and row.time_ratio
-            if (memory := self.memory_ratio(row)) is not None
+            if row.at(BASE[self.measured_on]) and row.truncation is None
+            if row.time_ratio is not None and (memory := self.memory_ratio(row)) is not None
         ]
         if not judged:
             return None
         return [
-            row.checkpointing
-            for row, memory in judged
-            if memory <= TARGET["memory"] and row.time_ratio.median <= TARGET["time"]
+            checkpointing
+            for checkpointing, memory, time in judged
+            if memory <= TARGET["memory"] and time <= TARGET["time"]
         ]
 
 
@@ -279,7 +279,7 @@ class Bench:
         model.config.sleep_schedule = "every_window"
         self._model = model.train()
 
-    def _rounds(self, step: Step, ways: dict[str, Row]) -> dict[str, list[dict[str, float]]]:
+    def _rounds(self, step: Step, ways: dict[str, Row]) -> dict[str, list[Any]]:
         """Seconds of each way, round by round; measuring memory has warmed them up."""
         works = {name: lambda key=key: step.seconds(key) for name, key in ways.items()}
         return interleaved(works, self.repeats, 0, lambda work: work())

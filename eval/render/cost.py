@@ -139,7 +139,7 @@ def _break_even(result: Cost, rows: list[DecodeRow]) -> list[str]:
     cells = []
     for row in rows:
         for depth in row.depths:
-            line = [row.windows, depth]
+            line = [str(row.windows), str(depth)]
             for way in ALTERNATIVES:
                 counted, timed = (row.break_even(u, depth, way) for u in ("flops", "seconds"))
                 line += [f"**{counted}**", f"**{timed}**", _tally(timed, timed.range)]
@@ -149,6 +149,7 @@ def _break_even(result: Cost, rows: list[DecodeRow]) -> list[str]:
 
 def _depo(result: Cost, rows: list[DepoRow]) -> list[str]:
     depo, last = result.depo, rows[-1]
+    assert depo is not None
     depths = ", ".join(map(str, depo.run["trained_depths"]))
     steps = [f"{hop} step{'s' * (hop != 1)}" for hop in last.by_hops]
     head = ["N", "accuracy", "95 % interval", *steps, "same answers", "logits differ by at most"]
@@ -188,17 +189,17 @@ def _depo(result: Cost, rows: list[DepoRow]) -> list[str]:
     lines += ["", "Questions from which on sleeping costs less, middle cycle and quartiles:", ""]
     head = ["N", *(f"{way}: {unit}" for way in WAYS.values()
                    for unit in ("FLOPs", "seconds", "cycles"))]  # fmt: skip
-    cells = []
+    tallies: list[list[str]] = []
     for row in rows:
-        line = [row.passes]
+        line = [str(row.passes)]
         for way in WAYS:
             timed = row.break_even[way]
             line += [f"**{row.flops.break_even(way)}**", f"**{timed}**"]
             line += [_tally(timed, timed.quartiles)]
-        cells.append(line)
+        tallies.append(line)
     return [
         *lines,
-        *table(head, cells),
+        *table(head, tallies),
         "",
         f"Between two questions {last.bytes['saved']:,} bytes of fast weights, or "
         f"{last.bytes['kept']:,} with the KV cache kept. On disk {last.file.bytes:,} bytes, "
@@ -210,7 +211,8 @@ def _depo(result: Cost, rows: list[DepoRow]) -> list[str]:
 
 def _tally(verdict: Verdict, numbers: Sequence[float] | None) -> str:
     """Two numbers of several verdicts, and how many have none: `3 to 5; never in 2`."""
-    kinds = [f"{kind} in {count}" for kind, count in verdict.kinds.items() if kind != "from"]
+    counts = verdict.kinds or {}
+    kinds = [f"{kind} in {count}" for kind, count in counts.items() if kind != "from"]
     if numbers is None:
         return "; ".join(kinds)
     low, high = (f"{x:,.0f}" for x in numbers)
@@ -292,8 +294,11 @@ def _draw_questions(axes: Any, row: DecodeRow) -> None:
     counts = [10 ** (power / 16) for power in range(16 * (len(str(MOST)) - 1) + 1)]
     depths = row.depths
     sleeps = [depth for depth in depths if depth > 1][:: max(1, len(depths) - 2)]
-    lines = [("recomputing", "recomputed each time", GREEN, (0, (1.5, 1.5)), depths[0])]
-    for depth, colour, dash in zip(sleeps, (SKY, BLUE), ("-", (0, (6, 1.2))), strict=False):
+    lines: list[tuple[str, str, str, Any, int]] = [
+        ("recomputing", "recomputed each time", GREEN, (0, (1.5, 1.5)), depths[0])
+    ]
+    solid_dashed: tuple[Any, ...] = ("-", (0, (6, 1.2)))
+    for depth, colour, dash in zip(sleeps, (SKY, BLUE), solid_dashed, strict=False):
         lines.append(("sleep", f"sleep once, N = {depth}", colour, dash, depth))
     axes.axhline(1, color=GREY, linestyle=(0, (4, 3)), linewidth=1.6)
     lowest, highest = 0.9, 1.1

@@ -55,7 +55,7 @@ def figure(result: SleepCost) -> Figure:
     for place, depth in enumerate(depths):
         axes.hlines(
             (depth - 1) / depth, place - 0.4, place + 0.4, color=INK, linewidth=2,
-            label="(N-1)/N" if place == 0 else None,
+            label="(N-1)/N" if place == 0 else "",
         )  # fmt: skip
     styles = {"gated_deltanet": (BLUE, "o", -0.12), "mamba2": (ORANGE, "^", 0.12)}
     for name, (colour, marker, shift) in styles.items():

@@ -102,8 +102,8 @@ def _method(result: TrainingCost) -> str:
     )
 
 
-def _mib(size: int) -> str:
-    return f"{size / 2**20:.1f}"
+def _mib(size: int | None) -> str:
+    return "-" if size is None else f"{size / 2**20:.1f}"
 
 
 def figure(result: TrainingCost) -> Figure:
@@ -189,7 +189,7 @@ def _speeds(
     rest = {key: value for key, value in base.items() if key != name}
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in result.rows:
-        if row.at(rest) and row.truncation is None and not row.out_of_memory:
+        if row.at(rest) and row.truncation is None and row.tokens_per_second is not None:
             points = lines.setdefault(label(row.checkpointing), [])
             points.append((getattr(row, name), row.tokens_per_second))
     return {key: sorted(points) for key, points in lines.items() if len(points) > 1}
