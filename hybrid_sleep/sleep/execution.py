@@ -98,6 +98,7 @@ class Plan(Generic[Carry]):
 
         def fill(x: torch.Tensor, buffer: torch.Tensor) -> None:
             buffer[: len(x)].copy_(x)
+            # Rows do not meet, so any would do; copies of one cannot bring a NaN of their own.
             if len(x) < len(buffer):
                 buffer[len(x) :].copy_(x[:1].expand(len(buffer) - len(x), *x.shape[1:]))
 
