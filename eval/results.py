@@ -63,12 +63,15 @@ class Result:
     """What every kind has; a subclass is a dataclass with a `benchmark` and fields of its own.
 
     provenance: see `support.provenance`. command: what gives this result again. ended: "done", or
-    why the work stopped earlier. Fields hold what was measured or chosen; what follows from them is
-    a property or a method. They must come back from JSON as they were: numbers, text, None, lists,
-    dicts (keys may be integers) and dataclasses of these, all with type annotations.
+    why the work stopped earlier; `continues`: whether the same call would then do the rest.
+
+    Fields hold what was measured or chosen; what follows from them is a property or a method. They
+    must come back from JSON as they were: numbers, text, None, lists, dicts (keys may be integers)
+    and dataclasses of these, all with type annotations.
     """
 
     benchmark: ClassVar[str]
+    continues: ClassVar[bool] = True
     provenance: dict[str, Any]
     command: str | None = None
     ended: str = field(default=DONE)
@@ -96,7 +99,9 @@ class Result:
 
     def footer(self, versions: str = "") -> list[str]:
         """The last lines of a results.md; see `support.markdown.footer`."""
-        return footer_of(self.provenance, self.command, self.ended, versions)
+        return footer_of(
+            self.provenance, self.command, self.ended, versions, continues=self.continues
+        )
 
 
 def save(result: Result | dict[str, Any], out: str | os.PathLike) -> list[Path]:

@@ -42,6 +42,7 @@ class GenerationCost(Result):
     """
 
     benchmark: ClassVar[str] = "generation"
+    continues: ClassVar[bool] = False
     windows: int
     window: int
     passes: int

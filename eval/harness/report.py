@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hybrid_sleep.support.plots import GREY, INK, STYLES, new_figure
-from hybrid_sleep.support.provenance import describe
+from hybrid_sleep.support.markdown import footer, table
+from hybrid_sleep.support.plots import GREY, STYLES, dress, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +34,7 @@ def markdown(result: dict[str, Any]) -> str:
     depths = result["depths"]
     guesses = ("floor", "majority")
     head = ["task", "metric", "documents", *guesses, *(f"N = {depth}" for depth in depths)]
-    lines = [f"| {' | '.join(head)} |", "|:---|:---|" + "---:|" * (len(head) - 2)]
+    rows = []
     for name, metric, by_depth in lines_of(result):
         any_depth = next(iter(by_depth.values()))
         less = " (less is better)" if any_depth["higher_is_better"] is False else ""
@@ -42,9 +42,9 @@ def markdown(result: dict[str, Any]) -> str:
         for guess in guesses:
             share = any_depth.get(guess)
             cells.append("" if share is None else f"{share:.4f}")
-        cells += [_cell(by_depth.get(depth)) for depth in depths]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += [
+        rows.append([*cells, *(_cell(by_depth.get(depth)) for depth in depths)])
+    lines = [
+        *table(head, rows, "llr"),
         "",
         "Scores by sleep depth N, the passes over each full window (95 % interval, given how many "
         "documents there were). Of our own tasks, floor: the best guess without any memory of the "
@@ -53,15 +53,9 @@ def markdown(result: dict[str, Any]) -> str:
     for task, about in result["tasks"].items():
         lines += _by_difficulty(result, task, about)
     lines += ["", _about(result)]
-    if not result["complete"]:
-        lines += ["", f"Not complete ({result['ended']}); the same call goes on."]
-    versions = result["provenance"]
-    lines += [
-        "",
-        f"{describe(versions)}; lm_eval {versions['lm_eval']}; datasets {versions['datasets']}",
-    ]
-    if result["command"]:
-        lines += ["", f"`{result['command']}`"]
+    record = result["provenance"]
+    versions = f"lm_eval {record['lm_eval']}; datasets {record['datasets']}"
+    lines += footer(record, result["command"], result["ended"], versions)
     return "\n".join(lines) + "\n"
 
 
@@ -84,17 +78,16 @@ def _by_difficulty(result: dict[str, Any], task: str, about: dict[str, Any]) -> 
     if not rows:
         return []
     first = next(iter(rows.values()))
-    lines = ["", f"{task}: questions right by {about['difficulty']}", ""]
     head = [about["difficulty"], "questions", *(f"N = {depth}" for depth in rows)]
-    lines += [f"| {' | '.join(head)} |", "|" + "---:|" * len(head)]
-    for level, part in first.items():
-        shares = [f"{levels[level]['share']:.4f}" for levels in rows.values()]
-        lines.append(f"| {' | '.join([level, str(part['questions']), *shares])} |")
-    return lines
+    cells = [
+        [level, part["questions"], *(f"{levels[level]['share']:.4f}" for levels in rows.values())]
+        for level, part in first.items()
+    ]
+    return ["", f"{task}: accuracy by {about['difficulty']}", "", *table(head, cells)]
 
 
 def _about(result: dict[str, Any]) -> str:
-    """What was asked, in a sentence or two."""
+    """What was evaluated, in a sentence or two."""
     limit = "" if result["limit"] is None else f" (at most {result['limit']} documents a task)"
     parts = [
         f"Checkpoint: {result['checkpoint']}, {result['parameters']} parameters, "
@@ -108,8 +101,8 @@ def _about(result: dict[str, Any]) -> str:
     for task, about in result["tasks"].items():
         if about["params"] is not None:
             params = ", ".join(f"{name}={value}" for name, value in about["params"].items())
-            asked = ", asked in words" if about["in_words"] else ""
-            parts.append(f"{task}: {params}{asked}.")
+            words = ", in words" if about["in_words"] else ""
+            parts.append(f"{task}: {params}{words}.")
     shots = {
         f"{score['name']} {score['num_fewshot']}"
         for row in result["rows"]
@@ -153,9 +146,7 @@ def figure(result: dict[str, Any]) -> Figure:
     axes.set_subplotspec(grid[0])
     for i, (kind, lines) in enumerate(panels.items()):
         if i:
-            axes = figure.add_subplot(grid[i])
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.tick_params(labelsize=12, colors=INK)
+            axes = dress(figure.add_subplot(grid[i]), "")
         for index, line in enumerate(lines):
             _draw(axes, line, result["depths"], index, len(lines))
         if kind == SHARES:

@@ -114,6 +114,7 @@ class DepthResult(Result):
     """Checkpoints of one recipe, each measured at the same depths on the same test examples."""
 
     benchmark: ClassVar[str] = "depth"
+    continues: ClassVar[bool] = False
     task: TaskRecord
     examples: int
     split: str

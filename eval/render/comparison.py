@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hybrid_sleep.eval.measure.statistics import Seeds, best_depth
 from hybrid_sleep.support.markdown import table
@@ -78,16 +78,17 @@ def _shown(seeds: Seeds) -> str:
 
 def _models(result: Comparison) -> list[str]:
     own = result.cost(result.reference)
-    counted = own is not None and all(result.cost(variant) for variant in result.measured)
+    costs = {variant.name: result.cost(variant) for variant in result.measured}
+    counted = own is not None and all(costs.values())
     equal = any(variant.equal for variant in result.measured)
     head = ["model", *["equal"] * equal, "steps", f"{result.clock} s"]
     head += ["compute", "parameters", "decoding", "memory"] if counted else []
     rows = []
     for variant in result.measured:
-        cost, at = result.cost(variant), variant.compared_at
+        cost, at = costs[variant.name], variant.compared_at
         cells = [variant.label, *[EQUAL[variant.equal]] * equal]
         cells += [f"{result.steps(variant):,.0f}", f"{result.seconds(variant):.0f}"]
-        if counted:
+        if counted and own and cost:
             cells += [
                 f"{cost['training_flops'] / own['training_flops']:.2f}x",
                 f"{cost['parameters']:,.0f}",
@@ -203,7 +204,7 @@ def _with_baselines(result: Comparison) -> Figure:
     if len(levels) > 1:
         floors = [task.floor[level] for level in levels]
         bottom.plot(range(len(levels)), floors, **_FLOOR)
-    bottom.set_xticks(range(len(levels)), levels)
+    bottom.set_xticks(range(len(levels)), map(str, levels))
     bottom.set_xlabel(f"{task.difficulty} (bars: lowest to highest seed)", fontsize=13)
     _dress(top, result)
     _dress(bottom, result, line=len(levels) == 1)
@@ -211,7 +212,9 @@ def _with_baselines(result: Comparison) -> Figure:
     return picture
 
 
-_FLOOR = {"color": GREY, "linestyle": (0, (4, 3)), "linewidth": 1.6, "label": "floor"}
+_FLOOR: dict[str, Any] = {
+    "color": GREY, "linestyle": (0, (4, 3)), "linewidth": 1.6, "label": "floor",
+}  # fmt: skip
 
 
 def _depth_axis(axes: Axes, depths: list[int]) -> None:

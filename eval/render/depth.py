@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hybrid_sleep.eval.measure.statistics import NO_DIFFERENCE, over_questions
-from hybrid_sleep.support.markdown import footer, table
+from hybrid_sleep.support.markdown import table
 from hybrid_sleep.support.plots import BLUE, GREY, INK, SKY, VERMILLION, new_figure
 
 if TYPE_CHECKING:
@@ -21,9 +21,7 @@ def markdown(result: DepthResult) -> str:
     lines = [*accuracy_table(result), *_by_difficulty(result), "", task_line(result)]
     if result.baseline is not None:
         lines += ["", baseline_words(result), "", f"`{result.baseline.command}`"]
-    if not result.complete:
-        lines += ["", f"Interrupted after {len(result.runs)} checkpoint(s)."]
-    return "\n".join([*lines, *footer(result.provenance, result.command)]) + "\n"
+    return "\n".join([*lines, *result.footer()]) + "\n"
 
 
 def accuracy_table(result: DepthResult) -> list[str]:
@@ -71,6 +69,7 @@ def task_line(result: DepthResult) -> str:
 def baseline_words(result: DepthResult) -> str:
     """The comparison with training at one depth, said as it is."""
     base = result.baseline
+    assert base is not None
     best = result.shares("exact", result.best_depth).mean
     text = (
         f"Baseline: the same model trained at N = {base.depth} alone, on {base.examples_ratio:.1f} "

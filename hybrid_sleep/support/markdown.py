@@ -25,12 +25,19 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]], align: str = "r") 
 
 
 def footer(
-    provenance: dict[str, Any], command: str | None, ended: str = DONE, versions: str = ""
+    provenance: dict[str, Any],
+    command: str | None,
+    ended: str = DONE,
+    versions: str = "",
+    *,
+    continues: bool = True,
 ) -> list[str]:
     """Whether anything is missing, where the numbers came from, and the command that gave them.
 
-    ended: "done", or why the work stopped before it was. versions: of further packages.
+    ended: "done", or why the work stopped before it was. versions: of further packages. continues:
+    whether the same call would keep what there is and do the rest.
     """
-    lines = [] if ended == DONE else ["", f"Not complete ({ended}); the same call goes on."]
+    how = "; the same call goes on" * continues
+    lines = [] if ended == DONE else ["", f"Not complete ({ended}){how}."]
     lines += ["", "; ".join([describe(provenance), *([versions] if versions else [])])]
     return [*lines, "", f"`{command}`"] if command else lines

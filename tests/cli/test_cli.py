@@ -243,7 +243,7 @@ def test_an_interrupted_benchmark_keeps_the_checkpoints_it_finished(config, tmp_
     assert "these files hold what was finished" in said.stderr
     result = json.loads((tmp_path / "b" / "results.json").read_text())
     assert result["ended"] == "interrupted" and [run["seed"] for run in result["runs"]] == [0]
-    assert "Interrupted after 1" in (tmp_path / "b" / "results.md").read_text()
+    assert "Not complete (interrupted)." in (tmp_path / "b" / "results.md").read_text()
 
 
 AT = ("bench", "depth", ".", "--depths")

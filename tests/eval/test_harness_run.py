@@ -93,7 +93,7 @@ def test_a_run_is_written_kept_and_shown(trained, tmp_path, monkeypatch):
     first = table.splitlines()[2]
     assert first.startswith(f"| hybrid_sleep_rule110 | exact | 40 |  | {majority.exact:.4f} |")
     assert f"| {wanted[1].exact:.4f} (" in first and f"| {wanted[2].exact:.4f} (" in first
-    assert "questions right by steps" in table and "Trained at depths 1, 2." in table
+    assert "accuracy by steps" in table and "Trained at depths 1, 2." in table
     axes = report.figure(result).axes[0]
     heights = [list(line.get_ydata()) for line in axes.lines]
     assert [wanted[1].exact, wanted[2].exact] in heights

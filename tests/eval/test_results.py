@@ -78,6 +78,13 @@ def test_what_is_not_complete_says_why_and_earlier_files_are_read(entry, ended):
     assert (f"Not complete ({ended})" in "\n".join(result.footer())) == (ended != "done")
 
 
+def test_only_what_continues_says_that_it_does(monkeypatch):
+    result = Example(provenance=PROVENANCE, rows=[], ended="interrupted")
+    assert "Not complete (interrupted); the same call goes on." in result.footer()
+    monkeypatch.setattr(Example, "continues", False)
+    assert "Not complete (interrupted)." in result.footer()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
