@@ -1,6 +1,6 @@
 """What the Triton kernels compile to for a GPU that is not here: shared memory, registers, spills.
 
-    python -m hybrid_sleep.kernels.benchmarks.compiled [--ops OP ...] [--out DIR]
+    python -m hybrid_sleep.kernels.benchmarks.compiled [--ops OP ...] [--quick] [--out DIR]
 
 Every launch of every op is recorded instead of run, forward, backward, state only and decoding, and
 compiled for compute capability 9.0 in each configuration that tuning may choose. Needs the package
@@ -228,10 +228,13 @@ def run(
     ops: Sequence[str] = tuple(INPUTS),
     *,
     dims: Sequence[tuple[int, int]] = DIMS,
+    quick: bool = False,
     command: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Compile everything; one row for each kernel, form, dtype, K and V, and configuration.
+
+    quick: each kernel once, in bfloat16, its first form and its largest configuration.
 
     Raises ValueError for an unknown op, RuntimeError without Triton or in its interpreter.
     """
@@ -253,11 +256,13 @@ def run(
         for call in calls(op, dims):
             for launch in launches(call):
                 sizes, switches = _form(launch)
-                key = (id(launch.kernel), call.dtype, *sorted(sizes.items()), *switches)
+                form = () if quick else (call.dtype, *sorted(sizes.items()), *switches)
+                key = (id(launch.kernel), *form)
                 if key in seen:
                     continue
                 seen.add(key)
-                for config in launch.kernel.allowed(launch.arguments):
+                configs = launch.kernel.allowed(launch.arguments)
+                for config in configs[-1:] if quick else configs:
                     row = {
                         "op": op,
                         "kernel": launch.kernel.name,
@@ -343,6 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--dims", nargs="+", metavar="K,V", help="head dims instead of the usual ones"
     )
+    parser.add_argument("--quick", action="store_true", help="each kernel once, in bfloat16")
     parser.add_argument("--out", type=Path, default=Path("out/compiled"))
     options = parser.parse_args(arguments)
     dims: Sequence[Any] = DIMS
@@ -353,7 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(text, file=sys.stderr, flush=True)
 
     command = "python -m hybrid_sleep.kernels.benchmarks.compiled"
-    result = run(options.ops, dims=dims, command=command, progress=show)
+    result = run(options.ops, dims=dims, quick=options.quick, command=command, progress=show)
     save(result, options.out)
     print(markdown(result))
     sys.exit(any(row["wrong"] for row in result["rows"]))

@@ -62,7 +62,11 @@ class Precision(NamedTuple):
 
 
 def precision(dtype: torch.dtype, state_dtype: torch.dtype) -> Precision:
-    """bf16 products for bf16 inputs, three TF32 products for one of any other dtype."""
+    """bf16 products for bf16 inputs, three TF32 products for one of any other dtype.
+
+    One TF32 product has the 10 bits of its operands: too few for inverses and for states that go
+    through many chunks. Three, of high and low parts, give nearly float32.
+    """
     if state_dtype == torch.float64:
         return Precision(tl.float64, tl.float64, "ieee", "ieee")
     if dtype == torch.bfloat16:

@@ -28,7 +28,11 @@ class Raw(NamedTuple):
 
 
 def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """`x / sqrt(sum(x^2) + eps)` over the last dim, computed in fp32 or wider."""
+    """`x / sqrt(sum(x^2) + eps)` over the last dim, computed in fp32 or fp64.
+
+    With |k| <= 1 and beta <= 2 the factor I - beta k k^T of the rule never amplifies what a state
+    holds, over however many tokens and passes.
+    """
     promoted = x.to(torch.promote_types(x.dtype, torch.float32))
     return (promoted * torch.rsqrt(promoted.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
 

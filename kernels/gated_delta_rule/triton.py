@@ -250,7 +250,10 @@ def backward(
 
 
 class _GatedDelta(torch.autograd.Function):
-    """Keeps its inputs and nothing else; the backward pass finds the chunks again."""
+    """Keeps its inputs and nothing else; the backward pass computes the chunks again.
+
+    Training goes N times through each window, so that what one pass keeps counts N times.
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, g, beta, initial_state, mask, scale, sizes, how):

@@ -28,6 +28,8 @@ def gated_norm(
 
         y = o / sqrt(mean(o^2) + eps) * weight * silu(gate)
 
+    The norm comes before the gate, as in Gated DeltaNet; Mamba-2's layer gates first by default.
+
     Args:
         o: [..., V].
         gate: [..., V], of o's shape; it may be a slice of a larger tensor.

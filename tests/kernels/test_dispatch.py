@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from marks import slow
 
 from hybrid_sleep.kernels.common import dispatch
 from hybrid_sleep.kernels.gated_delta_rule import gated_delta_rule
@@ -122,8 +123,7 @@ def test_nothing_that_takes_a_call_is_an_error(registry):
         call(ssd)
 
 
-@pytest.mark.parametrize("pads", [False, True])
-@pytest.mark.parametrize("T", [1, 40])
+@pytest.mark.parametrize(("T", "pads"), [(40, True), (1, False), slow(40, False), slow(1, True)])
 def test_every_op_compiles_into_one_graph(registry, T, pads):
     """With its gradient; the graph runs eagerly, so that no compiler is needed."""
     mask = torch.rand(2, T) > 0.3 if pads else None

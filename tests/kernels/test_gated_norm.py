@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
 import torch
 import torch.nn.functional as F
+from agreement import TOLERANCE, compare, error
+from agreement import results as results_of
 
 from hybrid_sleep.kernels.common import dispatch
 from hybrid_sleep.kernels.gated_norm import gated_norm
@@ -17,7 +20,6 @@ if find_spec("triton") is not None:
     from hybrid_sleep.kernels.gated_norm import triton as path
 
 EPS = 1e-6
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 interpreted = pytest.mark.skipif(
     torch.cuda.is_available() or find_spec("triton") is None,
@@ -33,21 +35,7 @@ def make(*shape: int, dtype: torch.dtype = torch.float64) -> dict[str, torch.Ten
     }
 
 
-def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Largest difference, relative to the largest value of `wanted` where that is above 1."""
-    found, wanted = found.detach().double(), wanted.detach().double()
-    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1))
-
-
-def results(inputs, dtype=torch.float64, eps=EPS, guard=None, **options):
-    """y and the gradients by name, of one fixed random function of y."""
-    leaves = {name: x.detach().to(dtype, copy=True).requires_grad_() for name, x in inputs.items()}
-    given = leaves if guard is None else {name: guard(x) for name, x in leaves.items()}
-    y = gated_norm(**given, eps=eps, **options)
-    drawn = torch.Generator().manual_seed(1)
-    grad_outputs = torch.randn(y.shape, generator=drawn, dtype=torch.float64).to(dtype)
-    y.backward(grad_outputs if guard is None else guard(grad_outputs))
-    return {"y": y} | {f"d{name}": x.grad for name, x in given.items()}
+results = partial(results_of, gated_norm, names=("y",), eps=EPS)
 
 
 def test_the_reference_is_its_equation():
@@ -78,9 +66,9 @@ SHAPES = [(1, 5), (3, 20), (2, 3, 33), (2, 5, 3, 18), (1, 37, 2, 16), (1, 1, 4, 
 def test_the_kernels_match_the_reference(guarded, shape, dtype):
     inputs = make(*shape)
     wanted = results(inputs, impl="reference")
-    found = results(inputs, dtype, guard=guarded, impl="triton")
+    found = results(inputs, dtype=dtype, guard=guarded, impl="triton")
     guarded.check()
-    assert {n: e for n in wanted if (e := error(found[n], wanted[n])) > TOLERANCE[dtype]} == {}
+    compare(wanted, found, dtype)
     assert all(x.dtype == dtype for x in found.values())
 
 
@@ -92,26 +80,26 @@ def test_the_kernels_at_the_edges_of_the_range(guarded, scale):
     inputs["o"] *= scale
     inputs["gate"] *= 100
     wanted = results(inputs, impl="reference")
-    found = results(inputs, torch.float32, guard=guarded, impl="triton")
+    found = results(inputs, dtype=torch.float32, guard=guarded, impl="triton")
     for name, x in wanted.items():
         assert error(found[name], x) < 1e-5, name
 
 
 @interpreted
-def test_the_kernels_read_slices_of_something_wider_in_place(guarded):
+def test_the_kernels_read_slices_of_a_larger_tensor_in_place(guarded):
     inputs = make(2, 5, 3, 7)
     wanted = results(inputs, impl="reference")
-    wide = torch.full((2, 5, 50), float("nan"), dtype=torch.float64)
-    wide[..., 4:25] = inputs["gate"].flatten(-2)
-    wide = guarded(wide.requires_grad_())
+    larger = torch.full((2, 5, 50), float("nan"), dtype=torch.float64)
+    larger[..., 4:25] = inputs["gate"].flatten(-2)
+    larger = guarded(larger.requires_grad_())
     leaves = {n: x.clone().requires_grad_() for n, x in inputs.items()}
-    leaves["gate"] = wide[..., 4:25].unflatten(-1, (3, 7))
+    leaves["gate"] = larger[..., 4:25].unflatten(-1, (3, 7))
     y = gated_norm(**leaves, eps=EPS, impl="triton")
     drawn = torch.Generator().manual_seed(1)
     y.backward(torch.randn(y.shape, generator=drawn, dtype=torch.float64))
     guarded.check()
     assert error(y, wanted["y"]) < 1e-12
-    assert error(wide.grad[..., 4:25], wanted["dgate"].flatten(-2)) < 1e-12
+    assert error(larger.grad[..., 4:25], wanted["dgate"].flatten(-2)) < 1e-12
     assert error(leaves["weight"].grad, wanted["dweight"]) < 1e-12
     with triton_launch.recording() as launches:
         gated_norm(**leaves, eps=EPS, impl="triton")
@@ -143,7 +131,7 @@ def test_many_rows_share_a_bounded_number_of_sums(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
-def test_wider_weights_do_not_change_the_dtype():
+def test_weights_of_another_dtype_do_not_change_that_of_the_result():
     inputs = make(2, 4, dtype=torch.float32)
     inputs["o"] = inputs["o"].bfloat16()
     assert gated_norm(**inputs, eps=EPS).dtype == torch.bfloat16

@@ -1,23 +1,30 @@
 """The fused mixers against the composition of their parts, and what they refuse.
 
-The composition itself is held against a token-by-token formulation in tests/sleep.
+The composition itself is compared with a token-by-token formulation in tests/sleep.
 """
 
 from __future__ import annotations
 
+from functools import partial
+from importlib.util import find_spec
+
 import pytest
 import torch
+from agreement import TOLERANCE, compare, error
+from agreement import results as results_of
 from marks import slow
 
 from hybrid_sleep.kernels.common import triton_paths
 from hybrid_sleep.kernels.gated_delta_net import gated_delta_net
 from hybrid_sleep.kernels.mamba2 import mamba2
 
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-DTYPES = [torch.float32, slow(torch.float64)]
-NAMES = ("o", "S", "q_tail", "kv_tail")
+if find_spec("triton") is not None:
+    from hybrid_sleep.kernels.common.triton_launch import recording
+
+SINGLE, DOUBLE = TOLERANCE
 
 fused = pytest.mark.skipif(not triton_paths.interpreting(), reason="needs Triton's interpreter")
+results = partial(results_of, names=("o", "S", "q_tail", "kv_tail"))
 
 
 @pytest.fixture(params=[gated_delta_net, mamba2], ids=lambda op: op.__name__, scope="session")
@@ -50,110 +57,136 @@ def inputs_of(op, B=2, T=7, G=1, R=2, K=5, V=6, W=4, state=True, tails=True):
     return inputs, {"key_heads": G}
 
 
-def error(found, wanted):
-    found, wanted = found.detach().double(), wanted.detach().double()
-    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1))
-
-
-def results(op, inputs, dtype=torch.float64, guard=None, only=NAMES, **options):
-    """What `op` returns, and the gradients by name of one fixed random function of `only`."""
-    leaves = {name: x.clone().to(dtype).requires_grad_() for name, x in inputs.items()}
-    given = leaves if guard is None else {name: guard(x) for name, x in leaves.items()}
-    returned = op(**given, **options)._asdict()
-    found = {name: x for name, x in returned.items() if x is not None}
-    drawn = torch.Generator().manual_seed(1)
-    random = {"generator": drawn, "dtype": torch.float64}
-    grad_outputs = {name: torch.randn(x.shape, **random) for name, x in found.items()}
-    chosen = [n for n in only if n in found]
-    torch.autograd.backward([found[n] for n in chosen], [grad_outputs[n].to(dtype) for n in chosen])
-    grads = {f"d{name}": x.grad for name, x in given.items() if x.grad is not None}
-    return found | grads
-
-
-def compare(found, wanted, dtype=torch.float64):
-    zero = torch.zeros(())
-    wrong = {}
-    for name in wanted.keys() | found.keys():
-        e = error(found.get(name, zero), wanted.get(name, zero))
-        if not e <= TOLERANCE[dtype]:
-            wrong[name] = e
-    assert wrong == {}
-
-
 CASES = {
     "one token": dict(T=1, R=1),
-    "one chunk, shared keys": dict(T=13, G=2, R=2, K=3, V=4),
-    "shorter than the filter": dict(T=2, W=4),
-    "no history": dict(T=20, state=False, tails=False),
+    "one chunk, shared keys": dict(B=1, T=13, G=2, R=2, K=3, V=4),
+    "shorter than the filter": dict(B=1, T=2, W=4),
+    "no history": dict(B=1, T=20, state=False, tails=False),
     "three chunks": dict(T=37, B=1, K=9, V=17, R=1, W=2),
 }
 
 
 @fused
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [SINGLE, slow(DOUBLE)], ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_fused_is_composed(op, case, dtype):
     inputs, options = inputs_of(op, **case)
     wanted = results(op, inputs, impl="reference", **options)
-    compare(results(op, inputs, dtype, impl="triton", **options), wanted, dtype)
+    found = results(op, inputs, dtype=dtype, impl="triton", **options)
+    compare(wanted, found, dtype, absent_is_zero=True)
 
 
 @fused
-@pytest.mark.parametrize("only", [("o",), ("S",), ("kv_tail",)], ids=lambda names: names[0])
+@pytest.mark.parametrize("only", ["o", "S", "kv_tail"])
 def test_a_gradient_from_one_result_alone(op, only):
-    inputs, options = inputs_of(op, T=9)
+    inputs, options = inputs_of(op, B=1, T=9)
     wanted = results(op, inputs, only=only, impl="reference", **options)
-    compare(results(op, inputs, only=only, impl="triton", **options), wanted)
+    found = results(op, inputs, only=only, impl="triton", **options)
+    compare(wanted, found, absent_is_zero=True)
+
+
+def with_nan_at_pads(inputs, mask):
+    """The inputs with NaN wherever a pad stands."""
+    hidden = {n: torch.where(mask[..., None], inputs[n], float("nan")) for n in per_token(inputs)}
+    return inputs | hidden
+
+
+def per_token(inputs):
+    return {"q", "kv", "a", "b"} & inputs.keys()
 
 
 @fused
 @pytest.mark.parametrize("pads", ["anywhere", slow("left"), slow("a whole row")])
 def test_pads_change_nothing_whatever_stands_there(op, guarded, pads):
-    T = 21
-    inputs, options = inputs_of(op, B=3, T=T)
-    mask = torch.rand(3, T) > 0.4
+    B, T = 2, 19
+    inputs, options = inputs_of(op, B=B, T=T)
+    mask = torch.rand(B, T) > 0.4
     if pads == "left":
-        mask = torch.arange(T) >= torch.tensor([[0], [5], [19]])
+        mask = torch.arange(T) >= torch.tensor([[5], [17]])
     elif pads == "a whole row":
         mask[1] = False
     wanted = results(op, inputs, impl="reference", mask=mask, **options)
-    for name in {"q", "kv", "a", "b"} & inputs.keys():
-        inputs[name] = torch.where(mask[..., None], inputs[name], float("nan"))
+    inputs = with_nan_at_pads(inputs, mask)
     found = results(op, inputs, impl="triton", mask=mask, guard=guarded, **options)
     guarded.check()
-    compare(found, wanted)
+    compare(wanted, found, absent_is_zero=True)
+    assert not found["o"][~mask].any()
+    assert not any(found[f"d{name}"][~mask].any() for name in per_token(inputs))
 
 
 @fused
 @pytest.mark.parametrize(
-    ("tails", "padded"), [(True, True), slow(True, False), slow(False, True), slow(False, False)]
+    ("history", "padded", "dtype"),
+    [
+        (True, True, DOUBLE),
+        (False, False, SINGLE),
+        slow(True, False, SINGLE),
+        slow(False, True, DOUBLE),
+    ],
+    ids=str,
 )
-def test_one_token_after_another_is_the_sequence(op, guarded, tails, padded):
-    T = 6
-    inputs, options = inputs_of(op, B=3, T=T, G=2, R=2, K=3, V=20, state=tails, tails=tails)
-    mask = torch.rand(3, T) > 0.4 if padded else None
+def test_one_token_after_another_is_the_sequence(op, guarded, history, padded, dtype):
+    T = 4
+    sizes = dict(B=2, T=T, G=2, R=2, K=3, V=18) if history else dict(B=1, T=T, V=18)
+    inputs, options = inputs_of(op, **sizes, state=history, tails=history)
+    mask = torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0]], dtype=torch.bool) if padded else None
+    if padded and not history:
+        mask = mask[:1]
     wanted = op(**inputs, **options, mask=mask, impl="reference")
+    if padded:
+        inputs = with_nan_at_pads(inputs, mask)
+    inputs = {n: x.to(dtype) for n, x in inputs.items()}
     memory = {n: inputs.pop(n, None) for n in ("initial_state", "q_tail", "kv_tail")}
+    inputs = {n: x if n in per_token(inputs) else guarded(x) for n, x in inputs.items()}
     outputs = []
     with torch.no_grad():
         for t in range(T):
-            now = {
-                n: x[:, t : t + 1] if n in ("q", "kv", "a", "b") else x for n, x in inputs.items()
-            }
-            now = {n: guarded(x.contiguous()) for n, x in now.items()}
-            mask_t = None if mask is None else mask[:, t : t + 1]
-            o, *after = op(**now, **memory, **options, mask=mask_t, impl="triton")
+            token = {n: guarded(inputs[n][:, t : t + 1].contiguous()) for n in per_token(inputs)}
+            memory = {n: None if x is None else guarded(x) for n, x in memory.items()}
+            now = None if mask is None else guarded(mask[:, t : t + 1])
+            o, *after = op(**inputs | token | memory, **options, mask=now, impl="triton")
             memory = dict(zip(memory, after, strict=True))
             outputs.append(o)
     guarded.check()
     found = (torch.cat(outputs, 1), *memory.values())
-    assert max(map(error, found, wanted)) < 1e-12
+    assert max(map(error, found, wanted)) < {SINGLE: 1e-5, DOUBLE: 1e-12}[dtype]
+
+
+@fused
+def test_a_step_takes_one_launch_and_writes_only_new_tensors(op):
+    inputs, options = inputs_of(op, B=1, T=1)
+    with recording() as launches:
+        op(**inputs, **options, impl="triton")
+    assert [launch.kernel.name for launch in launches] == ["step"]
+    before = {name: x.clone() for name, x in inputs.items()}
+    op(**inputs, **options, impl="triton")
+    assert all(torch.equal(inputs[name], x) for name, x in before.items())
+
+
+@fused
+@pytest.mark.parametrize("width", [1, 2])
+def test_short_filters(op, width):
+    inputs, options = inputs_of(op, B=1, T=1, W=width)
+    found = op(**inputs, **options, impl="triton")
+    wanted = op(**inputs, **options, impl="reference")
+    assert max(map(error, found[:2], wanted[:2])) < 1e-12
+    assert all(torch.equal(x, y) for x, y in zip(found[2:], wanted[2:], strict=True))
+
+
+@fused
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
+def test_small_and_large_time_steps_have_gradients():
+    inputs, options = inputs_of(mamba2, B=1, T=24, K=4, V=4)
+    inputs["a"] = torch.linspace(-120, 10, 48, dtype=torch.float64).view(1, 24, 2)
+    wanted = results(mamba2, inputs, impl="reference", **options)
+    found = results(mamba2, inputs, dtype=SINGLE, impl="triton", **options)
+    compare(wanted, found, SINGLE, absent_is_zero=True)
 
 
 @pytest.mark.parametrize("impl", ["reference", "chunked", pytest.param("triton", marks=fused)])
 @pytest.mark.parametrize("T", [1, 20])
-def test_the_state_does_not_depend_on_what_else_is_asked_for(op, impl, T):
-    inputs, options = inputs_of(op, T=T)
+def test_the_state_does_not_depend_on_what_else_is_computed(op, impl, T):
+    inputs, options = inputs_of(op, B=1, T=T)
     with torch.no_grad():
         whole = op(**inputs, **options, impl=impl)
         written = op(**inputs, **options, impl=impl, output=False)
