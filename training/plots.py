@@ -20,11 +20,11 @@ SMOOTH = 0.04  # share of a run's steps that the smoothed loss averages over
 TAIL = 0.1  # share of a run at its start and at its end whose loss is shown by position
 
 
-def plot_run(metrics_path: str | os.PathLike, floor: float | None = None) -> Figure:
+def plot_run(metrics_path: str | os.PathLike, majority: float | None = None) -> Figure:
     """Loss by step and depth; below it what was evaluated, and the loss by position, if recorded.
 
-    floor: accuracy that needs no model, drawn among the exact accuracies. Raises
-    FileNotFoundError if there is no such file, ValueError if it holds no training step.
+    majority: what always guessing the most frequent label scores, drawn among exact accuracies.
+    Raises FileNotFoundError if there is no such file, ValueError if it holds no training step.
     """
     records = _read(Path(metrics_path))
     losses = [(line["step"], line["depth"], line["loss"]) for line in records if "depth" in line]
@@ -36,13 +36,13 @@ def plot_run(metrics_path: str | os.PathLike, floor: float | None = None) -> Fig
         depths |= {int(depth) for record in records for depth in record.get(name, ())}
     styles = _styles(sorted(depths))
     by_position = [record for record in records if "loss_by_position" in record]
-    names = {"exact": "Every label right", "perplexity": "Held-out perplexity"}
+    names = {"exact": "Exact accuracy", "perplexity": "Held-out perplexity"}
     titles = ["Training loss", *(names[name] for name in measures)]
-    titles += ["Loss by place in the window"] if by_position else []
+    titles += ["Loss by position in the window"] if by_position else []
     figure, axes = new_panels(titles, height=3.1)
     _draw_loss(axes[0], losses, styles)
     for panel, name in zip(axes[1:], measures, strict=False):
-        _draw_measure(panel, records, name, styles, floor if name == "exact" else None)
+        _draw_measure(panel, records, name, styles, majority if name == "exact" else None)
     for panel in axes[: 1 + len(measures)]:
         panel.set_xlabel("training step", fontsize=13)
         panel.set_xlim(0, 1.02 * records[-1]["step"])
@@ -62,11 +62,11 @@ def plot_run(metrics_path: str | os.PathLike, floor: float | None = None) -> Fig
 
 
 def save_run_plot(
-    metrics_path: str | os.PathLike, out: str | os.PathLike, floor: float | None = None
+    metrics_path: str | os.PathLike, out: str | os.PathLike, majority: float | None = None
 ) -> Path:
     """Write `plot_run`'s figure into the folder `out`, atomically; its path."""
     path = Path(out) / FIGURE_FILE
-    save_figure(plot_run(metrics_path, floor), path)
+    save_figure(plot_run(metrics_path, majority), path)
     return path
 
 
@@ -124,7 +124,7 @@ def _draw_measure(
     records: list[dict[str, Any]],
     name: str,
     styles: dict[int, Any],
-    floor: float | None,
+    majority: float | None,
 ) -> None:
     found = [(record["step"], record[name]) for record in records if name in record]
     for depth, (color, marker, line) in styles.items():
@@ -139,10 +139,10 @@ def _draw_measure(
     axes.set_ylim(0, 1.04)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     axes.set_ylabel("exact accuracy", fontsize=13)
-    if floor is not None:
-        axes.axhline(floor, color=GREY, linestyle=(0, (4, 3)), linewidth=1.6)
+    if majority is not None:
+        axes.axhline(majority, color=GREY, linestyle=(0, (4, 3)), linewidth=1.6)
         axes.annotate(
-            f"floor {100 * floor:.1f} %", (1, floor), xycoords=("axes fraction", "data"),
+            f"majority {100 * majority:.1f} %", (1, majority), xycoords=("axes fraction", "data"),
             xytext=(0, -5), textcoords="offset points", ha="right", va="top", fontsize=11,
             color=GREY,
         )  # fmt: skip
@@ -159,13 +159,13 @@ def _draw_positions(axes: Axes, records: list[dict[str, Any]]) -> None:
     ):
         columns = zip(*(record["loss_by_position"] for record in some), strict=True)
         means = [_mean([value for value in column if value is not None]) for column in columns]
-        places = [(i + 0.5) / bins for i in range(bins)]
-        axes.plot(places, means, color=color, linestyle=line, marker=marker, linewidth=2.2,
+        positions = [(i + 0.5) / bins for i in range(bins)]
+        axes.plot(positions, means, color=color, linestyle=line, marker=marker, linewidth=2.2,
                   markersize=6, label=label)  # fmt: skip
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1.1 * axes.dataLim.y1 if axes.dataLim.y1 > 0 else None)
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    axes.set_xlabel("place of the predicted token in its window", fontsize=13)
+    axes.set_xlabel("position of the predicted token in its window", fontsize=13)
     axes.set_ylabel("loss", fontsize=13)
     axes.legend(fontsize=11, frameon=False)
 

@@ -286,8 +286,8 @@ def _train(run: RunConfig, place: _Place, *, progress: bool) -> TrainResult:
 
 def _describe(model: Any, run: RunConfig, held_out: Any, work: Path) -> list[str]:
     """Draw `run.png` and, of text, write `samples.txt`; returns the samples, prompts included."""
-    floor = run.load_task().majority().exact if run.text is None else None
-    save_run_plot(work / METRICS_FILE, work, floor)
+    majority = run.load_task().majority().exact if run.text is None else None
+    save_run_plot(work / METRICS_FILE, work, majority)
     if run.text is None or held_out is None:
         return []
     texts = held_out_samples(model, held_out, passes=run.sleep_passes.deepest, seed=run.train.seed)

@@ -35,15 +35,15 @@ def lines(axes):
 
 
 def test_lines_are_the_records(tmp_path):
-    figure = plot_run(write(tmp_path / "metrics.jsonl", run_records()), floor=0.125)
+    figure = plot_run(write(tmp_path / "metrics.jsonl", run_records()), majority=0.125)
     loss, exact, perplexity, position = figure.axes
     even, odd = ([(step, 2 / step) for step in range(first, 21, 2)] for first in (2, 1))
     # A window of 4 % of 20 steps holds one step, so smoothed is raw.
     assert lines(loss) == [even, even, odd, odd]
-    one, two, floor = lines(exact)
+    one, two, majority = lines(exact)
     assert one == [(10, 0.25), (20, 0.25)]
     assert two == [(10, 0.5), (20, 1.0)]
-    assert {y for _, y in floor} == {0.125}
+    assert {y for _, y in majority} == {0.125}
     assert lines(perplexity)[0] == [(10, 20), (20, 10)]
     early, late = lines(position)
     assert early == [(pytest.approx(1 / 6), 1.0), (pytest.approx(5 / 6), 0.3)]
