@@ -147,6 +147,7 @@ class Call:
         runs: Mapping[tuple[str, int], RunConfig],
         depths: Mapping[str, Sequence[int]],
         auto_passes: Mapping[str, int] | None = None,
+        /,
         **fields: Any,
     ) -> R:
         """The `kind` of result with `fields`: each of `runs` trained, and measured at its `depths`.

@@ -48,6 +48,15 @@ def test_a_map_trains_every_cell_at_its_compute(tmp_path, config):
     assert files.render(out / "results.json")
 
 
+def test_a_map_of_one_model(tmp_path, config):
+    call = Call(config=config, seeds=[0], count=8, out=tmp_path / "results")
+    result = depth_map.run(call, "task.params.steps=[1]", depths="2", compute="1")
+    ((seed, trial),) = result.at("1", 1.0)[2].items()
+    assert (seed, trial.depths, trial.steps) == (0, [2], 3)
+    assert result.flops == trial.cost["training_flops"]
+    assert result.complete and "| 1 | " in files.save(result, call.out)[1].read_text()
+
+
 def result_of(**shares):
     """A map of one value and compute: shares of the seeds 0, 1... by depth, `n1=[...]`."""
     rows, cells = [], {}
