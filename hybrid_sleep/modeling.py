@@ -280,7 +280,7 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
         sleep_passes: depth N of the sleeps in this call, None for the config's.
 
         supervised: bool `[B, T]`, tokens that a loss is computed on; default: `labels != -100`,
-        without labels none. under `context_windows` (Algorithm 1) a window that holds one is not
+        without labels none. Under `context_windows` (Algorithm 1) a window that holds one is not
         consolidated, under `every_window` it is, after predicting; the loss is always pass 1's.
         Under no_grad sleeps are recorded in `cache.reports`; with gradients they are not.
 

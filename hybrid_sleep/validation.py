@@ -87,7 +87,7 @@ def check_rope(rope: Any) -> None:
     kind = rope.get("rope_type", "default")
     if kind in ("dynamic", "longrope"):
         raise ValueError(
-            "rope_parameters['rope_type'] must not depend on the length read so far, which "
+            "rope_parameters['rope_type'] must not depend on the length so far, which "
             f"a sleeping model does not keep; got {kind!r}, use 'default', 'linear', "
             "'llama3' or 'yarn'"
         )

@@ -43,8 +43,8 @@ def eager_attention(
         ).tril()
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    weights = scores.softmax(-1, dtype=wide).to(query.dtype)
+    promoted = torch.promote_types(scores.dtype, torch.float32)
+    weights = scores.softmax(-1, dtype=promoted).to(query.dtype)
     weights = nn.functional.dropout(weights, dropout, module.training)
     return (weights @ value).transpose(1, 2), weights
 
@@ -111,7 +111,8 @@ class Attention(nn.Module):
             # Flash kernels take lengths, not a mask over slots that start anywhere.
             logger.warning_once(
                 f"attention takes 'sdpa' instead of {name!r} where rows of a batch hold windows "
-                "of different length, where a window is read in pieces, and under sliding eviction"
+                "of different length, where a window is prefilled in pieces, and under sliding "
+                "eviction"
             )
             name = "sdpa"
         return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)

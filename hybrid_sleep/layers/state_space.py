@@ -66,14 +66,14 @@ class StateSpaceMixer(nn.Module, ABC):
         self.o_proj = nn.Linear(v_width, config.hidden_size, bias=False)
         self.q_conv = nn.Parameter(torch.empty(q_width, config.linear_conv_kernel_dim))
         self.kv_conv = nn.Parameter(torch.empty(q_width + v_width, config.linear_conv_kernel_dim))
-        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        self.A_log = nn.Parameter(torch.empty(self.value_heads, dtype=wide))
-        self.dt_bias = nn.Parameter(torch.empty(self.value_heads, dtype=wide))
+        promoted = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.A_log = nn.Parameter(torch.empty(self.value_heads, dtype=promoted))
+        self.dt_bias = nn.Parameter(torch.empty(self.value_heads, dtype=promoted))
         self.o_norm = GatedNorm(self.value_dim, eps=config.rms_norm_eps)
 
     def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> StateSpaceMixer:
         # Decays are powers over the length of a text: rounded to 8 bits they forget at another
-        # rate. from_pretrained(dtype=) keeps them wide, so .to(), .half() and .bfloat16() must.
+        # rate. from_pretrained(dtype=) keeps them in fp32, so .to(), .half() and .bfloat16() must.
         kept = [x for p in (self.A_log, self.dt_bias) for x in (p, p.grad) if x is not None]
 
         def convert(x: torch.Tensor) -> torch.Tensor:

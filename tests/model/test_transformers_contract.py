@@ -281,7 +281,7 @@ REFUSED = {
     ),
     "positions that depend on the length": (
         lambda model: HybridSleepConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0}),
-        "must not depend on the length read so far",
+        "must not depend on the length so far",
     ),
 }
 

@@ -2,8 +2,6 @@
 
 import copy
 import math
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -290,12 +288,3 @@ def test_batches_that_end_too_early_leave_whole_steps():
     fit(twin, points(4), squares, steps=2, accumulate=2)
     assert_same(model, twin)
     assert model.training and model.weight.grad is None
-
-
-def test_the_example_of_the_docs_runs():
-    text = (Path(__file__).parents[2] / "docs/training.md").read_text()
-    section = text.partition("## In memory")[2]
-    (example,) = re.findall(r"```python\n(.*?)```", section.partition("\n## ")[0], re.DOTALL)
-    names = {}
-    exec(example, names)
-    assert names["record"].steps == 20 and names["record"].losses[-1] < names["record"].losses[0]
