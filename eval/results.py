@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
-from hybrid_sleep.support.io import unreadable, write_text_atomic
+from hybrid_sleep.support.io import write_text_atomic
 from hybrid_sleep.support.markdown import DONE
 from hybrid_sleep.support.markdown import footer as footer_of
 from hybrid_sleep.support.plots import save_figure
@@ -122,7 +122,9 @@ def render(path: str | os.PathLike) -> list[Path]:
     content = read_records(path)
     name = content.get("benchmark")
     if not isinstance(name, str) or name not in KINDS:
-        raise ValueError(f"{path}: benchmark must be one of {', '.join(KINDS)}, got {name!r}")
+        raise ValueError(
+            f"{path}: benchmark must be one of {', '.join(KINDS)}, got {name!r}{_writer(content)}"
+        )
     kind = KINDS[name]
     renderer = importlib.import_module(kind.renderer)
     table, figure = path.with_name("results.md"), path.with_name(kind.figure)
@@ -130,8 +132,7 @@ def render(path: str | os.PathLike) -> list[Path]:
     try:
         text, picture = renderer.markdown(result), renderer.figure(result)
     except (KeyError, TypeError, IndexError, AttributeError) as error:
-        what = f"it is no result that this version can show ({type(error).__name__}: {error})"
-        raise unreadable(path, what) from error
+        raise _not_shown(path, content, f"{type(error).__name__}: {error}") from error
     write_text_atomic(table, text)
     save_figure(picture, figure)
     return [table, figure]
@@ -158,8 +159,20 @@ def _parse(kind: type[Result], content: dict[str, Any], path: str | os.PathLike)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        what = f"it is no result that this version can show ({place}: {first['msg']})"
-        raise unreadable(path, what) from error
+        raise _not_shown(path, content, f"{place}: {first['msg']}") from error
     except (KeyError, TypeError, AttributeError) as error:
-        what = f"it is no result that this version can show ({type(error).__name__}: {error})"
-        raise unreadable(path, what) from error
+        raise _not_shown(path, content, f"{type(error).__name__}: {error}") from error
+
+
+def _not_shown(path: str | os.PathLike, content: dict[str, Any], reason: str) -> ValueError:
+    return ValueError(
+        f"{path} is no result that this version can show ({reason}){_writer(content)}"
+    )
+
+
+def _writer(content: dict[str, Any]) -> str:
+    """Which version wrote a result, whose own `bench render` can still show it."""
+    record = content.get("provenance")
+    if not isinstance(record, dict) or not {"hybrid_sleep", "commit"} <= record.keys():
+        return ""
+    return f"; it was written by hybrid_sleep {record['hybrid_sleep']} ({record['commit']})"

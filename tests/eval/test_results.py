@@ -13,6 +13,7 @@ import pytest
 
 from hybrid_sleep.eval import results
 from hybrid_sleep.support.plots import new_figure
+from hybrid_sleep.support.records import write_records
 
 PROVENANCE = {
     "hybrid_sleep": "0", "commit": "c", "python": "3", "torch": "2", "transformers": "5",
@@ -90,16 +91,16 @@ def test_only_what_continues_says_that_it_does(monkeypatch):
     [
         ("[]", "damaged: it holds a list"),
         ('{"rows": []}', "benchmark must be one of .*example, got None"),
-        ('{"benchmark": "example", "rows": []}', r"damaged.*\(provenance: Field required\)"),
+        ('{"benchmark": "example", "rows": []}', r"can show \(provenance: Field required\)"),
         (
             '{"benchmark": "example", "provenance": {}, "rows": [{"passes": 2}]}',
-            r"damaged.*\(rows\.0\.seconds: Field required\)",
+            r"no result that this version can show \(rows\.0\.seconds: Field required\)",
         ),
         (
             '{"benchmark": "example", "provenance": {}, "rows": [{"passes": "x", "seconds": 1}]}',
-            r"damaged.*\(rows\.0\.passes: .*integer",
+            r"no result that this version can show \(rows\.0\.passes: .*integer",
         ),
-        ('{"benchmark": "example", "provenance": {}, "rows": []}', r"damaged.*KeyError: 'commit'"),
+        ('{"benchmark": "example", "provenance": {}, "rows": []}', r"show \(KeyError: 'commit'"),
     ],
 )
 def test_what_cannot_be_shown_is_refused_by_name(shown, tmp_path, content, message):
@@ -108,6 +109,14 @@ def test_what_cannot_be_shown_is_refused_by_name(shown, tmp_path, content, messa
     with pytest.raises(ValueError, match=message):
         results.render(path)
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_an_earlier_form_is_refused_with_the_version_that_wrote_it(shown, tmp_path):
+    path = tmp_path / "results.json"
+    for changes in ({"rows": [{"passes": 2}]}, {"benchmark": "ablation"}):
+        write_records(path, MADE.content() | changes)
+        with pytest.raises(ValueError, match=r"it was written by hybrid_sleep 0 \(c\)"):
+            results.render(path)
 
 
 def test_a_result_of_another_kind_is_refused(tmp_path):
