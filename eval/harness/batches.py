@@ -1,9 +1,8 @@
-"""Rows of different lengths as one batch, and where each of them stops."""
+"""Token sequences of different lengths as one batch, and which of them share a beginning."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
@@ -20,38 +19,23 @@ def pad(rows: Sequence[Sequence[int]], *, left: bool) -> tuple[torch.Tensor, tor
     return ids, mask
 
 
-def group_by_beginning(inputs: Sequence[Sequence[int]]) -> dict[tuple[int, ...], list[int]]:
-    """The inputs that begin no other one -> indices of all that they begin with, themselves too.
-
-    Sorted, an input stands right before one that it begins, if there is any.
+def group_by_prefix(inputs: Sequence[Sequence[int]]) -> dict[tuple[int, ...], list[int]]:
+    """The inputs that are no prefix of another -> indices of all their prefixes, and of themselves.
     """
-    leaves: dict[tuple[int, ...], list[int]] = {}
+    groups: dict[tuple[int, ...], list[int]] = {}
     last: tuple[int, ...] = ()
+    # Sorted, an input stands right before one that it is a prefix of, if there is any.
     for i in sorted(range(len(inputs)), key=inputs.__getitem__, reverse=True):
         tokens = tuple(inputs[i])
         if last[: len(tokens)] != tokens:
             last = tokens
-        leaves.setdefault(last, []).append(i)
-    return leaves
+        groups.setdefault(last, []).append(i)
+    return groups
 
 
-def side_by_side(heads: Mapping[tuple[int, ...], tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Rows, the longest first, but those that begin with the same head next to each other."""
+def sort_by_prefix(prefixes: Mapping[tuple[int, ...], tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Rows, the longest first, but those with the same prefix next to each other."""
     longest: dict[tuple[int, ...], int] = {}
-    for row, head in heads.items():
-        longest[head] = max(longest.get(head, 0), len(row))
-    return sorted(heads, key=lambda row: (-longest[heads[row]], heads[row], -len(row)))
-
-
-def stop_criteria(tokenizer: Any, stop: Sequence[str], context: torch.Tensor) -> Any:
-    """lm-eval's stop sequences, but each row ends, and reads no more, as soon as its own came."""
-    from lm_eval.models.utils_hf import MultiTokenEOSCriteria
-    from transformers import StoppingCriteriaList
-
-    class RowStops(MultiTokenEOSCriteria):
-        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-            super().__call__(input_ids, scores, **kwargs)
-            return torch.tensor(self.done_tracker, device=input_ids.device)
-
-    width = context.shape[1]
-    return StoppingCriteriaList([RowStops(x, tokenizer, width, len(context)) for x in stop])
+    for row, prefix in prefixes.items():
+        longest[prefix] = max(longest.get(prefix, 0), len(row))
+    return sorted(prefixes, key=lambda row: (-longest[prefixes[row]], prefixes[row], -len(row)))

@@ -1,4 +1,4 @@
-"""A model from a folder, and lm-eval itself, each with an error that says what is lacking."""
+"""A model from a folder, and lm-eval itself, each with an error that says what is missing."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from hybrid_sleep.eval.measure.checkpoints import read_run
 from hybrid_sleep.support.provenance import check_device
 from hybrid_sleep.training import weights
+from hybrid_sleep.validation import check_choice
 
 if TYPE_CHECKING:
     from hybrid_sleep import HybridSleepForCausalLM
@@ -32,10 +33,12 @@ def check_installed() -> None:
 
 
 def check_sleep_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """`options` if they are names of sleep options; ValueError naming the first that is none."""
+    """`options` if all are sleep options; ValueError naming the first that is not."""
     for name, value in options.items():
         if name not in SLEEP_OPTIONS:
-            raise ValueError(f"{name}={value!r}; allowed: {', '.join(SLEEP_OPTIONS)}")
+            raise ValueError(
+                f"sleep options must be among {', '.join(SLEEP_OPTIONS)}, got {name}={value!r}"
+            )
     return dict(options)
 
 
@@ -52,8 +55,7 @@ def load_model(
 ) -> HybridSleepForCausalLM:
     """The model saved in `folder`, some of its sleep options replaced."""
     check_sleep_options(sleep_options)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
+    check_choice("dtype", dtype, DTYPES)
     check_device(device)
     config = weights.read_config(folder, f"checkpoint {str(folder)!r}", **sleep_options)
     kind = "auto" if dtype == "auto" else getattr(torch, dtype)

@@ -1,14 +1,10 @@
-"""The model that lm-eval calls `hybrid_sleep`: its requests, answered by a model that sleeps.
+"""The model that lm-eval calls `hybrid_sleep`: an adapter from its requests to a sleeping model.
 
 lm-eval's own adapter for transformers would do, but for three things. It pads texts on the right
-with token 0 and no mask, so that pads are read, and slept on. It asks tokenizers to add what they
-like, and some add an end of text to every prompt. And it reads a text again for each continuation,
-and for each label of one example.
-
-Here a batch has its mask; of requests of which one's tokens begin another's, such as the labels of
-one example, the longest alone is read; and a context that several requests of a batch begin with,
-such as the choices of one question, is read and slept on once. What each row gets is what it would
-get alone: a row sleeps when its own window is full.
+with token 0 and no mask, so that pads fill windows and are consolidated. It lets tokenizers add
+what they like, and some add an end of text to every prompt. And it computes a text again for each
+continuation, and for each label of one example. Here a batch has its mask, prompts never end, and
+`likelihood.py` computes once what several requests share.
 """
 
 from __future__ import annotations
@@ -23,12 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hybrid_sleep.eval.harness.batches import (
-    group_by_beginning,
-    pad,
-    side_by_side,
-    stop_criteria,
-)
+from hybrid_sleep.eval.harness.batches import pad
+from hybrid_sleep.eval.harness.likelihood import Likelihood, likelihoods
 from hybrid_sleep.eval.harness.loading import check_installed, find_run, load_model
 from hybrid_sleep.eval.harness.tokenizer import load_tokenizer
 from hybrid_sleep.support.progress import progress_bar
@@ -41,36 +33,21 @@ if TYPE_CHECKING:
 
 NAME = "hybrid_sleep"
 LARGEST_BATCH = 64
-LOGITS_AT_ONCE = 1 << 26
 
 logger = logging.getLogger(__name__)
 
 
-class Likelihood(tuple):
-    """(log probability, whether greedy) of a continuation; `right` tells it token by token."""
-
-    right: tuple[bool, ...]
-
-    def __new__(cls, log_probability: float, right: Sequence[bool]) -> Likelihood:
-        self = super().__new__(cls, (log_probability, all(right)))
-        self.right = tuple(right)
-        return self
-
-    def __getnewargs__(self) -> tuple[Any, ...]:
-        return self[0], self.right
-
-
 class SleepRequests:
-    """Answers of lm-eval's request types; the base class after it, HFLM, does the rest.
+    """lm-eval's request types; the base class after it, HFLM, does the rest.
 
     pretrained: a folder with a saved model of this package, or the model itself. sleep_passes:
         depth N of every sleep, or "auto"; None takes the config's. It may be set between calls.
     window, loop, eviction, sleep_attention: in place of the config's (folders only).
     tokenizer: in place of the folder's (see `load_tokenizer`); needed with a model.
     device, dtype: where and in what to compute (folders only); "auto" is the dtype saved.
-    batch_size: rows read together, or "auto": as many, up to `max_batch_size`, as fit in memory.
-    max_length: tokens of a text that are read, the last ones; None: `max_position_embeddings`.
-    prefix_token_id: what stands before a text without context; None: the tokenizer's bos, or eos.
+    batch_size: rows of a batch, or "auto": as many, up to `max_batch_size`, as fit in memory.
+    max_length: a longer text is truncated to its last tokens; None: `max_position_embeddings`.
+    prefix_token_id: what precedes a text without context; None: the tokenizer's bos, or eos.
 
     No call leaves anything behind: each starts from empty memory. Raises ValueError or
     FileNotFoundError, naming the argument, for what is not allowed.
@@ -91,7 +68,9 @@ class SleepRequests:
         **sleep_options: Any,
     ):
         if batch_size != "auto" and (not str(batch_size).isdecimal() or int(batch_size) < 1):
-            raise ValueError(f"batch_size={batch_size!r}; allowed: 'auto', or at least 1")
+            raise ValueError(
+                f"batch_size must be 'auto' or an integer of at least 1, got {batch_size!r}"
+            )
         check_count("max_batch_size", max_batch_size)
         if isinstance(pretrained, (str, os.PathLike)):
             folder = Path(pretrained)
@@ -101,11 +80,11 @@ class SleepRequests:
             model = pretrained
             if tokenizer is None or dtype != "auto" or sleep_options:
                 raise ValueError(
-                    f"pretrained is a model, given tokenizer={tokenizer!r}, dtype={dtype!r}, "
-                    f"{sleep_options}; allowed: a tokenizer, and the model as it is"
+                    "a model as `pretrained` must be given with a tokenizer, and is taken as it "
+                    f"is, got tokenizer={tokenizer!r}, dtype={dtype!r}, {sleep_options}"
                 )
         self._first = Encoder(tokenizer).first
-        with _unsaid("already-initialized model", "is not of type `str`"):
+        with _without_warnings("already-initialized model", "is not of type `str`"):
             super().__init__(
                 pretrained=model,
                 backend="causal",
@@ -130,12 +109,12 @@ class SleepRequests:
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context; ValueError if the model has no such token."""
-        token, allowed = super().prefix_token_id, self.model.config.vocab_size
-        if token is None or not 0 <= token < allowed:
+        """What precedes a text without context; ValueError if the model has no such token."""
+        token, size = super().prefix_token_id, self.model.config.vocab_size
+        if token is None or not 0 <= token < size:
             raise ValueError(
-                f"prefix_token_id={token!r}, for a text without context before it; allowed: a "
-                f"token of the model, 0..{allowed - 1}"
+                f"prefix_token_id, for a text without context, must be a token of the model, "
+                f"0..{size - 1}, got {token!r}"
             )
         return token
 
@@ -154,9 +133,9 @@ class SleepRequests:
         unknown = next((i for i in ids if i >= self.model.config.vocab_size), None)
         if unknown is not None:
             raise ValueError(
-                f"a text holds {self.tokenizer.convert_ids_to_tokens(unknown)!r}, token {unknown} "
-                f"(text: {string[:60]!r}...); allowed: tokens 0.."
-                f"{self.model.config.vocab_size - 1}, those of the model"
+                f"a text must have tokens of the model, 0..{self.model.config.vocab_size - 1}, got "
+                f"{self.tokenizer.convert_ids_to_tokens(unknown)!r}, token {unknown}, in "
+                f"{string[:60]!r}"
             )
         if add_special_tokens is not False and ids[:1] != self._first:
             ids = self._first + ids
@@ -173,11 +152,11 @@ class SleepRequests:
         rows = [self.tok_encode(string) or [self.prefix_token_id] for string in strings]
         most = left_truncate_len or max(map(len, rows))
         if cut := sum(len(row) > most for row in rows):
-            logger.warning("of %d prompts the last %d tokens are read (max_length)", cut, most)
+            logger.warning("%d prompts truncated to their last %d tokens (max_length)", cut, most)
         return pad([row[-most:] for row in rows], left=padding_side == "left")
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list:
-        """Log probability of each text, its first token behind the prefix token."""
+        """Log probability of each text, its first token given the prefix token."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         parts, places = [], []
@@ -198,7 +177,6 @@ class SleepRequests:
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
-    @torch.no_grad()
     def _loglikelihood_tokens(
         self,
         requests: Sequence[tuple[Any, list[int], list[int]]],
@@ -206,73 +184,37 @@ class SleepRequests:
         override_bs: int | None = None,
     ) -> list[Likelihood]:
         most = self.max_length + 1
-        whole = [(context + continuation)[-most:] for _, context, continuation in requests]
+        whole = [(context + target)[-most:] for _, context, target in requests]
         if cut := sum(len(context) + len(target) > most for _, context, target in requests):
-            logger.warning("of %d texts the last %d tokens are read (max_length)", cut, most)
-        for request, tokens in zip(requests, whole, strict=True):
-            if not 0 < len(request[2]) < len(tokens):
+            logger.warning("%d texts truncated to their last %d tokens (max_length)", cut, most)
+        for (_, _, target), tokens in zip(requests, whole, strict=True):
+            if not 0 < len(target) < len(tokens):
                 raise ValueError(
-                    f"a continuation of {len(request[2])} tokens, {len(tokens)} with its context; "
-                    f"allowed: at least one of each, {self.max_length + 1} in all (max_length)"
+                    "a continuation and its context must have at least one token each and at most "
+                    f"{most} together (max_length), got {len(target)} of {len(tokens)} tokens"
                 )
-        leaves = group_by_beginning([tokens[:-1] for tokens in whole])
-        heads = {
-            leaf: leaf[: min(len(whole[i]) - len(requests[i][2]) for i in members)]
-            for leaf, members in leaves.items()
-        }
-        rows = side_by_side(heads)
-        size = override_bs or self._rows_at_once(len(rows[0]) if rows else 1)
-        answers: list[Any] = [None] * len(requests)
-        done = 0
-        with contextlib.ExitStack() as stack:
-            progress = None if disable_tqdm else stack.enter_context(progress_bar("loglikelihood"))
-            for start in range(0, len(rows), size):
-                batch = rows[start : start + size]
-                hidden = self._read(batch, [heads[leaf] for leaf in batch])
-                wanted = [(row, i) for row, leaf in enumerate(batch) for i in leaves[leaf]]
-                places, targets = [], []
-                for row, i in wanted:
-                    tokens, count = whole[i], len(requests[i][2])
-                    places += [(row, at) for at in range(len(tokens) - 1 - count, len(tokens) - 1)]
-                    targets += tokens[-count:]
-                scores, right = self._score(hidden, places, targets)
-                at = 0
-                for _, i in wanted:
-                    end = at + len(requests[i][2])
-                    answers[i] = Likelihood(float(scores[at:end].sum()), right[at:end].tolist())
+        scored = likelihoods(
+            [(tokens, len(target)) for (_, _, target), tokens in zip(requests, whole, strict=True)],
+            self._backbone,
+            self.model.lm_head,
+            lambda longest: override_bs or self._rows_at_once(longest),
+        )
+        answers: dict[int, Likelihood] = {}
+        bar = contextlib.nullcontext() if disable_tqdm else progress_bar("loglikelihood")
+        with bar as progress:
+            for batch in scored:
+                answers.update(batch)
+                for i, answer in batch:
                     if requests[i][0] is not None:
-                        self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
-                    at = end
-                done += len(wanted)
+                        self.cache_hook.add_partial("loglikelihood", requests[i][0], answer)
                 if progress is not None:
-                    progress(done, len(requests))
-        return answers
+                    progress(len(answers), len(requests))
+        return [answers[i] for i in range(len(requests))]
 
-    def _read(
-        self, rows: Sequence[tuple[int, ...]], heads: Sequence[tuple[int, ...]]
-    ) -> torch.Tensor:
-        """Last hidden states `[B, T, D]` of rows of different lengths, each as if alone.
-
-        heads: what each row begins with. One that several begin with is read, and slept on, once,
-        where that saves a quarter of the work.
-        """
-        shared = list(dict.fromkeys(heads))
-        tails = [row[len(head) :] for row, head in zip(rows, heads, strict=True)]
-        once = len(shared) * max(map(len, shared)) + len(rows) * max(map(len, tails))
-        if once > 0.75 * len(rows) * max(map(len, rows)):
-            return self._backbone(rows).last_hidden_state
-        out = self._backbone(shared, use_cache=True)
-        place = [shared.index(head) for head in heads]
-        out.cache.batch_select_indices(torch.tensor(place))
-        begun = out.last_hidden_state
-        rest = self._backbone(tails, cache=out.cache, use_cache=True)
-        whole = begun.new_zeros(len(rows), max(map(len, rows)), begun.shape[2])
-        for i, (row, head) in enumerate(zip(rows, heads, strict=True)):
-            whole[i, : len(head)] = begun[place[i], : len(head)]
-            whole[i, len(head) : len(row)] = rest.last_hidden_state[i, : len(tails[i])]
-        return whole
-
-    def _backbone(self, rows: Sequence[Sequence[int]], use_cache: bool = False, **kwargs: Any):
+    def _backbone(
+        self, rows: Sequence[Sequence[int]], use_cache: bool = False, **kwargs: Any
+    ) -> Any:
+        """The backbone's output for rows of different lengths, padded on the right."""
         ids, mask = pad(rows, left=False)
         return self.model.model(
             ids.to(self.device),
@@ -283,27 +225,8 @@ class SleepRequests:
             **kwargs,
         )
 
-    def _score(
-        self, hidden: torch.Tensor, places: list[tuple[int, int]], targets: list[int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log probability of each target at its (row, column), and whether it is the likeliest."""
-        row, column = torch.tensor(places, device=hidden.device).T
-        target = torch.tensor(targets, device=hidden.device)
-        scores, right = [], []
-        for part in torch.arange(len(targets)).split(
-            max(1, LOGITS_AT_ONCE // self.model.config.vocab_size)
-        ):
-            part = part.to(hidden.device)
-            logits = self.model.lm_head(hidden[row[part], column[part]])
-            right.append((logits.argmax(-1) == target[part]).cpu())
-            # Log probabilities of long texts add up, and so would the rounding of bf16.
-            logits = logits if logits.dtype == torch.float64 else logits.float()
-            chosen = logits.log_softmax(-1).gather(1, target[part, None])
-            scores.append(chosen[:, 0].double().cpu())
-        return torch.cat(scores), torch.cat(right)
-
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes behind each prompt, up to the first of its stop sequences."""
+        """What the model generates after each prompt, up to the first of its stop sequences."""
         size = self.batch_size_per_gpu
         longest = max((len(self.tok_encode(request.args[0])) for request in requests), default=1)
         self.batch_size_per_gpu = self._rows_at_once(max(1, longest))
@@ -332,7 +255,7 @@ class SleepRequests:
         out = self.model.generate(
             input_ids=context,
             max_length=max_length,
-            stopping_criteria=stop_criteria(self.tokenizer, stop, context),
+            stopping_criteria=_stop_criteria(self.tokenizer, stop, context),
             # A masked token of the model's own vocabulary, which the tokenizer's need not be in.
             pad_token_id=0,
             eos_token_id=eos,
@@ -340,8 +263,8 @@ class SleepRequests:
             sleep_passes=self.sleep_passes,
             **generation_kwargs,
         )
-        # What follows a stop sequence is cut off later; what follows the end of a text must not
-        # show as words.
+        # lm-eval cuts off what follows a stop sequence, but not what a row whose text has ended is
+        # filled with, and 0 may be a word.
         new = out[:, context.shape[1] :]
         ends = torch.isin(new, torch.tensor([] if eos is None else eos, device=new.device))
         new[(ends.cumsum(1) - ends.int()) > 0] = self.tokenizer.pad_token_id
@@ -379,9 +302,23 @@ def language_model() -> type:
     return register_model(NAME)(type("HybridSleepLM", (SleepRequests, HFLM), body))
 
 
+def _stop_criteria(tokenizer: Any, stop: Sequence[str], context: torch.Tensor) -> Any:
+    """lm-eval's stop sequences, but a row ends as soon as its own has come, not with the last."""
+    from lm_eval.models.utils_hf import MultiTokenEOSCriteria
+    from transformers import StoppingCriteriaList
+
+    class RowStops(MultiTokenEOSCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            super().__call__(input_ids, scores, **kwargs)
+            return torch.tensor(self.done_tracker, device=input_ids.device)
+
+    width = context.shape[1]
+    return StoppingCriteriaList([RowStops(x, tokenizer, width, len(context)) for x in stop])
+
+
 @contextlib.contextmanager
-def _unsaid(*texts: str) -> Iterator[None]:
-    """Warnings of lm-eval's HFLM that hold one of `texts` are not shown.
+def _without_warnings(*texts: str) -> Iterator[None]:
+    """Hide warnings of lm-eval's HFLM that contain one of `texts`.
 
     They are about how this module calls it, and nothing that a user could change.
     """

@@ -1,4 +1,4 @@
-"""Whether a name can be a task's, in seconds: lm-eval takes a minute to list its own."""
+"""Whether a task has a name, found in seconds: lm-eval takes a minute to list its own tasks."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _DECLARED = re.compile(rb"^(?:task|group|tag):[ \t]*[\"']?([\w.-]+)", re.MULTILI
 
 
 def check_names(wanted: Sequence[str], include_path: str | os.PathLike | None = None) -> None:
-    """Raise ValueError for the first name that is none of ours and stands in no task file.
+    """Raise ValueError for the first name that is not one of ours and occurs in no task file.
 
-    Files: lm-eval's own and those in `include_path`. A name that stands in one may still be no
-    task, which lm-eval knows once it has read them all.
+    Files: lm-eval's own and those in `include_path`. A name that occurs in one may still not be a
+    task's, which lm-eval knows once it has loaded them all.
     """
     left = [name for name in wanted if name not in names()]
     for name in left:
         if name.startswith(PREFIX):
-            raise no_task(name)
+            raise unknown_task(name)
     folders = [] if include_path is None else [Path(include_path)]
     found = importlib.util.find_spec("lm_eval")
     if found is None:
@@ -42,15 +42,15 @@ def check_names(wanted: Sequence[str], include_path: str | os.PathLike | None = 
             missing = {n: word for n, word in missing.items() if not word.search(content)}
             known |= {match.decode() for match in _DECLARED.findall(content)}
     if missing:
-        raise no_task(next(iter(missing)), known)
+        raise unknown_task(next(iter(missing)), known)
 
 
-def no_task(name: str, known: set[str] = frozenset()) -> ValueError:
-    """The error for a name that is no task's, with those out of `known` and ours it looks like."""
+def unknown_task(name: str, known: set[str] = frozenset()) -> ValueError:
+    """The error for a name of no task, with similar ones of `known` and of ours."""
     own = names()
     ours = f" (did you mean {PREFIX}{name}?)" if PREFIX + name in own else ""
     return ValueError(
-        f"tasks has {name!r}, which is no task; allowed: {', '.join(own)}; those in include_path "
-        "(lm-eval leaves out a file that it cannot read); and lm-eval's own, which `lm-eval ls "
-        f"tasks` lists{ours or alike(name, sorted(known | set(own)))}"
+        f"tasks must be among {', '.join(own)}; those in include_path (lm-eval leaves out a file "
+        "that it cannot load); and lm-eval's own, which `lm-eval ls tasks` lists; got "
+        f"{name!r}{ours or alike(name, sorted(known | set(own)))}"
     )

@@ -76,7 +76,7 @@ def run(
     from hybrid_sleep.support.resume import Row, collect
 
     if isinstance(tasks, str) or not tasks or len(set(tasks)) < len(tasks):
-        raise ValueError(f"tasks={tasks!r}; allowed: a list of one or more names, each once")
+        raise ValueError(f"tasks must be a list of one or more names, each once, got {tasks!r}")
     for name, value, least in (("limit", limit, 1), ("num_fewshot", num_fewshot, 0)):
         if value is not None:
             check_count(name, value, least)
@@ -85,7 +85,7 @@ def run(
         sleep_passes = parse_depths(sleep_passes)
     check_sleep_options(sleep_options or {})
     if include_path is not None and not Path(include_path).is_dir():
-        raise FileNotFoundError(f"include_path={str(include_path)!r}; allowed: a folder")
+        raise FileNotFoundError(f"include_path must be a folder, got {str(include_path)!r}")
     check_names(tasks, include_path)
     lm = HybridSleepLM(
         checkpoint, batch_size=batch_size, device=device, dtype=dtype, **(sleep_options or {})
@@ -153,13 +153,13 @@ def parse_task_params(text: str) -> dict[str, dict[str, Any]]:
     """
     from hybrid_sleep.training.parsing import parse_yaml
 
-    allowed = "allowed: such as 'rule110: {steps: 4}'"
+    what = f"task_params must be such as 'rule110: {{steps: 4}}', got {text!r}"
     try:
         content = parse_yaml(text)
     except ValueError as error:
-        raise ValueError(f"task_params={text!r}: {error}; {allowed}") from None
+        raise ValueError(f"{what}: {error}") from None
     if not isinstance(content, dict) or not all(isinstance(x, dict) for x in content.values()):
-        raise ValueError(f"task_params={text!r}; {allowed}")
+        raise ValueError(what)
     return content
 
 
@@ -190,8 +190,8 @@ def _load_tasks(
     for name in params:
         if tasks.PREFIX + name not in ours:
             raise ValueError(
-                f"task_params names {name!r}; allowed: tasks of ours that are evaluated"
-                + "".join(f", {name.removeprefix(tasks.PREFIX)}" for name in ours)
+                "task_params must be of those tasks of ours that are evaluated, "
+                f"{', '.join(x.removeprefix(tasks.PREFIX) for x in ours) or 'none'}, got {name!r}"
             )
     # A model of a task has no tokenizer but that of the task.
     text = trained is None or trained.text is not None
@@ -200,12 +200,12 @@ def _load_tasks(
         for name in ours:
             if name != own:
                 raise ValueError(
-                    f"tasks has {name!r}, and the checkpoint was trained on {trained.task.name}, "
-                    f"of which it has the tokens; allowed of ours: {own}"
+                    f"of our tasks, a checkpoint must be evaluated on the one whose tokens it was "
+                    f"trained on, {own}, got {name!r}"
                 )
         if ours and shots:
             raise ValueError(
-                f"num_fewshot={shots} with {own}; allowed: 0, as the model was trained"
+                f"num_fewshot must be 0 with {own}, as the model was trained, got {shots}"
             )
         params = {trained.task.name: {**trained.task.params, **params.get(trained.task.name, {})}}
     options = {"count": limit or tasks.COUNT, "seed": seed, "text": text}
@@ -220,11 +220,11 @@ def _load_tasks(
 
 def _load(manager: Any, name: str) -> Any:
     from hybrid_sleep.eval.harness import tasks
-    from hybrid_sleep.eval.harness.names import no_task
+    from hybrid_sleep.eval.harness.names import unknown_task
 
     own = ", ".join(tasks.names())
     if name not in manager.task_index:
-        raise no_task(name)
+        raise unknown_task(name)
     try:
         return manager.load([name])
     except Exception as error:  # datasets, huggingface_hub and tasks all raise their own
@@ -232,8 +232,8 @@ def _load(manager: Any, name: str) -> Any:
             raise
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"tasks has {name!r}, which cannot be loaded ({type(error).__name__}: {reason}); "
-            f"most of lm-eval's tasks fetch their data from the hub; without it there are {own}, "
+            f"tasks must be loadable, got {name!r} ({type(error).__name__}: {reason}): most of "
+            f"lm-eval's tasks fetch their data from the hub; without it there are {own}, "
             f"{OFFLINE}, and what was fetched before"
         ) from error
 

@@ -1,9 +1,9 @@
 """Our tasks in lm-eval, as `hybrid_sleep_<name>`: drawn here, so that they need no network.
 
-A task is asked in its tokens, each a word, of a model trained on it; or, if it has problems in
-words, as text, of any model that writes. In tokens a label's log probability is asked for behind
-everything before it, so that the scores are those of the depth benchmark: an example is right if
-every label is the likeliest token there.
+A model trained on a task is evaluated in the task's tokens, each a word; any model that generates
+text, on the tasks that have problems in words. In tokens, a label's log probability is that given
+everything before it, so that the scores are those of the depth benchmark: an example is correct if
+every label is the most likely token there.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from hybrid_sleep.eval.harness.likelihood import Likelihood
 from hybrid_sleep.eval.harness.loading import check_installed
-from hybrid_sleep.eval.harness.model import NAME, Likelihood
+from hybrid_sleep.eval.harness.model import NAME
 from hybrid_sleep.eval.harness.tokenizer import task_words
 from hybrid_sleep.eval.tasks import IGNORED, TASKS, Task, load
 from hybrid_sleep.eval.tasks.gsm_infinite import parse_answer, parse_set
@@ -45,7 +46,7 @@ def task_manager(
     """lm-eval's TaskManager, which knows our tasks besides its own.
 
     params: of each of our tasks by its name, such as `{"rule110": {"steps": 4}}`; others have their
-        defaults. text: ask in words, not in tokens. count, seed: the first `count` examples of
+        defaults. text: problems in words, not in tokens. count, seed: the first `count` examples of
         (test, `seed`). kwargs: those of TaskManager; `include_defaults=False` leaves lm-eval's own
         tasks out, which take it several seconds to list.
 
@@ -76,11 +77,13 @@ def task_manager(
     return manager
 
 
-def stretches(input_ids: Sequence[int], labels: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
-    """Where a sequence is supervised: (start, tokens) of each stretch that is asked at once.
+def supervised_spans(
+    input_ids: Sequence[int], labels: Sequence[int]
+) -> Iterator[tuple[int, list[int]]]:
+    """Where a sequence is supervised: (start, tokens) of each span that one request can score.
 
-    The tokens are to be predicted behind `input_ids[:start]`; some may have no label. A label that
-    is not the token at its place ends a stretch, because what follows must see that token. A label
+    The tokens are continuations of `input_ids[:start]`; some may have no label. A label that is not
+    the token at its place ends a span, because what follows is conditioned on that token. A label
     at the very start, which nothing predicts, is left out.
     """
     start = end = None
@@ -95,10 +98,10 @@ def stretches(input_ids: Sequence[int], labels: Sequence[int]) -> Iterator[tuple
         yield start, list(input_ids[start:end])
 
 
-class OurTask(ABC):
+class HarnessTask(ABC):
     """What our tasks have in common; the base class after it is lm-eval's ConfigurableTask.
 
-    `task` is the task itself, `text` says whether it is asked in words.
+    `task` is the task itself, `text` says whether it is evaluated in words.
     """
 
     text: bool
@@ -148,7 +151,7 @@ class OurTask(ABC):
         return dict.fromkeys(self.aggregation(), True)
 
 
-class TokenTask(OurTask):
+class TokenTask(HarnessTask):
     """A task in its tokens: the log probability of its labels, token by token."""
 
     text = False
@@ -159,7 +162,7 @@ class TokenTask(OurTask):
         return task_words(self.task)
 
     def _doc(self, example: Mapping[str, Any]) -> dict[str, Any]:
-        asked = next(stretches(example["input_ids"], example["labels"]))
+        asked = next(supervised_spans(example["input_ids"], example["labels"]))
         context, target = self._request(example["input_ids"], *asked)
         return {
             "input_ids": example["input_ids"],
@@ -174,14 +177,15 @@ class TokenTask(OurTask):
         return before, " " + " ".join(self._words[token] for token in tokens)
 
     def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> list[Any]:
-        """One request for each stretch of labels."""
+        """One request for each span of labels."""
         from lm_eval.api.instance import Instance
 
+        spans = supervised_spans(doc["input_ids"], doc["labels"])
         kwargs.pop("chat_template", None)
         if kwargs.pop("apply_chat_template", False) or ctx != doc["context"]:
             raise ValueError(
-                f"{self.config.task} with a chat template or a text before it; allowed: neither, "
-                "as it is asked in the tokens that the model was trained on"
+                f"{self.config.task} must have no chat template and no text before it, as it is "
+                "evaluated in the tokens that the model was trained on"
             )
         return [
             Instance(
@@ -191,20 +195,20 @@ class TokenTask(OurTask):
                 idx=index,
                 **kwargs,
             )
-            for index, (start, tokens) in enumerate(stretches(doc["input_ids"], doc["labels"]))
+            for index, (start, tokens) in enumerate(spans)
         ]
 
     def process_results(self, doc: dict[str, Any], results: Sequence[Any]) -> dict[str, Any]:
         """`exact` of one example, and its questions and labels as [difficulty, right, of]."""
         labels = doc["labels"]
         predicted = [-1] * len(labels)
-        asked = stretches(doc["input_ids"], labels)
+        asked = supervised_spans(doc["input_ids"], labels)
         for (start, tokens), result in zip(asked, results, strict=True):
-            right = result.right if isinstance(result, Likelihood) else ()
+            right = result.correct if isinstance(result, Likelihood) else ()
             if len(right) != len(tokens):
                 raise ValueError(
-                    f"{self.config.task} is scored token by token; allowed: --model {NAME} of a "
-                    "model trained on it, whose tokenizer has a word for each of its tokens"
+                    f"{self.config.task} must be evaluated by --model {NAME} of a model trained on "
+                    "it, whose tokenizer has a word for each of its tokens"
                 )
             for place, token in enumerate(right, start):
                 predicted[place] = labels[place] if token else -1
@@ -222,8 +226,8 @@ class TokenTask(OurTask):
         }
 
 
-class TextTask(OurTask):
-    """A task in words: the model writes its answer, a number or the names of variables.
+class TextTask(HarnessTask):
+    """A task in words: the model generates its answer, a number or the names of variables.
 
     `parse_answer` or `parse_set` finds it in the reply.
     """
@@ -245,8 +249,8 @@ class TextTask(OurTask):
         answers = meta.get("answer_list", [meta.get("answer")])
         if "problem" not in meta or "question" not in meta or answers == [None]:
             raise ValueError(
-                f"{self.config.task} has no text, and the checkpoint reads text; allowed: a model "
-                "trained on the task, or one of the tasks in words"
+                f"{self.config.task} must be evaluated on a model trained on it, as it has no "
+                "problems in words, which the checkpoint needs"
             )
         return {
             "context": f"{meta['problem']}\n{meta['question']}\nAnswer:",
@@ -281,6 +285,6 @@ def _levels(example: Mapping[str, Any]) -> list[int]:
 
 
 def _share(items: Sequence[Sequence[Sequence[Any]]]) -> float:
-    """The share of all questions, or labels, that are right."""
+    """The share of all questions, or labels, that are correct."""
     counts = [count for item in items for count in item]
     return sum(right for _, right, _ in counts) / sum(of for _, _, of in counts)

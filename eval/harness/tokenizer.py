@@ -1,4 +1,4 @@
-"""Tokenizers: a checkpoint's own, or for a model of a task one that reads the task's tokens."""
+"""Tokenizers: a checkpoint's own, or for a model of a task one whose words are its tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class WordTokenizer(PreTrainedTokenizer):
     """Words between spaces, each one token: `words[i]` is token i.
 
     `<end>` is the end of a text, a word of its own where `words` have none. It, `<pad>` and
-    `<unk>` then come after all words, so that a model never writes them.
+    `<unk>` then come after all words, where a model of the task has no logits for them.
 
     Raises ValueError for a word that is empty, has a space in it, or comes twice.
     """
@@ -29,7 +29,7 @@ class WordTokenizer(PreTrainedTokenizer):
         wrong = [word for word in words if word.split() != [word]]
         if wrong or len(set(words)) < len(words):
             what = repr(wrong[0]) if wrong else "one twice"
-            raise ValueError(f"words hold {what}; allowed: different words without spaces")
+            raise ValueError(f"words must be different and without spaces, got {what}")
         special = [word for word in (END, PAD, UNKNOWN) if word not in words]
         self.words = [*words, *special]
         self.ids = {word: i for i, word in enumerate(self.words)}
@@ -77,8 +77,8 @@ def load_tokenizer(folder: Path, run: RunConfig | None) -> Any:
             return _saved(place)
     if run is None:
         raise ValueError(
-            f"checkpoint {str(folder)!r} has no tokenizer and no run.yaml; allowed: a folder with "
-            "one of them"
+            "a checkpoint must have a tokenizer or a run.yaml beside it, got neither in "
+            f"{str(folder)!r}"
         )
     return WordTokenizer(task_words(run.load_task())) if run.text is None else run.load_tokenizer()
 
@@ -89,6 +89,6 @@ def _saved(folder: Path) -> Any:
     except Exception as error:  # transformers and tokenizers raise their own
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(
-            f"the tokenizer in {str(folder)!r} cannot be loaded ({reason}); allowed: one that was "
-            "saved there whole"
+            f"a tokenizer must have been saved whole, got one in {str(folder)!r} that cannot be "
+            f"loaded ({reason})"
         ) from error

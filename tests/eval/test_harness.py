@@ -12,8 +12,8 @@ import torch
 from small import small_model
 from transformers import ByT5Tokenizer
 
-from hybrid_sleep.eval.harness.batches import group_by_beginning
-from hybrid_sleep.eval.harness.model import Likelihood
+from hybrid_sleep.eval.harness.batches import group_by_prefix
+from hybrid_sleep.eval.harness.likelihood import Likelihood
 from hybrid_sleep.eval.harness.tokenizer import WordTokenizer
 
 pytest.importorskip("lm_eval")
@@ -237,7 +237,7 @@ def test_texts_that_begin_others_are_not_read_again(models, monkeypatch):
     for request, (score, greedy) in zip(requests, got, strict=True):
         expected, right = alone(model, *map(ids_of, request.args), 2)
         assert score == pytest.approx(expected, abs=1e-10) and greedy is all(right)
-    assert [len(answer.right) for answer in got] == [1] * 11 + [2]
+    assert [len(answer.correct) for answer in got] == [1] * 11 + [2]
 
 
 def test_a_context_is_read_once_for_all_its_continuations(models, monkeypatch):
@@ -268,7 +268,7 @@ def test_beginnings_are_found_as_by_comparing_every_pair():
             torch.randint(0, 2, (n,), generator=generator).tolist()
             for n in torch.randint(1, 5, (9,), generator=generator).tolist()
         ]
-        grouped = group_by_beginning(rows)
+        grouped = group_by_prefix(rows)
         begins = [
             [other != row and other[: len(row)] == row for other in rows] for row in rows
         ]
@@ -342,7 +342,7 @@ def test_of_a_text_that_is_too_long_the_end_is_read(models, caplog):
     ((score, _),) = lm.loglikelihood([pair], disable_tqdm=True)
     expected, _ = alone(model, ids_of(" ".join(context[-4:])), ids_of(" ".join(target)), 2)
     assert score == pytest.approx(expected, abs=1e-10)
-    assert "of 1 texts the last 7 tokens are read (max_length)" in caplog.text
+    assert "1 texts truncated to their last 7 tokens (max_length)" in caplog.text
     # A text longer than that is predicted in parts, each behind the last token of the one before.
     text = word(8, seed=3)
     (score,) = lm.loglikelihood_rolling([Instance("", {}, (" ".join(text),), 0)], disable_tqdm=True)
@@ -351,22 +351,29 @@ def test_of_a_text_that_is_too_long_the_end_is_read(models, caplog):
     assert score == pytest.approx(parts, abs=1e-10)
 
 
-def test_models_without_limits_read_everything():
-    assert lm_of(small_model(vocab_size=len(WORDS))).max_length == 1_048_576
+def test_a_text_longer_than_what_lm_eval_would_truncate_to_is_scored_whole():
+    """lm-eval scores texts longer than 2048 tokens in parts, unless a model says it takes more."""
+    model = small_model(vocab_size=len(WORDS), window=700)
+    text = word(2100, seed=4)
+    (score,) = lm_of(model, 2).loglikelihood_rolling(
+        [Instance("", {}, (" ".join(text),), 0)], disable_tqdm=True
+    )
+    whole, _ = alone(model, [END], ids_of(" ".join(text)), 2)
+    assert score == pytest.approx(whole, abs=1e-8)
 
 
 def test_an_answer_survives_copies():
     answer = Likelihood(-1.5, [True, False])
     assert answer == (-1.5, False)
     for same in (copy.deepcopy(answer), pickle.loads(pickle.dumps(answer))):
-        assert same == answer and same.right == (True, False)
+        assert same == answer and same.correct == (True, False)
 
 
 @pytest.mark.parametrize(
     ("pair", "message"),
     [
-        (("a zebra", " b"), "a text holds '<unk>', token 12 .*; allowed: tokens 0..10"),
-        (("a b", ""), "a continuation of 0 tokens, 2 with its context; allowed: at least one"),
+        (("a zebra", " b"), "a text must have tokens of the model, 0..10, got '<unk>', token 12"),
+        (("a b", ""), "a continuation .*must have at least one token .*got 0 of 2 tokens"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(models, pair, message):
@@ -381,7 +388,7 @@ def test_a_text_without_context_needs_a_token_before_it(models):
     tokenizer = WordTokenizer([f"w{i}" for i in range(len(WORDS))])
     model = models["hard, delta net"]
     request = [Instance("", {}, ("w1 w2",), 0)]
-    with pytest.raises(ValueError, match=r"prefix_token_id=11, .* allowed: a token of the model"):
+    with pytest.raises(ValueError, match=r"prefix_token_id, .* must be .* 0..10, got 11"):
         HybridSleepLM(model, tokenizer=tokenizer).loglikelihood_rolling(request)
     lm = HybridSleepLM(model, tokenizer=tokenizer, prefix_token_id=3)
     (score,) = lm.loglikelihood_rolling(request, disable_tqdm=True)

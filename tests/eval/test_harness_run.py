@@ -186,17 +186,17 @@ def test_own_tasks_beside_ours_and_a_model_of_text(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("names", "changes", "message"),
     [
-        ([], {}, r"tasks=\[\]; allowed: a list of one or more names"),
-        ("hybrid_sleep_rule110", {}, "tasks='hybrid_sleep_rule110'; allowed: a list"),
+        ([], {}, r"tasks must be a list of one or more names, .*got \[\]"),
+        ("hybrid_sleep_rule110", {}, "tasks must be a list .*got 'hybrid_sleep_rule110'"),
         (["hybrid_sleep_rule110"] * 2, {}, "each once"),
-        (["hybrid_sleep_depo"], {}, "was trained on rule110, .*; allowed of ours: hybrid_sleep_ru"),
-        (["hybrid_sleep_rule110"], {"num_fewshot": 2}, "num_fewshot=2 with .*; allowed: 0"),
+        (["hybrid_sleep_depo"], {}, "must be .*trained on, hybrid_sleep_rule110, got 'hybrid_"),
+        (["hybrid_sleep_rule110"], {"num_fewshot": 2}, "num_fewshot must be 0 with .*, got 2"),
         (["hybrid_sleep_rule110"], {"limit": 0}, "limit must be an integer of at least 1, got 0"),
         (["hybrid_sleep_rule110"], {"sleep_passes": "0"}, "depths must be .* at least 1, got 0"),
         (["hybrid_sleep_rule110"], {"seed": -1}, "seed must be an integer of at least 0, got -1"),
         (["hybrid_sleep_rule110"], {"sleep_options": {"window": 0}}, "window must be an integer"),
-        (["hybrid_sleep_rule110"], {"sleep_options": {"device": 1}}, "device=1; allowed: window"),
-        (["hybrid_sleep_rule110"], {"task_params": {"depo": {}}}, "task_params names 'depo'; all"),
+        (["hybrid_sleep_rule110"], {"sleep_options": {"device": 1}}, "window, .*, got device=1"),
+        (["hybrid_sleep_rule110"], {"task_params": {"depo": {}}}, "params must .* got 'depo'"),
         (
             ["hybrid_sleep_rule110"],
             {"task_params": {"rule110": {"width": 1}}},
@@ -216,17 +216,17 @@ def test_options_of_the_command_line():
     texts = ["window=256", "loop=[1, 3]", "eviction=sliding"]
     assert run.parse_sleep_options(texts) == options
     for text in ("steps=4", "rule110: 4", "{", "[]"):
-        with pytest.raises(ValueError, match=r"task_params=.*; allowed: such as 'rule110:"):
+        with pytest.raises(ValueError, match=r"task_params must be such as 'rule110: .*, got "):
             run.parse_task_params(text)
     for text in ("window", "=3", "device=cpu"):
-        with pytest.raises(ValueError, match="(such as window=256, got|allowed: window, loop,)"):
+        with pytest.raises(ValueError, match="(such as window=256|among window, loop, .*), got"):
             run.parse_sleep_options([text])
 
 
 def test_missing_folders_are_refused(trained, tmp_path):
     with pytest.raises(FileNotFoundError, match="a trained model, got no folder"):
         run_eval(tmp_path / "nothing", ["hybrid_sleep_rule110"])
-    with pytest.raises(FileNotFoundError, match="include_path=.*; allowed: a folder"):
+    with pytest.raises(FileNotFoundError, match="include_path must be a folder, got .*nothing"):
         run_eval(trained, ["hybrid_sleep_rule110"], include_path=tmp_path / "nothing")
 
 
@@ -236,11 +236,11 @@ def test_unknown_tasks_and_data_out_of_reach(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(
         ours, "task_manager", lambda *a, **k: real(*a, **{**k, "include_defaults": False})
     )
-    with pytest.raises(ValueError, match=r"'chess', which is no task; allowed: hybrid_sleep_depo,"):
+    with pytest.raises(ValueError, match=r"tasks must be among hybrid_sleep_depo, .*got 'chess'"):
         run_eval(trained, ["chess"])
     far = "task: far\ndataset_path: nobody/nothing\ntest_split: test\n"
     (tmp_path / "far.yaml").write_text(far)
-    message = "'far', which cannot be loaded .*; most of lm-eval's tasks fetch their data from the"
+    message = "loadable, got 'far' .*: most of lm-eval's tasks fetch their data from the hub"
     with pytest.raises(ValueError, match=message):
         run_eval(trained, ["far"], include_path=tmp_path)
 
@@ -267,7 +267,7 @@ def test_names_are_checked_before_lm_eval_lists_its_own(tmp_path, monkeypatch):
         ("hybrid_sleep_rul110", "hybrid_sleep_rule110"),
         ("rule110", "hybrid_sleep_rule110"),
     ]:
-        with pytest.raises(ValueError, match=rf"'{name}', which is no task; .*mean {meant}"):
+        with pytest.raises(ValueError, match=rf"tasks must .* got '{name}' .*mean {meant}"):
             check_names(["arc_easy", name])
 
 

@@ -125,18 +125,18 @@ def test_simple_evaluate_knows_our_tasks_by_name():
         ([5, 6, 7], [5, 6, -100], [(1, [6])]),
     ],
 )
-def test_stretches_by_hand(input_ids, labels, expected):
-    assert list(ours.stretches(input_ids, labels)) == expected
+def test_supervised_spans_by_hand(input_ids, labels, expected):
+    assert list(ours.supervised_spans(input_ids, labels)) == expected
 
 
-def test_stretches_show_every_label_what_comes_before_it():
+def test_supervised_spans_show_every_label_what_comes_before_it():
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
         ids = torch.randint(0, 3, (9,), generator=generator).tolist()
         labels = torch.randint(-1, 3, (9,), generator=generator).tolist()
         labels = [IGNORED if label < 0 else label for label in labels]
         asked = {}
-        for start, tokens in ours.stretches(ids, labels):
+        for start, tokens in ours.supervised_spans(ids, labels):
             for i, token in enumerate(tokens):
                 asked[start + i] = (ids[:start] + tokens[:i], token)
         for place in range(1, 9):
@@ -167,7 +167,7 @@ def test_every_task_has_a_tokenizer_that_reads_what_it_says(name):
 
 @pytest.mark.parametrize("words", [["a", "a"], ["a b"], [""]])
 def test_words_that_are_no_tokens_are_refused(words):
-    with pytest.raises(ValueError, match="allowed: different words without spaces"):
+    with pytest.raises(ValueError, match="words must be different and without spaces"):
         WordTokenizer(words)
 
 
@@ -192,9 +192,9 @@ def test_all_tasks_are_there_and_take_parameters():
 def test_a_model_that_tells_nothing_of_single_tokens_is_refused():
     manager = task_manager({"rule110": RULE}, count=1, include_defaults=False)
     (task,) = manager.load(["hybrid_sleep_rule110"])["tasks"].values()
-    with pytest.raises(ValueError, match="is scored token by token; allowed: --model hybrid_sleep"):
+    with pytest.raises(ValueError, match="rule110 must be evaluated by --model hybrid_sleep"):
         task.process_results(task.eval_docs[0], [(-1.0, True)])
-    with pytest.raises(ValueError, match="with a chat template or a text before it; allowed"):
+    with pytest.raises(ValueError, match="must have no chat template and no text before it"):
         task.construct_requests(task.eval_docs[0], "something else")
 
 
@@ -220,5 +220,5 @@ def test_in_words_replies_are_parsed():
 
 def test_a_task_without_words_is_not_asked_in_words():
     manager = task_manager({"rule110": RULE}, text=True, count=1, include_defaults=False)
-    with pytest.raises(ValueError, match="hybrid_sleep_rule110 has no text"):
+    with pytest.raises(ValueError, match="rule110 must be .* as it has no problems in words"):
         manager.load(["hybrid_sleep_rule110"])
