@@ -27,7 +27,7 @@ class Rule(NamedTuple):
     forward: of (q or None, k, v, *gates, initial_state, o, final, scale, chunk_size, dtype, keep),
         all of one block of rows, fills o and the final state and, with `keep`, returns a `saved`.
         The path to the state must never look at q, which keeps it the same to the last bit whether
-        or not an output is asked for.
+        or not there is an output.
     backward: of (saved, do, dS, dS_0, scale, first), the gradients of q (None without do), k, v and
         the gates as chunks; fills dS_0 unless it is None. `first` is the first chunk that a state
         enters: 1 without an initial state.

@@ -68,7 +68,7 @@ def _chunk_size(dim: int) -> int:
 class _Saved(NamedTuple):
     """What the backward pass reads.
 
-    k_into and S are None where no chunk starts from a state, q and P where no output was asked for.
+    k_into and S are None where no chunk starts from a state, q and P where there is no output.
     """
 
     k: Tensor  # [NT, B * H, C, K]

@@ -96,7 +96,7 @@ def test_a_peer_that_is_not_there_is_named_and_never_looked_for_on_a_cpu(registr
 
 @pytest.mark.parametrize("found", ["0.1", "99.0"])
 @pytest.mark.parametrize("op", OPS)
-def test_a_version_nobody_read_is_declined(installed, op, found, monkeypatch):
+def test_an_unknown_version_is_declined(installed, op, found, monkeypatch):
     monkeypatch.setattr(peers, "version", lambda *names: found)
     assert f"{found} is outside" in entry(op).rejects(a_call(op))
 
@@ -131,7 +131,7 @@ def test_calls_that_a_peer_cannot_compute(installed, op, changes, reason):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_a_peer_that_fails_to_import_costs_nobody_a_call(installed, op, monkeypatch, tmp_path):
+def test_a_peer_that_fails_to_import_fails_no_call(installed, op, monkeypatch, tmp_path):
     peer = peers.PEERS[op]
     monkeypatch.delitem(sys.modules, peer.module)
     broken = tmp_path / peer.package
@@ -344,8 +344,8 @@ class _Convolve(torch.autograd.Function):
         leaves = [x if x is None else x.detach().requires_grad_() for x in ctx.saved_tensors]
         with torch.enable_grad():
             results = _convolve(*leaves, ctx.activation)
-        asked = [x for x in leaves if x is not None]
-        grads = iter(torch.autograd.grad(results, asked, (dy, dtail)))
+        needed = [x for x in leaves if x is not None]
+        grads = iter(torch.autograd.grad(results, needed, (dy, dtail)))
         return *(None if x is None else next(grads) for x in leaves), None
 
 

@@ -1,6 +1,6 @@
 """The Triton kernels of the short convolution, in the interpreter, against the fp64 reference.
 
-The interpreter runs programs in turn and knows neither bf16 nor races: tests/gpu has those.
+The interpreter runs one program after another and knows no bf16 and no races: tests/gpu has those.
 """
 
 from __future__ import annotations
