@@ -219,14 +219,6 @@ def train_and_measure(runs: Mapping[tuple[str, int], RunConfig], key: Row) -> Ro
     }
 
 
-def parse_seeds(text: str) -> list[int]:
-    """Seeds from text such as `0,1,2`; ValueError for anything else."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
-        raise ValueError(f"seeds must be such as 0,1,2, each once, got {text!r}")
-    return [int(part) for part in parts]
-
-
 def device_of(run: RunConfig) -> str:
     """Where `run` trains: `cuda` or `cpu`."""
     import torch

@@ -271,14 +271,6 @@ def run(
         torch.set_num_threads(threads)
 
 
-def parse_windows(text: str) -> list[int]:
-    """Counts of windows from text such as `1,8,64`; ValueError for anything else."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise ValueError(f"windows={text!r}; allowed: such as 1,8,64")
-    return [int(part) for part in parts]
-
-
 def digest_of(model: Any) -> str:
     """Twelve hex digits that tell weights and config apart."""
     told = weights_digest(model) + model.config.to_json_string(use_diff=False)

@@ -79,7 +79,8 @@ def check_seeds_of_one_recipe(
     from hybrid_sleep.training.schema import flat
 
     may_differ = {"output_dir", "train.seed", "train.device", *FREE_ON_RESUME}
-    first, seeds = flat(runs[0].to_dict()), {}
+    first = flat(runs[0].to_dict())
+    seeds: dict[int, str] = {}
     for checkpoint, run in zip(checkpoints, runs, strict=True):
         name, settings = os.fspath(checkpoint), flat(run.to_dict())
         for key in sorted((first.keys() | settings.keys()) - may_differ):

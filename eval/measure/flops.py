@@ -15,6 +15,8 @@ All counts are of one row of a batch, without pads.
 
 from __future__ import annotations
 
+from typing import Any
+
 from hybrid_sleep.configuration import HybridSleepConfig
 from hybrid_sleep.validation import check_count
 
@@ -84,9 +86,12 @@ def sleep_flops(config: HybridSleepConfig, tokens: int, passes: int, *, past: in
     writer = config.last_writer
     if passes == 1 or writer is None:
         return 0
-    seen = {"past": past, "bidirectional": config.sleep_attention == "bidirectional"}
+    seen: dict[str, Any] = {
+        "past": past,
+        "bidirectional": config.sleep_attention == "bidirectional",
+    }
     whole = pass_flops(config, tokens, first=start, last=end, **seen)
-    closing = {"last": writer + 1, "write_only_last": True, **seen}
+    closing: dict[str, Any] = {"last": writer + 1, "write_only_last": True, **seen}
     if writer < end:
         return (passes - 2) * whole + pass_flops(config, tokens, first=start, **closing)
     return (passes - 1) * whole + pass_flops(config, tokens, first=end, **closing)

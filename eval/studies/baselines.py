@@ -12,7 +12,7 @@ from math import sqrt
 from typing import TYPE_CHECKING, Any
 
 from hybrid_sleep.eval.measure.run_cost import cost_of
-from hybrid_sleep.eval.studies.variants import Variant
+from hybrid_sleep.eval.studies.variants import Equal, Variant
 
 if TYPE_CHECKING:
     from hybrid_sleep import HybridSleepConfig
@@ -47,6 +47,7 @@ def baselines_of(run: RunConfig, names: Sequence[str]) -> list[Variant]:
         )
         longer = {**changes, "train.steps": max(1, steps)}
         longer["train.warmup"] = min(run.train.warmup, longer["train.steps"])
+        plans: list[tuple[str, dict[str, Any], Equal]]
         if abs(steps / run.train.steps - 1) < SAME_STEPS:
             plans = [(name, longer, "both")]
         else:

@@ -6,31 +6,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from hybrid_sleep.eval.measure.depth import TaskRecord
 from hybrid_sleep.eval.measure.run_cost import one_stage
 from hybrid_sleep.eval.measure.statistics import Gap, Seeds, over_questions
 from hybrid_sleep.eval.studies.ablations import ABLATIONS, ablations_of, applicable
-from hybrid_sleep.eval.studies.baselines import BASELINES, baselines_of
+from hybrid_sleep.eval.studies.baselines import baselines_of
 from hybrid_sleep.eval.studies.variants import (
     REFERENCE,
     Variant,
     compared_at,
-    parse_names,
-    parse_variants,
     tied_depths,
 )
-from hybrid_sleep.eval.tasks.accuracy import parse_depths
+from hybrid_sleep.eval.tasks.accuracy import check_depths
 from hybrid_sleep.eval.trials import Call, TrialsResult
 
 if TYPE_CHECKING:
     from hybrid_sleep.training import RunConfig
 
 AUTO = "adaptive"
+ABLATION_NAMES = (*ABLATIONS, AUTO)
 FEWEST_SEEDS = 3
 
 
@@ -110,8 +109,9 @@ class Comparison(TrialsResult):
 
     def cost(self, variant: Variant) -> dict[str, float] | None:
         """Mean of `cost_of` over seeds; None where it was not counted."""
-        costs = [trial.cost for trial in self.trials(variant.name).values()]
-        if any(cost is None for cost in costs):
+        trials = self.trials(variant.name).values()
+        costs = [trial.cost for trial in trials if trial.cost is not None]
+        if len(costs) < len(trials):
             return None
         return {name: mean(cost[name] for cost in costs) for name in costs[0]}
 
@@ -133,34 +133,34 @@ class Comparison(TrialsResult):
 def run(
     call: Call,
     *,
-    depths: str | None = None,
-    baselines: str = "none",
-    ablations: str = "none",
-    variants: Sequence[str] = (),
+    depths: Sequence[int] | None = None,
+    baselines: Sequence[str] = (),
+    ablations: Sequence[str] | Literal["all"] = (),
+    variants: Mapping[str, list[str]] | None = None,
 ) -> Comparison:
     """Train and measure the run of `call`, and what it is compared with, with every seed.
 
     depths: where the reference and its ablations are evaluated (default: 1 to the deepest in
-    training); baselines are at 1. baselines, ablations: names (see `parse_names`); of "all"
-    ablations those that would change nothing of this run are left out. variants: texts that
-    `parse_variant` reads, in place of these; the first is the reference. Raises ValueError or
-    FileNotFoundError before anything is trained, also for baselines with fewer than 3 seeds.
+    training); baselines are at 1. baselines, ablations: names, of `BASELINES` and of
+    `ABLATION_NAMES`; of "all" ablations those that would change nothing of this run are left out.
+    variants: `key=value` changes by name, in place of these; the first is the reference. Raises
+    ValueError or FileNotFoundError before anything is trained, also for baselines with fewer than 3
+    seeds.
     """
-    compared = parse_names("baselines", baselines, tuple(BASELINES))
-    asked = parse_names("ablations", ablations, (*ABLATIONS, AUTO))
-    if compared and len(call.seeds) < FEWEST_SEEDS:
+    asked = ABLATION_NAMES if ablations == "all" else ablations
+    if baselines and len(call.seeds) < FEWEST_SEEDS:
         raise ValueError(
             f"seeds must be at least {FEWEST_SEEDS}, such as 0,1,2, got {list(call.seeds)}"
         )
-    if variants and (compared or asked):
+    if variants and (baselines or asked):
         raise ValueError("variants must come without baselines and ablations, got both")
-    levels = None if depths is None else parse_depths(depths)
+    levels = None if depths is None else check_depths(depths)
     left_out: dict[str, str] = {}
     if variants:
         planned = _given(call, variants, levels)
     else:
         first = call.load(seed=call.seeds[0])
-        if compared or asked:
+        if baselines or asked:
             one_stage(first)
         levels = levels or list(range(1, first.sleep_passes.deepest + 1))
         names = [name for name in asked if name != AUTO]
@@ -168,7 +168,7 @@ def run(
             names, left_out = applicable(first, names, levels)
         planned = [
             _reference(first, levels),
-            *baselines_of(first, compared),
+            *baselines_of(first, baselines),
             *ablations_of(first, names, levels),
         ]
     runs = call.plan({variant.name: variant.changes for variant in planned})
@@ -198,10 +198,11 @@ def _reference(run: RunConfig, depths: list[int]) -> Variant:
     )
 
 
-def _given(call: Call, texts: Sequence[str], depths: list[int] | None) -> list[Variant]:
-    """The variants of `texts`, the first as reference."""
-    parsed = parse_variants(texts)
-    runs = {name: run for (name, _), run in call.plan(parsed).items()}
+def _given(
+    call: Call, variants: Mapping[str, list[str]], depths: list[int] | None
+) -> list[Variant]:
+    """The variants that are given, the first as reference."""
+    runs = {name: run for (name, _), run in call.plan(variants).items()}
     depths = depths or list(range(1, max(run.sleep_passes.deepest for run in runs.values()) + 1))
     return [
         Variant(
@@ -212,5 +213,5 @@ def _given(call: Call, texts: Sequence[str], depths: list[int] | None) -> list[V
             compared_at=compared_at(runs[name], depths),
             role="reference" if place == 0 else "ablation",
         )
-        for place, (name, changes) in enumerate(parsed.items())
+        for place, (name, changes) in enumerate(variants.items())
     ]

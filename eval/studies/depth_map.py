@@ -7,6 +7,7 @@ take the same FLOPs to train, so a deeper sleep is paid for with fewer steps.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ from typing import Any, ClassVar
 from hybrid_sleep.eval.measure.depth import TaskRecord
 from hybrid_sleep.eval.measure.run_cost import cost_of, one_stage
 from hybrid_sleep.eval.measure.statistics import Gap, Seeds
-from hybrid_sleep.eval.tasks.accuracy import parse_depths
+from hybrid_sleep.eval.tasks.accuracy import check_depths
 from hybrid_sleep.eval.trials import Call, Trial, TrialsResult
 
 
@@ -81,17 +82,6 @@ def _share(trial: Trial) -> float:
     return trial.accuracy[trial.depths[0]].per_question
 
 
-def parse_compute(text: str) -> list[float]:
-    """Multiples of a run's compute, from text such as `1,3`; ValueError for anything else."""
-    try:
-        found = [float(part) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or min(found) <= 0 or max(found) == float("inf") or len(set(found)) < len(found):
-        raise ValueError(f"compute must be different numbers above 0, such as 1,3, got {text!r}")
-    return sorted(found)
-
-
 def parse_vary(text: str) -> tuple[str, list[Any]]:
     """Key and values of `key=[value, ...]`; ValueError for anything else."""
     from hybrid_sleep.training.parsing import parse_overrides
@@ -102,15 +92,21 @@ def parse_vary(text: str) -> tuple[str, list[Any]]:
     return key, values
 
 
-def run(call: Call, vary: str, *, depths: str = "1,2,4", compute: str = "1,3") -> DepthMap:
+def run(
+    call: Call,
+    vary: str,
+    *,
+    depths: Sequence[int] = (1, 2, 4),
+    compute: Sequence[float] = (1.0, 3.0),
+) -> DepthMap:
     """Train a model for every value of `vary`, depth, multiple of compute and seed; measure it.
 
-    vary: `key=[values]`, what makes the task harder. One compute is the FLOPs of the config's own
-    run, as it stands, with the first value; other cells take as many steps as come nearest to it,
-    or to the multiple. Raises ValueError or FileNotFoundError before anything is trained.
+    vary: `key=[values]`, what makes the task harder. compute: multiples of the FLOPs of the
+    config's own run, as it stands, with the first value; every other cell takes as many steps as
+    come nearest to its multiple. Raises ValueError or FileNotFoundError before anything is trained.
     """
     key, values = parse_vary(vary)
-    levels, multiples = parse_depths(depths), parse_compute(compute)
+    levels, multiples = check_depths(depths), sorted(compute)
     base = one_stage(call.load({key: values[0]}))
     unit = cost_of(base)["training_flops"]
     cells, variants = {}, {}

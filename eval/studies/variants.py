@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from hybrid_sleep.training import RunConfig
 
 REFERENCE = "sleep"
+Equal = Literal["compute", "tokens", "both"]
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 # A comma before a key and `=`; any other belongs to the value in front of it.
 NEXT_CHANGE = re.compile(r",(?=\s*[\w.]+\s*=)")
@@ -33,7 +34,7 @@ class Variant:
     depths: list[int]
     compared_at: int
     role: Literal["reference", "baseline", "ablation"]
-    equal: Literal["compute", "tokens", "both"] | None = None
+    equal: Equal | None = None
     tied: dict[int, int] = field(default_factory=dict)
 
 
@@ -71,17 +72,3 @@ def parse_variants(texts: Iterable[str]) -> dict[str, list[str]]:
     if not names or len(set(names)) < len(names):
         raise ValueError(f"variants must be one or more with different names, got {names}")
     return dict(found)
-
-
-def parse_names(what: str, text: str, allowed: Sequence[str]) -> list[str]:
-    """Names from text such as `a,b`, `all` or `none`; ValueError listing what is allowed."""
-    if text in ("all", "none"):
-        return list(allowed) if text == "all" else []
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in allowed or names.count(name) > 1:
-            raise ValueError(
-                f"{what} must be all, none, or some of {', '.join(allowed)}, each once, got "
-                f"{text!r}"
-            )
-    return names

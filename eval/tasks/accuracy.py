@@ -12,9 +12,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hybrid_sleep.eval.tasks.base import Task
+from hybrid_sleep.support.lists import parse_counts
 from hybrid_sleep.validation import check_count
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ class Auto:
 
     tolerance: float
     max_passes: int
+
+
+Depth = TypeVar("Depth", int, Auto)
 
 
 @dataclass(kw_only=True)
@@ -58,10 +62,10 @@ def measure_accuracy(
     model: Any,
     task: Task,
     batches: Iterable[Batch],
-    depths: Iterable[int | Auto],
+    depths: Iterable[Depth],
     *,
     progress: Callable[[int], None] | None = None,
-) -> dict[int | Auto, Accuracy]:
+) -> dict[Depth, Accuracy]:
     """Accuracy of `model` on all of `batches` at each of `depths`, one batch after the other.
 
     A batch is a list of examples of `task`, or what `task.batch` makes, which does not say how hard
@@ -73,9 +77,9 @@ def measure_accuracy(
 
     depths = list(depths)
     device = next(model.parameters()).device
-    chosen: dict[int | Auto, list[torch.Tensor]] = {depth: [] for depth in depths}
-    passes: dict[int | Auto, list[int]] = {depth: [] for depth in depths}
-    seconds: dict[int | Auto, float] = dict.fromkeys(depths, 0.0)
+    chosen: dict[Depth, list[torch.Tensor]] = {depth: [] for depth in depths}
+    passes: dict[Depth, list[int]] = {depth: [] for depth in depths}
+    seconds: dict[Depth, float] = dict.fromkeys(depths, 0.0)
     examples: list[Any] = []
     training = model.training
     model.eval()
@@ -119,13 +123,7 @@ def check_depths(depths: Iterable[int]) -> list[int]:
 
 def parse_depths(text: str) -> list[int]:
     """Depths from text such as `1-8` or `1,2,4-6`; ValueError for anything else."""
-    depths = []
-    for part in text.split(","):
-        first, dash, last = part.partition("-")
-        if not first.strip().isdecimal() or (dash and not last.strip().isdecimal()):
-            raise ValueError(f"depths must be such as 1-8 or 1,2,4, got {text!r}")
-        depths += range(int(first), int(last if dash else first) + 1)
-    return check_depths(depths)
+    return sorted(parse_counts("depths", text))
 
 
 def predict(model: Any, input_ids: torch.Tensor, depth: int) -> torch.Tensor:
@@ -161,7 +159,9 @@ def _forward_auto(
 
     from hybrid_sleep import SleepCache
 
-    cache, logits, passes = SleepCache(model.config), [], []
+    logits: list[torch.Tensor] = []
+    passes: list[int] = []
+    cache = SleepCache(model.config)
     for window in input_ids.split(model.config.window, dim=1):
         if logits:
             report = model.sleep(

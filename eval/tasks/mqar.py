@@ -143,7 +143,7 @@ class Mqar(Task):
                 f"input_ids must be {self.windows} windows of {self.window} tokens, blanks and "
                 f"then pairs, and one in which each key is asked for once, got {tokens}"
             )
-        queries = [(at, tokens[at], pairs[tokens[at]]) for at in asked]
+        queries: list[tuple[int, ...]] = [(at, tokens[at], pairs[tokens[at]]) for at in asked]
         return {"pairs": list(pairs.items()), "queries": queries}
 
     def floor(self) -> dict[int, float]:

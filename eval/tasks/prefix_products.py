@@ -196,7 +196,9 @@ class PrefixProducts(Task):
             hashes = mix(hashes ^ element)
         return hashes, word.astype(np.int64), block[:, self.elements :]
 
-    def _tokens(self, word: np.ndarray, rest: np.ndarray) -> tuple[np.ndarray, ...]:
+    def _tokens(
+        self, word: np.ndarray, rest: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What `_rows` yields, of words [n, elements]."""
         rows = len(word)
         products = self.group.prefix_products(word)

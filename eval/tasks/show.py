@@ -67,7 +67,7 @@ def show_lines(
 
 def _about(task: Task | type[Task]) -> str:
     """The first paragraph of a task's docstring."""
-    paragraph = inspect.getdoc(task).partition("\n\n")[0]
+    paragraph = (inspect.getdoc(task) or "").partition("\n\n")[0]
     return " ".join(paragraph.split())
 
 
@@ -147,7 +147,8 @@ def _cells(tokens: Sequence[str], labels: Sequence[str]) -> Iterator[tuple[str, 
 
 def _lines(cells: Sequence[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
     """Cells, as many to a line as fit into it."""
-    line, width = [], INDENT
+    line: list[tuple[str, str]] = []
+    width = INDENT
     for cell in cells:
         if line and width + len(cell[0]) + 1 > COLUMNS:
             yield line

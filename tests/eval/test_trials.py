@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from hybrid_sleep.eval.trials import Call, parse_seeds, train_and_measure
+from hybrid_sleep.eval.trials import Call, train_and_measure
 
 CONFIG = """
 model: {hidden_size: 16, intermediate_size: 24, num_hidden_layers: 2, num_attention_heads: 2,
@@ -25,13 +25,6 @@ def config(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(CONFIG.replace("{out}", str(tmp_path / "models")))
     return path
-
-
-@pytest.mark.parametrize("text", ["", "1,", "a", "1,1", "-1"])
-def test_what_are_no_seeds_is_refused(text):
-    with pytest.raises(ValueError, match="seeds must be such as 0,1,2, each once, got"):
-        parse_seeds(text)
-    assert parse_seeds("3, 0,1") == [3, 0, 1]
 
 
 def test_every_variant_and_seed_is_a_run_in_a_folder_of_its_own(tmp_path, config):

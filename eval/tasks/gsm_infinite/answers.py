@@ -77,8 +77,8 @@ def parse_answer(reply: str) -> int | None:
         return _integer(hashed)
     box = _last_box(text)
     if box is not None:
-        found = list(_NUMBER.finditer(box.rpartition("=")[2]))
-        return _integer(found[0]) if len(found) == 1 else None
+        numbers = list(_NUMBER.finditer(box.rpartition("=")[2]))
+        return _integer(numbers[0]) if len(numbers) == 1 else None
     for cue, after in _cues(text):
         found = _direct(after)
         if found is None and cue["link"]:
@@ -91,7 +91,7 @@ def parse_answer(reply: str) -> int | None:
     if _EXPRESSION.fullmatch(text.strip("*_$ \n")):
         return None
     found = _last_stated(text) or next(reversed(list(_NUMBER.finditer(text))), None)
-    return found and _integer(found)
+    return None if found is None else _integer(found)
 
 
 def parse_set(reply: str) -> frozenset[str] | None:

@@ -291,10 +291,10 @@ class _Builder:
         """A quantity of this sort that nothing names yet; None if there is none."""
         if sort in (TOTAL, GRAND):
             begun = {q.place for q in self.defined if q.item >= 0}
-            free = [p for p in range(self.places) if p not in begun and p not in self.totals]
-            if not free:
+            places = [p for p in range(self.places) if p not in begun and p not in self.totals]
+            if not places:
                 return self._new(COUNT)
-            place = self.stream.pick(free)
+            place = self.stream.pick(places)
             self.totals[place] = sort
             return Quantity(sort, place)
         free = [

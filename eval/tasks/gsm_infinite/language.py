@@ -280,7 +280,7 @@ def read_statement(theme: Theme, sentence: str) -> tuple[str, str | None] | None
     if found := re.fullmatch(grammar["exists"], sentence):
         return found[1], None
     found = re.fullmatch(grammar["equals"], sentence)
-    return found and (found[1], found[2])
+    return (found[1], found[2]) if found else None
 
 
 @cache

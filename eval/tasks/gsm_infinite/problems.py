@@ -292,7 +292,8 @@ def distractors(
     """
     names = _Names(stream, core, d, places, items)
     values = {quantity: Form(0, value) for quantity, value in core.values.items()}
-    needed, drawn = list(core.values), {}
+    needed = list(core.values)
+    drawn: dict[Quantity, Definition] = {}
     while (quantity := names.draw(names.sorts)) is not None:
         definition = _reading(stream, needed, list(drawn), values)
         spent = cost(quantity, definition)

@@ -295,13 +295,13 @@ def question(asked: int) -> str:
 def read_question(text: str) -> int | None:
     """The value that a question asks for, or None if it is none."""
     found = _QUESTION.fullmatch(text)
-    return found and int(found[1])
+    return int(found[1]) if found else None
 
 
 def read_assignment(sentence: str) -> tuple[str, str] | None:
     """`V012` and `V345 + 1` of a statement (without its full stop), or None if it is none."""
     found = _STATEMENT.fullmatch(sentence)
-    return found and (found[1], found[2])
+    return (found[1], found[2]) if found else None
 
 
 def evaluate(statements: Iterable[tuple[str, str]]) -> dict[str, int] | None:

@@ -11,6 +11,7 @@ import typer
 from hybrid_sleep.cli.commands import command, command_line, measure, report
 from hybrid_sleep.cli.options import Config, Count, Depths, Jobs, Minutes, Out, Overrides, Seeds
 from hybrid_sleep.support.io import sole_writer
+from hybrid_sleep.support.lists import parse_counts, parse_multiples, parse_names
 
 CONFIG_SUFFIXES = (".yaml", ".yml")
 ABLATIONS = "state_space, eviction, loop, schedule, attention, depth, difficulty, adaptive"
@@ -97,6 +98,7 @@ def depth(
             raise ValueError(f"--{flag} must come with {kind}, got {value} with {source[0]!r}")
     if from_config:
         from hybrid_sleep.eval.studies import comparison
+        from hybrid_sleep.eval.studies.baselines import BASELINES
 
         call = {"config": source[0], "overrides": source[1:], "count": count, "minutes": minutes}
         call["seeds"] = "0,1,2" if seeds is None else seeds
@@ -106,15 +108,14 @@ def depth(
             comparison.run,
             out,
             call,
-            depths=depths,
-            baselines="all" if baselines is None else baselines,
-            ablations="none" if ablate is None else ablate,
+            depths=None if depths is None else parse_counts("depths", depths),
+            baselines=parse_names("baselines", baselines or "all", tuple(BASELINES)),
+            ablations=_ablations(ablate or "none"),
         )
     else:
         from hybrid_sleep.eval.measure.checkpoints import bench_checkpoints
-        from hybrid_sleep.eval.tasks.accuracy import parse_depths
 
-        levels = parse_depths("1-8" if depths is None else depths)
+        levels = parse_counts("depths", "1-8" if depths is None else depths)
         given: dict[str, Any] = {k: v for k, v in of_models.items() if v is not None}
         out = out or Path("out/bench-depth")
         with sole_writer(out):
@@ -151,7 +152,15 @@ def depth_map(
 
     call = {"config": config, "overrides": overrides or [], "seeds": seeds, "count": count,
             "jobs": jobs, "minutes": minutes}  # fmt: skip
-    _study("map", depth_map.run, out, call, vary=vary, depths=depths, compute=compute)
+    _study(
+        "map",
+        depth_map.run,
+        out,
+        call,
+        vary=vary,
+        depths=parse_counts("depths", depths),
+        compute=parse_multiples("compute", compute),
+    )
 
 
 @command
@@ -187,13 +196,26 @@ def ablate(
     Models go to output_dir/NAME/seedSEED. Results in the folder from the same code are kept.
     """
     from hybrid_sleep.eval.studies import comparison
+    from hybrid_sleep.eval.studies.variants import parse_variants
 
     call = {"config": config, "overrides": overrides or [], "seeds": seeds, "count": count,
             "jobs": jobs, "minutes": minutes}  # fmt: skip
-    names = ("none" if variant else "all") if ablate is None else ablate
     _study(
-        "ablate", comparison.run, out, call, depths=depths, ablations=names, variants=variant or []
+        "ablate",
+        comparison.run,
+        out,
+        call,
+        depths=parse_counts("depths", depths),
+        ablations=_ablations(ablate or ("none" if variant else "all")),
+        variants=parse_variants(variant) if variant else None,
     )
+
+
+def _ablations(text: str) -> list[str] | str:
+    """Names from text; of "all" a study leaves out those that would change nothing."""
+    from hybrid_sleep.eval.studies.comparison import ABLATION_NAMES
+
+    return text if text == "all" else parse_names("ablations", text, ABLATION_NAMES)
 
 
 def _study(
@@ -204,9 +226,9 @@ def _study(
     **given: Any,
 ) -> None:
     """Run a study of trials with what is given, and report its result."""
-    from hybrid_sleep.eval.trials import Call, parse_seeds
+    from hybrid_sleep.eval.trials import Call
 
-    call["seeds"] = parse_seeds(call["seeds"])
+    call["seeds"] = parse_counts("seeds", call["seeds"], minimum=0)
 
     def run(**how: Any) -> Any:
         return study(Call(**call, **how), **given)

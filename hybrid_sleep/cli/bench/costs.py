@@ -10,6 +10,7 @@ import typer
 
 from hybrid_sleep.cli.commands import command, measure
 from hybrid_sleep.cli.options import Depths, Device, Minutes, Out, Repeats
+from hybrid_sleep.support.lists import parse_counts
 
 
 @command
@@ -97,7 +98,6 @@ def cost(
     call finished in the folder, with the same code, versions and device, is kept.
     """
     from hybrid_sleep.eval.costs import cost
-    from hybrid_sleep.eval.tasks.accuracy import parse_depths
 
     given = {"hidden": hidden, "layers": layers, "window": window, "state_space": state_space}
     _measure(
@@ -107,8 +107,8 @@ def cost(
         model=model,
         sizes={name: value for name, value in given.items() if value is not None},
         depo=depo,
-        depths=parse_depths(depths),
-        windows=cost.parse_windows(windows),
+        depths=parse_counts("depths", depths),
+        windows=parse_counts("windows", windows),
         question=question,
         answer=answer,
         cycles=cycles,

@@ -335,7 +335,7 @@ def test_a_cell_of_the_break_even_table_by_hand(measured):
         ({"question": 5, "answer": 4}, "question and answer must be at most 8 .* got 5 and 4"),
         ({"question": 0}, "question must be an integer of at least 1, got 0"),
         ({"sizes": {"window": 1}}, "window must be an integer of at least 2, got 1"),
-        ({"windows": cost.parse_windows("1, 0")}, "windows must be .* at least 1, got 0"),
+        ({"windows": (1, 0)}, "windows must be .* at least 1, got 0"),
         ({"minutes": 0}, "minutes must be a finite number above 0, got 0"),
     ],
 )
@@ -343,13 +343,6 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(changes, named, m
     monkeypatch.setattr(cost.Bench, "sleep", lambda *_: pytest.fail("measured"))
     with pytest.raises(ValueError, match=named):
         run(**{"sizes": SIZES, "windows": (1,), **changes})
-
-
-def test_windows_are_read_from_text():
-    assert cost.parse_windows("1,8, 64") == [1, 8, 64]
-    for text in ("", "1,", "1-8", "two"):
-        with pytest.raises(ValueError, match=f"windows='{text}'; allowed: such as 1,8,64"):
-            cost.parse_windows(text)
 
 
 def test_checkpoints_that_cannot_serve_are_refused(tmp_path, trained_on_depo, monkeypatch):

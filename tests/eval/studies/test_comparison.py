@@ -128,9 +128,9 @@ def test_without_the_reference_there_is_nothing_to_show(tmp_path):
 def test_a_run_is_trained_with_its_baselines_and_goes_on(tmp_path, config):
     out = tmp_path / "results"
     given = {"config": config, "count": 40, "out": out, "command": "the command"}
-    part = comparison.run(Call(**given, minutes=1e-4), baselines="once")
+    part = comparison.run(Call(**given, minutes=1e-4), baselines=["once"])
     assert (part.ended, part.complete) == ("time is up", False)
-    result = comparison.run(Call(**given), baselines="once", ablations="adaptive")
+    result = comparison.run(Call(**given), baselines=["once"], ablations=["adaptive"])
     assert result.complete
     names = {(row.variant, row.seed) for row in result.rows}
     assert names == {(v, s) for v in ("sleep", "once", "once_tokens") for s in (0, 1, 2)}
@@ -153,7 +153,10 @@ def test_a_run_is_trained_with_its_baselines_and_goes_on(tmp_path, config):
 def test_variants_are_trained_measured_and_resumed(tmp_path, config, monkeypatch):
     out, done = tmp_path / "results", []
     call = Call(config=config, seeds=[0, 1], count=40, out=out, command="the command")
-    given = {"depths": "1,3", "variants": ["plain", "wide:train.batch_size=16,sleep_passes=1"]}
+    given = {
+        "depths": [1, 3],
+        "variants": {"plain": [], "wide": ["train.batch_size=16", "sleep_passes=1"]},
+    }
 
     def stop_after_three(*arguments, **keywords):
         if len(done) == 3:
@@ -181,16 +184,20 @@ def test_variants_are_trained_measured_and_resumed(tmp_path, config, monkeypatch
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"seeds": [0, 1], "baselines": "all"}, r"seeds must be at least 3, .* got \[0, 1\]"),
-        ({"baselines": "longer"}, "baselines must be all, none, or some of once, .* got 'longer'"),
-        ({"ablations": "loop,loop"}, "ablations must be .* each once, got 'loop,loop'"),
-        ({"ablations": "schedule"}, "ablation 'schedule' must have a task with labels"),
-        ({"overrides": ["sleep_passes=1"], "baselines": "all"}, "sleep_passes must be above 1"),
-        ({"depths": "0"}, "depths must be an integer of at least 1, got 0"),
-        ({"variants": ["a"], "ablations": "loop"}, "variants must come without .*, got both"),
-        ({"variants": ["a", "a"]}, "variants must be one or more with different names"),
-        ({"variants": ["a", "b:task.params.steps=2"]}, "variant 'b': task must be one for all"),
-        ({"overrides": ["stages=[{train.steps: 1}]"], "ablations": "loop"}, "stages must be empty"),
+        ({"seeds": [0, 1], "baselines": ["once"]}, r"seeds must be at least 3, .* got \[0, 1\]"),
+        ({"baselines": ["longer"]}, "baseline must be one of once, .* got 'longer'"),
+        ({"ablations": ["schedule"]}, "ablation 'schedule' must have a task with labels"),
+        ({"overrides": ["sleep_passes=1"], "baselines": ["once"]}, "sleep_passes must be above 1"),
+        ({"depths": [0]}, "depths must be an integer of at least 1, got 0"),
+        ({"variants": {"a": []}, "ablations": ["loop"]}, "variants must come without .*, got both"),
+        (
+            {"variants": {"a": [], "b": ["task.params.steps=2"]}},
+            "variant 'b': task must be one for all",
+        ),
+        (
+            {"overrides": ["stages=[{train.steps: 1}]"], "ablations": ["loop"]},
+            "stages must be empty",
+        ),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_training(config, given, message, monkeypatch):

@@ -10,7 +10,7 @@ from hybrid_sleep.eval.measure.run_cost import cost_of, one_stage
 from hybrid_sleep.eval.studies.ablations import ABLATIONS, ablations_of, applicable
 from hybrid_sleep.eval.studies.baselines import BASELINES, baselines_of
 from hybrid_sleep.eval.studies.baselines import changed as with_changes
-from hybrid_sleep.eval.studies.variants import parse_names, parse_variant, parse_variants
+from hybrid_sleep.eval.studies.variants import parse_variant, parse_variants
 from hybrid_sleep.training.config import run_config
 
 MODEL = {
@@ -233,17 +233,6 @@ def test_what_is_no_variant_is_refused(text):
 def test_variants_have_different_names(texts):
     with pytest.raises(ValueError, match="variants must be one or more with different names, got"):
         parse_variants(texts)
-
-
-def test_names_are_all_none_or_some():
-    assert parse_names("n", "all", ("a", "b")) == ["a", "b"]
-    assert parse_names("n", "none", ("a", "b")) == []
-    assert parse_names("n", "b, a", ("a", "b")) == ["b", "a"]
-    for wrong in ("c", "a,a", ""):
-        with pytest.raises(
-            ValueError, match="n must be all, none, or some of a, b, each"
-        ):
-            parse_names("n", wrong, ("a", "b"))
 
 
 def test_of_all_ablations_those_without_effect_are_left_out(tmp_path):
