@@ -50,7 +50,9 @@ KINDS = {
     "sleep": Kind(f"{RENDER}.sleep_cpu", "sleep.png", f"{COSTS}.sleep_cpu:SleepCost"),
     "sleep_gpu": Kind(f"{RENDER}.sleep_gpu", "sleep.png", f"{COSTS}.sleep_gpu:GpuSleepCost"),
     "training": Kind(f"{RENDER}.training", "training.png", f"{COSTS}.training:TrainingCost"),
-    "harness": Kind("hybrid_sleep.eval.harness.report", "accuracy.png"),
+    "harness": Kind(
+        f"{RENDER}.harness", "accuracy.png", "hybrid_sleep.eval.harness.result:HarnessResult"
+    ),
     "map": Kind(f"{RENDER}.depth_map", "map.png", f"{STUDIES}.depth_map:DepthMap"),
     "comparison": Kind(
         f"{RENDER}.comparison", "accuracy.png", f"{STUDIES}.comparison:Comparison"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybrid_sleep.eval.harness.result import HarnessResult
 from hybrid_sleep.eval.tasks.accuracy import check_depths, parse_depths
 from hybrid_sleep.support.provenance import provenance
 from hybrid_sleep.validation import check_count
@@ -49,8 +50,8 @@ def run(
     out: Path | None = None,
     command: str | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """The scores of the model in `checkpoint` on each of `tasks` at each depth, for results.json.
+) -> HarnessResult:
+    """The scores of the model in `checkpoint` on each of `tasks` at each depth.
 
     tasks: names that lm-eval knows, those in `include_path` (a folder of YAML files), and ours,
         `hybrid_sleep_<name>`. A model trained on a task is asked that one, in its tokens; one that
@@ -62,7 +63,7 @@ def run(
         few-shot examples, and what is sampled. batch_size, dtype: see `SleepRequests`.
 
     `progress(done, total)` counts pairs of task and depth. Interrupted after the first one it
-    returns what it has, with `complete` False; those that `out`/results.json has of the same code,
+    returns what it has; those that `out`/results.json has of the same code,
     weights, documents and settings are kept.
 
     Raises ValueError or FileNotFoundError, before anything is evaluated, for a checkpoint that is
@@ -104,21 +105,22 @@ def run(
         "batch_size": lm.batch_size,
         "sleep_options": dict(sleep_options or {}),
     }
-    result = {
-        "benchmark": "harness",
+    about = {
+        name: {
+            "params": asked.ours[name].params if name in asked.ours else None,
+            "in_words": asked.text if name in asked.ours else None,
+            "difficulty": asked.ours[name].difficulty if name in asked.ours else None,
+            **_guesses(asked.ours.get(name)),
+        }
+        for name in tasks
+    }
+    content = {
+        "benchmark": HarnessResult.benchmark,
         "checkpoint": folder.name if folder.is_absolute() else folder.as_posix(),
         "parameters": lm.model.num_parameters(),
         "trained_depths": None if trained is None else list(trained.sleep_passes.depths()),
         "config": None if trained is None else trained.to_dict(),
-        "tasks": {
-            name: {
-                "params": asked.ours[name].params if name in asked.ours else None,
-                "in_words": asked.text if name in asked.ours else None,
-                "difficulty": asked.ours[name].difficulty if name in asked.ours else None,
-                **_guesses(asked.ours.get(name)),
-            }
-            for name in tasks
-        },
+        "tasks": about,
         "depths": depths,
         **settings,
         "rows": [],
@@ -138,11 +140,11 @@ def run(
         began = time.perf_counter()
         found = _evaluate(lm, asked.loaded[name], limit=limit, shots=num_fewshot, seed=seed)
         seconds = time.perf_counter() - began
-        about = result["tasks"][name]
-        return {"seconds": seconds, **scores(found, about["floor"], about["majority"])}
+        guesses = about[name]["floor"], about[name]["majority"]
+        return {"seconds": seconds, **scores(found, *guesses)}
 
-    return collect(
-        result, wanted, measure, finish=lambda _: None, out=out, progress=progress
+    return HarnessResult.from_content(
+        collect(content, wanted, measure, out=out, progress=progress)
     )
 
 

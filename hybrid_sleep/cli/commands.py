@@ -8,12 +8,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from hybrid_sleep.support.io import sole_writer
 from hybrid_sleep.training.zero import choose_accelerator
+
+if TYPE_CHECKING:
+    from hybrid_sleep.eval.results import Result
 
 PATIENCE = 2.0  # seconds of silence
 CONTINUES = "the time is up; the same call continues"
@@ -93,9 +96,7 @@ def patiently(lines: Iterable[str], what: str) -> Iterator[str]:
         yield line
 
 
-def measure(
-    name: str, run: Callable[..., Any], out: Path | None, **given: Any
-) -> None:
+def measure(name: str, run: Callable[..., Result], out: Path | None, **given: Any) -> None:
     """Run the benchmark `name` with what is given, showing progress, and report its result.
 
     `run` gets `out` as well, whose earlier results it may keep (default: out/bench-NAME, with the
@@ -111,22 +112,16 @@ def measure(
         report(result, out)
 
 
-def report(result: Any, out: Path) -> None:
+def report(result: Result, out: Path) -> None:
     """Write a benchmark's files and show its table; KeyboardInterrupt if it was interrupted."""
-    from hybrid_sleep.eval.results import Result
-
     show(result, out)
-    if isinstance(result, Result):
-        ended, complete = result.ended, result.complete
-    else:
-        ended, complete = result.get("ended"), result.get("complete", True)
-    if ended == "time is up":
+    if result.ended == "time is up":
         typer.echo(CONTINUES, err=True)
-    elif not complete:
+    elif not result.complete:
         raise KeyboardInterrupt("these files hold what was finished")
 
 
-def show(result: Any, out: Path) -> None:
+def show(result: Result | dict[str, Any], out: Path) -> None:
     """Write a benchmark's files and show its table."""
     from hybrid_sleep.eval.results import save
 

@@ -21,7 +21,6 @@ KERNEL_PACKAGES = ("triton", "flash-linear-attention", "fla-core", "mamba-ssm", 
 # What only shows numbers cannot change one: modules, and packages with all that is in them.
 PRESENTATION = (
     "cli",
-    "eval.harness.report",
     "eval.render",
     "eval.results",
     "eval.tasks.show",

@@ -18,10 +18,13 @@ from hybrid_sleep.training.config import run_config
 
 pytest.importorskip("lm_eval")
 
-from hybrid_sleep.eval.harness import report, run
+from hybrid_sleep.eval import results
+from hybrid_sleep.eval.harness import run
 from hybrid_sleep.eval.harness import tasks as ours
+from hybrid_sleep.eval.harness.result import HarnessResult
 from hybrid_sleep.eval.harness.run import run as run_eval
 from hybrid_sleep.eval.harness.scores import scores
+from hybrid_sleep.eval.render import harness as pages
 
 MODEL = {
     "hidden_size": 16,
@@ -64,40 +67,41 @@ def test_a_run_is_written_kept_and_shown(trained, tmp_path, monkeypatch):
     result = run_eval(
         trained, ["hybrid_sleep_rule110"], progress=lambda *at: steps.append(at), **given
     )
-    assert steps == [(1, 2), (2, 2)] and result["complete"]
+    assert steps == [(1, 2), (2, 2)] and result.complete
     model = HybridSleepForCausalLM.from_pretrained(trained)
     task = tasks.load("rule110", **RULE)
     wanted = measure_depth(model, task, [1, 2], 40, SEED)
     floor, majority = task.floor(), task.majority()
-    for row, depth in zip(result["rows"], (1, 2), strict=True):
-        exact, per_question, per_label = row["scores"]
-        assert (exact["metric"], exact["value"]) == ("exact", wanted[depth].exact)
-        assert (per_label["metric"], per_label["value"]) == ("per_label", wanted[depth].per_label)
-        assert exact["majority"] == majority.exact and exact["floor"] is None
-        assert per_label["majority"] == majority.per_label
-        asked = {int(level): part["questions"] for level, part in row["by_difficulty"].items()}
-        assert per_question["floor"] == pytest.approx(
+    for row, depth in zip(result.rows, (1, 2), strict=True):
+        exact, per_question, per_label = row.scores
+        assert (exact.metric, exact.value) == ("exact", wanted[depth].exact)
+        assert (per_label.metric, per_label.value) == ("per_label", wanted[depth].per_label)
+        assert exact.majority == majority.exact and exact.floor is None
+        assert per_label.majority == majority.per_label
+        asked = {int(level): part.questions for level, part in row.by_difficulty.items()}
+        assert per_question.floor == pytest.approx(
             sum(floor[level] * n for level, n in asked.items()) / 40
         )
-        assert 0 < exact["interval"][0] < exact["value"] < exact["interval"][1] < 1
-    assert json.loads((tmp_path / "results.json").read_text())["rows"] == result["rows"]
-    assert result["provenance"]["lm_eval"] and result["config"]["train"]["steps"] == 60
+        assert 0 < exact.interval[0] < exact.value < exact.interval[1] < 1
+    path, _, _ = results.save(result, tmp_path)
+    assert results.read(path, HarnessResult) == result
+    assert result.provenance["lm_eval"] and result.config["train"]["steps"] == 60
 
     monkeypatch.setattr(run, "_evaluate", None)
     again = run_eval(trained, ["hybrid_sleep_rule110"], **given)
-    assert again["rows"] == result["rows"]
+    assert again.rows == result.rows
     with pytest.raises(TypeError):
         run_eval(trained, ["hybrid_sleep_rule110"], **{**given, "seed": SEED + 1})
 
-    table = report.markdown(result)
+    table = pages.markdown(result)
     first = table.splitlines()[2]
     assert first.startswith(f"| hybrid_sleep_rule110 | exact | 40 |  | {majority.exact:.4f} |")
     assert f"| {wanted[1].exact:.4f} (" in first and f"| {wanted[2].exact:.4f} (" in first
     assert "accuracy by steps" in table and "Trained at depths 1, 2." in table
-    axes = report.figure(result).axes[0]
+    axes = pages.figure(result).axes[0]
     heights = [list(line.get_ydata()) for line in axes.lines]
     assert [wanted[1].exact, wanted[2].exact] in heights
-    assert any(set(ys) == {exact["majority"]} for ys in heights)
+    assert any(set(ys) == {exact.majority} for ys in heights)
 
 
 def test_an_interrupted_run_keeps_what_was_finished(trained, monkeypatch):
@@ -111,8 +115,8 @@ def test_an_interrupted_run_keeps_what_was_finished(trained, monkeypatch):
 
     monkeypatch.setattr(run, "_evaluate", interrupted)
     result = run_eval(trained, ["hybrid_sleep_rule110"], limit=4, sleep_passes=[1, 2])
-    assert [row["depth"] for row in result["rows"]] == [1] and not result["complete"]
-    assert "Not complete" in report.markdown(result) and report.figure(result)
+    assert [row.depth for row in result.rows] == [1] and not result.complete
+    assert "Not complete" in pages.markdown(result) and pages.figure(result)
 
 
 YAML = """
@@ -161,24 +165,24 @@ def test_own_tasks_beside_ours_and_a_model_of_text(tmp_path, monkeypatch):
         task_params={"gsm_infinite": {"ops": [1], "length": 64, "windows": 1, "noise": False}},
         dtype="float64",
     )
-    for row in result["rows"][:2]:
+    for row in result.rows[:2]:
         bits = 0.0
         for text in texts:
             ids = [1, *(b + 3 for b in text.encode())]
             with torch.no_grad():
-                logits = model.double()(torch.tensor([ids]), sleep_passes=row["depth"]).logits[0]
+                logits = model.double()(torch.tensor([ids]), sleep_passes=row.depth).logits[0]
             chosen = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])
             bits -= chosen.sum().item() / math.log(2)
-        (score,) = row["scores"]
-        assert score["value"] == pytest.approx(bits / sum(map(len, texts)), rel=1e-9)
-        assert score["higher_is_better"] is False and score["floor"] is None
-    assert [row["task"] for row in result["rows"][1:3]] == ["own", "hybrid_sleep_gsm_infinite"]
-    exact = result["rows"][2]["scores"][0]
-    assert (exact["metric"], exact["majority"], exact["documents"]) == ("exact", 0.25, 3)
-    assert result["tasks"]["hybrid_sleep_gsm_infinite"]["in_words"] is True
-    assert "bits_per_byte (less is better)" in report.markdown(result)
+        (score,) = row.scores
+        assert score.value == pytest.approx(bits / sum(map(len, texts)), rel=1e-9)
+        assert score.higher_is_better is False and score.floor is None
+    assert [row.task for row in result.rows[1:3]] == ["own", "hybrid_sleep_gsm_infinite"]
+    exact = result.rows[2].scores[0]
+    assert (exact.metric, exact.majority, exact.documents) == ("exact", 0.25, 3)
+    assert result.tasks["hybrid_sleep_gsm_infinite"].in_words is True
+    assert "bits_per_byte (less is better)" in pages.markdown(result)
     # Shares and other numbers have an axis each.
-    below, shares = sorted(report.figure(result).axes, key=lambda axes: -axes.get_ylim()[1])
+    below, shares = sorted(pages.figure(result).axes, key=lambda axes: -axes.get_ylim()[1])
     assert below.get_ylabel() == "bits_per_byte" and shares.get_ylabel() == "exact"
     assert shares.get_ylim() == (0, 1.04)
 
