@@ -58,7 +58,6 @@ CONTINUE_THEN_DIE = """
     from safetensors.torch import save_file
     from hybrid_sleep import HybridSleepForCausalLM, SleepCache
     from hybrid_sleep.sleep import storage
-from hybrid_sleep.sleep.weights import tensors_digest
 
     torch.set_num_threads(1)
     model = HybridSleepForCausalLM.from_pretrained("model").eval()
