@@ -142,7 +142,8 @@ def test_text_is_predicted_better_than_its_letters(tmp_path, capsys):
     corpus.write_text("\f".join(path.read_text() for path in source))
     out = tmp_path / "out"
     overrides = [f"text.files=[{corpus}]", "text.length=128", "text.held_out=0.1"]
-    overrides += ["model.window=32", "model.num_hidden_layers=2", "train.steps=60"]
+    overrides += ["model.window=32", "model.num_hidden_layers=2"]
+    overrides += ["train.steps=30", "train.warmup=5"]
     overrides += ["train.eval_every=null", "train.eval_examples=32", f"output_dir={out}"]
     run = load_run_config(RUNS / "text_cpu.yaml", overrides)
     result = train(run, progress=False)
