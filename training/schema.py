@@ -67,7 +67,10 @@ def set_key(content: dict[str, Any], key: str, value: Any) -> None:
     """Set what a dotted key names in nested mappings; ValueError if it leads through a value."""
     *parents, last = key.split(".")
     for depth, name in enumerate(parents):
-        content = content.setdefault(name, {})
+        if content.get(name) is None:
+            # run.yaml has null for a section that its run was not given.
+            content[name] = {}
+        content = content[name]
         if not isinstance(content, dict):
             raise ValueError(
                 f"override {key!r}: {'.'.join(parents[: depth + 1])} must hold keys, got "

@@ -87,7 +87,7 @@ def _facts(task: Task) -> Iterator[str]:
     tokens = f"{task.length} tokens out of {task.vocab_size}"
     yield from _fact("example", f"{tokens}, in windows: {windows}")
     yield from _fact("difficulty", task.difficulty)
-    floor = ", ".join(f"{level} {_share(share)}" for level, share in task.floor().items())
+    floor = ", ".join(f"{level}: {_share(share)}" for level, share in task.floor().items())
     yield from _fact("floor", f"best guess without memory, by {task.difficulty}: {floor}")
     majority, word = task.majority(), _word(task)
     guess = f" ({' '.join(map(word, majority.guess))})" if majority.guess else ""
@@ -104,10 +104,10 @@ def _fact(name: str, text: str) -> list[str]:
 
 
 def _share(share: float) -> str:
-    """A share to three digits, without the zero before its point."""
+    """A share to three digits."""
     if share in (0, 1):
         return str(int(share))
-    return (f"{share:.3f}" if share >= 0.001 else f"{share:.1e}").removeprefix("0")
+    return f"{share:.3f}" if share >= 0.001 else f"{share:.1e}"
 
 
 def _word(task: Task) -> Callable[[int], str]:

@@ -143,9 +143,9 @@ word_problem: Products of the first t of `elements` random elements of `group`: 
 parameters  group=S3, elements=8, layout=recall, windows=1, prefixes=[1, 4, 8]
 example     14 tokens out of 9, in windows: 1 of 8 and 1 of 6
 difficulty  elements
-floor       best guess without memory, by elements: 1 .167, 4 .167, 8 .167
-majority    most frequent label (0): .167 of labels, .005 of examples
-chance      uniform guess: .167 of questions
+floor       best guess without memory, by elements: 1: 0.167, 4: 0.167, 8: 0.167
+majority    most frequent label (0): 0.167 of labels, 0.005 of examples
+chance      uniform guess: 0.167 of questions
 
 test example 1, seed 0
 window 1    1 2 4 4 2 4 0 0

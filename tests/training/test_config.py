@@ -12,6 +12,7 @@ from hybrid_sleep import HybridSleepConfig
 from hybrid_sleep.training.config import load_run_config
 from hybrid_sleep.training.depth import Fixed, Uniform
 from hybrid_sleep.training.parsing import parse_overrides
+from hybrid_sleep.training.schema import set_key
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs" / "runs").glob("*.yaml"))
@@ -232,6 +233,12 @@ def test_wrong_values_name_the_key_and_what_is_allowed(small, override, message)
     with pytest.raises(ValueError, match=message) as caught:
         load_run_config(small, [override])
     assert str(small) in str(caught.value)
+
+
+def test_an_override_opens_a_section_that_a_run_yaml_has_as_null():
+    content = {"init": None, "train": {"steps": 1}}
+    set_key(content, "init.checkpoint", "out/a")
+    assert content == {"init": {"checkpoint": "out/a"}, "train": {"steps": 1}}
 
 
 def test_all_that_is_wrong_is_said_at_once_in_one_line(small):
