@@ -65,7 +65,7 @@ class HybridSleepConfig(PreTrainedConfig):
             after which `layer_types` and widths repeat. None: all. Half as many make a model that
             loops twice over its layers for every token, in decoding as in a sleep.
 
-    Sleep (DESIGN meanings; Lee et al., arXiv 2605.26099, Algorithm 1):
+    Sleep (Lee et al., arXiv 2605.26099, Algorithm 1):
         window: L, tokens that attention sees at a time, at least 1.
         sleep_passes: default depth N, at least 1; pass 1 is the ordinary forward. A call may
             choose another depth.

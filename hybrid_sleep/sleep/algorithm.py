@@ -21,7 +21,7 @@ from hybrid_sleep.sleep import execution, report
 from hybrid_sleep.sleep.backbone import Backbone
 from hybrid_sleep.sleep.cache import SleepCache, Window
 from hybrid_sleep.sleep.carry import Carry, Outcome, after_pass_one
-from hybrid_sleep.sleep.options import MAX_PASSES, TOLERANCE, Passes, last_writer
+from hybrid_sleep.sleep.options import MAX_PASSES, TOLERANCE, Passes, check_passes, last_writer
 from hybrid_sleep.sleep.state import LayerState
 
 
@@ -42,6 +42,7 @@ def consolidate(
     the cache as it was, where fast weights are not finite before or after.
     """
     began, learns = time.perf_counter(), torch.is_grad_enabled()
+    check_passes(passes, backbone.options.loop, backbone.fast_weight_layers)
     if not len(rows := rows[cache.counts[rows] > 0]):
         return report.nothing_slept()
     window = cache.window(rows)
@@ -62,13 +63,12 @@ def _repeat_passes(
     attention_layers = [i for i, state in window.states.items() if state.slots]
     writer = last_writer(backbone.options, backbone.fast_weight_layers, attention_layers)
     N, auto = (max_passes, True) if passes == "auto" else (passes, False)
-    depths = torch.ones_like(window.lengths)
+    depths, active = torch.ones_like(window.lengths), window.lengths > 0
     changes: list[report.Change] = []
     if N == 1 or writer is None:
         why = "only one pass" if N == 1 else "no layer leaves anything behind"
         return Outcome({}, depths, changes, f"eager: {why}")
     through = N if backbone.truncation.passes is None else backbone.truncation.passes
-    active = depths == 1
     carry = after_pass_one(backbone, window, watch=auto, cut=learns and through < N)
     measure = bool(carry.S) and (auto or not learns)
     with execution.start(backbone, carry) as run:
@@ -94,7 +94,7 @@ def _repeat_passes(
 
 def looped_pass(backbone: Backbone, carry: Carry, *, last: int | None, measure: bool) -> Carry:
     """`h, S <- LoopedBlocks(h, S)`, up to the block `last` if it is given."""
-    # S continues from the last pass; keys and tails are this pass's own (DESIGN: short-term).
+    # S continues from the last pass; keys and tails are short-term, and this pass's own.
     states = carry.start | {
         i: carry.start.get(i, LayerState())._replace(S=S) for i, S in carry.S.items()
     }

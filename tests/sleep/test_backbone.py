@@ -220,3 +220,19 @@ def test_gradients_flow_through_passes_and_windows(model):
         weight[0] += step
     difference = (above - below) / (2 * step)
     assert abs(gradient[0] - difference) <= 0.01 * abs(difference)
+
+
+@torch.no_grad()
+def test_a_depth_that_cannot_be_is_refused_before_anything_changes(model):
+    backbone = backbone_of(model)
+    cache = SleepCache(backbone.options)
+    cache.open(1)
+    forward(backbone, ids(1, 3), None, cache, passes=1)
+    for passes in (0, -1, True, 1.5, "deep"):
+        with pytest.raises(ValueError, match="passes must be an integer of at least 1 or 'auto'"):
+            consolidate(backbone, cache, torch.arange(1), passes)
+    # Layer 3 of 0..3 is attention: no fast weights to watch.
+    backbone.options = SleepOptions(L, (3, 4))
+    with pytest.raises(ValueError, match="passes='auto' watches looped fast weights"):
+        consolidate(backbone, cache, torch.arange(1), "auto")
+    assert cache.counts.tolist() == [3] and cache.sleeps.tolist() == [0]
