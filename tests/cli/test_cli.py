@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
+from small import TINY
 from typer.testing import CliRunner
 
 from hybrid_sleep.cli import app as cli
@@ -20,16 +21,7 @@ from hybrid_sleep.support.records import read_records
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = {
-    "model": {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-    },
+    "model": {**TINY, "intermediate_size": 32},
     "task": {"name": "rule110", "params": {"width": 4, "states": 2, "steps": 1}},
     "sleep_passes": {"uniform": [1, 2]},
     "train": {"steps": 2, "batch_size": 4, "device": "cpu"},

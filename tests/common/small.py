@@ -13,6 +13,18 @@ from hybrid_sleep.sleep.state import LayerState
 
 VOCAB = 11
 
+# The smallest model section of a run config that learns anything.
+TINY = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+
 
 def small_config(**changes: Any) -> HybridSleepConfig:
     """Four layers, window 5, every shape different from every other."""

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from small import TINY
 
 from hybrid_sleep import HybridSleepConfig, HybridSleepForCausalLM
 from hybrid_sleep.eval import tasks
@@ -23,16 +24,6 @@ from hybrid_sleep.eval.harness import tasks as ours
 from hybrid_sleep.eval.harness.scores import scores
 from hybrid_sleep.eval.harness.tokenizer import WordTokenizer, task_words
 
-MODEL = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 2,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-}
 COUNT, SEED, DEPTHS = 60, 3, (1, 4)
 RULE = {"width": 4, "states": 3, "steps": [1, 2]}
 # Labels that are the next tokens, with others between them; labels that no token ever shows.
@@ -48,7 +39,7 @@ def learn(task, steps=60):
     """A model that has seen a little of `task`: right sometimes, and not equally at every depth."""
     torch.manual_seed(0)
     config = HybridSleepConfig(
-        **MODEL,
+        **TINY,
         vocab_size=task.vocab_size,
         window=task.window,
         sleep_schedule="every_window",

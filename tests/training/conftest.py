@@ -6,20 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from small import TINY
 
 from hybrid_sleep import HybridSleepForCausalLM
 from hybrid_sleep.training.config import RunConfig, run_config
 
-MODEL = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 2,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-}
 TRAIN = {"steps": 6, "batch_size": 8, "lr_muon": 0.02, "lr_adamw": 0.003, "warmup": 2}
 
 
@@ -30,7 +21,7 @@ class Tiny:
         learned = {"task": {"name": "rule110", "params": params}}
         return run_config(
             {
-                "model": {**MODEL, **(model or {})},
+                "model": {**TINY, **(model or {})},
                 **(learned if text is None else {"text": text}),
                 "train": {**TRAIN, "device": "cpu", "log_every": 2, **settings},
                 "sleep_passes": {"uniform": [1, 3]},

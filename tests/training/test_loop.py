@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from small import TINY
 from torch import nn
 
 from hybrid_sleep import HybridSleepConfig, HybridSleepForCausalLM
@@ -12,18 +13,7 @@ from hybrid_sleep.training import fit, optimizer_for
 from hybrid_sleep.training.build import build_trainer
 from hybrid_sleep.training.depth import Uniform
 
-SIZES = {
-    "vocab_size": 5,
-    "window": 4,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 2,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-}
+SIZES = {"vocab_size": 5, "window": 4, **TINY}
 
 
 def small_model():

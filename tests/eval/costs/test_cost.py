@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small import assert_same, gap, small_ids, small_model, snapshot
+from small import TINY, assert_same, gap, small_ids, small_model, snapshot
 from torch import nn
 
 from hybrid_sleep import HybridSleepConfig, HybridSleepForCausalLM, SleepCache
@@ -26,23 +26,13 @@ from hybrid_sleep.training.config import run_config
 
 SIZES = {"hidden": 16, "layers": 2, "window": 8, "head_dim": 8, "vocabulary": 16}
 DEPO = {"nodes": 5, "hops": 3, "queries": 2, "alphabet": 12, "longest": 2}
-MODEL = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 2,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-}
 
 
 def folder_of(path, task, **model):
     """What training would leave behind, with random weights."""
     run = run_config(
         {
-            "model": {**MODEL, **model},
+            "model": {**TINY, **model},
             "task": task,
             "train": {"steps": 1, "batch_size": 2, "lr_muon": 0.02, "lr_adamw": 0.003},
             "sleep_passes": {"uniform": [1, 3]},
