@@ -187,7 +187,11 @@ def test_own_tasks_beside_ours_and_a_model_of_text(tmp_path, monkeypatch):
         (["hybrid_sleep_depo"], {}, "must be .*trained on, hybrid_sleep_rule110, got 'hybrid_"),
         (["hybrid_sleep_rule110"], {"num_fewshot": 2}, "num_fewshot must be 0 with .*, got 2"),
         (["hybrid_sleep_rule110"], {"limit": 0}, "limit must be an integer of at least 1, got 0"),
-        (["hybrid_sleep_rule110"], {"sleep_passes": "0"}, "depths must be .* at least 1, .*got '0'"),
+        (
+            ["hybrid_sleep_rule110"],
+            {"sleep_passes": "0"},
+            "depths must be integers of at least 1, .*got '0'",
+        ),
         (["hybrid_sleep_rule110"], {"seed": -1}, "seed must be an integer of at least 0, got -1"),
         (["hybrid_sleep_rule110"], {"sleep_options": {"window": 0}}, "window must be an integer"),
         (["hybrid_sleep_rule110"], {"sleep_options": {"device": 1}}, "window, .*, got device=1"),
