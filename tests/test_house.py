@@ -36,6 +36,7 @@ LEVELS = (
     ("modeling",),
     ("eval.tasks",),
     ("training",),
+    ("parametric",),
     ("eval",),
     ("cli",),
 )
