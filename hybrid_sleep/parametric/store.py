@@ -1,0 +1,485 @@
+"""A folder of facts: what is known, since when and from where, and the edits that made it so.
+
+    facts.db                      facts, relations, commits, edits and audits (`schema.py`)
+    commit-000001.safetensors     the factors that a commit adds
+    pristine.safetensors          the weights of the edited sites as they were before any edit
+
+The weights after a commit are the pristine ones plus the factors that it lists. Factors are written
+first, then one transaction refers to them, so a process killed at any moment leaves the state
+before a commit or the one after; files that no commit refers to go at the next opening.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sqlite3
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hybrid_sleep.parametric.durable import reading, transaction
+from hybrid_sleep.parametric.exchange import read_lines, to_lines
+from hybrid_sleep.parametric.facts import Fact, Relation, check_facts
+from hybrid_sleep.parametric.files import (
+    check_factors,
+    read_factors,
+    read_pristine,
+    remove_orphans,
+    save_pristine,
+    write_factors,
+)
+from hybrid_sleep.parametric.records import (
+    Commit,
+    Files,
+    StoredFact,
+    explain,
+    read_commits,
+    read_facts,
+)
+from hybrid_sleep.parametric.schema import (
+    COMMITTED,
+    RETIRED,
+    STATES,
+    STATUSES,
+    WAITING,
+    WRITTEN,
+    now,
+    open_database,
+)
+from hybrid_sleep.support.io import sole_writer, unreadable
+from hybrid_sleep.validation import check_choice
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hybrid_sleep.parametric.factors import Factors
+
+DATABASE = "facts.db"
+KINDS = ("wake", "sleep", "forget")
+
+
+class FactStore:
+    """Facts, edits and commits in a folder; see the module's docstring and `FactStore.open`.
+
+    A fact is known by its subject and relation, whatever their case; another object makes another
+    version of it. At most one version is in the weights, and at most one later one waits. States
+    change by commits, but for what `add` and `record_audit` say. One thread at a time may use it.
+    """
+
+    def __init__(self, folder: Path, db: sqlite3.Connection, held: ExitStack, write: bool):
+        self.folder, self.writable = folder, write
+        self._db, self._held = db, held
+        self.meta: dict[str, str] = dict(db.execute("SELECT name, value FROM meta"))
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | os.PathLike,
+        base: str | None = None,
+        *,
+        model: str | None = None,
+        write: bool = True,
+    ) -> FactStore:
+        """The store in `folder`, which for `write` is made if need be; close it, or use `with`.
+
+        base: digest of the pristine weights; None, where the store exists, for whichever it has.
+        model: a name to remember. write: as the only one; readers may read beside it.
+
+        Raises, before anything changes: BlockingIOError if it is open for writing already,
+        FileNotFoundError if there is nothing to read, ValueError if the store has another base, a
+        newer schema or is damaged.
+        """
+        folder = Path(folder)
+        with ExitStack() as held:
+            if write:
+                held.enter_context(sole_writer(folder))
+            db = open_database(folder / DATABASE, base, model, write)
+            held.callback(db.close)
+            store = cls(folder, db, held, write)
+            head = store.head
+            for name, _ in head.files if head else ():
+                if not (folder / name).is_file():
+                    raise unreadable(folder / name, "it is no file")
+            if write:
+                used = {name for commit in store.history() for name, _ in commit.files}
+                remove_orphans(folder, used)
+            store._held = held.pop_all()
+        return store
+
+    def close(self) -> None:
+        """Let others write; the store cannot be used any more."""
+        self._held.close()
+
+    def __enter__(self) -> FactStore:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # Facts
+
+    def add(
+        self,
+        facts: Iterable[Fact],
+        relations: Iterable[Relation] = (),
+        spans: Sequence[tuple[int, int] | None] | None = None,
+    ) -> list[int]:
+        """Keep `facts` as pending, all or none, and return their ids; durable on return.
+
+        A fact that is known already, and not retired, is no new one. One with another object is a
+        new version: what it contradicts is retired at once if it is not in the weights, otherwise
+        by the commit that writes the new one. relations: the words for theirs; given again, the
+        new words count. spans: where each stands in its source; found from its words if None.
+
+        Raises ValueError, before anything changes, for what is no fact or relation and for facts
+        that contradict each other.
+        """
+        facts, relations = list(facts), list(relations)
+        for name, values, kind in (("facts", facts, Fact), ("relations", relations, Relation)):
+            if wrong := [x for x in values if not isinstance(x, kind)]:
+                raise ValueError(f"{name} must each be a {kind.__name__}, got {wrong[0]!r}")
+        check_facts(facts)
+        found = [_span(fact) for fact in facts] if spans is None else list(spans)
+        if len(found) != len(facts):
+            raise ValueError(f"spans must be one for each of {len(facts)} facts, got {len(found)}")
+        with self._transaction("facts"):
+            for relation in relations:
+                row = (relation.name.casefold(), _json(relation.to_dict()))
+                self._db.execute("INSERT OR REPLACE INTO relations VALUES (?, ?)", row)
+            return [self._add(fact, span) for fact, span in zip(facts, found, strict=True)]
+
+    def _add(self, fact: Fact, span: tuple[int, int] | None) -> int:
+        versions = self._versions(fact.key)
+        standing = [known for known in versions if known.state != RETIRED]
+        replaced = standing[-1].id if standing else None
+        while standing and standing[-1].fact.object.casefold() != fact.object.casefold():
+            if standing[-1].state in WRITTEN:
+                break
+            self._set_state(standing.pop().id, RETIRED)
+        else:
+            if standing:
+                return standing[-1].id
+        start, end = span or (None, None)
+        words = (fact.subject, fact.relation, fact.object, *fact.key)
+        row = (*words, len(versions) + 1, WAITING[0], now(), fact.source, start, end, replaced)
+        made = self._db.execute(
+            "INSERT INTO facts (subject, relation, object, subject_key, relation_key, version, "
+            "state, created, source, span_start, span_end, supersedes) "
+            f"VALUES ({', '.join('?' * len(row))})",
+            row,
+        )
+        assert made.lastrowid is not None
+        return made.lastrowid
+
+    def facts(self, state: str | Collection[str] = STATES) -> list[StoredFact]:
+        """All facts in `state`, or in one of several; the oldest first."""
+        states = (state,) if isinstance(state, str) else tuple(state)
+        for one in states:
+            check_choice("state", one, STATES)
+        return read_facts(self._db, f"state IN ({', '.join('?' * len(states))})", states)
+
+    def fact(self, fact_id: int) -> StoredFact:
+        """The fact with this id; ValueError if there is none."""
+        found = read_facts(self._db, "id = ?", (fact_id,))
+        if not found:
+            raise ValueError(f"fact_id must be one of a fact in the store, got {fact_id!r}")
+        return found[0]
+
+    def find(self, subject: str, relation: str | None = None) -> list[StoredFact]:
+        """Facts about `subject`, whatever the case, that are not retired; the oldest first."""
+        found = read_facts(
+            self._db, "subject_key = ? AND state != ?", (subject.casefold(), RETIRED)
+        )
+        return [x for x in found if relation is None or x.fact.key[1] == relation.casefold()]
+
+    def relation(self, name: str) -> Relation:
+        """The words of a relation: those that were given with it, or plain ones."""
+        query = "SELECT words FROM relations WHERE key = ?"
+        row = self._db.execute(query, (name.casefold(),)).fetchone()
+        return Relation.plain(name) if row is None else Relation.from_dict(json.loads(row[0]))
+
+    def explain(self, fact_id: int) -> dict[str, Any]:
+        """What is kept about a fact, as plain data for JSON.
+
+        The fact itself, when it came and from where; its `versions`, and `conflicts`: others that
+        stand; `commits` that changed its state, `edits` with their diagnostics, its last `audit`.
+        """
+        with reading(self._db):
+            return explain(self._db, self.fact(fact_id))
+
+    def _versions(self, key: tuple[str, str]) -> list[StoredFact]:
+        return read_facts(self._db, "subject_key = ? AND relation_key = ?", key)
+
+    # Commits
+
+    @property
+    def base(self) -> str:
+        """Digest of the pristine weights that the store was made for."""
+        return self.meta["base"]
+
+    @property
+    def head(self) -> Commit | None:
+        """The newest commit; None before the first."""
+        found = read_commits(self._db, "id = (SELECT max(id) FROM commits)")
+        return found[0] if found else None
+
+    def history(self) -> list[Commit]:
+        """All commits, the oldest first."""
+        return read_commits(self._db, "TRUE")
+
+    def commit(
+        self,
+        kind: str,
+        *,
+        states: Mapping[int, str] | None = None,
+        factors: Mapping[str, Factors] | None = None,
+        replace: bool = False,
+        digest: str | None = None,
+        report: Mapping[str, Any] | None = None,
+        edits: Mapping[int, Mapping[str, Any]] | None = None,
+        audits: Mapping[int, Mapping[str, Any]] | None = None,
+        status: str = COMMITTED,
+    ) -> int:
+        """Record a change of the weights and all that goes with it, at once; returns its id.
+
+        kind: "wake", "sleep" or "forget". states: the new state of facts by id. When one is written
+        (active or degraded), earlier versions of it are retired; one that would wait where a later
+        version stands is retired instead. factors: by site, added to those before, or for `replace`
+        the only ones from here on (none at all if None). digest: of the weights afterwards, as
+        before if None. edits: diagnostics by fact and site. audits: results by fact.
+        status: "rolled back" and "nothing to do" are records alone, without states or factors.
+
+        Raises ValueError, before anything changes, for unknown kinds, facts and states, a retired
+        fact to be brought back, two versions of one fact to be written, and factors that do not fit
+        together or are not finite.
+        """
+        check_choice("kind", kind, KINDS)
+        check_choice("status", status, STATUSES)
+        states, factors = dict(states or {}), dict(factors or {})
+        if status != COMMITTED and (states or factors or replace):
+            raise ValueError(f"a commit that is {status} must have no states and no factors")
+        touched = {*states, *(edits or {}), *(audits or {})}
+        for site, part in factors.items():
+            touched |= check_factors(site, part)
+        self._check_states(states, touched)
+        made_edits = [(f, s, _json(x)) for f, by in (edits or {}).items() for s, x in by.items()]
+        made_audits = [(f, _json(x)) for f, x in (audits or {}).items()]
+        text = _json(dict(report or {}))
+        head = self.head
+        number = 1 if head is None else head.id + 1
+        files: Files = () if replace or head is None else head.files
+        self._check_writable()
+        if factors:
+            files = (*files, write_factors(self.folder, number, factors))
+        effective = number if status == COMMITTED else head.effective if head else None
+        was = head.digest if head else self.base
+        with self._transaction("commit"):
+            self._insert(number, kind, status, digest or was, files, effective, text, states)
+            self._db.executemany(
+                "INSERT INTO edits (commit_id, fact_id, site, diagnostics) VALUES (?, ?, ?, ?)",
+                [(number, *edit) for edit in made_edits],
+            )
+            self._insert_audits(number, made_audits)
+        return number
+
+    def undo(self, report: Mapping[str, Any] | None = None) -> Commit:
+        """Take the newest commit in effect back by a new one, which is returned.
+
+        Its factors and digest are those before the commit it takes back, and facts have the states
+        they had then; those that commit wrote wait again. As in an editor, another undo goes
+        further back, and one behind a new commit takes that back first.
+
+        Raises ValueError where there is no commit to take back.
+        """
+        head = self.head
+        if head is None or head.effective is None:
+            raise ValueError(f"{self.folder} must have a commit to take back, got none in effect")
+        undone = self._commit(head.effective)
+        target = None if undone.parent is None else self._commit(undone.parent)
+        digest = target.digest if target else self.base
+        files = target.files if target else ()
+        effective = target.effective if target else None
+        text = _json({"undone": undone.id, **(report or {})})
+        query = "SELECT fact_id, before FROM changes WHERE commit_id = ?"
+        with self._transaction("undo"):
+            states = dict(self._db.execute(query, (undone.id,)))
+            self._insert(head.id + 1, "undo", COMMITTED, digest, files, effective, text, states)
+        return self._commit(head.id + 1)
+
+    def record_audit(
+        self,
+        results: Mapping[int, Mapping[str, Any]],
+        states: Mapping[int, str] | None = None,
+    ) -> None:
+        """Keep how facts tested, by id; `states` says which are found active or degraded.
+
+        Raises ValueError, before anything changes, for facts that are not there, and for states of
+        any that are not in the weights.
+        """
+        states = dict(states or {})
+        self._check_states(states, {*results, *states}, WRITTEN)
+        for number in states:
+            if self.fact(number).state not in WRITTEN:
+                raise ValueError(f"states must be of facts in the weights, got fact {number}")
+        rows = [(number, _json(x)) for number, x in results.items()]
+        with self._transaction("audit"):
+            head = self.head
+            self._insert_audits(head.id if head else None, rows)
+            for number, state in states.items():
+                self._set_state(number, state)
+
+    def _insert(
+        self,
+        number: int,
+        kind: str,
+        status: str,
+        digest: str,
+        files: Files,
+        effective: int | None,
+        report: str,
+        states: Mapping[int, str],
+    ) -> None:
+        row = (number, number - 1 or None, kind, now(), status, digest, _json(files))
+        self._db.execute(
+            "INSERT INTO commits VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (*row, effective, report)
+        )
+        for known, state in self._settled(states):
+            self._db.execute(
+                "INSERT INTO changes VALUES (?, ?, ?, ?)", (number, known.id, known.state, state)
+            )
+            self._set_state(known.id, state)
+
+    def _settled(self, wanted: Mapping[int, str]) -> Iterator[tuple[StoredFact, str]]:
+        """Facts that change with `wanted`, and to which state: at most one version is written."""
+        keys = {self.fact(number).fact.key for number in wanted}
+        for key in sorted(keys):
+            later: set[str] = set()
+            for known in reversed(self._versions(key)):
+                state = wanted.get(known.id, known.state)
+                if later & set(WRITTEN) or (later and state in WAITING):
+                    state = RETIRED
+                if state != RETIRED:
+                    later.add(state)
+                if state != known.state:
+                    yield known, state
+
+    def _insert_audits(self, commit: int | None, rows: Iterable[tuple[int, str]]) -> None:
+        self._db.executemany(
+            "INSERT INTO audits (time, commit_id, fact_id, results) VALUES (?, ?, ?, ?)",
+            [(now(), commit, *row) for row in rows],
+        )
+
+    def _commit(self, number: int) -> Commit:
+        found = read_commits(self._db, "id = ?", (number,))
+        if not found:
+            raise ValueError(f"commit must be the id of one in the store, got {number!r}")
+        return found[0]
+
+    # Tensors
+
+    def factors(self, commit: int | None = None) -> list[dict[str, Factors]]:
+        """The factors, by site, that make the weights after `commit` (None: the newest), in order.
+
+        OSError or ValueError, naming the file, if one is damaged.
+        """
+        at = self.head if commit is None else self._commit(commit)
+        files = at.files if at else ()
+        return [read_factors(self.folder / name, digest) for name, digest in files]
+
+    def keys(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """By site, the keys `[p, d]` that edits are to leave as they are, and facts `[p]`: whose.
+
+        Those of facts in the weights; what was replaced or forgotten is protected no more.
+        """
+        import torch
+
+        with reading(self._db):
+            ids, factors = [known.id for known in self.facts(WRITTEN)], self.factors()
+        live = torch.tensor(ids, dtype=torch.int64)
+        parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for by_site in factors:
+            for site, part in by_site.items():
+                kept = torch.isin(part.facts, live)
+                parts.setdefault(site, []).append((part.keys[kept], part.facts[kept]))
+        return {
+            site: (torch.cat([keys for keys, _ in of]), torch.cat([facts for _, facts in of]))
+            for site, of in parts.items()
+        }
+
+    def save_pristine(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the weights of sites as they are before any edit; those kept already stay.
+
+        Raises ValueError, before anything changes, if one that is kept has another shape or dtype.
+        """
+        self._check_writable()
+        save_pristine(self.folder, tensors)
+
+    def pristine(self) -> dict[str, Tensor]:
+        """What `save_pristine` kept, by name, on the CPU."""
+        return read_pristine(self.folder)
+
+    # Exchange
+
+    def export_lines(self) -> Iterator[str]:
+        """Facts as JSON Lines, the newest version of each unless retired; see `exchange.py`."""
+        with reading(self._db):
+            newest = {x.fact.key: x for x in self.facts((*WAITING, *WRITTEN))}
+            known = [(x, self.relation(x.fact.relation)) for x in newest.values()]
+        return to_lines(known)
+
+    def import_lines(self, path: str | os.PathLike) -> list[int]:
+        """Add the facts of such a file, as `add` does; returns their ids.
+
+        OSError or ValueError, before anything changes, naming the line that is damaged.
+        """
+        return self.add(*read_lines(path))
+
+    # Housekeeping
+
+    def _transaction(self, what: str) -> Any:
+        self._check_writable()
+        return transaction(self._db, what)
+
+    def _check_writable(self) -> None:
+        if not self.writable:
+            raise PermissionError(f"{self.folder} must be open for writing, got a store to read")
+
+    def _set_state(self, number: int, state: str) -> None:
+        self._db.execute("UPDATE facts SET state = ? WHERE id = ?", (state, number))
+
+    def _check_states(
+        self,
+        states: Mapping[int, str],
+        touched: Collection[int],
+        allowed: tuple[str, ...] = STATES,
+    ) -> None:
+        written: dict[tuple[str, str], int] = {}
+        for number in sorted(touched):
+            known = self.fact(number)
+            state = states.get(number)
+            if state is None:
+                continue
+            check_choice(f"state of fact {number}", state, allowed)
+            if known.state == RETIRED and state != RETIRED:
+                raise ValueError(
+                    f"state of fact {number} must stay 'retired', got {state!r}; add it again"
+                )
+            if state in WRITTEN and written.setdefault(known.fact.key, number) != number:
+                raise ValueError(
+                    f"states must write one version of a fact, got {written[known.fact.key]} and "
+                    f"{number}, which contradict each other"
+                )
+
+
+def _span(fact: Fact) -> tuple[int, int] | None:
+    """Where in its source a fact stands: from its subject to the first object behind it."""
+    words = f"{re.escape(fact.subject)}.*?{re.escape(fact.object)}"
+    match = re.search(words, fact.source or "", re.DOTALL)
+    return match.span() if match else None
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, allow_nan=False)
