@@ -1,0 +1,139 @@
+"""What a model answers: greedy generation and exact words, never teacher-forced token accuracy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybrid_sleep.parametric.sites import frozen
+
+TOKENS = 12
+AT_ONCE = 32
+
+
+@torch.no_grad()
+def ask(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    tokens: int = TOKENS,
+    at_once: int = AT_ONCE,
+    **generate: Any,
+) -> list[str]:
+    """The greedy continuation of each of `prompts`, in text, of at most `tokens` tokens.
+
+    Prompts that a chat template made (`chat_prompt`) are taken as they are. generate: further
+    arguments of `model.generate`, such as `sleep_passes`.
+    """
+    ids = [encode(tokenizer, prompt) for prompt in prompts]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    answers: dict[int, str] = {}
+    device = next(model.parameters()).device
+    pad = pad_token(tokenizer)
+    with frozen(model):
+        for first in range(0, len(order), at_once):
+            part = order[first : first + at_once]
+            width = max(len(ids[i]) for i in part)
+            rows = [[pad] * (width - len(ids[i])) + ids[i] for i in part]
+            mask = [[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in part]
+            out = model.generate(
+                torch.tensor(rows, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                max_new_tokens=tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=pad,
+                **generate,
+            )
+            texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+            answers.update(zip(part, texts, strict=True))
+    return [answers[i] for i in range(len(ids))]
+
+
+def states(text: str, answer: str) -> bool:
+    """Whether the continuation `text` of a statement begins with `answer`, in whole words."""
+    return re.match(rf"\s*{re.escape(answer)}(?!\w)", text) is not None
+
+
+def mentions(text: str, answer: str) -> bool:
+    """Whether the reply `text` has `answer` in it, in whole words."""
+    return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text) is not None
+
+
+def chat_prompt(tokenizer: Any, question: str, system: str | None = None) -> str:
+    """`question` as a user's turn, up to where the reply begins; plain text without a template."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return f"{'' if system is None else system + chr(10)}Question: {question}\nAnswer:"
+    turns = [] if system is None else [{"role": "system", "content": system}]
+    turns.append({"role": "user", "content": question})
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+
+def pad_token(tokenizer: Any) -> int:
+    """A token to fill rows with; any does, as it is masked."""
+    for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
+        if getattr(tokenizer, name, None) is not None:
+            return int(getattr(tokenizer, name))
+    return 0
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Ids of `text` as the model reads the start of a text: with a first token, without a last."""
+    ids = list(tokenizer(text, add_special_tokens=not _has_specials(tokenizer, text))["input_ids"])
+    end = getattr(tokenizer, "eos_token_id", None)
+    end_text = getattr(tokenizer, "eos_token", None)
+    # Some tokenizers close every text, after which no model would go on with it.
+    if len(ids) > 1 and ids[-1] == end and not text.endswith(end_text or "\0"):
+        ids = ids[:-1]
+    return ids
+
+
+def _has_specials(tokenizer: Any, text: str) -> bool:
+    first = getattr(tokenizer, "bos_token", None)
+    return first is not None and text.startswith(first)
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module, rows: Sequence[Sequence[int]], at_once: int = 16, **forward: Any
+) -> float:
+    """e to the mean negative log likelihood of a token of `rows` (ids), the first of each excepted.
+
+    Raises ValueError if nothing is predicted.
+    """
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    with frozen(model):
+        for first in range(0, len(rows), at_once):
+            part = [list(row) for row in rows[first : first + at_once] if len(row) > 1]
+            if not part:
+                continue
+            ids, mask = right_padded(part, device)
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **forward).logits[
+                :, :-1
+            ]
+            predicted = mask[:, 1:].bool()
+            losses = nn.functional.cross_entropy(
+                logits[predicted].float(), ids[:, 1:][predicted], reduction="none"
+            )
+            total, count = total + float(losses.double().sum()), count + len(losses)
+    if not count:
+        raise ValueError("rows must hold a token behind another, got none")
+    return float(torch.tensor(total / count, dtype=torch.float64).exp())
+
+
+def right_padded(
+    rows: Sequence[Sequence[int]], device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Ids and mask `[B, T]` of rows of different lengths."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return ids, (torch.arange(width, device=device) < lengths[:, None]).long()

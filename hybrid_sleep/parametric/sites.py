@@ -1,0 +1,154 @@
+"""Where a weight edit goes: the linear layer of a block that writes into the residual stream.
+
+An MLP's last projection is an associative memory, its input the key and its output the value
+(Geva et al., arXiv 2012.14913; Meng et al., arXiv 2202.05262). In blocks without an MLP, such as
+those of a pure Mamba-2, it is the mixer's output projection (Sharma et al., arXiv 2404.03646).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from hybrid_sleep.parametric.factors import Factors
+
+# By preference; names as in llama, qwen, mistral, gemma and ours; gpt2; gpt_neox, falcon; opt;
+# gptj, phi; mamba; ours without MLP.
+WRITERS = (
+    "mlp.down_proj",
+    "mlp.c_proj",
+    "mlp.dense_4h_to_h",
+    "fc2",
+    "mlp.fc2",
+    "mlp.fc_out",
+    "mixer.out_proj",
+    "mixer.o_proj",
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A linear layer that can hold edits.
+
+    layer: index of its block. name: of the module, as in `model.named_modules()`. inputs,
+    outputs: d and o. transposed: its weight is `[d, o]`, as in GPT-2. dense: it has a floating
+    point weight to edit; False for a quantised one, beside which edits stay as factors.
+    """
+
+    layer: int
+    name: str
+    inputs: int = field(compare=False)
+    outputs: int = field(compare=False)
+    transposed: bool = field(default=False, compare=False)
+    dense: bool = field(default=True, compare=False)
+
+    @property
+    def parameter(self) -> str:
+        """Name of its weight."""
+        return f"{self.name}.weight"
+
+
+def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The list of blocks of a causal model, and its name: the one with the most parameters."""
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    if not lists:
+        raise ValueError(f"model must have its blocks in a ModuleList, got {type(model).__name__}")
+    return max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
+
+
+def find_sites(model: nn.Module) -> list[Site]:
+    """The sites of `model`, at most one a block; ValueError if no block has one."""
+    prefix, stack = blocks(model)
+    found = []
+    for layer, block in enumerate(stack):
+        inside = dict(block.named_modules())
+        writer = next((name for name in WRITERS if _shape(inside.get(name)) is not None), None)
+        if writer is not None:
+            outputs, inputs, transposed, dense = _shape(inside[writer])
+            name = f"{prefix}.{layer}.{writer}"
+            found.append(Site(layer, name, inputs, outputs, transposed, dense))
+    if not found:
+        raise ValueError(
+            f"model must have blocks with one of {', '.join(WRITERS)} to hold an edit, got "
+            f"{type(model).__name__}"
+        )
+    return found
+
+
+def _shape(module: nn.Module | None) -> Any:
+    """(o, d, transposed, dense) of a linear layer, None for anything else."""
+    if module is None:
+        return None
+    weight = getattr(module, "weight", None)
+    if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor):
+        return weight.shape[1], weight.shape[0], True, True
+    if isinstance(module, nn.Linear) or hasattr(module, "in_features"):
+        # A parameter that DeepSpeed has partitioned is empty, and knows its shape by another name.
+        dense = isinstance(weight, Tensor) and weight.is_floating_point()
+        return module.out_features, module.in_features, False, dense
+    return None
+
+
+def site_at(model: nn.Module, layer: int) -> Site:
+    """The site of block `layer`; ValueError naming those that have one."""
+    sites = {site.layer: site for site in find_sites(model)}
+    if layer not in sites:
+        raise ValueError(f"layer must be one with a site, {sorted(sites)}, got {layer!r}")
+    return sites[layer]
+
+
+@contextmanager
+def capture(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[Site, list[Tensor]]]:
+    """The inputs `[B, T, d]` of each site, in a list with one for each time it was applied.
+
+    A block that is shared, or applied again in a sleep, gives one for every pass.
+    """
+    seen: dict[Site, list[Tensor]] = {site: [] for site in sites}
+
+    def watch(site: Site) -> Any:
+        return lambda module, given: seen[site].append(given[0].detach())
+
+    with ExitStack() as hooks:
+        for site in sites:
+            handle = model.get_submodule(site.name).register_forward_pre_hook(watch(site))
+            hooks.callback(handle.remove)
+        yield seen
+
+
+@contextmanager
+def added(model: nn.Module, factors: Mapping[Site, Factors]) -> Iterator[None]:
+    """`model` as if `left @ right` were added to the weights of the sites; they are not touched."""
+
+    def side(part: Factors) -> Any:
+        def add(module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            left, right = part.left.to(out), part.right.to(out)
+            return out + nn.functional.linear(nn.functional.linear(given[0], right), left)
+
+        return add
+
+    with ExitStack() as hooks:
+        for site, part in factors.items():
+            handle = model.get_submodule(site.name).register_forward_hook(side(part))
+            hooks.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """`model` in eval mode with no parameter that asks for a gradient; all back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    asking = [p for p in model.parameters() if p.requires_grad]
+    model.eval()
+    for p in asking:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in asking:
+            p.requires_grad_(True)
+        for module, training in modes.items():
+            module.training = training

@@ -1,0 +1,247 @@
+"""What a site must give for a fact to be answered: v* of MEMIT, for many facts at once.
+
+arXiv 2210.07229, section 4.2 and Eq. 16: a change delta of the site's output at the key's token is
+optimised so that every context continues with the object, while "{subject} is a" goes on as before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybrid_sleep.parametric.contexts import Context
+from hybrid_sleep.parametric.measure import right_padded
+from hybrid_sleep.parametric.sites import Site, blocks, frozen
+
+# Rows are computed together while the longest is at most so many times the shortest.
+PADDING = 1.5
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """How v* is found.
+
+    rate: of Adam; steps: at most; stop: mean loss of a fact (nats a token) at which it is done.
+    clamp: largest norm of delta, in norms of the residual stream behind the block at the token.
+    decay: weight of the squared relative norm; kl: weight of the divergence on the essence prompt.
+    """
+
+    rate: float = 0.5
+    steps: int = 25
+    stop: float = 0.05
+    clamp: float = 1.0
+    decay: float = 0.0
+    kl: float = 0.0625
+
+
+@dataclass(frozen=True)
+class Targets:
+    """delta: `[F, o]`, one a fact; loss: `[F]`, what was reached; before: `[F]`, without it.
+
+    share: `[F]`, norm of delta in norms of the residual stream. steps: that any fact took.
+    """
+
+    delta: Tensor
+    loss: Tensor
+    before: Tensor
+    share: Tensor
+    steps: int
+
+
+class Replay:
+    """Runs of `model` over rows of contexts that begin at the block of `site`.
+
+    What lies below the site does not depend on an edit there, so it is computed once.
+    """
+
+    def __init__(
+        self, model: nn.Module, site: Site, contexts: Sequence[Context], owner: Sequence[int]
+    ):
+        self.model, self.site, self.contexts = model, site, contexts
+        self.device = next(model.parameters()).device
+        self.owner = torch.tensor(owner, device=self.device)
+        self.stack = blocks(model)[1]
+        self.ids, self.mask = right_padded([c.ids for c in contexts], self.device)
+        self.at = torch.zeros_like(self.ids, dtype=torch.bool)
+        for row, c in enumerate(contexts):
+            self.at[row, list(c.at)] = True
+        self.below: list[list[Any]] = [[] for _ in range(site.layer)]
+        norms: list[Tensor] = []
+
+        def keep(i: int) -> Callable[..., None]:
+            return lambda module, given, out: self.below[i].append(out)
+
+        def look(module: nn.Module, given: Any, out: Any) -> None:
+            h = out[0] if isinstance(out, tuple) else out
+            size = h.float().norm(dim=-1) * self.at
+            norms.append(size.sum(1) / self.at.sum(1))
+
+        with ExitStack() as hooks, torch.no_grad():
+            for i in range(site.layer):
+                hooks.callback(self.stack[i].register_forward_hook(keep(i)).remove)
+            hooks.callback(self.stack[site.layer].register_forward_hook(look).remove)
+            self.run_all()
+        if len(norms) != 1:
+            raise ValueError(
+                f"contexts must fit one window, in which a block is applied once, got "
+                f"{self.ids.shape[1]} tokens, over which it was applied {len(norms)} times"
+            )
+        self.norm = norms[0]
+
+    def run_all(self) -> Tensor:
+        """Logits of all rows, from the embeddings on."""
+        first = min(c.target for c in self.contexts) - 1
+        return self.model(
+            input_ids=self.ids,
+            attention_mask=self.mask,
+            use_cache=False,
+            logits_to_keep=self.ids.shape[1] - first,
+        ).logits
+
+    @contextmanager
+    def skipping(self, rows: Tensor) -> Iterator[None]:
+        """Blocks below the site give what they gave, of `rows`."""
+
+        def recorded(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value[rows] if value.shape[:1] == self.ids.shape[:1] else value
+            return value
+
+        def give(i: int) -> Callable[..., Any]:
+            out = self.below[i][0]
+            first, *rest = out if isinstance(out, tuple) else (out,)
+            # What a skipped block leaves behind is not read again, so its state may be of all rows.
+            new = (recorded(first), *rest) if isinstance(out, tuple) else recorded(first)
+            return lambda *args, **kwargs: new
+
+        held = []
+        try:
+            for i in range(self.site.layer):
+                held.append(self.stack[i])
+                # An attribute of the object hides the method of its class.
+                vars(self.stack[i])["forward"] = give(i)
+            yield
+        finally:
+            for block in held:
+                vars(block).pop("forward", None)
+
+    def losses(self, delta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean NLL `[R]` of each row's target, and log probabilities `[R, vocab]` of what follows
+        the prompt, with `delta: [R, o]` added to the site's output at each row's tokens."""
+        if rows is None:
+            rows = torch.arange(len(self.contexts), device=self.device)
+        if not len(rows):
+            return delta.sum(1), delta
+        contexts = [self.contexts[i] for i in rows.tolist()]
+        at, ids = self.at[rows], self.ids[rows]
+        first = min(c.target for c in contexts) - 1
+        width = max(len(c.ids) for c in contexts)
+        every = torch.arange(len(contexts), device=self.device)
+
+        def change(module: nn.Module, given: Any, out: Tensor) -> Tensor:
+            return out + torch.where(at[..., None], delta[:, None].to(out.dtype), 0.0)
+
+        handle = self.model.get_submodule(self.site.name).register_forward_hook(change)
+        try:
+            with self.skipping(rows):
+                logits = self.model(
+                    input_ids=ids,
+                    attention_mask=self.mask[rows],
+                    use_cache=False,
+                    logits_to_keep=ids.shape[1] - first,
+                ).logits
+        finally:
+            handle.remove()
+        logp = logits[:, : width - first].float().log_softmax(-1)
+        predicts = torch.arange(first, width - 1, device=self.device)
+        start = torch.tensor([c.target - 1 for c in contexts], device=self.device)[:, None]
+        end = torch.tensor([len(c.ids) - 1 for c in contexts], device=self.device)[:, None]
+        inside = (predicts >= start) & (predicts < end)
+        picked = logp[:, :-1].gather(-1, ids[:, first + 1 : width, None])[..., 0]
+        loss = -(picked * inside).sum(1) / inside.sum(1).clamp(min=1)
+        return loss, logp[every, start[:, 0] - first]
+
+
+def find_targets(
+    model: nn.Module,
+    site: Site,
+    contexts: Sequence[Sequence[Context]],
+    essence: Sequence[Context | None],
+    options: TargetOptions = TargetOptions(),
+    progress: Callable[[int, int], None] | None = None,
+) -> Targets:
+    """One delta for each fact, from its `contexts`; `essence`: its text that is to stay.
+
+    Facts are optimised side by side and do not see each other: the result is the same one by one.
+    """
+    device, facts = next(model.parameters()).device, len(contexts)
+    kept = [f for f, c in enumerate(essence) if c is not None and options.kl]
+    with frozen(model):
+        runs = _replays(model, site, [(f, c) for f, own in enumerate(contexts) for c in own])
+        still = _replays(model, site, [(f, essence[f]) for f in kept])
+        size, count = torch.zeros(2, facts, device=device)
+        for run in runs:
+            size.index_add_(0, run.owner, run.norm)
+            count.index_add_(0, run.owner, torch.ones_like(run.norm))
+        size /= count
+        delta = torch.zeros(facts, site.outputs, device=device)
+        mean, square = torch.zeros_like(delta), torch.zeros_like(delta)
+        chosen, best = torch.zeros_like(delta), torch.full((facts,), math.inf, device=device)
+        before, active = best, torch.ones(facts, dtype=torch.bool, device=device)
+        with torch.no_grad():
+            same = [run.losses(delta[run.owner])[1] for run in still]
+        for step in range(options.steps + 1):
+            nll, gradient = torch.zeros(facts, device=device), torch.zeros_like(delta)
+            for run in runs:
+                rows = active[run.owner].nonzero()[:, 0]
+                of = run.owner[rows]
+                with torch.enable_grad():
+                    own = delta.detach()[of].requires_grad_()
+                    loss = run.losses(own, rows)[0] / count[of]
+                    gradient.index_add_(0, of, torch.autograd.grad(loss.sum(), own)[0])
+                nll.index_add_(0, of, loss.detach())
+            if step == 0:
+                before = nll
+            better = active & (nll < best)
+            best = torch.where(better, nll, best)
+            chosen = torch.where(better[:, None], delta, chosen)
+            active = active & (nll >= options.stop)
+            if step == options.steps or not bool(active.any()):
+                break
+            for run, base in zip(still, same, strict=True):
+                rows = active[run.owner].nonzero()[:, 0]
+                of = run.owner[rows]
+                with torch.enable_grad():
+                    own = delta.detach()[of].requires_grad_()
+                    logp = run.losses(own, rows)[1]
+                    apart = nn.functional.kl_div(logp, base[rows], reduction="sum", log_target=True)
+                    part = torch.autograd.grad(options.kl * apart, own)[0]
+                gradient.index_add_(0, of, part)
+            gradient += 2 * options.decay * delta / size[:, None].square()
+            # Adam, written out, since facts that are done must not move on.
+            mean = 0.9 * mean + 0.1 * gradient
+            square = 0.999 * square + 0.001 * gradient.square()
+            moved = mean / (1 - 0.9 ** (step + 1))
+            moved = moved / ((square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+            new = delta - options.rate * moved
+            limit = (options.clamp * size / new.norm(dim=1).clamp(min=1e-12)).clamp(max=1.0)
+            delta = torch.where(active[:, None], new * limit[:, None], delta)
+            if progress is not None:
+                progress(step + 1, options.steps)
+    return Targets(chosen, best, before, chosen.norm(dim=1) / size, step)
+
+
+def _replays(model: nn.Module, site: Site, owned: Sequence[tuple[int, Context]]) -> list[Replay]:
+    """`owned` contexts, each with its fact, in groups of similar length."""
+    groups: list[list[tuple[int, Context]]] = []
+    for pair in sorted(owned, key=lambda pair: len(pair[1].ids)):
+        if not groups or len(pair[1].ids) > PADDING * len(groups[-1][0][1].ids):
+            groups.append([])
+        groups[-1].append(pair)
+    return [Replay(model, site, [c for _, c in g], [f for f, _ in g]) for g in groups]
