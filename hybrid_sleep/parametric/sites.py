@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hybrid_sleep.parametric.factors import Factors
@@ -119,22 +120,37 @@ def capture(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[Site, list
         yield seen
 
 
+@dataclass(frozen=True)
+class SideBranch:
+    """Factors beside a linear layer, `y + left (right x)`; `handle.remove()` takes them away."""
+
+    left: Tensor
+    right: Tensor
+    handle: Any
+
+
+def side_branch(model: nn.Module, site: Site, parts: Sequence[Factors]) -> SideBranch:
+    """Add `left @ right` of all `parts` to what `site` computes; its weights are not touched."""
+    left = torch.cat([part.left for part in parts], dim=1)
+    right = torch.cat([part.right for part in parts])
+
+    def add(module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        x = nn.functional.linear(given[0].to(right.dtype), right.to(out.device))
+        return out + nn.functional.linear(x, left.to(out.device)).to(out.dtype)
+
+    handle = model.get_submodule(site.name).register_forward_hook(add)
+    return SideBranch(left, right, handle)
+
+
 @contextmanager
 def added(model: nn.Module, factors: Mapping[Site, Factors]) -> Iterator[None]:
     """`model` as if `left @ right` were added to the weights of the sites; they are not touched."""
-
-    def side(part: Factors) -> Any:
-        def add(module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
-            left, right = part.left.to(out), part.right.to(out)
-            return out + nn.functional.linear(nn.functional.linear(given[0], right), left)
-
-        return add
-
-    with ExitStack() as hooks:
-        for site, part in factors.items():
-            handle = model.get_submodule(site.name).register_forward_hook(side(part))
-            hooks.callback(handle.remove)
+    branches = [side_branch(model, site, [part]) for site, part in factors.items()]
+    try:
         yield
+    finally:
+        for branch in branches:
+            branch.handle.remove()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import weakref
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
@@ -54,9 +55,7 @@ class _Journal:
 
     def _look(self, model: nn.Module) -> None:
         modules = list(model.modules())
-        self._registries = [
-            registry for m in modules for registry in (m._parameters, m._modules)
-        ]
+        self._registries = [registry for m in modules for registry in (m._parameters, m._modules)]
         first, self._members = self._members is None, self._registered()
         self.adapters = [m for m in modules if adapter_state(m) is not None]
         # peft wraps a raw parameter anew in every forward pass, which counts as a change.
@@ -129,7 +128,23 @@ def _checksum(parameter: torch.Tensor) -> int:
     return int(History.empty(1).extend(rows, none, none + rows.shape[1]).folded().whole)
 
 
-def weights_digest(model: nn.Module) -> str:
+@contextlib.contextmanager
+def gathered(parameters: Iterable[torch.Tensor], write: bool = False) -> Iterator[None]:
+    """`parameters` whole, where DeepSpeed's ZeRO-3 has partitioned them; a collective call then.
+
+    write: what the first process makes of them is kept, in all.
+    """
+    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    if not partitioned:
+        yield
+        return
+    from deepspeed import zero
+
+    with zero.GatheredParameters(partitioned, modifier_rank=0 if write else None):
+        yield
+
+
+def weights_digest(model: nn.Module, instead: Mapping[str, torch.Tensor] | None = None) -> str:
     """SHA-256 of all parameters, name by name, and of the adapters at work, if there are any.
 
     Reads every byte, about a second a gigabyte, once for each version of the weights. A write
@@ -137,10 +152,12 @@ def weights_digest(model: nn.Module) -> str:
     parameter: whoever writes so calls `bump_weights_version()`. Parameters
     that accelerate keeps elsewhere (offloaded to the CPU or a disk) are fetched one by one, and
     hashed every time, since no version tells of them.
+    instead: parameters to take as if these were theirs, by name; that is never cached.
     """
+    others = instead or {}
     parameters = sorted(model.named_parameters(), key=lambda pair: pair[0])
     journal = _Journal.of(model)
-    offloaded = any(p.is_meta for _, p in parameters)
+    offloaded = bool(others) or any(p.is_meta or hasattr(p, "ds_id") for _, p in parameters)
     key = None if offloaded else (weights_state(model), _probe(p for _, p in parameters))
     if key is not None and journal.digest is not None and journal.digest[0] == key:
         return journal.digest[1]
@@ -150,7 +167,10 @@ def weights_digest(model: nn.Module) -> str:
 
     def fetched() -> Iterator[tuple[str, torch.Tensor]]:
         for name, p in parameters:
-            yield name, load_offloaded_parameter(anyone, name) if p.is_meta else p
+            if p.is_meta:
+                p = load_offloaded_parameter(anyone, name)
+            with gathered([p]):
+                yield name, others.get(name, p)
 
     states = [state for state in map(adapter_state, model.modules()) if state is not None]
     digest = _digest(fetched(), repr(states) if states else "")

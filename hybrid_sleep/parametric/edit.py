@@ -1,0 +1,201 @@
+"""Write facts into weights: contexts, v*, keys and the solve, put together.
+
+MEMIT (arXiv 2210.07229, Algorithm 1) with the keys of earlier facts preserved. One site takes the
+whole residual; of several, in ascending order, each takes an equal share of what is then left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybrid_sleep.parametric.contexts import POSITIONS, Context, context, edit_contexts
+from hybrid_sleep.parametric.factors import Factors
+from hybrid_sleep.parametric.facts import Fact, Relation
+from hybrid_sleep.parametric.sites import Site, added, blocks, capture, frozen
+from hybrid_sleep.parametric.solve import FILTERS, Preconditioner, Solution, solve
+from hybrid_sleep.parametric.targets import TargetOptions, Targets, find_targets
+from hybrid_sleep.validation import check_choice, check_count, check_number
+
+Item = tuple[int, Fact, Relation]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditOptions:
+    """How facts are written.
+
+    weight: of preserved keys against an edited one, in tokens of ordinary text; the larger, the
+        less of the model changes, and the less of a fact is written. filter: see `Preconditioner`.
+    position: of the key, "subject_last" or "prompt_last".
+    statements, questions: how many of a relation's are used, None for all. prefixes: texts that the
+        first statement is written behind as well.
+    target: how v* is found. accumulate: preserve the keys of earlier facts; without it every edit
+        forgets some of those before.
+    """
+
+    weight: float = 100.0
+    filter: str = "ridge"
+    position: str = "subject_last"
+    statements: int | None = None
+    questions: int | None = None
+    prefixes: tuple[str, ...] = ()
+    target: TargetOptions = field(default_factory=TargetOptions)
+    accumulate: bool = True
+
+    def __post_init__(self) -> None:
+        check_number("weight", self.weight, above=0)
+        check_choice("filter", self.filter, FILTERS)
+        check_choice("position", self.position, POSITIONS)
+        for name, least in (("statements", 1), ("questions", 0)):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), least)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Factors by site, and what is known of them.
+
+    facts: by id and site, diagnostics: the loss of the target before and after v* (nats a token),
+    its norm in norms of the residual stream, and the share of the residual that the weights give.
+    solutions: by site name, error, leak, condition and norm of the solve.
+    """
+
+    factors: dict[str, Factors]
+    facts: dict[int, dict[str, dict[str, float]]]
+    solutions: dict[str, dict[str, float]]
+
+
+def write_facts(
+    model: nn.Module,
+    tokenizer: Any,
+    items: Sequence[Item],
+    preconditioners: Mapping[Site, Preconditioner],
+    options: EditOptions,
+    past: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Edit:
+    """The factors that make `model`, as it is now, answer the facts of `items` (ids with them).
+
+    preconditioners: one for each site to edit. past: by site, keys `[p, d]` to preserve, and whose;
+    those of facts in `items` are left out, as they are written anew.
+
+    The weights are not touched. Raises ValueError for facts that no context can be made of.
+    """
+    sites = sorted(preconditioners, key=lambda site: site.layer)
+    contexts = [
+        edit_contexts(
+            tokenizer,
+            fact,
+            relation,
+            prefixes=options.prefixes,
+            statements=options.statements,
+            questions=options.questions,
+            position=options.position,
+        )
+        for _, fact, relation in items
+    ]
+    essence = [
+        context(tokenizer, f"{fact.subject} is", fact.subject, "", options.position)
+        if options.target.kl
+        else None
+        for _, fact, _ in items
+    ]
+    last = sites[-1]
+    targets = find_targets(model, last, contexts, essence, options.target, progress)
+    ids = torch.tensor([number for number, _, _ in items])
+    factors: dict[Site, Factors] = {}
+    solutions: dict[Site, Solution] = {}
+    for left, site in zip(range(len(sites), 0, -1), sites, strict=True):
+        with added(model, factors):
+            keys, owner, shift = _keys(model, site, last, contexts)
+        if site == sites[0]:
+            start = shift
+        # What the sites below have already moved the stream behind the last one by counts as done.
+        missing = targets.delta.double() - _mean(shift - start, owner, len(items))
+        old = None
+        if past is not None and options.accumulate and site.name in past:
+            known, whose = past[site.name]
+            old = known[~torch.isin(whose, ids)].to(keys.device).T
+        done = solve(keys.T, missing.T / left, preconditioners[site], old, owner)
+        solutions[site] = done
+        factors[site] = Factors(
+            done.left.float().cpu(),
+            done.right.float().cpu(),
+            _mean(keys, owner, len(items)).float().cpu(),
+            ids,
+        )
+    return Edit(
+        {site.name: part for site, part in factors.items()},
+        {
+            number: {site.name: _told(targets, i, solutions[site]) for site in sites}
+            for i, (number, _, _) in enumerate(items)
+        },
+        {
+            site.name: {
+                "error": s.error, "leak": s.leak, "condition": s.condition, "norm": s.norm,
+            }
+            for site, s in solutions.items()
+        },
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _keys(
+    model: nn.Module, site: Site, last: Site, contexts: Sequence[Sequence[Context]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys `[n, d]` at `site` of all contexts, whose they are `[n]`, and the residual
+    stream `[n, o]` behind the last site's block there.
+
+    One for every token of a context that holds the fact, and for every time the site is applied.
+    """
+    device = next(model.parameters()).device
+    found: list[Tensor] = []
+    outputs: list[Tensor] = []
+    owner: list[int] = []
+
+    def look(module: nn.Module, given: Any, out: Any) -> None:
+        behind.append((out[0] if isinstance(out, tuple) else out).detach())
+
+    behind: list[Tensor] = []
+    handle = blocks(model)[1][last.layer].register_forward_hook(look)
+    try:
+        with frozen(model), capture(model, [site]) as seen:
+            for f, own in enumerate(contexts):
+                for c in own:
+                    model(
+                        input_ids=torch.tensor([c.ids[: max(c.at) + 1]], device=device),
+                        use_cache=False,
+                        logits_to_keep=1,
+                    )
+                    for keys, out in zip(seen[site], behind, strict=True):
+                        found.append(keys[0, list(c.at)].double())
+                        outputs.append(out[0, list(c.at)].double())
+                        owner += [f] * len(c.at)
+                    seen[site].clear()
+                    behind.clear()
+    finally:
+        handle.remove()
+    return torch.cat(found), torch.tensor(owner, device=device), torch.cat(outputs)
+
+
+def _mean(rows: Tensor, owner: Tensor, count: int) -> Tensor:
+    """The mean `[count, ...]` of each owner's rows."""
+    total = rows.new_zeros(count, rows.shape[1]).index_add_(0, owner, rows)
+    return total / torch.bincount(owner, minlength=count).to(rows)[:, None]
+
+
+def _told(targets: Targets, i: int, solution: Solution) -> dict[str, float]:
+    return {
+        "loss_before": float(targets.before[i]),
+        "loss": float(targets.loss[i]),
+        "delta": float(targets.share[i]),
+        "norm": float(solution.left[:, i].norm() * solution.right[i].norm()),
+    }

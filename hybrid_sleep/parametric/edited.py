@@ -1,0 +1,156 @@
+"""Edited weights: the pristine ones plus low-rank factors, put together once a commit.
+
+Nothing is ever subtracted: the weights of a commit are computed from the pristine ones and its list
+of factors, in fp64, and rounded once. So an undo, and a restart, give the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybrid_sleep.parametric.factors import Factors
+from hybrid_sleep.parametric.sites import Site, find_sites, side_branch
+from hybrid_sleep.sleep.weights import bump_version, gathered, tensors_digest, weights_digest
+
+ROWS_AT_ONCE = 1024
+
+
+class EditedWeights:
+    """The weights of a model's sites, of which the pristine ones are kept.
+
+    pristine: by parameter name, where the model comes with edits already (see `check`); sites that
+    are edited later are copied from the model. A quantised site keeps its factors as a side branch,
+    which no `save_pretrained` writes.
+    """
+
+    def __init__(self, model: nn.Module, pristine: Mapping[str, Tensor] | None = None):
+        self.model = model
+        self.sites = {site.name: site for site in find_sites(model)}
+        self.pristine = dict(pristine or {})
+        self._branches: dict[str, Any] = {}
+        self.base = self._pristine_digest()
+
+    def _pristine_digest(self) -> str:
+        """Digest of all weights, with the pristine ones where those are known."""
+        parameters = dict(self.model.named_parameters())
+        for name, kept in self.pristine.items():
+            p = parameters.get(name)
+            if p is None or p.dtype != kept.dtype:
+                raise ValueError(
+                    f"model must have the weights that were edited, {name!r} as {kept.dtype}, got "
+                    f"{'none' if p is None else p.dtype}"
+                )
+        # A pristine model needs no second look: its digest is cached by its version.
+        if not self.pristine:
+            return weights_digest(self.model)
+        return weights_digest(self.model, instead=self.pristine)
+
+    def keep(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """Copy the pristine weights of `sites` that are not kept yet; returns those that are new.
+
+        For sites that no factors were ever added to.
+        """
+        parameters = dict(self.model.named_parameters())
+        new = {}
+        for site in sites:
+            if site.dense and site.parameter not in self.pristine:
+                p = parameters[site.parameter]
+                with gathered([p]):
+                    new[site.parameter] = p.detach().cpu().clone()
+        self.pristine.update(new)
+        return new
+
+    def digest(self) -> str:
+        """A digest of the weights as they are now; that of the pristine ones where none differs."""
+        now: dict[str, Tensor] = {}
+        parameters = dict(self.model.named_parameters())
+        for name, kept in self.pristine.items():
+            with gathered([parameters[name]]):
+                current = parameters[name].detach().cpu()
+                if not torch.equal(current, kept):
+                    now[name] = current.clone()
+        for name, part in self._branches.items():
+            now |= {f"{name}.left": part.left, f"{name}.right": part.right}
+        if not now:
+            return self.base
+        return hashlib.sha256(f"{self.base}:{tensors_digest(now)}".encode()).hexdigest()
+
+    def materialise(self, factors: Sequence[Mapping[str, Factors]]) -> bool:
+        """Make the weights pristine plus all of `factors`, by site name; whether any bit changed.
+
+        Bumps the weights version if so, and touches nothing otherwise. Raises ValueError, before
+        anything changes, for a site that the model lacks, one whose pristine weights are not kept,
+        and factors of other shapes.
+        """
+        by_site: dict[str, list[Factors]] = {}
+        for commit in factors:
+            for name, part in commit.items():
+                by_site.setdefault(name, []).append(part)
+        for name, parts in by_site.items():
+            self._check(name, parts)
+        parameters = dict(self.model.named_parameters())
+        changed = False
+        kept = {site.parameter: site for site in self.sites.values()}
+        for parameter, pristine in self.pristine.items():
+            p, site = parameters[parameter], kept[parameter]
+            parts = by_site.get(site.name, [])
+            with gathered([p], write=True), torch.no_grad():
+                if not p.numel():
+                    continue
+                new = _put_together(pristine, parts, site.transposed).to(p.device)
+                if not torch.equal(new, p.detach()):
+                    p.copy_(new)
+                    changed = True
+        for site in self.sites.values():
+            if not site.dense:
+                changed |= self._branch(site, by_site.get(site.name, []))
+        if changed:
+            bump_version(self.model)
+        return changed
+
+    def _check(self, name: str, parts: Sequence[Factors]) -> None:
+        site = self.sites.get(name)
+        if site is None:
+            raise ValueError(f"factors must be of a site of the model, got {name!r}")
+        if site.dense and site.parameter not in self.pristine:
+            raise ValueError(f"factors must be of a site whose pristine weights are kept: {name!r}")
+        for part in parts:
+            shape = part.left.shape[0], part.right.shape[1]
+            if shape != (site.outputs, site.inputs):
+                raise ValueError(
+                    f"factors of {name} must make {site.outputs} x {site.inputs}, got "
+                    f"{shape[0]} x {shape[1]}"
+                )
+
+    def _branch(self, site: Site, parts: Sequence[Factors]) -> bool:
+        """Put `parts` beside the quantised `site`; whether anything changed."""
+        held = self._branches.pop(site.name, None)
+        if held is not None:
+            held.handle.remove()
+        if parts:
+            new = side_branch(self.model, site, parts)
+            self._branches[site.name] = new
+            return held is None or not (
+                torch.equal(held.left, new.left) and torch.equal(held.right, new.right)
+            )
+        return held is not None
+
+
+def _put_together(pristine: Tensor, parts: Sequence[Factors], transposed: bool) -> Tensor:
+    """`pristine + sum of left @ right`, in fp64, some rows at a time, rounded to its dtype."""
+    if not parts:
+        return pristine
+    left = torch.cat([part.left for part in parts], dim=1).double()
+    right = torch.cat([part.right for part in parts]).double()
+    if transposed:
+        left, right = right.T, left.T
+    new = torch.empty_like(pristine)
+    for first in range(0, len(pristine), ROWS_AT_ONCE):
+        rows = slice(first, first + ROWS_AT_ONCE)
+        new[rows] = (pristine[rows].double() + left[rows] @ right).to(pristine.dtype)
+    return new

@@ -1,0 +1,274 @@
+"""The second moment of the keys that a model forms on ordinary text: what an edit leaves alone.
+
+C = E[k k^T] of arXiv 2210.07229, Eq. 14. A few times as many tokens as a key has entries suffice
+(arXiv 2506.04226), minutes instead of hours. Up to `DENSE` entries it is summed whole, in fp64;
+wider keys go into a sketch of bounded size, robust Frequent Directions (Luo et al., "Robust
+Frequent Directions", JMLR 2019, Algorithm 2).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybrid_sleep.parametric.measure import right_padded
+from hybrid_sleep.parametric.sites import Site, capture, frozen
+from hybrid_sleep.parametric.solve import Spectrum
+from hybrid_sleep.support.io import atomic_path, unreadable
+from hybrid_sleep.validation import check_count
+
+DENSE = 4096
+ROWS = 512
+AT_ONCE = 8
+SAMPLED_TOKENS, SAMPLE_LENGTH = 16384, 64
+
+
+class SecondMoment:
+    """Sum of `k k^T` over keys, exact, in fp64."""
+
+    def __init__(self, inputs: int, device: torch.device | str = "cpu"):
+        self.total = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
+        self.count = 0
+
+    def add(self, keys: Tensor) -> None:
+        """Count `keys: [T, d]`."""
+        keys = keys.double()
+        self.total.addmm_(keys.T, keys)
+        self.count += len(keys)
+
+    def spectrum(self) -> Spectrum:
+        """Of the mean over all keys so far."""
+        return Spectrum.of(self.total / self.count)
+
+
+class Sketch:
+    """The same in `2 rows * d` numbers: the strongest directions, and a floor for what is left.
+
+    `||C - sketch||_2 <= ||C - C_j||_F^2 / (2 (rows - j))` for every j < rows, C_j the best of rank
+    j, in sums over keys: half of what Frequent Directions alone would leave.
+    """
+
+    def __init__(self, inputs: int, rows: int = ROWS, device: torch.device | str = "cpu"):
+        check_count("rows", rows)
+        self.rows = min(rows, inputs)
+        self.held = torch.zeros(0, inputs, dtype=torch.float64, device=device)
+        self.floor, self.count = 0.0, 0
+
+    def add(self, keys: Tensor) -> None:
+        """Count `keys: [T, d]`."""
+        self.count += len(keys)
+        for part in keys.double().split(self.rows):
+            self.held = torch.cat((self.held, part))
+            if len(self.held) > 2 * self.rows:
+                self._shrink()
+
+    def _shrink(self) -> None:
+        _, sizes, directions = torch.linalg.svd(self.held, full_matrices=False)
+        squares = sizes.square()
+        lost = squares[self.rows] if len(squares) > self.rows else squares.new_zeros(())
+        kept = (squares[: self.rows] - lost).clamp(min=0).sqrt()
+        self.held = kept[:, None] * directions[: self.rows]
+        # What is taken from every kept direction is missing in all; half of it is the best guess.
+        self.floor += float(lost) / 2
+
+    def spectrum(self) -> Spectrum:
+        """Of the mean over all keys so far."""
+        if len(self.held) > self.rows:
+            self._shrink()
+        _, sizes, directions = torch.linalg.svd(self.held, full_matrices=False)
+        values = (sizes.square() + self.floor) / self.count
+        return Spectrum(directions.T.contiguous(), values, self.floor / self.count)
+
+
+@dataclass(frozen=True)
+class KeyStatistics:
+    """The spectrum of one site's keys, and what it was made from.
+
+    made_from: `model` (a digest of the pristine weights), `site`, `corpus` (a digest of its
+    tokens), `tokens`, and `method`: "second moment" or "sketch of N rows".
+    """
+
+    spectrum: Spectrum
+    made_from: dict[str, Any]
+
+    def check(self, model: str, site: Site) -> None:
+        """Raise ValueError unless these are of the model with this digest and of `site`."""
+        for name, wanted in (("model", model), ("site", site.name)):
+            if self.made_from[name] != wanted:
+                raise ValueError(
+                    f"statistics must be of this {name}, {wanted!r}, got those of "
+                    f"{self.made_from[name]!r}; collect them again"
+                )
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write them to `path` (safetensors), atomically."""
+        from safetensors.torch import save_file
+
+        tensors = {"vectors": self.spectrum.vectors, "values": self.spectrum.values}
+        more = json.dumps({**self.made_from, "floor": self.spectrum.floor})
+        with atomic_path(path) as partial:
+            save_file(
+                {name: x.cpu().contiguous() for name, x in tensors.items()},
+                partial,
+                metadata={"made_from": more},
+            )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> KeyStatistics:
+        """What `save` wrote; OSError or ValueError naming a file that is missing or damaged."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                made_from = json.loads(file.metadata()["made_from"])
+                vectors, values = file.get_tensor("vectors"), file.get_tensor("values")
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise unreadable(path, error) from error
+        return cls(Spectrum(vectors, values, made_from.pop("floor")), made_from)
+
+
+def collect(
+    model: nn.Module,
+    sites: Sequence[Site],
+    corpus: Sequence[Sequence[int]],
+    digest: str,
+    *,
+    rows: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[Site, KeyStatistics]:
+    """Statistics of `sites` on `corpus`, rows of ids, in one forward pass over it.
+
+    digest: of the pristine weights, which the model must have now. rows: of a sketch; None sums
+    keys of up to `DENSE` entries whole and sketches wider ones with `ROWS`. Keys of every pass of
+    a sleep count. Raises ValueError for a corpus with fewer tokens than a key has entries.
+    """
+    corpus = [list(row) for row in corpus if len(row)]
+    widest = max(site.inputs for site in sites)
+    tokens = sum(map(len, corpus))
+    if tokens < widest:
+        raise ValueError(
+            f"corpus must have as many tokens as a key has entries, {widest}, and better ten "
+            f"times as many, got {tokens}"
+        )
+    device = next(model.parameters()).device
+    sums: dict[Site, SecondMoment | Sketch] = {}
+    for site in sites:
+        dense = rows is None and site.inputs <= DENSE
+        sums[site] = (
+            SecondMoment(site.inputs, device)
+            if dense
+            else Sketch(site.inputs, rows or ROWS, device)
+        )
+    order = sorted(corpus, key=len)
+    with frozen(model), torch.no_grad(), capture(model, sites) as seen:
+        for first in range(0, len(order), AT_ONCE):
+            ids, mask = right_padded(order[first : first + AT_ONCE], device)
+            model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+            for site in sites:
+                for keys in seen[site]:
+                    # Each window of a sleeping model comes by itself, with pads as zeros or out of
+                    # its batch; a pad's key is the same as nobody's, so only real tokens count.
+                    real = mask.bool() if keys.shape[:2] == mask.shape else None
+                    sums[site].add(keys[real] if real is not None else keys.flatten(0, -2))
+                seen[site].clear()
+            if progress is not None:
+                progress(min(first + AT_ONCE, len(order)), len(order))
+    hashed = hashlib.sha256(json.dumps(order).encode()).hexdigest()
+    return {
+        site: KeyStatistics(
+            total.spectrum(),
+            {
+                "model": digest,
+                "site": site.name,
+                "corpus": hashed,
+                "tokens": total.count,
+                "method": "second moment"
+                if isinstance(total, SecondMoment)
+                else f"sketch of {total.rows} rows",
+            },
+        )
+        for site, total in sums.items()
+    }
+
+
+def own_samples(
+    model: nn.Module,
+    tokenizer: Any,
+    tokens: int = SAMPLED_TOKENS,
+    *,
+    length: int = SAMPLE_LENGTH,
+    seed: int = 0,
+    at_once: int = 32,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """Rows of ids that the model writes from nothing, at temperature 1, with every filter off.
+
+    They are what it knows best, and need no corpus. Rows begin with the tokenizer's first token.
+    The global random state is left as it was.
+    """
+    check_count("tokens", tokens)
+    device = next(model.parameters()).device
+    start = next(
+        (
+            token
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+            if (token := getattr(tokenizer, name, None)) is not None
+        ),
+        0,
+    )
+    count = -(-tokens // length)
+    found: list[list[int]] = []
+    devices = [device] if device.type == "cuda" else []
+    with frozen(model), torch.no_grad(), torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        while len(found) < count:
+            rows = min(at_once, count - len(found))
+            ids = torch.full((rows, 1), start, device=device)
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=length - 1,
+                min_new_tokens=length - 1,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                repetition_penalty=1.0,
+                pad_token_id=start,
+            )
+            found += out.tolist()
+            if progress is not None:
+                progress(len(found), count)
+    return found
+
+
+def load_or_collect(
+    folder: Path,
+    model: nn.Module,
+    sites: Sequence[Site],
+    digest: str,
+    corpus: Callable[[], Sequence[Sequence[int]]],
+    **options: Any,
+) -> dict[Site, KeyStatistics]:
+    """Those in `folder`, of these sites and this model; what is missing is collected and kept."""
+    found: dict[Site, KeyStatistics] = {}
+    for site in sites:
+        with suppress(FileNotFoundError):
+            found[site] = KeyStatistics.load(folder / f"{site.name}.safetensors")
+            found[site].check(digest, site)
+    missing = [site for site in sites if site not in found]
+    if missing:
+        new: Mapping[Site, KeyStatistics] = collect(model, missing, corpus(), digest, **options)
+        for site, statistics in new.items():
+            statistics.save(folder / f"{site.name}.safetensors")
+            found[site] = statistics
+    return found
