@@ -9,6 +9,7 @@ import os
 import signal
 
 import pytest
+import safetensors.torch
 import torch
 
 from hybrid_sleep.parametric import durable
@@ -173,3 +174,22 @@ def test_a_reader_rolls_back_what_was_half_written(tmp_path):
     assert (tmp_path / "facts.db").read_bytes() != before
     with FactStore.open(tmp_path, write=False) as reader:
         assert [str(x.fact) for x in reader.facts()] == ["Ada lives in Faro"]
+
+
+def test_a_kill_in_the_middle_of_a_file_leaves_the_old_one(tmp_path):
+    with FactStore.open(tmp_path, BASE) as store:
+        store.save_pristine({"a.weight": torch.ones(3, 4)})
+
+    def half(tensors, path, metadata):
+        path.write_bytes(b"\x40")
+        die()
+
+    def work():
+        safetensors.torch.save_file = half
+        with FactStore.open(tmp_path, BASE) as store:
+            store.save_pristine({"b.weight": torch.ones(2)})
+
+    in_a_process_that_is_killed(work)
+    with FactStore.open(tmp_path, BASE) as store:
+        assert store.pristine().keys() == {"a.weight"}
+        assert len(list(tmp_path.glob("*.safetensors"))) == 1
