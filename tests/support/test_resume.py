@@ -99,9 +99,7 @@ def test_an_error_in_a_process_is_the_error_of_the_call(tmp_path):
 
 
 def test_without_time_nothing_is_begun(tmp_path):
-    result = collect(
-        header(), [{"n": 1}], failing, jobs=2, minutes=1e-9, finish=lambda _: None
-    )
+    result = collect(header(), [{"n": 1}], failing, jobs=2, minutes=1e-9, finish=lambda _: None)
     assert (result["ended"], result["rows"]) == ("time is up", [])
 
 

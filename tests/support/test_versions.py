@@ -96,9 +96,10 @@ def test_pythons_are_named_alike():
     minors = range(int(oldest), int(end))
     named = re.findall(r"Python :: 3\.(\d+)", "\n".join(PROJECT["classifiers"]))
     assert [int(minor) for minor in named] == list(minors)
-    assert f"not (3, {minors[0]}) <= sys.version_info[:2] <= (3, {minors[-1]})" in (
-        ROOT / "Makefile"
-    ).read_text()
+    assert (
+        f"not (3, {minors[0]}) <= sys.version_info[:2] <= (3, {minors[-1]})"
+        in (ROOT / "Makefile").read_text()
+    )
     (job,) = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())["jobs"].values()
     assert job["strategy"]["matrix"]["python"] == [f"3.{minor}" for minor in minors]
     assert [step["run"] for step in job["steps"] if "run" in step] == ["make test PYTHON=python"]

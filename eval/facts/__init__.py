@@ -1,0 +1,1 @@
+"""Facts that are written into the weights: a small world to measure it in, and the measurements."""
