@@ -9,8 +9,9 @@ from setuptools import find_namespace_packages, setup
 
 BESIDE = ("kernels", "training", "eval", "configs")
 # Results are committed to be read in the repository; of them only what the demo compares itself
-# with is installed.
-EXCLUDE = ("results", "results.*", "*.results", "*.results.*", "__pycache__", "*.__pycache__")
+# with is installed. Checkpoints are data, no packages.
+DATA = ("results", "checkpoints", "__pycache__")
+EXCLUDE = [pattern for name in DATA for pattern in (name, f"{name}.*", f"*.{name}", f"*.{name}.*")]
 
 
 def find(folder: str, name: str) -> list[str]:
@@ -26,6 +27,7 @@ setup(
         "hybrid_sleep": ["py.typed"],
         "hybrid_sleep.configs": ["**/*.yaml", "**/*.json"],
         "hybrid_sleep.eval": ["results/baseline_n1/results.json"],
+        "hybrid_sleep.eval.facts": ["checkpoints/*/*"],
     },
     include_package_data=False,
 )

@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 BESIDE = ("kernels", "training", "eval", "configs")
 BASELINE = "eval/results/baseline_n1/results.json"
+CHECKPOINTS = "eval/facts/checkpoints/"
 TYPED = "hybrid_sleep/py.typed"
 RUNNERS = ("python", "python -m pytest", "pytest")
 OPTIONAL = ("fla", "mamba_ssm", "causal_conv1d", "flash_attn", "triton", "deepspeed", "lm_eval")
@@ -29,7 +30,9 @@ def sources(root: Path) -> dict[str, str]:
         suffixes = (".yaml", ".json") if folder == "configs" else (".py",)
         for path in sorted((root / folder).rglob("*")):
             file = path.relative_to(root).as_posix()
-            if path.suffix in suffixes and "/results/" not in file or file in (BASELINE, TYPED):
+            checkpoint = file.startswith(CHECKPOINTS) and path.is_file()
+            plain = path.suffix in suffixes and "/results/" not in file
+            if plain or checkpoint or file in (BASELINE, TYPED):
                 found[prefix + file] = file
     return found
 
@@ -38,7 +41,7 @@ def modules(root: Path) -> dict[str, str]:
     """Import name of every module and package with code -> its file in a checkout."""
     names = {}
     for installed, source in sources(root).items():
-        if source.endswith(".py"):
+        if source.endswith(".py") and not source.startswith(CHECKPOINTS):
             parts = Path(installed).with_suffix("").parts
             names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = source
     return names
