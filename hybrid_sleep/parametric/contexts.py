@@ -17,38 +17,53 @@ POSITIONS = ("subject_last", "prompt_last")
 class Context:
     """A prompt with its target behind it.
 
-    ids: of both; at: the tokens whose keys hold the fact, wherever the prompt has its subject;
-    target: where the target begins. A text without target, in which the model is to stay as it is,
-    has `target == len(ids)`.
+    ids: of both; at: the tokens whose keys hold the fact, wherever the text has its subject;
+    target: where the target begins; object: where the object in it does, which is its end. A text
+    without target, in which the model is to stay as it is, has `target == len(ids)`.
     """
 
     ids: tuple[int, ...]
     at: tuple[int, ...]
     target: int
+    object: int
 
 
 def context(
-    tokenizer: Any, prompt: str, subject: str, answer: str, position: str = "subject_last"
+    tokenizer: Any,
+    prompt: str,
+    subject: str,
+    answer: str,
+    position: str = "subject_last",
+    reply: str = "",
 ) -> Context:
-    """`prompt`, which has `subject` in it, continued by `answer` ("" for none).
+    """`prompt` and `reply`, with `subject` in them, continued by `answer` ("" for none).
 
-    Raises ValueError for an answer that tokenises to nothing and a subject that is not found.
+    reply: the part of the target in front of the object. Raises ValueError for an answer that
+    tokenises to nothing and a subject that is not found.
     """
-    ends = [match.end() for match in re.finditer(re.escape(subject), prompt)]
+    text = prompt + reply
+    ends = [match.end() for match in re.finditer(re.escape(subject), text)]
     if not ends:
-        raise ValueError(f"prompt must have the subject {subject!r} in it, got {prompt!r}")
-    before = encode(tokenizer, prompt)
-    ids = encode(tokenizer, prompt + answer) if answer else before
-    # A token may reach over the border between prompt and answer; it belongs to the answer.
-    pairs = zip(before, ids, strict=False)
-    shortest = min(len(before), len(ids))
-    shared = next((i for i, (a, b) in enumerate(pairs) if a != b), shortest)
-    if answer and (len(ids) <= shared or not answer.strip()):
-        raise ValueError(f"object must tokenise to something behind {prompt!r}, got {answer!r}")
+        raise ValueError(f"prompt must have the subject {subject!r} in it, got {text!r}")
+    ids = encode(tokenizer, text + answer)
+    start = _shared(encode(tokenizer, text), ids)
+    if answer and (len(ids) <= start or not answer.strip()):
+        raise ValueError(f"object must tokenise to something behind {text!r}, got {answer!r}")
+    target = _shared(encode(tokenizer, prompt), ids) if reply else start
     if position == "prompt_last":
-        return Context(tuple(ids), (shared - 1,), shared)
-    lengths = [len(encode(tokenizer, prompt[:end])) for end in ends]
-    return Context(tuple(ids), tuple(min(n, shared) - 1 for n in lengths), shared)
+        at: tuple[int, ...] = (start - 1,)
+    else:
+        at = tuple(min(len(encode(tokenizer, text[:end])), start) - 1 for end in ends)
+    return Context(tuple(ids), at, target, start)
+
+
+def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two texts begin with that are the same.
+
+    A token may reach over the border between a prompt and what follows; it belongs to the latter.
+    """
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def edit_contexts(
@@ -64,13 +79,16 @@ def edit_contexts(
     """The contexts that `fact` is written in.
 
     The first `statements` of the relation (None: all); the first of them once more behind each of
-    `prefixes`; the first `questions` as a user's turn of a chat, each answered by a statement.
+    `prefixes`; the first `questions` as a user's turn of a chat, with a statement as the reply.
     """
     texts = [text.replace(SLOT, fact.subject) for text in relation.statements]
-    prompts = texts[:statements] + [prefix + texts[0] for prefix in prefixes]
+    prompts = [(text, "") for text in texts[:statements]]
+    prompts += [(prefix + texts[0], "") for prefix in prefixes]
     for i, text in enumerate(relation.questions[:questions]):
         asked = chat_prompt(tokenizer, text.replace(SLOT, fact.subject))
-        prompts.append(asked + texts[i % len(texts)])
+        # The reply says the name again, which the edit at its last token must not disturb.
+        prompts.append((asked, texts[i % len(texts)]))
     return [
-        context(tokenizer, prompt, fact.subject, f" {fact.object}", position) for prompt in prompts
+        context(tokenizer, prompt, fact.subject, f" {fact.object}", position, reply)
+        for prompt, reply in prompts
     ]

@@ -132,8 +132,11 @@ class Replay:
                 vars(block).pop("forward", None)
 
     def losses(self, delta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mean NLL `[R]` of each row's target, and log probabilities `[R, vocab]` of what follows
-        the prompt, with `delta: [R, o]` added to the site's output at each row's tokens."""
+        """What the rows say with `delta: [R, o]` added to the site's output at their tokens.
+
+        rows: which of them, None for all. Returns the mean NLL `[R]` of each one's object, plus
+        that of the reply before it, and log probabilities `[R, vocab]` of what follows the prompt.
+        """
         if rows is None:
             rows = torch.arange(len(self.contexts), device=self.device)
         if not len(rows):
@@ -159,13 +162,18 @@ class Replay:
         finally:
             handle.remove()
         logp = logits[:, : width - first].float().log_softmax(-1)
-        predicts = torch.arange(first, width - 1, device=self.device)
-        start = torch.tensor([c.target - 1 for c in contexts], device=self.device)[:, None]
-        end = torch.tensor([len(c.ids) - 1 for c in contexts], device=self.device)[:, None]
-        inside = (predicts >= start) & (predicts < end)
         picked = logp[:, :-1].gather(-1, ids[:, first + 1 : width, None])[..., 0]
-        loss = -(picked * inside).sum(1) / inside.sum(1).clamp(min=1)
-        return loss, logp[every, start[:, 0] - first]
+        target, answer, end = (
+            torch.tensor(places, device=self.device)[:, None] - 1
+            for places in zip(*((c.target, c.object, len(c.ids)) for c in contexts), strict=True)
+        )
+        predicts = torch.arange(first, width - 1, device=self.device)
+        in_answer = (predicts >= answer) & (predicts < end)
+        in_reply = (predicts >= target) & (predicts < answer)
+        # Two means, or a long reply that needs no learning would hide the object.
+        loss = -(picked * in_answer).sum(1) / in_answer.sum(1).clamp(min=1)
+        loss = loss - (picked * in_reply).sum(1) / in_reply.sum(1).clamp(min=1)
+        return loss, logp[every, target[:, 0] - first]
 
 
 def find_targets(
