@@ -11,6 +11,7 @@ from hybrid_sleep.parametric.facts import SLOT, Fact, Relation
 from hybrid_sleep.parametric.measure import chat_prompt, encode
 
 POSITIONS = ("subject_last", "prompt_last")
+REPLIES = ("statement", "object")
 
 
 @dataclass(frozen=True)
@@ -75,20 +76,28 @@ def edit_contexts(
     statements: int | None = None,
     questions: int | None = None,
     position: str = "subject_last",
+    reply: str = "statement",
 ) -> list[Context]:
     """The contexts that `fact` is written in.
 
     The first `statements` of the relation (None: all); the first of them once more behind each of
-    `prefixes`; the first `questions` as a user's turn of a chat, with a statement as the reply.
+    `prefixes`; the first `questions` as a user's turn of a chat, with `reply` (one of `REPLIES`).
     """
     texts = [text.replace(SLOT, fact.subject) for text in relation.statements]
     prompts = [(text, "") for text in texts[:statements]]
     prompts += [(prefix + texts[0], "") for prefix in prefixes]
     for i, text in enumerate(relation.questions[:questions]):
         asked = chat_prompt(tokenizer, text.replace(SLOT, fact.subject))
-        # The reply says the name again, which the edit at its last token must not disturb.
-        prompts.append((asked, texts[i % len(texts)]))
+        # A reply may say the name again, which the edit at its last token must not disturb.
+        prompts.append((asked, texts[i % len(texts)] if reply == "statement" else ""))
     return [
-        context(tokenizer, prompt, fact.subject, f" {fact.object}", position, reply)
-        for prompt, reply in prompts
+        context(
+            tokenizer, prompt, fact.subject, _behind(prompt + said, fact.object), position, said
+        )
+        for prompt, said in prompts
     ]
+
+
+def _behind(text: str, answer: str) -> str:
+    """`answer` with the space that words need behind words, and a turn's beginning does not."""
+    return answer if text[-1:].isspace() else f" {answer}"

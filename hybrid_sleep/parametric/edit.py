@@ -6,14 +6,14 @@ whole residual; of several, in ascending order, each takes an equal share of wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hybrid_sleep.parametric.contexts import POSITIONS, Context, context, edit_contexts
+from hybrid_sleep.parametric.contexts import POSITIONS, REPLIES, Context, context, edit_contexts
 from hybrid_sleep.parametric.factors import Factors
 from hybrid_sleep.parametric.facts import Fact, Relation
 from hybrid_sleep.parametric.sites import Site, added, blocks, capture, frozen
@@ -30,29 +30,43 @@ class EditOptions:
 
     weight: of preserved keys against an edited one, in tokens of ordinary text; the larger, the
         less of the model changes, and the less of a fact is written. filter: see `Preconditioner`.
-    position: of the key, "subject_last" or "prompt_last".
+    position: of the key, "subject_last" or "prompt_last". reply: how the model answers questions,
+        by a "statement" or by the "object" alone; None: as it is found to.
     statements, questions: how many of a relation's are used, None for all. prefixes: texts that the
         first statement is written behind as well.
-    target: how v* is found. accumulate: preserve the keys of earlier facts; without it every edit
+    target: how v* is found; hopeless: its loss (nats a token) above which a fact is not written.
+    accumulate: preserve the keys of earlier facts; without it every edit
         forgets some of those before.
     """
 
     weight: float = 100.0
     filter: str = "ridge"
     position: str = "subject_last"
+    reply: str | None = None
     statements: int | None = None
     questions: int | None = None
     prefixes: tuple[str, ...] = ()
     target: TargetOptions = field(default_factory=TargetOptions)
+    hopeless: float = 2.0
     accumulate: bool = True
 
     def __post_init__(self) -> None:
         check_number("weight", self.weight, above=0)
         check_choice("filter", self.filter, FILTERS)
         check_choice("position", self.position, POSITIONS)
+        if self.reply is not None:
+            check_choice("reply", self.reply, REPLIES)
+        check_number("hopeless", self.hopeless, above=0)
         for name, least in (("statements", 1), ("questions", 0)):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), least)
+
+    def harder(self, by: float) -> EditOptions:
+        """With `by` times the steps and the clamp, for facts that need more than others."""
+        target = self.target
+        return replace(
+            self, target=replace(target, steps=int(by * target.steps), clamp=by * target.clamp)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -73,23 +87,46 @@ class Edit:
     solutions: dict[str, dict[str, float]]
 
 
-def write_facts(
+@dataclass(frozen=True)
+class Plan:
+    """Facts with their contexts and v*, to be solved for at any strength."""
+
+    items: tuple[Item, ...]
+    contexts: tuple[tuple[Context, ...], ...]
+    targets: Targets
+
+    def only(self, ids: Collection[int]) -> Plan:
+        """Of the facts with these ids."""
+        kept = [i for i, item in enumerate(self.items) if item[0] in ids]
+        return Plan(
+            tuple(self.items[i] for i in kept),
+            tuple(self.contexts[i] for i in kept),
+            self.targets.only(kept),
+        )
+
+    def updated(self, other: Plan) -> Plan:
+        """With what `other` has for facts in both, where its loss is lower."""
+        place = {item[0]: i for i, item in enumerate(self.items)}
+        targets = self.targets
+        for j, (number, _, _) in enumerate(other.items):
+            i = place[number]
+            if other.targets.loss[j] < targets.loss[i]:
+                targets = targets.replaced(i, other.targets, j)
+        return Plan(self.items, self.contexts, targets)
+
+
+def plan_facts(
     model: nn.Module,
     tokenizer: Any,
     items: Sequence[Item],
-    preconditioners: Mapping[Site, Preconditioner],
+    site: Site,
     options: EditOptions,
-    past: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Edit:
-    """The factors that make `model`, as it is now, answer the facts of `items` (ids with them).
+) -> Plan:
+    """Find v* at `site`, the last of those to edit, for the facts of `items` (ids with them).
 
-    preconditioners: one for each site to edit. past: by site, keys `[p, d]` to preserve, and whose;
-    those of facts in `items` are left out, as they are written anew.
-
-    The weights are not touched. Raises ValueError for facts that no context can be made of.
+    For `model` as it is now. Raises ValueError for facts that no context can be made of.
     """
-    sites = sorted(preconditioners, key=lambda site: site.layer)
     contexts = [
         edit_contexts(
             tokenizer,
@@ -99,6 +136,7 @@ def write_facts(
             statements=options.statements,
             questions=options.questions,
             position=options.position,
+            reply=options.reply or REPLIES[0],
         )
         for _, fact, relation in items
     ]
@@ -108,20 +146,35 @@ def write_facts(
         else None
         for _, fact, _ in items
     ]
-    last = sites[-1]
-    targets = find_targets(model, last, contexts, essence, options.target, progress)
-    ids = torch.tensor([number for number, _, _ in items])
+    targets = find_targets(model, site, contexts, essence, options.target, progress)
+    return Plan(tuple(items), tuple(map(tuple, contexts)), targets)
+
+
+def solve_plan(
+    model: nn.Module,
+    plan: Plan,
+    preconditioners: Mapping[Site, Preconditioner],
+    past: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+) -> Edit:
+    """The factors that make `model`, as it is now, answer the facts of `plan`.
+
+    preconditioners: one for each site to edit. past: by site, keys `[p, d]` to preserve, and whose;
+    those of facts in the plan are left out, as they are written anew. The weights are not touched.
+    """
+    sites = sorted(preconditioners, key=lambda site: site.layer)
+    last, count = sites[-1], len(plan.items)
+    ids = torch.tensor([number for number, _, _ in plan.items])
     factors: dict[Site, Factors] = {}
     solutions: dict[Site, Solution] = {}
     for left, site in zip(range(len(sites), 0, -1), sites, strict=True):
         with added(model, factors):
-            keys, owner, shift = _keys(model, site, last, contexts)
+            keys, owner, stream = _keys(model, site, last, plan.contexts)
         if site == sites[0]:
-            start = shift
+            start = stream
         # What the sites below have already moved the stream behind the last one by counts as done.
-        missing = targets.delta.double() - _mean(shift - start, owner, len(items))
+        missing = plan.targets.delta.double() - _mean(stream - start, owner, count)
         old = None
-        if past is not None and options.accumulate and site.name in past:
+        if past is not None and site.name in past:
             known, whose = past[site.name]
             old = known[~torch.isin(whose, ids)].to(keys.device).T
         done = solve(keys.T, missing.T / left, preconditioners[site], old, owner)
@@ -129,22 +182,20 @@ def write_facts(
         factors[site] = Factors(
             done.left.float().cpu(),
             done.right.float().cpu(),
-            _mean(keys, owner, len(items)).float().cpu(),
+            _mean(keys, owner, count).float().cpu(),
             ids,
         )
     return Edit(
         {site.name: part for site, part in factors.items()},
         {
-            number: {site.name: _told(targets, i, solutions[site]) for site in sites}
-            for i, (number, _, _) in enumerate(items)
+            number: {site.name: _told(plan.targets, i, solutions[site]) for site in sites}
+            for i, (number, _, _) in enumerate(plan.items)
         },
         {
-            site.name: {
-                "error": s.error, "leak": s.leak, "condition": s.condition, "norm": s.norm,
-            }
+            site.name: {name: getattr(s, name) for name in ("error", "leak", "condition", "norm")}
             for site, s in solutions.items()
         },
-    )  # fmt: skip
+    )
 
 
 @torch.no_grad()

@@ -80,6 +80,16 @@ class EditedWeights:
             return self.base
         return hashlib.sha256(f"{self.base}:{tensors_digest(now)}".encode()).hexdigest()
 
+    def change(self) -> dict[str, float]:
+        """By site, the norm of what was added, in norms of the pristine weight."""
+        parameters = dict(self.model.named_parameters())
+        found = {}
+        for name, kept in self.pristine.items():
+            with gathered([parameters[name]]):
+                step = parameters[name].detach().cpu().double() - kept.double()
+            found[name.removesuffix(".weight")] = float(step.norm() / kept.double().norm())
+        return found
+
     def materialise(self, factors: Sequence[Mapping[str, Factors]]) -> bool:
         """Make the weights pristine plus all of `factors`, by site name; whether any bit changed.
 

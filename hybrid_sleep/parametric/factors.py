@@ -19,3 +19,7 @@ class Factors:
     right: Tensor
     keys: Tensor
     facts: Tensor
+
+    def only(self, kept: Tensor) -> Factors:
+        """The parts of some facts, `kept: [p]` bool; column i of left is of fact i."""
+        return Factors(self.left[:, kept], self.right[kept], self.keys[kept], self.facts[kept])

@@ -11,7 +11,8 @@ from hybrid_sleep.support.io import unreadable
 
 # In the weights are active facts and degraded ones, which an audit found forgotten. Pending ones
 # wait to be written, quarantined ones cannot be; retired ones were replaced, forgotten or pruned.
-WRITTEN, WAITING, RETIRED = ("active", "degraded"), ("pending", "quarantined"), "retired"
+ACTIVE, DEGRADED, PENDING, QUARANTINED = "active", "degraded", "pending", "quarantined"
+WRITTEN, WAITING, RETIRED = (ACTIVE, DEGRADED), (PENDING, QUARANTINED), "retired"
 STATES = (*WAITING, *WRITTEN, RETIRED)
 # A commit that is not in effect is a record of what was tried.
 COMMITTED = "committed"

@@ -289,8 +289,9 @@ class FactStore:
         """Take the newest commit in effect back by a new one, which is returned.
 
         Its factors and digest are those before the commit it takes back, and facts have the states
-        they had then; those that commit wrote wait again. As in an editor, another undo goes
-        further back, and one behind a new commit takes that back first.
+        they had then, but for those that commit wrote, which are retired: nobody asked for them to
+        be written again. As in an editor, another undo goes further back, and one behind a new
+        commit takes that back first.
 
         Raises ValueError where there is no commit to take back.
         """
@@ -305,7 +306,10 @@ class FactStore:
         text = _json({"undone": undone.id, **(report or {})})
         query = "SELECT fact_id, before FROM changes WHERE commit_id = ?"
         with self._transaction("undo"):
-            states = dict(self._db.execute(query, (undone.id,)))
+            states = {
+                number: RETIRED if undone.kind == "wake" and before in WAITING else before
+                for number, before in self._db.execute(query, (undone.id,))
+            }
             self._insert(head.id + 1, "undo", COMMITTED, digest, files, effective, text, states)
         return self._commit(head.id + 1)
 

@@ -53,6 +53,20 @@ class Targets:
     share: Tensor
     steps: int
 
+    def only(self, kept: Sequence[int]) -> Targets:
+        """Of the facts at these places."""
+        rows = torch.tensor(list(kept), device=self.delta.device, dtype=torch.long)
+        parts = (self.delta, self.loss, self.before, self.share)
+        return Targets(*(x[rows] for x in parts), self.steps)
+
+    def replaced(self, i: int, other: Targets, j: int) -> Targets:
+        """With that of fact `j` of `other` for fact `i`."""
+        names = ("delta", "loss", "before", "share")
+        new = {name: getattr(self, name).clone() for name in names}
+        for name in names:
+            new[name][i] = getattr(other, name)[j]
+        return Targets(**new, steps=max(self.steps, other.steps))
+
 
 class Replay:
     """Runs of `model` over rows of contexts that begin at the block of `site`.

@@ -1,0 +1,91 @@
+"""How a memory works: where and how strongly it writes, when it sleeps, what its gate asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hybrid_sleep.parametric.edit import EditOptions
+from hybrid_sleep.parametric.gate import Thresholds
+from hybrid_sleep.parametric.pressure import Limits
+from hybrid_sleep.parametric.targets import TargetOptions
+from hybrid_sleep.support.io import read_json
+from hybrid_sleep.validation import check_count, check_number
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryOptions:
+    """What a `Memory` is opened with; kept in its folder.
+
+    layers: of the sites to edit, ascending; None: found with the first facts (see `locate`).
+    wake: how `learn` writes; night: how a sleep does, by default in every wording of a relation.
+    thresholds: of the gate. limits: of the pressure to sleep. cap: facts to keep at most.
+    strengths: multiples of the night's weight, tried in order until the gate passes.
+    naps: facts that a nap audits. seed: of all that is drawn.
+    """
+
+    layers: tuple[int, ...] | None = None
+    wake: EditOptions = field(default_factory=lambda: EditOptions(statements=1, questions=1))
+    night: EditOptions = field(default_factory=EditOptions)
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    limits: Limits = field(default_factory=Limits)
+    cap: int = 1000
+    strengths: tuple[float, ...] = (1.0, 4.0, 16.0)
+    naps: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("cap", "naps"):
+            check_count(name, getattr(self, name))
+        check_count("seed", self.seed, minimum=0)
+        if not self.strengths:
+            raise ValueError("strengths must be one or more, got none")
+        for strength in self.strengths:
+            check_number("strengths", strength, above=0)
+        if self.layers is not None:
+            for layer in self.layers:
+                check_count("layers", layer, minimum=0)
+            if not self.layers or list(self.layers) != sorted(set(self.layers)):
+                raise ValueError(f"layers must be one or more, ascending, got {list(self.layers)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> MemoryOptions:
+        """The options of `to_dict`."""
+
+        def edit(part: Mapping[str, Any]) -> EditOptions:
+            rest = {**part, "target": TargetOptions(**part["target"])}
+            return EditOptions(**{**rest, "prefixes": tuple(part["prefixes"])})
+
+        parts = {
+            "wake": edit,
+            "night": edit,
+            "thresholds": lambda part: Thresholds(**part),
+            "limits": lambda part: Limits(**part),
+            "layers": lambda part: None if part is None else tuple(part),
+            "strengths": tuple,
+        }
+        return cls(**{k: parts[k](v) if k in parts else v for k, v in data.items()})
+
+
+def chosen_options(path: Path, given: MemoryOptions | None) -> MemoryOptions:
+    """`given`, or what the file `path` has, or the defaults.
+
+    Where edits go stays as it is in the file, unless `given` says otherwise.
+    """
+    if not path.exists():
+        return given or MemoryOptions()
+    try:
+        kept = MemoryOptions.from_dict(read_json(path))
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{path} must hold the options of a memory: {error}") from error
+    if given is None:
+        return kept
+    from dataclasses import replace
+
+    return given if given.layers is not None else replace(given, layers=kept.layers)

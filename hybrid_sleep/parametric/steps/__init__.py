@@ -1,0 +1,1 @@
+"""The six steps of a sleep over facts: health, curate, audit, maintain, validate, report."""

@@ -1,0 +1,50 @@
+"""Step 4: all facts that are kept, solved for together from the pristine weights."""
+
+from __future__ import annotations
+
+from hybrid_sleep.parametric.edit import Plan, plan_facts, solve_plan
+from hybrid_sleep.parametric.steps.night import Night
+
+STILL_LOST = 0.69  # nats a token: the object has less than half of the probability
+HARDER = 2.0
+
+
+def plan(night: Night) -> Plan:
+    """v* of all facts, with the pristine weights in place; those that are hard get a second try.
+
+    A fact that even v* itself does not make likely cannot be held at this site: it is quarantined,
+    rather than paid for by the others.
+    """
+    memory, options = night.memory, night.memory.options.night
+    site = memory.sites[-1]
+    first = plan_facts(
+        memory.model, memory.tokenizer, night.live, site, options, night.told("maintain")
+    )
+    hard = [x for x, loss in zip(night.live, first.targets.loss, strict=True) if loss > STILL_LOST]
+    if hard:
+        harder = options.harder(HARDER)
+        again = plan_facts(
+            memory.model, memory.tokenizer, hard, site, harder, night.told("maintain")
+        )
+        first = first.updated(again)
+    limit = options.hopeless
+    for (number, _, _), loss in zip(first.items, first.targets.loss.tolist(), strict=True):
+        if loss > limit:
+            night.quarantined[number] = (
+                f"{site.name} cannot hold it: its loss stays at {loss:.2f} nats a token, "
+                f"above {limit:g}"
+            )
+    return first
+
+
+def maintain(night: Night, planned: Plan, strength: float) -> None:
+    """Put the joint solution at `strength` times the night's weight into the weights."""
+    memory = night.memory
+    memory.edited.materialise([])
+    kept = {number for number, _, _ in night.live}
+    if not kept:
+        night.edit = None
+        return
+    preconditioners = memory.preconditioners(memory.options.night, strength)
+    night.edit = memory.agreed(solve_plan(memory.model, planned.only(kept), preconditioners))
+    memory.edited.materialise([night.edit.factors])
