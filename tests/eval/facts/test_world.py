@@ -206,11 +206,12 @@ def test_a_world_without_a_checkpoint_is_refused():
 
 def test_the_committed_model_knows_the_known_and_no_unseen_fact(trained):
     model, tokenizer, world = trained
-    some = world.known_facts()[::13]
-    for windows, passes in ((0, 1), (1, 3)):
+    known = world.known_facts()
+    for some, windows, passes in ((known[::5], 0, 1), (known[::19], 1, 3)):
         right = accuracy(model, tokenizer, world, some, windows=windows, passes=passes)
-        assert all(right[kind] >= 0.97 for kind in KINDS[:-1]), right
-        assert right["negation"] <= 0.1
+        assert all(right[kind] >= 0.98 for kind in KINDS[:-1]), right
+        # A guess among the objects is right in .031.
+        assert right["negation"] <= 0.12
     unseen = accuracy(model, tokenizer, world, world.unseen_facts(200))
     assert all(share <= 0.1 for share in unseen.values()), unseen
 
