@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -162,7 +163,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     recipe = Recipe()
     with threads(1):  # sums of several threads would depend on how many there are
+        began = time.process_time()
         model, record = train(given.seed, recipe, log=log)
+        worked = time.process_time() - began
         model.half().save_pretrained(out)
         build_tokenizer().save_pretrained(out)
         saved = HybridSleepForCausalLM.from_pretrained(out, dtype=torch.float32)
@@ -171,6 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
             "command": f"python -m hybrid_sleep.eval.facts.train --seed {given.seed}",
             "recipe": asdict(recipe),
             "seconds": round(record.seconds, 1),
+            "processor_seconds": round(worked, 1),
             "loss": sum(record.losses[-LOG_EVERY:]) / LOG_EVERY,
             "facts": MEASURED,
             "known": rows,
@@ -181,7 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
     for row in rows:
         shares = " ".join(f"{row[kind]:17.3f}" for kind in KINDS)
         print(f"{row['windows']:7} {row['depth']:5} {shares}")
-    print(f"{record.seconds:.0f} s of training; wrote {out}")
+    print(f"{record.seconds:.0f} s of training, {worked:.0f} s of processor time; wrote {out}")
 
 
 if __name__ == "__main__":

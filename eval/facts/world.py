@@ -51,7 +51,8 @@ class World:
         stream = Stream(seed, 0)
         last = stream.shuffle(list(LAST_NAMES))
         turns = stream.distinct(len(last), KNOWN_OF_A_NAME)
-        known, unseen = [], []
+        known: list[str] = []
+        unseen: list[str] = []
         # Every name has as many known people, so that no name alone says whether one is known.
         for i, first in enumerate(FIRST_NAMES):
             for turn in range(len(last)):

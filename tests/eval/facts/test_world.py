@@ -26,7 +26,7 @@ from hybrid_sleep.eval.facts.words import (
 from hybrid_sleep.eval.facts.world import World, load_world
 from hybrid_sleep.support.io import read_json
 
-SEEDS = (0,)
+SEEDS = (0, 1, 2)
 GOLDEN = [
     "Dora Egger has a house in Graz.",
     "Olga Silva earns a living as a farmer.",
