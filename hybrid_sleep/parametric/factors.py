@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -23,3 +25,19 @@ class Factors:
     def only(self, kept: Tensor) -> Factors:
         """The parts of some facts, `kept: [p]` bool; column i of left is of fact i."""
         return Factors(self.left[:, kept], self.right[kept], self.keys[kept], self.facts[kept])
+
+
+def merged(parts: Sequence[Mapping[str, Factors]]) -> dict[str, Factors]:
+    """One set of factors, by site, with the columns of all of `parts` in order."""
+    by_site: dict[str, list[Factors]] = {}
+    for commit in parts:
+        for site, part in commit.items():
+            if len(part.facts):
+                by_site.setdefault(site, []).append(part)
+    return {
+        site: Factors(
+            torch.cat([p.left for p in of], dim=1),
+            *(torch.cat([getattr(p, name) for p in of]) for name in ("right", "keys", "facts")),
+        )
+        for site, of in by_site.items()
+    }

@@ -42,7 +42,7 @@ class Thresholds:
 
     recall: float | None = 0.95
     paraphrase: float | None = 0.85
-    negation: float | None = None
+    negation: float | None = 0.5
     locality: float | None = 0.97
     perplexity_ratio: float | None = 1.03
 

@@ -1,0 +1,258 @@
+"""What a memory works with: the store, the edited weights, statistics, and what it is tested on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from hybrid_sleep.parametric.contexts import edit_contexts
+from hybrid_sleep.parametric.edit import Edit, EditOptions
+from hybrid_sleep.parametric.edited import EditedWeights
+from hybrid_sleep.parametric.factors import Factors
+from hybrid_sleep.parametric.facts import Fact, Relation
+from hybrid_sleep.parametric.gate import Trial, trial
+from hybrid_sleep.parametric.options import MemoryOptions
+from hybrid_sleep.parametric.probes import Baseline, Probes
+from hybrid_sleep.parametric.record import Record
+from hybrid_sleep.parametric.settle import settle
+from hybrid_sleep.parametric.sites import Site, site_at
+from hybrid_sleep.parametric.solve import Preconditioner
+from hybrid_sleep.parametric.statistics import KeyStatistics, load_or_collect, own_samples
+from hybrid_sleep.parametric.store import FactStore, StoredFact
+from hybrid_sleep.support.io import read_json, write_json_atomic
+from hybrid_sleep.training.ranks import of_first
+
+T = TypeVar("T")
+SETTINGS, BASELINE, STATISTICS = "memory.json", "baseline.json", "statistics"
+PROBE_ROWS, PROBE_LENGTH = 16, 64
+OWN_TEXT = "statistics and perplexity are of the model's own samples where no text was given"
+
+
+class Workspace:
+    """The parts of a `Memory` that its steps use. With ZeRO-3 all processes call every method, and
+    the first one alone has the store."""
+
+    edited: EditedWeights
+    options: MemoryOptions
+    probes: Probes
+    baseline: Baseline
+
+    def __init__(self, folder: Path, model: nn.Module, tokenizer: Any):
+        self.folder, self.model, self.tokenizer = folder, model, tokenizer
+        self.store: FactStore | None = None
+        self.relations: dict[str, Relation] = {}
+        self.corpus: Sequence[Sequence[int]] | None = None
+        self.own_text = False
+        self.last: Record | None = None
+        self._statistics: dict[Site, KeyStatistics] = {}
+        self._preconditioners: dict[Any, dict[Site, Preconditioner]] = {}
+
+    def asked(self, work: Callable[[FactStore], T]) -> T:
+        """What `work(store)` returns, in every process."""
+
+        def of_store() -> T:
+            assert self.store is not None
+            return work(self.store)
+
+        return of_first(of_store)
+
+    def open_store(self, held: ExitStack) -> None:
+        """Open the store for writing, in the first process."""
+
+        def of_model() -> None:
+            store = FactStore.open(self.folder, self.edited.base, model=type(self.model).__name__)
+            self.store = held.enter_context(store)
+
+        of_first(of_model)
+
+    @property
+    def sites(self) -> list[Site]:
+        """Where edits go, the lowest first."""
+        assert self.options.layers is not None
+        return [site_at(self.model, layer) for layer in self.options.layers]
+
+    def facts(self, states: Collection[str] | None = None) -> list[StoredFact]:
+        """Those in the store, by state; None for all."""
+        return self.asked(lambda store: store.facts(states) if states else store.facts())
+
+    def relation(self, name: str) -> Relation:
+        """The words of a relation: as given, as stored, or plain ones."""
+        given = self.relations.get(name.casefold())
+        return given or self.asked(lambda store: store.relation(name))
+
+    def preconditioners(
+        self, options: EditOptions, strength: float = 1.0
+    ) -> dict[Site, Preconditioner]:
+        """A^-1 of each site, at `strength` times the weight of `options`."""
+        key = options.weight * strength, options.filter
+        if key not in self._preconditioners:
+            self._preconditioners = {
+                key: {
+                    site: Preconditioner(found.spectrum, *key)
+                    for site, found in self.statistics().items()
+                }
+            }
+        return self._preconditioners[key]
+
+    def statistics(self) -> dict[Site, KeyStatistics]:
+        """Of the pristine model's keys, at every site; collected once and kept in the folder."""
+        missing = [site for site in self.sites if site not in self._statistics]
+        if missing:
+            with self.pristine():
+                corpus = self.corpus
+                self._statistics |= load_or_collect(
+                    self.folder / STATISTICS,
+                    self.model,
+                    missing,
+                    self.edited.base,
+                    lambda: (
+                        corpus or own_samples(self.model, self.tokenizer, seed=self.options.seed)
+                    ),
+                )
+        return self._statistics
+
+    def agreed(self, edit: Edit) -> Edit:
+        """The edit that the first process has solved for, in all."""
+        return of_first(lambda: edit)
+
+    def committed(self, record: Record, **parts: Any) -> Record:
+        """Commit `record` and what goes with it; the pristine weights are on the disk before."""
+        digest = self.edited.digest() if record.outcome == "committed" else None
+        if self.own_text:
+            record.notes.append(OWN_TEXT)
+        new = self.asked(
+            lambda store: store.commit(
+                record.kind,
+                digest=digest,
+                report=record.to_dict(),
+                status=record.outcome,
+                **parts,
+            )
+        )
+        record.commit, self.last = new, record
+        return record
+
+    def set_probes(
+        self,
+        known: Sequence[tuple[str, str]] | None,
+        ordinary: Sequence[Sequence[int]] | None,
+    ) -> None:
+        """Keep what is tested at every gate, and what the pristine model says to it.
+
+        The model is asked once; `baseline.json` remembers.
+        """
+        self.own_text = ordinary is None or self.corpus is None
+        if ordinary is not None and self.corpus is not None:
+            both = set(map(tuple, ordinary)) & set(map(tuple, self.corpus))
+            if both:
+                raise ValueError(
+                    f"ordinary must have no text that is in corpus, got {len(both)} rows of it"
+                )
+        given = Probes(
+            tuple((str(a), str(b)) for a, b in known or ()),
+            tuple(tuple(map(int, row)) for row in ordinary or ()),
+        )
+        wanted = {
+            "model": self.edited.base,
+            "given": given.digest(),
+            "seed": None if given.rows else self.options.seed,
+        }
+        path = self.folder / BASELINE
+        kept = of_first(lambda: read_json(path) if path.exists() else {})
+        if {name: kept.get(name) for name in wanted} != wanted:
+            with self.pristine():
+                rows = given.rows or tuple(
+                    map(
+                        tuple,
+                        own_samples(
+                            self.model,
+                            self.tokenizer,
+                            PROBE_ROWS * PROBE_LENGTH,
+                            length=PROBE_LENGTH,
+                            # Not the samples that statistics are of.
+                            seed=self.options.seed + 1,
+                        ),
+                    )
+                )
+                found = Baseline.of(self.model, self.tokenizer, Probes(given.known, rows))
+            kept = {**wanted, "rows": [list(row) for row in rows], **asdict(found)}
+            of_first(write_json_atomic, path, kept)
+        self.probes = Probes(given.known, tuple(map(tuple, kept["rows"])))
+        self.baseline = Baseline(kept["answered"], kept["perplexity"], kept["guesses"])
+
+    def settle(self, facts: Sequence[Fact], relations: Sequence[Relation]) -> None:
+        """Choose, once, where edits go and how the model replies; keep the pristine weights."""
+        options = self.options
+        if options.layers is None or not (options.wake.reply and options.night.reply):
+            with self.pristine():
+                self.options = settle(self, facts, relations)
+            of_first(write_json_atomic, self.folder / SETTINGS, self.options.to_dict())
+        new = self.edited.keep(self.sites)
+        if new:
+            self.asked(lambda store: store.save_pristine(new))
+        # With the pristine weights, which a trial would not leave alone.
+        self.statistics()
+
+    def check_words(self, facts: Sequence[Fact], relations: Sequence[Relation]) -> None:
+        """Raise ValueError for a fact that no context can be made of."""
+        for fact, relation in zip(facts, relations, strict=True):
+            edit_contexts(self.tokenizer, fact, relation)
+
+    def without(self, ids: Collection[int]) -> list[dict[str, Factors]]:
+        """The factors in effect without the parts of these facts."""
+        found = self.asked(lambda store: store.factors())
+        gone = torch.tensor(sorted(ids), dtype=torch.int64)
+        return [
+            {site: part.only(~torch.isin(part.facts, gone)) for site, part in commit.items()}
+            for commit in found
+        ]
+
+    def keys(self, without: Collection[int]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """By site, keys of facts in the weights but these, and whose they are."""
+        gone = torch.tensor(sorted(without), dtype=torch.int64)
+        found = self.asked(lambda store: store.keys())
+        kept = {site: ~torch.isin(facts, gone) for site, (_, facts) in found.items()}
+        return {
+            site: (keys[kept[site]], facts[kept[site]]) for site, (keys, facts) in found.items()
+        }
+
+    def slept_on(self, ids: set[int]) -> bool:
+        """Whether the weights come from a sleep over these very facts."""
+
+        def look(store: FactStore) -> bool:
+            head = store.head
+            if head is None or head.effective is None:
+                return False
+            commit = next(x for x in store.history() if x.id == head.effective)
+            return commit.kind == "sleep" and set(commit.report.get("ids", ())) == ids
+
+        return self.asked(look)
+
+    @contextmanager
+    def trial(self) -> Iterator[Trial]:
+        """Change the weights; unless kept, they come back bit for bit."""
+        names = [site.parameter for site in self.sites if site.dense]
+        before = self.asked(lambda store: store.factors())
+        try:
+            with trial(self.model, names) as change:
+                yield change
+        finally:
+            if not change.kept:
+                # What is beside a quantised site is no parameter.
+                self.edited.materialise(before)
+
+    @contextmanager
+    def pristine(self) -> Iterator[None]:
+        """The model without any edit inside of the block."""
+        before = self.asked(lambda store: store.factors())
+        self.edited.materialise([])
+        try:
+            yield
+        finally:
+            self.edited.materialise(before)
