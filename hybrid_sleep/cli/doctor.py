@@ -33,6 +33,7 @@ OPTIONAL = (
     ("tensorboard", "tensorboard", "curves of a training run"),
     ("lm-eval", "lm_eval", "standard benchmarks"),
     ("peft", "peft", "fine-tuning with adapters"),
+    ("scikit-learn", "sklearn", "retrieval, which weight edits are compared with"),
     ("trl", "trl", "fine-tuning on conversations and preferences"),
     ("flash-attn", "flash_attn", "attn_implementation='flash_attention_2'"),
     ("flash-linear-attention", "fla", "gated_delta_rule on a GPU where the Triton kernels decline"),
