@@ -27,12 +27,12 @@ PADDING = 1.5
 class TargetOptions:
     """How v* is found.
 
-    rate: of Adam; steps: at most; stop: mean loss of a fact (nats a token) at which it is done.
+    rate: of Adam, norm of its first step in norms of the residual stream; steps: at most; stop: mean loss of a fact (nats a token) at which it is done.
     clamp: largest norm of delta, in norms of the residual stream behind the block at the token.
     decay: weight of the squared relative norm; kl: weight of the divergence on the essence prompt.
     """
 
-    rate: float = 0.5
+    rate: float = 0.1
     steps: int = 25
     stop: float = 0.05
     clamp: float = 1.0
@@ -214,6 +214,7 @@ def find_targets(
         size /= count
         delta = torch.zeros(facts, site.outputs, device=device)
         mean, square = torch.zeros_like(delta), torch.zeros_like(delta)
+        rate = options.rate * size / site.outputs**0.5
         chosen, best = torch.zeros_like(delta), torch.full((facts,), math.inf, device=device)
         before, active = best, torch.ones(facts, dtype=torch.bool, device=device)
         with torch.no_grad():
@@ -251,7 +252,7 @@ def find_targets(
             square = 0.999 * square + 0.001 * gradient.square()
             moved = mean / (1 - 0.9 ** (step + 1))
             moved = moved / ((square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
-            new = delta - options.rate * moved
+            new = delta - rate[:, None] * moved
             limit = (options.clamp * size / new.norm(dim=1).clamp(min=1e-12)).clamp(max=1.0)
             delta = torch.where(active[:, None], new * limit[:, None], delta)
             if progress is not None:
