@@ -27,7 +27,8 @@ PADDING = 1.5
 class TargetOptions:
     """How v* is found.
 
-    rate: of Adam, norm of its first step in norms of the residual stream; steps: at most; stop: mean loss of a fact (nats a token) at which it is done.
+    rate: of Adam, the length of its first step in norms of the residual stream; steps: at most;
+        stop: mean loss of a fact (nats a token) at which it is done.
     clamp: largest norm of delta, in norms of the residual stream behind the block at the token.
     decay: weight of the squared relative norm; kl: weight of the divergence on the essence prompt.
     """
