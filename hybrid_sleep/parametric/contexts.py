@@ -43,7 +43,10 @@ def context(
     tokenises to nothing and a subject that is not found.
     """
     text = prompt + reply
-    ends = [match.end() for match in re.finditer(re.escape(subject), text)]
+    name = re.escape(subject)
+    whole = [match.end() for match in re.finditer(rf"(?<!\w){name}(?!\w)", text)]
+    # A text may have it inside of a word alone, "{}s".
+    ends = whole or [match.end() for match in re.finditer(name, text)]
     if not ends:
         raise ValueError(f"prompt must have the subject {subject!r} in it, got {text!r}")
     ids = encode(tokenizer, text + answer)
@@ -51,10 +54,12 @@ def context(
     if answer and (len(ids) <= start or not answer.strip()):
         raise ValueError(f"object must tokenise to something behind {text!r}, got {answer!r}")
     target = _shared(encode(tokenizer, prompt), ids) if reply else start
+    if not target:
+        raise ValueError(f"prompt must have a token that what follows leaves alone, got {prompt!r}")
     if position == "prompt_last":
         at: tuple[int, ...] = (start - 1,)
     else:
-        at = tuple(min(len(encode(tokenizer, text[:end])), start) - 1 for end in ends)
+        at = tuple(_last(encode(tokenizer, text[:end]), ids, start) for end in ends)
     return Context(tuple(ids), at, target, start)
 
 
@@ -65,6 +70,11 @@ def _shared(first: Sequence[int], second: Sequence[int]) -> int:
     """
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def _last(subject: Sequence[int], ids: Sequence[int], start: int) -> int:
+    """Where in `ids` the text `subject` ends, before `start`: in a token that may reach over it."""
+    return min(_shared(subject, ids), len(subject) - 1, start - 1)
 
 
 def edit_contexts(

@@ -127,6 +127,8 @@ def plan_facts(
 
     For `model` as it is now. Raises ValueError for facts that no context can be made of.
     """
+    if not items:
+        raise ValueError("items must be one or more, got none")
     contexts = [
         edit_contexts(
             tokenizer,
@@ -227,7 +229,7 @@ def _keys(
                         logits_to_keep=1,
                     )
                     for keys, out in zip(seen[site], behind, strict=True):
-                        found.append(keys[0, list(c.at)].double())
+                        found.append(keys.flatten(0, -2)[list(c.at)].double())
                         outputs.append(out[0, list(c.at)].double())
                         owner += [f] * len(c.at)
                     seen[site].clear()

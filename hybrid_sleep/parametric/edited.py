@@ -40,10 +40,12 @@ class EditedWeights:
         parameters = dict(self.model.named_parameters())
         for name, kept in self.pristine.items():
             p = parameters.get(name)
-            if p is None or p.dtype != kept.dtype:
+            shape = None if p is None else tuple(getattr(p, "ds_shape", p.shape))
+            if p is None or (p.dtype, shape) != (kept.dtype, tuple(kept.shape)):
                 raise ValueError(
-                    f"model must have the weights that were edited, {name!r} as {kept.dtype}, got "
-                    f"{'none' if p is None else p.dtype}"
+                    f"model must have the weights that were edited, {name!r} as {kept.dtype} of "
+                    f"shape {tuple(kept.shape)}, got "
+                    f"{'none' if p is None else f'{p.dtype} of shape {shape}'}"
                 )
         # A pristine model needs no second look: its digest is cached by its version.
         if not self.pristine:
@@ -72,7 +74,7 @@ class EditedWeights:
         for name, kept in self.pristine.items():
             with gathered([parameters[name]]):
                 current = parameters[name].detach().cpu()
-                if not torch.equal(current, kept):
+                if not _same_bits(current, kept):
                     now[name] = current.clone()
         for name, part in self._branches.items():
             now |= {f"{name}.left": part.left, f"{name}.right": part.right}
@@ -113,7 +115,7 @@ class EditedWeights:
                 if not p.numel():
                     continue
                 new = _put_together(pristine, parts, site.transposed).to(p.device)
-                if not torch.equal(new, p.detach()):
+                if not _same_bits(new, p.detach()):
                     p.copy_(new)
                     changed = True
         for site in self.sites.values():
@@ -146,9 +148,14 @@ class EditedWeights:
             new = side_branch(self.model, site, parts)
             self._branches[site.name] = new
             return held is None or not (
-                torch.equal(held.left, new.left) and torch.equal(held.right, new.right)
+                _same_bits(held.left, new.left) and _same_bits(held.right, new.right)
             )
         return held is not None
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    # -0 equals 0 and NaN nothing, not even itself.
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 def _put_together(pristine: Tensor, parts: Sequence[Factors], transposed: bool) -> Tensor:

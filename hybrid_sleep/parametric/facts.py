@@ -71,7 +71,8 @@ class Relation:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Relation:
         """The relation of `to_dict`; lists count as tuples."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**plain)
 
 
 @dataclass(frozen=True)

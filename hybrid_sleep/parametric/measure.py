@@ -17,7 +17,7 @@ AT_ONCE = 32
 
 @torch.no_grad()
 def ask(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     prompts: Sequence[str],
     *,

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from hybrid_sleep.parametric.factors import Factors
 
@@ -29,6 +30,7 @@ WRITERS = (
     "mixer.out_proj",
     "mixer.o_proj",
 )
+DENSE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,12 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     if not lists:
         raise ValueError(f"model must have its blocks in a ModuleList, got {type(model).__name__}")
-    return max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
+
+    def size(stack: nn.ModuleList) -> int:
+        # A parameter that DeepSpeed has partitioned is empty, and knows its size by another name.
+        return sum(getattr(p, "ds_numel", p.numel()) for p in stack.parameters())
+
+    return max(lists, key=lambda pair: size(pair[1]))
 
 
 def find_sites(model: nn.Module) -> list[Site]:
@@ -84,12 +91,12 @@ def _shape(module: nn.Module | None) -> Any:
     """(o, d, transposed, dense) of a linear layer, None for anything else."""
     if module is None:
         return None
-    weight = getattr(module, "weight", None)
-    if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor):
-        return weight.shape[1], weight.shape[0], True, True
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx, True, True
     if isinstance(module, nn.Linear) or hasattr(module, "in_features"):
-        # A parameter that DeepSpeed has partitioned is empty, and knows its shape by another name.
-        dense = isinstance(weight, Tensor) and weight.is_floating_point()
+        # Not what a wrapper shows as its weight. One of 8 bits is a quantised one, floating or not.
+        weight = module._parameters.get("weight")
+        dense = weight is not None and weight.dtype in DENSE
         return module.out_features, module.in_features, False, dense
     return None
 
@@ -106,6 +113,7 @@ def site_at(model: nn.Module, layer: int) -> Site:
 def capture(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[Site, list[Tensor]]]:
     """The inputs `[B, T, d]` of each site, in a list with one for each time it was applied.
 
+    `[B T, d]` of a model that flattens them, such as OPT.
     A block that is shared, or applied again in a sleep, gives one for every pass.
     """
     seen: dict[Site, list[Tensor]] = {site: [] for site in sites}
@@ -145,12 +153,10 @@ def side_branch(model: nn.Module, site: Site, parts: Sequence[Factors]) -> SideB
 @contextmanager
 def added(model: nn.Module, factors: Mapping[Site, Factors]) -> Iterator[None]:
     """`model` as if `left @ right` were added to the weights of the sites; they are not touched."""
-    branches = [side_branch(model, site, [part]) for site, part in factors.items()]
-    try:
+    with ExitStack() as branches:
+        for site, part in factors.items():
+            branches.callback(side_branch(model, site, [part]).handle.remove)
         yield
-    finally:
-        for branch in branches:
-            branch.handle.remove()
 
 
 @contextmanager

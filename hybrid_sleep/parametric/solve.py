@@ -128,13 +128,16 @@ def solve(
     Computed in fp64 by Cholesky. Raises ValueError for shapes that do not fit and for numbers that
     are not finite, RuntimeError where the matrix cannot be factorised.
     """
-    K, R = keys.double(), residuals.double()
-    d, n = K.shape
-    groups = torch.arange(n, device=K.device) if groups is None else groups
-    past = K.new_zeros(d, 0) if past is None else past.double()
-    for name, X in (("keys", K), ("residuals", R), ("past", past)):
-        if not bool(torch.isfinite(X).all()):
+    for name, X in (("keys", keys), ("residuals", residuals), ("past", past)):
+        if X is not None and X.ndim != 2:
+            raise ValueError(f"{name} must be a matrix, a column each, got shape {tuple(X.shape)}")
+        if X is not None and not bool(torch.isfinite(X).all()):
             raise ValueError(f"{name} must be finite, got a NaN or an infinity")
+    device = preconditioner.vectors.device
+    K, R = keys.to(device, torch.float64), residuals.to(device, torch.float64)
+    d, n = K.shape
+    groups = torch.arange(n, device=device) if groups is None else groups.to(device)
+    past = K.new_zeros(d, 0) if past is None else past.to(device, torch.float64)
     if groups.shape != (n,) or not bool(((groups >= 0) & (groups < R.shape[1])).all()):
         raise ValueError(
             f"residuals must be one for each of {n} keys, or have groups that say which is whose, "
@@ -154,8 +157,8 @@ def solve(
             f"the {len(S)} keys cannot be solved for together: their matrix is not positive "
             "definite in fp64"
         )
-    member = torch.zeros(len(S), R.shape[1], dtype=torch.float64, device=K.device)
-    member[torch.arange(n, device=K.device), groups] = 1.0
+    member = torch.zeros(len(S), R.shape[1], dtype=torch.float64, device=device)
+    member[torch.arange(n, device=device), groups] = 1.0
     right = preconditioner.root(Y @ torch.cholesky_solve(member, factor)).T
     wanted = R[:, groups]
     scale = max(float(wanted.norm()), torch.finfo(torch.float64).tiny)

@@ -12,15 +12,16 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
-from hybrid_sleep.parametric.measure import right_padded
 from hybrid_sleep.parametric.sites import Site, capture, frozen
 from hybrid_sleep.parametric.solve import Spectrum
 from hybrid_sleep.support.io import atomic_path, unreadable
@@ -53,8 +54,8 @@ class SecondMoment:
 class Sketch:
     """The same in `2 rows * d` numbers: the strongest directions, and a floor for what is left.
 
-    `||C - sketch||_2 <= ||C - C_j||_F^2 / (2 (rows - j))` for every j < rows, C_j the best of rank
-    j, in sums over keys: half of what Frequent Directions alone would leave.
+    `||C - sketch||_2 <= tr(C - C_j) / (2 (rows - j))` for every j < rows, C_j the best of rank j,
+    in sums over keys: half of what Frequent Directions alone would leave.
     """
 
     def __init__(self, inputs: int, rows: int = ROWS, device: torch.device | str = "cpu"):
@@ -169,19 +170,21 @@ def collect(
             else Sketch(site.inputs, rows or ROWS, device)
         )
     order = sorted(corpus, key=len)
+    done = 0
     with frozen(model), torch.no_grad(), capture(model, sites) as seen:
-        for first in range(0, len(order), AT_ONCE):
-            ids, mask = right_padded(order[first : first + AT_ONCE], device)
-            model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
-            for site in sites:
-                for keys in seen[site]:
-                    # Each window of a sleeping model comes by itself, with pads as zeros or out of
-                    # its batch; a pad's key is the same as nobody's, so only real tokens count.
-                    real = mask.bool() if keys.shape[:2] == mask.shape else None
-                    sums[site].add(keys[real] if real is not None else keys.flatten(0, -2))
-                seen[site].clear()
-            if progress is not None:
-                progress(min(first + AT_ONCE, len(order)), len(order))
+        # Rows of one length: a pad's key is nobody's, and which they are no mask says where a
+        # model cuts rows into windows of its own.
+        for _, same in groupby(order, key=len):
+            while rows_now := list(islice(same, AT_ONCE)):
+                ids = torch.tensor(rows_now, device=device)
+                model(input_ids=ids, use_cache=False, logits_to_keep=1)
+                for site in sites:
+                    for keys in seen[site]:
+                        sums[site].add(keys.flatten(0, -2))
+                    seen[site].clear()
+                done += len(rows_now)
+                if progress is not None:
+                    progress(done, len(order))
     hashed = hashlib.sha256(json.dumps(order).encode()).hexdigest()
     return {
         site: KeyStatistics(
@@ -201,7 +204,7 @@ def collect(
 
 
 def own_samples(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     tokens: int = SAMPLED_TOKENS,
     *,
@@ -212,8 +215,8 @@ def own_samples(
 ) -> list[list[int]]:
     """Rows of ids that the model writes from nothing, at temperature 1, with every filter off.
 
-    They are what it knows best, and need no corpus. Rows begin with the tokenizer's first token.
-    The global random state is left as it was.
+    They are what it knows best, and need no corpus. Rows begin with the tokenizer's first token and
+    go on behind its last one. The global random state is left as it was.
     """
     check_count("tokens", tokens)
     device = next(model.parameters()).device
@@ -228,7 +231,14 @@ def own_samples(
     count = -(-tokens // length)
     found: list[list[int]] = []
     devices = [device] if device.type == "cuda" else []
-    with frozen(model), torch.no_grad(), torch.random.fork_rng(devices):
+    own_config = model.generation_config
+    with ExitStack() as stack:
+        stack.enter_context(frozen(model))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.random.fork_rng(devices))
+        # A model may bring filters and an end of its own, which arguments cannot all switch off.
+        stack.callback(setattr, model, "generation_config", own_config)
+        model.generation_config = GenerationConfig()
         torch.manual_seed(seed)
         while len(found) < count:
             rows = min(at_once, count - len(found))
@@ -237,13 +247,8 @@ def own_samples(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=length - 1,
-                min_new_tokens=length - 1,
                 do_sample=True,
-                temperature=1.0,
                 top_k=0,
-                top_p=1.0,
-                repetition_penalty=1.0,
-                pad_token_id=start,
             )
             found += out.tolist()
             if progress is not None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hybrid_sleep.parametric.contexts import Context
 from hybrid_sleep.parametric.measure import right_padded
 from hybrid_sleep.parametric.sites import Site, blocks, frozen
+from hybrid_sleep.validation import check_count, check_number
 
 # Rows are computed together while the longest is at most so many times the shortest.
 PADDING = 1.5
@@ -39,6 +40,13 @@ class TargetOptions:
     clamp: float = 1.0
     decay: float = 0.0
     kl: float = 0.0625
+
+    def __post_init__(self) -> None:
+        check_count("steps", self.steps, minimum=0)
+        for name in ("rate", "clamp"):
+            check_number(name, getattr(self, name), above=0)
+        for name in ("stop", "decay", "kl"):
+            check_number(name, getattr(self, name), least=0)
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,8 @@ class Targets:
 class Replay:
     """Runs of `model` over rows of contexts that begin at the block of `site`.
 
-    What lies below the site does not depend on an edit there, so it is computed once.
+    What lies below the site does not depend on an edit there, so it is computed once, unless blocks
+    are shared: a change at such a site is made every time it is applied.
     """
 
     def __init__(
@@ -87,27 +96,28 @@ class Replay:
         for row, c in enumerate(contexts):
             self.at[row, list(c.at)] = True
         self.below: list[list[Any]] = [[] for _ in range(site.layer)]
-        norms: list[Tensor] = []
+        passed: list[Tensor] = []
 
         def keep(i: int) -> Callable[..., None]:
             return lambda module, given, out: self.below[i].append(out)
 
         def look(module: nn.Module, given: Any, out: Any) -> None:
-            h = out[0] if isinstance(out, tuple) else out
-            size = h.float().norm(dim=-1) * self.at
-            norms.append(size.sum(1) / self.at.sum(1))
+            passed.append(out[0] if isinstance(out, tuple) else out)
 
         with ExitStack() as hooks, torch.no_grad():
             for i in range(site.layer):
                 hooks.callback(self.stack[i].register_forward_hook(keep(i)).remove)
             hooks.callback(self.stack[site.layer].register_forward_hook(look).remove)
             self.run_all()
-        if len(norms) != 1:
+        if any(h.shape[:2] != self.ids.shape for h in passed):
             raise ValueError(
-                f"contexts must fit one window, in which a block is applied once, got "
-                f"{self.ids.shape[1]} tokens, over which it was applied {len(norms)} times"
+                f"contexts must fit one window, got {self.ids.shape[1]} tokens, of which the model "
+                f"read {passed[0].shape[1]} first"
             )
-        self.norm = norms[0]
+        if len(passed) > 1:
+            self.below = []
+        h = torch.stack(passed).to(self.at_least_fp32(passed[0].dtype))
+        self.norm = (h.norm(dim=-1).mean(0) * self.at).sum(1) / self.at.sum(1)
 
     def run_all(self) -> Tensor:
         """Logits of all rows, from the embeddings on."""
@@ -120,63 +130,66 @@ class Replay:
         ).logits
 
     @contextmanager
-    def skipping(self, rows: Tensor) -> Iterator[None]:
-        """Blocks below the site give what they gave, of `rows`."""
+    def skipping(self, rows: Tensor, width: int) -> Iterator[None]:
+        """Blocks below the site give what they gave, of the first `width` tokens of `rows`."""
 
-        def recorded(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return value[rows] if value.shape[:1] == self.ids.shape[:1] else value
-            return value
-
-        def give(i: int) -> Callable[..., Any]:
-            out = self.below[i][0]
+        def give(out: Any) -> Callable[..., Any]:
             first, *rest = out if isinstance(out, tuple) else (out,)
+            h = first[rows, :width]
             # What a skipped block leaves behind is not read again, so its state may be of all rows.
-            new = (recorded(first), *rest) if isinstance(out, tuple) else recorded(first)
+            new = (h, *rest) if isinstance(out, tuple) else h
             return lambda *args, **kwargs: new
 
-        held = []
-        try:
-            for i in range(self.site.layer):
-                held.append(self.stack[i])
-                # An attribute of the object hides the method of its class.
-                vars(self.stack[i])["forward"] = give(i)
+        with ExitStack() as back:
+            for block, (out,) in zip(self.stack, self.below, strict=False):
+                # An attribute of the object hides the method of its class, and may be there already
+                # where weights are offloaded.
+                own = vars(block)
+                if "forward" in own:
+                    back.callback(own.__setitem__, "forward", own["forward"])
+                else:
+                    back.callback(own.pop, "forward")
+                own["forward"] = give(out)
             yield
-        finally:
-            for block in held:
-                vars(block).pop("forward", None)
+
+    @staticmethod
+    def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+        """What to compute norms and losses in."""
+        return torch.promote_types(dtype, torch.float32)
 
     def losses(self, delta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What the rows say with `delta: [R, o]` added to the site's output at their tokens.
 
-        rows: which of them, None for all. Returns the mean NLL `[R]` of each one's object, plus
-        that of the reply before it, and log probabilities `[R, vocab]` of what follows the prompt.
+        rows: which of them, one or more, None for all. Returns the mean NLL `[R]` of each one's
+        object, plus that of the reply before it, and log probabilities `[R, vocab]` of what follows
+        the prompt.
         """
         if rows is None:
             rows = torch.arange(len(self.contexts), device=self.device)
-        if not len(rows):
-            return delta.sum(1), delta
         contexts = [self.contexts[i] for i in rows.tolist()]
-        at, ids = self.at[rows], self.ids[rows]
         first = min(c.target for c in contexts) - 1
+        # A sleeping model takes no column that is a pad in all rows.
         width = max(len(c.ids) for c in contexts)
+        at, ids = self.at[rows, :width], self.ids[rows, :width]
         every = torch.arange(len(contexts), device=self.device)
 
         def change(module: nn.Module, given: Any, out: Tensor) -> Tensor:
-            return out + torch.where(at[..., None], delta[:, None].to(out.dtype), 0.0)
+            moved = torch.where(at[..., None], delta[:, None].to(out.dtype), 0.0)
+            # Some models flatten rows in front of an MLP.
+            return out + moved.view_as(out)
 
         handle = self.model.get_submodule(self.site.name).register_forward_hook(change)
         try:
-            with self.skipping(rows):
+            with self.skipping(rows, width):
                 logits = self.model(
                     input_ids=ids,
-                    attention_mask=self.mask[rows],
+                    attention_mask=self.mask[rows, :width],
                     use_cache=False,
-                    logits_to_keep=ids.shape[1] - first,
+                    logits_to_keep=width - first,
                 ).logits
         finally:
             handle.remove()
-        logp = logits[:, : width - first].float().log_softmax(-1)
+        logp = logits.to(self.at_least_fp32(logits.dtype)).log_softmax(-1)
         picked = logp[:, :-1].gather(-1, ids[:, first + 1 : width, None])[..., 0]
         target, answer, end = (
             torch.tensor(places, device=self.device)[:, None] - 1
@@ -203,27 +216,26 @@ def find_targets(
 
     Facts are optimised side by side and do not see each other: the result is the same one by one.
     """
-    device, facts = next(model.parameters()).device, len(contexts)
-    kept = [f for f, c in enumerate(essence) if c is not None and options.kl]
+    facts = len(contexts)
+    kept = [(f, c) for f, c in enumerate(essence) if c is not None and options.kl]
     with frozen(model):
         runs = _replays(model, site, [(f, c) for f, own in enumerate(contexts) for c in own])
-        still = _replays(model, site, [(f, essence[f]) for f in kept])
-        size, count = torch.zeros(2, facts, device=device)
+        still = _replays(model, site, kept)
+        size, count = runs[0].norm.new_zeros(2, facts)
         for run in runs:
             size.index_add_(0, run.owner, run.norm)
             count.index_add_(0, run.owner, torch.ones_like(run.norm))
         size /= count
-        delta = torch.zeros(facts, site.outputs, device=device)
+        delta = size.new_zeros(facts, site.outputs)
         mean, square = torch.zeros_like(delta), torch.zeros_like(delta)
         rate = options.rate * size / site.outputs**0.5
-        chosen, best = torch.zeros_like(delta), torch.full((facts,), math.inf, device=device)
-        before, active = best, torch.ones(facts, dtype=torch.bool, device=device)
+        chosen, best = torch.zeros_like(delta), torch.full_like(size, math.inf)
+        before, active = best, torch.ones_like(best, dtype=torch.bool)
         with torch.no_grad():
-            same = [run.losses(delta[run.owner])[1] for run in still]
+            same = {run: run.losses(delta[run.owner])[1] for run in still}
         for step in range(options.steps + 1):
-            nll, gradient = torch.zeros(facts, device=device), torch.zeros_like(delta)
-            for run in runs:
-                rows = active[run.owner].nonzero()[:, 0]
+            nll, gradient = torch.zeros_like(best), torch.zeros_like(delta)
+            for run, rows in _at_work(runs, active):
                 of = run.owner[rows]
                 with torch.enable_grad():
                     own = delta.detach()[of].requires_grad_()
@@ -238,13 +250,13 @@ def find_targets(
             active = active & (nll >= options.stop)
             if step == options.steps or not bool(active.any()):
                 break
-            for run, base in zip(still, same, strict=True):
-                rows = active[run.owner].nonzero()[:, 0]
+            for run, rows in _at_work(still, active):
                 of = run.owner[rows]
                 with torch.enable_grad():
                     own = delta.detach()[of].requires_grad_()
                     logp = run.losses(own, rows)[1]
-                    apart = nn.functional.kl_div(logp, base[rows], reduction="sum", log_target=True)
+                    base = same[run][rows]
+                    apart = nn.functional.kl_div(logp, base, reduction="sum", log_target=True)
                     part = torch.autograd.grad(options.kl * apart, own)[0]
                 gradient.index_add_(0, of, part)
             gradient += 2 * options.decay * delta / size[:, None].square()
@@ -259,6 +271,14 @@ def find_targets(
             if progress is not None:
                 progress(step + 1, options.steps)
     return Targets(chosen, best, before, chosen.norm(dim=1) / size, step)
+
+
+def _at_work(runs: Sequence[Replay], active: Tensor) -> Iterator[tuple[Replay, Tensor]]:
+    """The rows of each run whose facts are `active`, where there are any."""
+    for run in runs:
+        rows = active[run.owner].nonzero()[:, 0]
+        if len(rows):
+            yield run, rows
 
 
 def _replays(model: nn.Module, site: Site, owned: Sequence[tuple[int, Context]]) -> list[Replay]:
