@@ -105,6 +105,8 @@ class EditedWeights:
                 by_site.setdefault(name, []).append(part)
         for name, parts in by_site.items():
             self._check(name, parts)
+            # Adding nothing would still turn -0 into 0.
+            by_site[name] = [part for part in parts if part.left.shape[1]]
         parameters = dict(self.model.named_parameters())
         changed = False
         kept = {site.parameter: site for site in self.sites.values()}

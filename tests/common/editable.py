@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from small import small_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from hybrid_sleep.parametric.facts import Fact, Relation
 
@@ -56,19 +64,39 @@ def tiny_hybrid(**changes: Any) -> Any:
     return small_model(**{"vocab_size": VOCAB, "window": 64, "num_key_value_heads": 2, **changes})
 
 
-def tiny_llama(**changes: Any) -> Any:
-    """A llama in fp64."""
-    config = LlamaConfig(
-        **{
-            "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 20,
-            "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1,
-            "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
-            "initializer_range": 0.3, **changes,
-        }
-    )  # fmt: skip
+def _made(kind: Any, config: Any) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        return LlamaForCausalLM(config).double().eval()
+        return kind(config).double().eval()
+
+
+def tiny_llama(**changes: Any) -> Any:
+    """A llama in fp64."""
+    config = {
+        "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 3,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
+        "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.3, **changes,
+    }  # fmt: skip
+    return _made(LlamaForCausalLM, LlamaConfig(**config))
+
+
+def tiny_gpt2(**changes: Any) -> Any:
+    """A GPT-2 in fp64, whose weights lie transposed."""
+    config = {
+        "vocab_size": VOCAB, "n_embd": 12, "n_layer": 3, "n_head": 2, "n_positions": 32,
+        "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.3, **changes,
+    }  # fmt: skip
+    return _made(GPT2LMHeadModel, GPT2Config(**config))
+
+
+def tiny_opt(**changes: Any) -> Any:
+    """An OPT in fp64, which flattens rows in front of its MLP."""
+    config = {
+        "vocab_size": VOCAB, "hidden_size": 12, "ffn_dim": 20, "num_hidden_layers": 3,
+        "word_embed_proj_dim": 12, "num_attention_heads": 2, "max_position_embeddings": 32,
+        "init_std": 0.3, **changes,
+    }  # fmt: skip
+    return _made(OPTForCausalLM, OPTConfig(**config))
 
 
 def people(count: int) -> list[Fact]:

@@ -6,8 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from editable import LIVES, PLACES, people, tiny_hybrid, tiny_llama, word_tokenizer
-from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+from editable import (
+    LIVES,
+    people,
+    tiny_gpt2,
+    tiny_hybrid,
+    tiny_llama,
+    tiny_opt,
+    word_tokenizer,
+)
 
 from hybrid_sleep.parametric.contexts import context, edit_contexts
 from hybrid_sleep.parametric.sites import site_at
@@ -15,22 +22,6 @@ from hybrid_sleep.parametric.targets import Replay, TargetOptions, find_targets
 
 WORDS = word_tokenizer()
 QUICK = TargetOptions(rate=0.3, steps=6, stop=0.0)
-
-
-def tiny_gpt2():
-    config = GPT2Config(
-        vocab_size=len(WORDS), n_embd=12, n_layer=3, n_head=2, n_positions=32,
-        initializer_range=0.3, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    return GPT2LMHeadModel(config).double().eval()
-
-
-def tiny_opt():
-    config = OPTConfig(
-        vocab_size=len(WORDS), hidden_size=12, ffn_dim=20, num_hidden_layers=3,
-        word_embed_proj_dim=12, num_attention_heads=2, max_position_embeddings=32, init_std=0.3,
-    )  # fmt: skip
-    return OPTForCausalLM(config).double().eval()
 
 
 MODELS = {
@@ -295,7 +286,6 @@ def test_progress_is_told_and_options_are_checked():
         model, site_at(model, 0), contexts_of(1), [None], QUICK, lambda *at: told.append(at)
     )
     assert told == [(i, 6) for i in range(1, 7)]
-    assert len(PLACES) > 1
     for wrong in ({"rate": 0.0}, {"clamp": 0}, {"steps": -1}, {"stop": -1.0}, {"kl": -1.0}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
             TargetOptions(**wrong)
