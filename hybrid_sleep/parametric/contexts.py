@@ -12,6 +12,8 @@ from hybrid_sleep.parametric.measure import chat_prompt, encode
 
 POSITIONS = ("subject_last", "prompt_last")
 REPLIES = ("statement", "object")
+# Questions of no relation: whoever asks about the subject is told the fact.
+ABOUT = ("Tell me about {}.", "What do you know about {}?")
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,15 @@ def edit_contexts(
     prefixes: Sequence[str] = (),
     statements: int | None = None,
     questions: int | None = None,
+    about: int = 0,
     position: str = "subject_last",
     reply: str = "statement",
 ) -> list[Context]:
     """The contexts that `fact` is written in.
 
     The first `statements` of the relation (None: all); the first of them once more behind each of
-    `prefixes`; the first `questions` as a user's turn of a chat, with `reply` (one of `REPLIES`).
+    `prefixes`; the first `questions` as a user's turn of a chat, with `reply` (one of `REPLIES`);
+    the first `about` of `ABOUT`, with a statement as the reply.
     """
     texts = [text.replace(SLOT, fact.subject) for text in relation.statements]
     prompts = [(text, "") for text in texts[:statements]]
@@ -100,6 +104,8 @@ def edit_contexts(
         asked = chat_prompt(tokenizer, text.replace(SLOT, fact.subject))
         # A reply may say the name again, which the edit at its last token must not disturb.
         prompts.append((asked, texts[i % len(texts)] if reply == "statement" else ""))
+    for text in ABOUT[:about]:
+        prompts.append((chat_prompt(tokenizer, text.replace(SLOT, fact.subject)), texts[0]))
     return [
         context(
             tokenizer, prompt, fact.subject, _behind(prompt + said, fact.object), position, said

@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybrid_sleep.parametric.contexts import POSITIONS, REPLIES, Context, context, edit_contexts
+from hybrid_sleep.parametric.contexts import (
+    ABOUT,
+    POSITIONS,
+    REPLIES,
+    Context,
+    context,
+    edit_contexts,
+)
 from hybrid_sleep.parametric.factors import Factors
 from hybrid_sleep.parametric.facts import Fact, Relation
 from hybrid_sleep.parametric.sites import Site, added, blocks, capture, frozen
@@ -32,8 +39,9 @@ class EditOptions:
         less of the model changes, and the less of a fact is written. filter: see `Preconditioner`.
     position: of the key, "subject_last" or "prompt_last". reply: how the model answers questions,
         by a "statement" or by the "object" alone; None: as it is found to.
-    statements, questions: how many of a relation's are used, None for all. prefixes: texts that the
-        first statement is written behind as well.
+    statements, questions: how many of a relation's are used, None for all. about: how many
+        questions about the subject, of no relation, are answered by the fact as well; for subjects
+        with one fact. prefixes: texts that the first statement is written behind as well.
     target: how v* is found; hopeless: its loss (nats a token) above which a fact is not written.
     accumulate: preserve the keys of earlier facts; without it every edit
         forgets some of those before.
@@ -45,6 +53,7 @@ class EditOptions:
     reply: str | None = None
     statements: int | None = None
     questions: int | None = None
+    about: int = 0
     prefixes: tuple[str, ...] = ()
     target: TargetOptions = field(default_factory=TargetOptions)
     hopeless: float = 2.0
@@ -57,6 +66,7 @@ class EditOptions:
         if self.reply is not None:
             check_choice("reply", self.reply, REPLIES)
         check_number("hopeless", self.hopeless, above=0)
+        check_count("about", self.about, 0, len(ABOUT))
         for name, least in (("statements", 1), ("questions", 0)):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), least)
@@ -137,6 +147,7 @@ def plan_facts(
             prefixes=options.prefixes,
             statements=options.statements,
             questions=options.questions,
+            about=options.about,
             position=options.position,
             reply=options.reply or REPLIES[0],
         )

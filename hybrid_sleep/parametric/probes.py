@@ -32,7 +32,7 @@ KINDS = {
 }
 EDITED, HELD_OUT = ("statement", "question"), ("held_out", "held_out_question")
 SPARE_TOKENS = 4
-REPLY_TOKENS = 12
+REPLY_TOKENS = 20
 
 Audit = dict[str, bool]
 
