@@ -10,6 +10,7 @@ import typer
 from hybrid_sleep.cli import evaluate
 from hybrid_sleep.cli.bench import bench
 from hybrid_sleep.cli.commands import command, command_line, shown
+from hybrid_sleep.cli.facts import facts
 from hybrid_sleep.cli.options import Overrides
 from hybrid_sleep.support.io import sole_writer
 from hybrid_sleep.support.terminal import never_fail_on_characters
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.add_typer(evaluate.tasks, name="tasks")
+app.add_typer(facts, name="facts")
 
 
 @app.callback()
