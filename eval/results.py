@@ -34,6 +34,7 @@ class Kind(NamedTuple):
 
 
 COSTS, RENDER = "hybrid_sleep.eval.costs", "hybrid_sleep.eval.render"
+FACTS = "hybrid_sleep.eval.facts"
 STUDIES = "hybrid_sleep.eval.studies"
 KINDS = {
     "depth": Kind(
@@ -50,6 +51,7 @@ KINDS = {
     "sleep": Kind(f"{RENDER}.sleep_cpu", "sleep.png", f"{COSTS}.sleep_cpu:SleepCost"),
     "sleep_gpu": Kind(f"{RENDER}.sleep_gpu", "sleep.png", f"{COSTS}.sleep_gpu:GpuSleepCost"),
     "training": Kind(f"{RENDER}.training", "training.png", f"{COSTS}.training:TrainingCost"),
+    "facts": Kind(f"{RENDER}.facts", "facts.png", f"{FACTS}.bench:FactsResult"),
     "harness": Kind(
         f"{RENDER}.harness", "accuracy.png", "hybrid_sleep.eval.harness.result:HarnessResult"
     ),

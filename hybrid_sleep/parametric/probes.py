@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,7 @@ def audit(
     facts: Sequence[tuple[Fact, Relation]],
     *,
     every: bool = False,
+    prompt: Callable[[str, bool], str] | None = None,
     **generate: Any,
 ) -> list[Audit]:
     """For each fact, by kind of text, whether greedy decoding answers it; never teacher-forced.
@@ -50,18 +51,21 @@ def audit(
     The first text of each kind is asked, with `every` all of them, each under "KIND I". A statement
     must go on with the object, a chat's reply must have it in it. "negation" is whether the object
     completes the fact's negation, which it should not.
+    prompt: what the model is given for a text, and whether it is asked in a chat; None: the text,
+    or a user's turn.
     """
+    if prompt is None:
+        prompt = lambda text, chat: chat_prompt(tokenizer, text) if chat else text  # noqa: E731
     asked: list[tuple[int, str, str, str, bool]] = []
     for i, (fact, relation) in enumerate(facts):
         for kind, (name, chat) in KINDS.items():
             texts = getattr(relation, name)
             for j, text in enumerate(texts if every else texts[:1]):
-                words = text.replace(SLOT, fact.subject)
-                prompt = chat_prompt(tokenizer, words) if chat else words
-                asked.append((i, f"{kind} {j}" if every else kind, prompt, fact.object, chat))
+                words = prompt(text.replace(SLOT, fact.subject), chat)
+                asked.append((i, f"{kind} {j}" if every else kind, words, fact.object, chat))
         if relation.negation is not None:
-            prompt = relation.negation.replace(SLOT, fact.subject)
-            asked.append((i, "negation", prompt, fact.object, False))
+            words = prompt(relation.negation.replace(SLOT, fact.subject), False)
+            asked.append((i, "negation", words, fact.object, False))
     found: list[Audit] = [{} for _ in facts]
     for chat in (False, True):
         part = [one for one in asked if one[-1] == chat]

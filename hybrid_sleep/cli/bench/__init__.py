@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hybrid_sleep.cli.bench import accuracy, costs, kernels
+from hybrid_sleep.cli.bench import accuracy, costs, facts, kernels
 from hybrid_sleep.cli.commands import command
 
 bench = typer.Typer(
@@ -36,6 +36,7 @@ for _name, _run in {
     "depth": accuracy.depth,
     "map": accuracy.depth_map,
     "ablate": accuracy.ablate,
+    "facts": facts.facts,
     "generation": costs.generation,
     "sleep": costs.sleep,
     "cost": costs.cost,

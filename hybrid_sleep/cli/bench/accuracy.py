@@ -119,9 +119,7 @@ def depth(
         given: dict[str, Any] = {k: v for k, v in of_models.items() if v is not None}
         out = out or Path("out/bench-depth")
         with sole_writer(out):
-            result = bench_checkpoints(
-                source, levels, count=count, command=command_line(), **given
-            )
+            result = bench_checkpoints(source, levels, count=count, command=command_line(), **given)
             report(result, out)
 
 
