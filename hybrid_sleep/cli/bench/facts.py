@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from hybrid_sleep.cli.commands import command, measure
-from hybrid_sleep.cli.options import Jobs, Minutes, Out
+from hybrid_sleep.cli.options import Minutes, Out
 from hybrid_sleep.support.lists import parse_counts, parse_names
 
 WORLD, SMOLLM2 = "world", "smollm2"
@@ -53,7 +53,9 @@ def facts(
         bool,
         typer.Option(help="After the sleep: more facts, an update, a deletion, another sleep."),
     ] = True,
-    jobs: Jobs = 1,
+    jobs: Annotated[
+        int, typer.Option(help="Arms measured at the same time, each in its own process.")
+    ] = 1,
     minutes: Minutes = None,
     out: Out = None,
 ) -> None:
