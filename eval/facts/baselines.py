@@ -362,12 +362,15 @@ class LoRA(Trained):
 def batches(
     rows: Sequence[tuple[list[int], int]], options: Training, device: torch.device | str
 ) -> Iterator[Mapping[str, Tensor]]:
-    """All `rows` in a new order in each epoch, `options.rows` at a time, without end."""
+    """All `rows` in each epoch, drawn anew, `options.rows` at a time and of similar lengths."""
     generator = torch.Generator().manual_seed(derive_seed("facts", options.seed))
     for _ in itertools.count():
         order = torch.randperm(len(rows), generator=generator).tolist()
-        for first in range(0, len(rows), options.rows):
-            part = [rows[i] for i in order[first : first + options.rows]]
+        # Chats are several times as long as statements, and padding costs as much as words.
+        order.sort(key=lambda i: len(rows[i][0]))
+        parts = [order[i : i + options.rows] for i in range(0, len(order), options.rows)]
+        for j in torch.randperm(len(parts), generator=generator).tolist():
+            part = [rows[i] for i in parts[j]]
             ids, mask = right_padded([ids for ids, _ in part], device)
             labels = ids.masked_fill(mask == 0, -100)
             for row, (_, start) in enumerate(part):
