@@ -1,4 +1,4 @@
-"""The benchmark of facts: what it measures, that it goes on, and that it shows what is in a file."""
+"""The benchmark of facts: what it measures, that it goes on, that it shows what a file has."""
 
 from __future__ import annotations
 

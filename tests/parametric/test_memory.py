@@ -1,0 +1,211 @@
+"""Memory on the small world: what it learns, what comes back, what is refused."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from memories import OPEN, SURE, bits, options, same
+
+from hybrid_sleep import SleepCache
+from hybrid_sleep.parametric.facts import Fact
+from hybrid_sleep.parametric.gate import Thresholds
+from hybrid_sleep.parametric.probes import audit, is_healthy
+
+
+def healthy(model, world, facts):
+    _, tokenizer, small = world
+    pairs = [(fact, small.relations[fact.relation]) for fact in facts]
+    return [is_healthy(result) for result in audit(model, tokenizer, pairs)]
+
+
+def test_facts_are_learned_updated_forgotten_and_survive_sleep_and_restart(world, model, opened):
+    _, tokenizer, small = world
+    facts = small.unseen_facts(3, 7)
+    first, second = facts[:2]
+    before = {}
+    question = small.relations[second.relation].statements[0].replace("{}", second.subject)
+    with opened(model, options=options(SURE)) as memory:
+        pristine = bits(model)
+        before = memory.recall(question)
+        assert not any(healthy(model, world, facts))
+        for fact in facts:
+            assert memory.learn(fact).outcome == "committed"
+        assert all(healthy(model, world, facts))
+        record = memory.sleep()
+        assert record.outcome == "committed" and record.gate["after"]["recall"] == 1
+        assert all(healthy(model, world, facts))
+        slept = bits(model)
+        assert memory.sleep().outcome == "nothing to do"
+        assert same(slept, bits(model))
+        other = next(
+            x.object
+            for x in small.known_facts()
+            if x.relation == first.relation and x.object != first.object
+        )
+        changed = Fact(first.subject, first.relation, other)
+        memory.learn(changed)
+        assert healthy(model, world, [changed, first]) == [True, False]
+        memory.forget(second.subject)
+        assert healthy(model, world, [changed, second, *facts[2:]]) == [True, False, True]
+        assert memory.recall(question) == before
+        assert [x["object"] for x in memory.explain(first.subject)] == [other]
+        kept = bits(model)
+    again = copy.deepcopy(world[0])
+    with opened(again, options=None) as memory:
+        assert same(kept, bits(again))
+        memory.undo()
+        memory.undo()
+        assert same(slept, bits(again))
+        assert healthy(again, world, facts) == [True] * 3
+        for _ in range(4):
+            memory.undo()
+        assert same(pristine, bits(again))
+        with pytest.raises(ValueError, match="must have a commit to take back"):
+            memory.undo()
+
+
+def test_a_gate_that_does_not_pass_rolls_back_bit_for_bit(world, model, opened):
+    facts = world[2].unseen_facts(2, 3)
+    # Hasty edits: whatever the sleep does, what must not get worse does.
+    strict = replace(OPEN, locality=1.0, perplexity_ratio=1.0)
+    with opened(model, options=options(thresholds=strict, strengths=(1e-4,))) as memory:
+        memory.learn(facts)
+        before, version = bits(model), model.config.weights_version
+        for fact in facts:
+            memory.learn(Fact(fact.subject, fact.relation, "Leipzig"))
+        before = bits(model)
+        record = memory.sleep()
+        assert record.outcome == "rolled back" and record.gate["failures"]
+        assert same(before, bits(model)) and model.config.weights_version > version
+        assert {x.state for x in memory.facts()} == {"active", "retired"}
+        assert "failed: " in str(record)
+
+
+def test_what_fails_in_the_middle_leaves_weights_and_facts(world, model, opened, monkeypatch):
+    facts = world[2].unseen_facts(2, 3)
+    with opened(model) as memory:
+        memory.learn(facts[0])
+        before = bits(model)
+        for broken in ("commit", "save_pristine"):
+            with monkeypatch.context() as patch:
+
+                def fail(*args, **kwargs):
+                    raise OSError("no space left")
+
+                patch.setattr(memory.store, broken, fail)
+                if broken == "commit":
+                    for work in (lambda: memory.learn(facts[1]), memory.sleep):
+                        with pytest.raises(OSError, match="no space"):
+                            work()
+                        assert same(before, bits(model))
+        assert [x.state for x in memory.facts()] == ["active", "pending"]
+        assert memory.sleep().outcome == "committed"
+        assert [x.state for x in memory.facts()] != ["active", "pending"]
+
+
+def test_a_cache_from_before_an_edit_is_refused(world, model, opened, tmp_path):
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with opened(model) as memory:
+        memory.learn(world[2].unseen_facts(1, 3))
+        cache = SleepCache(model.config)
+        with torch.no_grad():
+            model(ids, cache=cache)
+        cache.save_pretrained(tmp_path / "cache")
+        for change in (lambda: memory.learn(world[2].unseen_facts(2, 3)), memory.undo):
+            change()
+            with pytest.raises(ValueError, match="version"):
+                model.sleep(cache)
+            with pytest.raises(ValueError, match="weights"):
+                SleepCache.from_pretrained(tmp_path / "cache", model=model)
+
+
+def test_edited_models_are_ordinary_ones(world, model, opened, tmp_path):
+    with opened(model) as memory:
+        memory.learn(world[2].unseen_facts(2, 3))
+    model.save_pretrained(tmp_path / "saved")
+    loaded = type(model).from_pretrained(tmp_path / "saved")
+    assert same(bits(model), bits(loaded))
+    # Opened with the edits in it, they can still be taken back to the last bit.
+    with opened(loaded, options=None) as memory:
+        memory.undo()
+        assert same(bits(world[0]), bits(loaded))
+
+
+def test_over_the_cap_what_is_worth_least_is_given_up(world, model, opened):
+    facts = world[2].unseen_facts(3, 3)
+    with opened(model, options=options(cap=2)) as memory:
+        memory.learn(facts)
+        record = memory.sleep()
+        states = [x.state for x in memory.facts()]
+        assert states.count("retired") == 1 and len(record.dropped) == 1
+        assert memory.pressure().terms["load"] <= 1
+
+
+def test_what_cannot_be_held_is_quarantined_and_named(world, model, opened):
+    facts = world[2].unseen_facts(2, 3)
+    tight = options()
+    tight = replace(
+        tight,
+        wake=replace(tight.wake, hopeless=1e-9),
+        night=replace(tight.night, hopeless=1e-9),
+    )
+    with opened(model, options=tight) as memory:
+        before = bits(model)
+        record = memory.learn(facts[0])
+        assert list(record.dropped) == [str(facts[0])] and same(before, bits(model))
+        assert memory.sleep().dropped and same(before, bits(model))
+        assert [x.state for x in memory.facts()] == ["quarantined"]
+
+
+def test_bad_input_is_refused_before_anything_changes(world, model, opened, tmp_path):
+    fact = world[2].unseen_facts(1, 3)[0]
+    with opened(model) as memory:
+        memory.learn(fact)
+        before, commits = bits(model), memory.status()["commits"]
+        for given, message in (
+            ("", "facts must be"),
+            ("it rains", "facts must read"),
+            ([fact, Fact(fact.subject, fact.relation, "Leipzig")], "contradict each other"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                memory.learn(given)
+        with pytest.raises(ValueError, match="subject must have words"):
+            Fact("", "lives in", "Leipzig")
+        with pytest.raises(ValueError, match="subject must be of a fact"):
+            memory.forget("Nobody Known")
+        with pytest.raises(BlockingIOError):
+            opened(copy.deepcopy(world[0]))
+        assert same(before, bits(model)) and memory.status()["commits"] == commits
+        assert len(memory.facts()) == 1
+    stranger = copy.deepcopy(world[0])
+    with torch.no_grad():
+        stranger.lm_head.weight[0, 0] += 1
+    before = bits(stranger)
+    with pytest.raises(ValueError, match="model must have the weights"):
+        opened(stranger)
+    assert same(before, bits(stranger))
+    with pytest.raises(ValueError, match="layer must be one with a site"):
+        with opened(model, tmp_path / "other", options=options(layers=(9,))) as memory:
+            memory.learn(fact)
+
+
+def test_two_runs_are_the_same_and_do_not_leak(world, opened, tmp_path):
+    facts = world[2].unseen_facts(3, 5)
+    found = []
+    for name in "ab":
+        model = copy.deepcopy(world[0])
+        with opened(model, tmp_path / name) as memory:
+            for fact in facts:
+                memory.learn(fact)
+            memory.sleep()
+        found.append(bits(model))
+    assert same(*found)
+
+
+def test_a_gate_needs_possible_thresholds():
+    for name, value in (("recall", 1.5), ("locality", -0.1), ("perplexity_ratio", 0.5)):
+        with pytest.raises(ValueError, match=name):
+            Thresholds(**{name: value})
