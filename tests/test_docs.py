@@ -23,6 +23,8 @@ from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
 from hybrid_sleep.cli.app import app
+from hybrid_sleep.eval.facts.world import World
+from hybrid_sleep.parametric import workspace
 from hybrid_sleep.training import load_run_config, train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +52,12 @@ MODELS = {
                  "text.separator=null"],
 }  # fmt: skip
 MODELS["my_text"] = MODELS["text_cpu"]
+# A folder of facts, of a model that is small.
+FACTS = [
+    "facts", "learn", "out/facts", "Ada Byron lives in Lisbon.", "--dtype", "float32",
+    "--model", str(ROOT / "eval/facts/checkpoints/seed0"), "--set", "layers=[2]",
+    "--set", "wake.position=prompt_last", "--set", "night.position=prompt_last",
+]  # fmt: skip
 # What stands behind a command to make it short: that of the longest beginning that fits. Commands
 # without an entry are short as they are.
 SHORT = {
@@ -76,11 +84,12 @@ SLOW = (
     "hybrid-sleep bench cost --model", "hybrid-sleep bench sleep",
     "hybrid-sleep bench generation", "hybrid-sleep bench train",
     "hybrid-sleep bench kernels", "hybrid-sleep eval", "deepspeed",
+    "hybrid-sleep facts sleep", "hybrid-sleep facts save",
 )  # fmt: skip
 # Figures of the Python blocks that make them long.
 FEWER = {"max_new_tokens=500": "max_new_tokens=20", "count=1000": "count=4"}
 # Only the parser can say something of these here.
-ELSEWHERE = ("--device cuda", "_paper.yaml", "gsm_infinite.yaml", "wikitext")
+ELSEWHERE = ("--device cuda", "_paper.yaml", "gsm_infinite.yaml", "wikitext", "smollm2")
 
 
 class Block(NamedTuple):
@@ -153,8 +162,20 @@ def place(models, tmp_path, monkeypatch):
                 run.output_dir = str(models / name)
                 train(run, progress=False)
             shutil.copytree(models / name, folder / "out" / name)
+        if re.search(r"facts \w+ out/facts", text):
+            # What a model writes by itself takes a minute.
+            monkeypatch.setattr(workspace, "own_samples", own_words)
+            if not (models / "facts").exists():
+                result = CliRunner().invoke(app, FACTS)
+                assert result.exit_code == 0, result.output
+                shutil.move("out/facts", models / "facts")
+            shutil.copytree(models / "facts", folder / "out" / "facts")
 
     return put
+
+
+def own_words(model, tokenizer, *tokens, seed, **given):
+    return [tokenizer(x)["input_ids"] for x in World(0).texts("test", seed, count=20)]
 
 
 def shortened(line: str) -> list[str]:
