@@ -61,7 +61,9 @@ VOCAB = len(WORDS) + 3
 
 def tiny_hybrid(**changes: Any) -> Any:
     """Our own model in fp64, all of whose windows hold a context."""
-    return small_model(**{"vocab_size": VOCAB, "window": 64, "num_key_value_heads": 2, **changes})
+    kinds = ["full_attention", "linear_attention", "full_attention"]
+    kinds = kinds[:2] * 2 if "distinct_layers" in changes else kinds
+    return small_model(**{"vocab_size": VOCAB, "window": 64, "layer_types": kinds, **changes})
 
 
 def _made(kind: Any, config: Any) -> Any:

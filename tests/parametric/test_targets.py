@@ -160,14 +160,14 @@ def test_facts_do_not_see_each_other(kind):
     """A fact's delta is the same alone or among others that finish before it or after."""
     model = MODELS[kind]()
     site = site_at(model, 1)
-    every, essence = contexts_of(5), essences_of(5)
-    options = replace(QUICK, steps=12, stop=3.5, clamp=3.0, kl=0.1, decay=0.01)
+    every, essence = contexts_of(4), essences_of(4)
+    options = replace(QUICK, steps=8, stop=3.5, clamp=3.0, kl=0.1, decay=0.01)
     # Of different lengths, so that some groups of rows run empty before others.
     every = [own[: 1 + f % 3] for f, own in enumerate(every)]
     essence[2] = None
     together = find_targets(model, site, every, essence, options)
-    assert 0 < int((together.loss < options.stop).sum()) < 5
-    for f in range(5):
+    assert 0 < int((together.loss < options.stop).sum()) < 4
+    for f in range(4):
         alone = find_targets(model, site, [every[f]], [essence[f]], options)
         torch.testing.assert_close(together.delta[f], alone.delta[0], rtol=1e-6, atol=1e-6)
         for name in ("loss", "before", "share"):
@@ -179,10 +179,10 @@ def test_facts_do_not_see_each_other(kind):
 def test_the_loss_falls_to_what_it_says_and_the_clamp_holds(kind):
     model = MODELS[kind]()
     site = site_at(model, 1)
-    every = contexts_of(3)
-    options = replace(QUICK, steps=10, kl=0.0, clamp=0.8)
-    got = find_targets(model, site, every, [None] * 3, options)
-    assert (got.loss < got.before - 0.05).all()
+    every = contexts_of(2)
+    options = replace(QUICK, kl=0.0, clamp=0.8)
+    got = find_targets(model, site, every, [None] * 2, options)
+    assert (got.loss < got.before - 0.02).all()
     assert (got.share <= 0.8 + 1e-9).all()
     none = torch.zeros(site.outputs, dtype=torch.float64)
     for f, own in enumerate(every):
@@ -193,7 +193,7 @@ def test_the_loss_falls_to_what_it_says_and_the_clamp_holds(kind):
         norms = Replay(model, site, own, [0] * len(own)).norm
         share = float(got.delta[f].norm() / norms.mean())
         assert float(got.share[f]) == pytest.approx(share)
-    tight = find_targets(model, site, every, [None] * 3, replace(options, clamp=0.01))
+    tight = find_targets(model, site, every, [None] * 2, replace(options, clamp=0.01))
     assert (tight.share <= 0.01 + 1e-9).all() and (tight.loss > got.loss).all()
 
 
