@@ -148,3 +148,19 @@ def test_a_tokenizer_that_closes_every_text_does_not_close_a_prompt():
     assert tokenizer("Ada")["input_ids"][-1] == 2
     assert said(tokenizer, encode(tokenizer, "Ada is")) == ["<s>", "Ada", "is"]
     assert context(tokenizer, "Ada is", "Ada", " Rome") == context(WORDS, "Ada is", "Ada", " Rome")
+
+
+def test_a_reply_may_be_the_object_alone_and_questions_of_no_relation_get_a_statement():
+    fact = Fact("Ada Byron", "lives in", "Rome")
+    got = edit_contexts(WORDS, fact, LIVES, statements=1, reply="object", about=1)
+    statement, question, about = got
+    assert said(WORDS, question.ids)[question.target :] == ["Rome"]
+    assert question.target == question.object and question.at == (6,)
+    assert said(WORDS, about.ids)[about.target :] == ["Ada", "Byron", "lives", "in", "Rome"]
+    assert about.object == len(about.ids) - 1 and len(about.at) == 2
+    # Behind a turn's beginning, an object begins without a space; behind words, with one.
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}A:{{ '\n' }}"
+    got = edit_contexts(tokenizer, fact, LIVES, statements=1, reply="object")
+    texts = [tokenizer.decode(c.ids[c.target :]) for c in got]
+    assert texts == [" Rome", "Rome"]
