@@ -75,7 +75,8 @@ def test_the_noise_of_a_fact_does_not_depend_on_others():
 
 def test_a_trace_is_the_same_by_seed_and_changes_nothing():
     model, tokenizer, world = load_world(0)
-    pairs = [(f, world.relations[f.relation]) for f in world.known_facts()[:300:75]]
+    one = [f for f in world.known_facts() if " " not in f.object][:300:75]
+    pairs = [(f, world.relations[f.relation]) for f in one]
     before = state_of(model)
     model.train()
     first = trace(model, tokenizer, pairs, samples=2)
@@ -86,7 +87,7 @@ def test_a_trace_is_the_same_by_seed_and_changes_nothing():
     assert not any(m._forward_hooks for m in model.modules())
     assert first.clean > 0.9 and first.corrupted < 0.4
     # What is said next is in the last block's output at the last token, and not at the name's.
-    assert first.effect(3, "prompt_last").lowest > 0.4
+    assert first.effect(3, "prompt_last").lowest == pytest.approx(1.0)
     assert abs(first.effect(3, "subject_last").mean) < 1e-6
     assert f"over {first.facts} facts" in "\n".join(first.lines())
 
