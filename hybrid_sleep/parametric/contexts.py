@@ -117,3 +117,20 @@ def edit_contexts(
 def _behind(text: str, answer: str) -> str:
     """`answer` with the space that words need behind words, and a turn's beginning does not."""
     return answer if text[-1:].isspace() else f" {answer}"
+
+
+def by_token(contexts: Sequence[Context]) -> list[tuple[Context, ...]]:
+    """`contexts` of one fact, once for every token of its object, each with that as the target.
+
+    The key is then at the token in front of it. For edits at the last token of a prompt: what a
+    late block gives there says one token and reaches none behind it.
+    """
+    longest = max(len(c.ids) - c.object for c in contexts)
+    return [
+        tuple(
+            Context(c.ids[: place + 1], (place - 1,), place, place)
+            for c in contexts
+            if (place := c.object + i) < len(c.ids)
+        )
+        for i in range(longest)
+    ]

@@ -18,6 +18,7 @@ from hybrid_sleep.parametric.contexts import (
     POSITIONS,
     REPLIES,
     Context,
+    by_token,
     context,
     edit_contexts,
 )
@@ -37,8 +38,10 @@ class EditOptions:
 
     weight: of preserved keys against an edited one, in tokens of ordinary text; the larger, the
         less of the model changes, and the less of a fact is written. filter: see `Preconditioner`.
-    position: of the key, "subject_last" or "prompt_last". reply: how the model answers questions,
-        by a "statement" or by the "object" alone; None: as it is found to.
+    position: of the key, "subject_last" or "prompt_last"; with the latter, every token of the
+        object has a key and a v* of its own, in front of it.
+    reply: how the model answers questions, by a "statement" or by the "object" alone; None: as it
+        is found to.
     statements, questions: how many of a relation's are used, None for all. about: how many
         questions about the subject, of no relation, are answered by the fact as well; for subjects
         with one fact. prefixes: texts that the first statement is written behind as well.
@@ -99,7 +102,10 @@ class Edit:
 
 @dataclass(frozen=True)
 class Plan:
-    """Facts with their contexts and v*, to be solved for at any strength."""
+    """Facts with their contexts and v*, to be solved for at any strength.
+
+    A fact is there once for each v* that it has.
+    """
 
     items: tuple[Item, ...]
     contexts: tuple[tuple[Context, ...], ...]
@@ -114,12 +120,19 @@ class Plan:
             self.targets.only(kept),
         )
 
+    def losses(self) -> dict[int, float]:
+        """By id of a fact, the loss of its v*, of several the highest."""
+        found: dict[int, float] = {}
+        for (number, _, _), loss in zip(self.items, self.targets.loss.tolist(), strict=True):
+            found[number] = max(loss, found.get(number, loss))
+        return found
+
     def updated(self, other: Plan) -> Plan:
         """With what `other` has for facts in both, where its loss is lower."""
-        place = {item[0]: i for i, item in enumerate(self.items)}
         targets = self.targets
-        for j, (number, _, _) in enumerate(other.items):
-            i = place[number]
+        places = {c: i for i, c in enumerate(self.contexts)}
+        for j, own in enumerate(other.contexts):
+            i = places[own]
             if other.targets.loss[j] < targets.loss[i]:
                 targets = targets.replaced(i, other.targets, j)
         return Plan(self.items, self.contexts, targets)
@@ -159,8 +172,14 @@ def plan_facts(
         else None
         for _, fact, _ in items
     ]
-    targets = find_targets(model, site, contexts, essence, options.target, progress)
-    return Plan(tuple(items), tuple(map(tuple, contexts)), targets)
+    # What is optimised: items with contexts and an essence, as many as there are v*.
+    parts: list[tuple[Item, tuple[Context, ...], Context | None]] = []
+    for item, own, kept in zip(items, contexts, essence, strict=True):
+        split = by_token(own) if options.position == "prompt_last" else [tuple(own)]
+        parts += [(item, part, kept if i == 0 else None) for i, part in enumerate(split)]
+    chosen, told, still = (list(x) for x in zip(*parts, strict=True))
+    targets = find_targets(model, site, told, still, options.target, progress)
+    return Plan(tuple(chosen), tuple(told), targets)
 
 
 def solve_plan(
@@ -202,7 +221,10 @@ def solve_plan(
         {site.name: part for site, part in factors.items()},
         {
             number: {site.name: _told(plan.targets, i, solutions[site]) for site in sites}
-            for i, (number, _, _) in enumerate(plan.items)
+            # Of a fact with several v*, what is told is of the worst.
+            for i, (number, _, _) in sorted(
+                enumerate(plan.items), key=lambda pair: float(plan.targets.loss[pair[0]])
+            )
         },
         {
             site.name: {name: getattr(s, name) for name in ("error", "leak", "condition", "norm")}

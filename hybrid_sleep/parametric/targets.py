@@ -219,8 +219,8 @@ def find_targets(
     facts = len(contexts)
     kept = [(f, c) for f, c in enumerate(essence) if c is not None and options.kl]
     with frozen(model):
-        runs = _replays(model, site, [(f, c) for f, own in enumerate(contexts) for c in own])
-        still = _replays(model, site, kept)
+        runs = replays(model, site, [(f, c) for f, own in enumerate(contexts) for c in own])
+        still = replays(model, site, kept)
         size, count = runs[0].norm.new_zeros(2, facts)
         for run in runs:
             size.index_add_(0, run.owner, run.norm)
@@ -281,7 +281,7 @@ def _at_work(runs: Sequence[Replay], active: Tensor) -> Iterator[tuple[Replay, T
             yield run, rows
 
 
-def _replays(model: nn.Module, site: Site, owned: Sequence[tuple[int, Context]]) -> list[Replay]:
+def replays(model: nn.Module, site: Site, owned: Sequence[tuple[int, Context]]) -> list[Replay]:
     """`owned` contexts, each with its fact, in groups of similar length."""
     groups: list[list[tuple[int, Context]]] = []
     for pair in sorted(owned, key=lambda pair: len(pair[1].ids)):

@@ -60,7 +60,7 @@ def _write(
             # v* of a new object must not have to work against the old one.
             memory.edited.materialise(factors)
         planned = plan_facts(memory.model, memory.tokenizer, todo, memory.sites[-1], options)
-        losses = dict(zip((x[0] for x in todo), planned.targets.loss.tolist(), strict=True))
+        losses = planned.losses()
         lost = {number for number, loss in losses.items() if not loss <= options.hopeless}
         edit = None
         if len(lost) < len(todo):

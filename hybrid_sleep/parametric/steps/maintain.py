@@ -20,7 +20,8 @@ def plan(night: Night) -> Plan:
     first = plan_facts(
         memory.model, memory.tokenizer, night.live, site, options, night.told("maintain")
     )
-    hard = [x for x, loss in zip(night.live, first.targets.loss, strict=True) if loss > STILL_LOST]
+    losses = first.losses()
+    hard = [x for x in night.live if losses[x[0]] > STILL_LOST]
     if hard:
         harder = options.harder(HARDER)
         again = plan_facts(
@@ -28,7 +29,7 @@ def plan(night: Night) -> Plan:
         )
         first = first.updated(again)
     limit = options.hopeless
-    for (number, _, _), loss in zip(first.items, first.targets.loss.tolist(), strict=True):
+    for number, loss in first.losses().items():
         if loss > limit:
             night.quarantined[number] = (
                 f"{site.name} cannot hold it: its loss stays at {loss:.2f} nats a token, "
