@@ -19,7 +19,8 @@ from hybrid_sleep.validation import check_count, check_number
 class MemoryOptions:
     """What a `Memory` is opened with; kept in its folder.
 
-    layers: of the sites to edit, ascending; None: found with the first facts (see `locate`).
+    layers: of the sites to edit, ascending; None: found with the first facts (see `locate`), with
+        the position of keys.
     wake: how `learn` writes; night: how a sleep does, by default in every wording of a relation.
     thresholds: of the gate. limits: of the pressure to sleep. cap: facts to keep at most.
     strengths: multiples of the night's weight, tried in order until the gate passes.

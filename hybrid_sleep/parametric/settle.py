@@ -9,20 +9,30 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from hybrid_sleep.parametric.facts import SLOT, Fact, Relation
+from hybrid_sleep.parametric.locate import locate
 from hybrid_sleep.parametric.measure import ask, chat_prompt
-from hybrid_sleep.parametric.sites import find_sites, site_at
+from hybrid_sleep.parametric.sites import site_at
+from hybrid_sleep.support.io import write_json_atomic
+from hybrid_sleep.training.ranks import of_first
 
 if TYPE_CHECKING:
-    from hybrid_sleep.parametric.memory import Memory
     from hybrid_sleep.parametric.options import MemoryOptions
+    from hybrid_sleep.parametric.workspace import Workspace
 
 PROBES = 3
+# Places that are tried, at each of the positions.
+LAYERS = 4
+LOCATED = "located.json"
 
 
-def settle(memory: Memory, facts: Sequence[Fact], relations: Sequence[Relation]) -> MemoryOptions:
+def settle(
+    memory: Workspace, facts: Sequence[Fact], relations: Sequence[Relation]
+) -> MemoryOptions:
     """The options of `memory` with what they leave open; its model is the pristine one now.
 
-    layers: found by `locate` on the first of `facts`. reply: as the model answers their questions.
+    layers, and the position of keys with them: found by `locate` on the first of `facts`, what was
+    tried is in the folder. reply: as the model answers their questions. Raises ValueError where
+    nothing can hold a fact.
     """
     options = memory.options
     if options.layers is not None:
@@ -33,11 +43,17 @@ def settle(memory: Memory, facts: Sequence[Fact], relations: Sequence[Relation])
     style = reply_style(memory.model, memory.tokenizer, facts[:PROBES], relations[:PROBES])
     wake = replace(options.wake, reply=options.wake.reply or style)
     night = replace(options.night, reply=options.night.reply or style)
-    layers = options.layers
-    if layers is None:
-        sites = find_sites(memory.model)
-        layers = (sites[int(0.4 * len(sites))].layer,)
-    return replace(options, layers=layers, wake=wake, night=night)
+    if options.layers is not None:
+        return replace(options, wake=wake, night=night)
+    probes = list(zip(facts[:PROBES], relations[:PROBES], strict=True))
+    found = locate(memory.model, memory.tokenizer, probes, options=night, top=LAYERS)
+    of_first(write_json_atomic, memory.folder / LOCATED, found.to_dict())
+    return replace(
+        options,
+        layers=(found.site.layer,),
+        wake=replace(wake, position=found.position),
+        night=replace(night, position=found.position),
+    )
 
 
 def reply_style(
