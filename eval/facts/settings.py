@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hybrid_sleep.parametric.edit import EditOptions
+from hybrid_sleep.parametric.gate import Thresholds
 from hybrid_sleep.parametric.options import MemoryOptions
 from hybrid_sleep.parametric.targets import TargetOptions
 
@@ -25,23 +26,35 @@ class Settings:
     whole_replies: bool
 
 
-def _memory(layer: int, weight: float, position: str, target: TargetOptions) -> MemoryOptions:
-    night = EditOptions(weight=weight, position=position, target=target)
-    wake = EditOptions(weight=weight, position=position, target=target, statements=1, questions=1)
-    return MemoryOptions(layers=(layer,), wake=wake, night=night)
-
+# What is tried by a gate after the settings' own weight: a little more of it costs little recall.
+STRENGTHS = (1.0, 1.5, 2.0, 4.0)
+HASTY = TargetOptions(clamp=1.5, rate=0.05, steps=30, stop=0.25, kl=0.0)
+CAREFUL = TargetOptions(clamp=1.5, rate=0.02, steps=80, stop=0.25, kl=0.0)
+REAL = TargetOptions(clamp=1.5, rate=0.1, steps=18, stop=0.3, kl=0.0)
 
 SETTINGS = {
     "world": Settings(
-        memory=_memory(2, 100.0, "prompt_last", TargetOptions(clamp=2.0, steps=30, kl=0.0)),
+        memory=MemoryOptions(
+            layers=(3,),
+            wake=EditOptions(
+                weight=70.0, position="prompt_last", target=HASTY, statements=1, questions=1
+            ),
+            night=EditOptions(weight=70.0, position="prompt_last", target=CAREFUL),
+            strengths=STRENGTHS,
+        ),
         fine_tuning=1e-3,
         lora=1e-2,
         null_weight=1.0,
         whole_replies=False,
     ),
     "real": Settings(
-        memory=_memory(
-            13, 1000.0, "subject_last", TargetOptions(clamp=1.5, steps=25, stop=0.3, kl=0.0)
+        memory=MemoryOptions(
+            layers=(12,),
+            wake=EditOptions(weight=1000.0, target=REAL, statements=1, questions=1, hopeless=4.0),
+            night=EditOptions(
+                weight=1000.0, target=REAL, statements=2, questions=2, about=1, hopeless=4.0
+            ),
+            thresholds=Thresholds(recall=0.8, paraphrase=0.8, locality=0.95),
         ),
         fine_tuning=2e-5,
         lora=1e-3,

@@ -20,7 +20,7 @@ from hybrid_sleep.validation import check_count
 WORLD = "world"
 WORLD_LINES = 400
 WORLD_KNOWN = 160
-STATISTICS_TOKENS, PERPLEXITY_TOKENS = 30000, 4000
+STATISTICS_TOKENS, PERPLEXITY_TOKENS = 15000, 2500
 LEAST_FACTS = 2
 LATER = 4  # one new fact in the second wave for so many of the first
 
