@@ -19,7 +19,7 @@ from hybrid_sleep.parametric.factors import merged
 from hybrid_sleep.parametric.facts import Fact, Relation
 from hybrid_sleep.parametric.files import read_pristine
 from hybrid_sleep.parametric.measure import ask, chat_prompt
-from hybrid_sleep.parametric.options import MemoryOptions, chosen_options
+from hybrid_sleep.parametric.options import MemoryOptions, chosen_options, remember_options
 from hybrid_sleep.parametric.pressure import Measures, Pressure, pressure
 from hybrid_sleep.parametric.probes import audit, is_healthy, measure
 from hybrid_sleep.parametric.record import Record
@@ -91,6 +91,7 @@ class Memory(Workspace):
                     f"{folder} must give the weights of commit {head.id}, got other bits; this "
                     "machine rounds otherwise than the one that wrote it, or a file was changed"
                 )
+            of_first(remember_options, folder / SETTINGS, memory.options)
             memory._held = held.pop_all()
         return memory
 

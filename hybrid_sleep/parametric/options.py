@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from hybrid_sleep.parametric.edit import EditOptions
 from hybrid_sleep.parametric.gate import Thresholds
 from hybrid_sleep.parametric.pressure import Limits
 from hybrid_sleep.parametric.targets import TargetOptions
-from hybrid_sleep.support.io import read_json
+from hybrid_sleep.support.io import read_json, write_json_atomic
 from hybrid_sleep.validation import check_count, check_number
 
 
@@ -87,6 +87,10 @@ def chosen_options(path: Path, given: MemoryOptions | None) -> MemoryOptions:
         raise ValueError(f"{path} must hold the options of a memory: {error}") from error
     if given is None:
         return kept
-    from dataclasses import replace
-
     return given if given.layers is not None else replace(given, layers=kept.layers)
+
+
+def remember_options(path: Path, options: MemoryOptions) -> None:
+    """Keep `options` in the file `path`, atomically, unless it has them already."""
+    if not path.exists() or MemoryOptions.from_dict(read_json(path)) != options:
+        write_json_atomic(path, options.to_dict())

@@ -17,7 +17,7 @@ from hybrid_sleep.parametric.edited import EditedWeights
 from hybrid_sleep.parametric.factors import Factors
 from hybrid_sleep.parametric.facts import Fact, Relation
 from hybrid_sleep.parametric.gate import Trial, trial
-from hybrid_sleep.parametric.options import MemoryOptions
+from hybrid_sleep.parametric.options import MemoryOptions, remember_options
 from hybrid_sleep.parametric.probes import Baseline, Probes
 from hybrid_sleep.parametric.record import Record
 from hybrid_sleep.parametric.settle import settle
@@ -192,7 +192,7 @@ class Workspace:
         if options.layers is None or not (options.wake.reply and options.night.reply):
             with self.pristine():
                 self.options = settle(self, facts, relations)
-            of_first(write_json_atomic, self.folder / SETTINGS, self.options.to_dict())
+            of_first(remember_options, self.folder / SETTINGS, self.options)
         new = self.edited.keep(self.sites)
         if new:
             self.asked(lambda store: store.save_pristine(new))
