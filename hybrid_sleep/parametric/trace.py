@@ -100,7 +100,8 @@ def trace(
             part = probes[first : first + AT_ONCE]
             run = Runs(model, part)
             clean.append(run.clean)
-            lost, back = [], {position: [] for position in positions}
+            lost: list[Tensor] = []
+            back: dict[str, list[Tensor]] = {position: [] for position in positions}
             for sample in range(samples):
                 # The noise of a fact is its own, whatever facts are traced with it.
                 run.draw(noise, [(seed, sample, first + i) for i in range(len(part))])
@@ -155,7 +156,9 @@ class Runs:
     """Runs of `model` over the statements of `probes`, clean or with noise on their subjects."""
 
     def __init__(self, model: nn.Module, probes: Sequence[Probe]):
-        self.model, self.probes = model, probes
+        # transformers' own types lack its methods.
+        self.model: Any = model
+        self.probes = probes
         self.device = next(model.parameters()).device
         self.ids, self.mask = right_padded([probe.context.ids for probe in probes], self.device)
         ends = [probe.context.target - 1 for probe in probes]
