@@ -139,7 +139,7 @@ class Course:
 
     def _sleep(self, stage: str) -> list[Point]:
         """Sleep until nothing is left to do, and look after each cycle that did something."""
-        points = []
+        points: list[Point] = []
         began = time.perf_counter()
         for record in cycles(self.memory):
             seconds = time.perf_counter() - began

@@ -71,7 +71,8 @@ class MemoryOptions:
             "layers": lambda part: None if part is None else tuple(part),
             "strengths": tuple,
         }
-        return cls(**{k: parts[k](v) if k in parts else v for k, v in data.items()})
+        given: dict[str, Any] = {k: parts[k](v) if k in parts else v for k, v in data.items()}
+        return cls(**given)
 
 
 def chosen_options(path: Path, given: MemoryOptions | None) -> MemoryOptions:

@@ -65,8 +65,9 @@ class Targets:
     def only(self, kept: Sequence[int]) -> Targets:
         """Of the facts at these places."""
         rows = torch.tensor(list(kept), device=self.delta.device, dtype=torch.long)
-        parts = (self.delta, self.loss, self.before, self.share)
-        return Targets(*(x[rows] for x in parts), self.steps)
+        return Targets(
+            self.delta[rows], self.loss[rows], self.before[rows], self.share[rows], self.steps
+        )
 
     def replaced(self, i: int, other: Targets, j: int) -> Targets:
         """With that of fact `j` of `other` for fact `i`."""

@@ -166,9 +166,8 @@ def weights_digest(model: nn.Module, instead: Mapping[str, torch.Tensor] | None 
     anyone: Any = model
 
     def fetched() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, p in parameters:
-            if p.is_meta:
-                p = load_offloaded_parameter(anyone, name)
+        for name, parameter in parameters:
+            p = load_offloaded_parameter(anyone, name) if parameter.is_meta else parameter
             with gathered([p]):
                 yield name, others.get(name, p)
 
