@@ -20,8 +20,9 @@ from hybrid_sleep.parametric.measure import right_padded
 from hybrid_sleep.parametric.sites import Site, blocks, frozen
 from hybrid_sleep.validation import check_count, check_number
 
-# Rows are computed together while the longest is at most so many times the shortest.
-PADDING = 1.5
+# Rows are computed together while the longest is at most so many times the shortest, and no more
+# than so many, whose logits must fit into memory.
+PADDING, ROWS = 1.5, 64
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,10 @@ class Replay:
             )
         if len(passed) > 1:
             self.below = []
+        for given in self.below[:-1]:
+            # The next block is skipped as well, so what this one gave is read by nothing.
+            if isinstance(given[0], Tensor):
+                given[0] = None
         h = torch.stack(passed).to(self.at_least_fp32(passed[0].dtype))
         self.norm = (h.norm(dim=-1).mean(0) * self.at).sum(1) / self.at.sum(1)
 
@@ -135,6 +140,8 @@ class Replay:
         """Blocks below the site give what they gave, of the first `width` tokens of `rows`."""
 
         def give(out: Any) -> Callable[..., Any]:
+            if out is None:
+                return lambda *args, **kwargs: args[0] if args else kwargs["hidden_states"]
             first, *rest = out if isinstance(out, tuple) else (out,)
             h = first[rows, :width]
             # What a skipped block leaves behind is not read again, so its state may be of all rows.
@@ -286,7 +293,8 @@ def replays(model: nn.Module, site: Site, owned: Sequence[tuple[int, Context]]) 
     """`owned` contexts, each with its fact, in groups of similar length."""
     groups: list[list[tuple[int, Context]]] = []
     for pair in sorted(owned, key=lambda pair: len(pair[1].ids)):
-        if not groups or len(pair[1].ids) > PADDING * len(groups[-1][0][1].ids):
+        longest = PADDING * len(groups[-1][0][1].ids) if groups else 0
+        if len(pair[1].ids) > longest or len(groups[-1]) >= ROWS:
             groups.append([])
         groups[-1].append(pair)
     return [Replay(model, site, [c for _, c in g], [f for f, _ in g]) for g in groups]
