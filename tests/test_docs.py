@@ -84,7 +84,7 @@ SLOW = (
     "hybrid-sleep bench cost --model", "hybrid-sleep bench sleep",
     "hybrid-sleep bench generation", "hybrid-sleep bench train",
     "hybrid-sleep bench kernels", "hybrid-sleep eval", "deepspeed",
-    "hybrid-sleep facts sleep", "hybrid-sleep facts save",
+    "hybrid-sleep facts sleep", "hybrid-sleep facts save", "hybrid-sleep facts calibrate",
 )  # fmt: skip
 # Figures of the Python blocks that make them long.
 FEWER = {"max_new_tokens=500": "max_new_tokens=20", "count=1000": "count=4"}
@@ -147,6 +147,7 @@ def place(models, tmp_path, monkeypatch):
     tasks = folder / "my_tasks"
     tasks.mkdir()
     tasks.joinpath("mine.jsonl").write_text('{"text": "the cat sat in the sun"}\n' * 4)
+    folder.joinpath("probes.txt").write_text("Bela Novak lives in Lisbon.\n")
     tasks.joinpath("mine.yaml").write_text(
         "task: mine\ndataset_path: json\n"
         "dataset_kwargs: {data_files: {test: my_tasks/mine.jsonl}}\n"

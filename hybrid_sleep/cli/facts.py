@@ -106,6 +106,23 @@ def sleep(folder: Folder, changes: Changes = None, device: Device = "cpu") -> No
         typer.echo("The gate did not pass: the weights are what they were before this sleep.")
 
 
+@facts.command("calibrate")
+@command
+def calibrate(
+    folder: Folder,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Probe facts, as for learn.")],
+    model: Model = None,
+    dtype: Dtype = None,
+    changes: Changes = None,
+    device: Device = "cpu",
+) -> None:
+    """Choose the strength of edits on facts that are not learned; a table and a figure of all."""
+    probes, words = _read_facts(file, list(_stored_relations(folder).values()))
+    with _opened(folder, model, dtype, device, changes) as memory:
+        typer.echo(memory.calibrate(probes, words).text())
+    typer.echo(f"wrote {folder / 'calibration'}", err=True)
+
+
 @facts.command("nap")
 @command
 def nap(folder: Folder, device: Device = "cpu") -> None:

@@ -7,8 +7,11 @@ which are not touched.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -19,7 +22,9 @@ from hybrid_sleep.parametric.gate import LOWER_IS_BETTER, Measured, Thresholds
 from hybrid_sleep.parametric.probes import Baseline, Probes, audit, measure
 from hybrid_sleep.parametric.sites import Site, added
 from hybrid_sleep.parametric.solve import Preconditioner, Spectrum
+from hybrid_sleep.support.io import write_json_atomic, write_text_atomic
 from hybrid_sleep.support.markdown import table
+from hybrid_sleep.support.plots import GREY, INK, STYLES, new_figure, save_figure
 from hybrid_sleep.validation import check_number
 
 WEIGHTS = tuple(10.0**power for power in range(-1, 5))
@@ -76,6 +81,36 @@ class Calibration:
         head = ["weight", "clamp", "recall", "paraphrase", "negation", "locality"]
         head += ["perplexity ratio", "norm of the edit", ""]
         return "\n".join([*table(head, rows), "", f"{self.why}."]) + "\n"
+
+    def save(self, folder: str | os.PathLike) -> list[Path]:
+        """Write calibration.json, calibration.md, front.png into `folder`; returns their paths."""
+        folder = Path(folder)
+        paths = [folder / f"calibration.{kind}" for kind in ("json", "md")]
+        write_json_atomic(paths[0], self.to_dict())
+        write_text_atomic(paths[1], self.text())
+        figure, axes = new_figure("Recall against locality, by the strength of an edit")
+        clamps = sorted({point.clamp for point in self.points})
+        for clamp, (colour, mark, line) in zip(clamps, cycle(STYLES), strict=False):
+            own = sorted((p for p in self.points if p.clamp == clamp), key=lambda p: p.weight)
+            x, y = ([getattr(p.measured, name) for p in own] for name in ("locality", "recall"))
+            axes.plot(x, y, color=colour, marker=mark, linestyle=line, label=f"clamp {clamp:g}")
+            for point, at in zip(own, zip(x, y, strict=True), strict=True):
+                axes.annotate(
+                    f"{point.weight:g}", at, (4, 4), textcoords="offset points", color=GREY
+                )
+        best = self.chosen.measured
+        axes.plot(best.locality, best.recall, "o", ms=16, mfc="none", mec=INK, label="chosen")
+        for bound, draw in (
+            (self.budget.locality, axes.axvline),
+            (self.budget.recall, axes.axhline),
+        ):
+            if bound is not None:
+                draw(bound, color=GREY, linewidth=1, linestyle=":")
+        axes.set_xlabel("locality (numbers: weight of what is preserved)", fontsize=12)
+        axes.set_ylabel("recall", fontsize=12)
+        axes.legend(frameon=False, fontsize=11)
+        save_figure(figure, folder / "front.png")
+        return [*paths, folder / "front.png"]
 
 
 def calibrate(

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from hybrid_sleep.parametric.calibrate import WEIGHTS, Calibration, calibrate
 from hybrid_sleep.parametric.edited import EditedWeights
 from hybrid_sleep.parametric.factors import merged
 from hybrid_sleep.parametric.facts import Fact, Relation
@@ -32,8 +33,8 @@ from hybrid_sleep.parametric.steps.night import Night, Progress
 from hybrid_sleep.parametric.steps.report import report
 from hybrid_sleep.parametric.steps.validate import validate
 from hybrid_sleep.parametric.store import FactStore
-from hybrid_sleep.parametric.wake import learn
-from hybrid_sleep.parametric.workspace import SETTINGS, Workspace
+from hybrid_sleep.parametric.wake import learn, read_facts
+from hybrid_sleep.parametric.workspace import FRONT, SETTINGS, Workspace
 from hybrid_sleep.training.ranks import of_first
 
 
@@ -119,7 +120,7 @@ class Memory(Workspace):
         Raises ValueError, before anything changes, for a sentence that is no fact, an object that
         tokenises to nothing and facts that contradict each other.
         """
-        return learn(self, [facts] if isinstance(facts, str | Fact) else list(facts), relations)
+        return learn(self, facts, relations)
 
     def recall(self, question: str, *, tokens: int = 24, **generate: Any) -> str:
         """What the model replies to `question`, asked as a user's turn of a chat: one pass a token,
@@ -179,6 +180,44 @@ class Memory(Workspace):
                     return done
         assert night.verdict is not None
         return report(night, "rolled back", "; ".join(night.verdict.failures))
+
+    def calibrate(
+        self,
+        probes: Iterable[str | Fact],
+        relations: Iterable[Relation] = (),
+        *,
+        weights: Sequence[float] = WEIGHTS,
+    ) -> Calibration:
+        """Choose the strength of edits on facts that are not to be learned, as many as will be.
+
+        Measured on the pristine model against the thresholds of the gate, see `calibrate`; nothing
+        is written into its weights. `wake` and `night` have the chosen weight from here on; the
+        front is in the folder, as a table and a figure. Raises ValueError as `learn` does.
+        """
+        facts, words = read_facts(self, probes, relations)
+        if not facts:
+            raise ValueError("probes must be one or more facts, got none")
+        self.settle(facts, words)
+        with self.pristine():
+            found = calibrate(
+                self.model,
+                self.tokenizer,
+                list(zip(facts, words, strict=True)),
+                self.probes,
+                {site: of.spectrum for site, of in self.statistics().items()},
+                options=self.options.night,
+                weights=weights,
+                budget=self.options.thresholds,
+            )
+        weight = found.chosen.weight
+        self.options = replace(
+            self.options,
+            wake=replace(self.options.wake, weight=weight),
+            night=replace(self.options.night, weight=weight),
+        )
+        of_first(remember_options, self.folder / SETTINGS, self.options)
+        of_first(found.save, self.folder / FRONT)
+        return found
 
     def nap(self) -> Record:
         """Audit the newest facts; the weights stay as they are."""

@@ -17,16 +17,31 @@ if TYPE_CHECKING:
     from hybrid_sleep.parametric.workspace import Workspace
 
 
-def learn(memory: Workspace, given: Sequence[str | Fact], relations: Iterable[Relation]) -> Record:
-    """What `Memory.learn` does: check, keep, then write."""
-    began = time.perf_counter()
+Given = str | Fact | Iterable[str | Fact]
+
+
+def read_facts(
+    memory: Workspace, given: Given, relations: Iterable[Relation]
+) -> tuple[list[Fact], list[Relation]]:
+    """Facts, each once, and the words of their relations; all of them can be written.
+
+    ValueError, before `memory` takes note of `relations`, for what `Memory.learn` refuses.
+    """
+    several = [given] if isinstance(given, str | Fact) else list(given)
     known = memory.relations | {r.name.casefold(): r for r in relations}
     facts = check_facts(
-        [x if isinstance(x, Fact) else parse_fact(x, known.values()) for x in given]
+        [x if isinstance(x, Fact) else parse_fact(x, known.values()) for x in several]
     )
     words = [known.get(x.key[1]) or memory.relation(x.relation) for x in facts]
     memory.check_words(facts, words)
     memory.relations = known
+    return facts, words
+
+
+def learn(memory: Workspace, given: Given, relations: Iterable[Relation]) -> Record:
+    """What `Memory.learn` does: check, keep, then write."""
+    began = time.perf_counter()
+    facts, words = read_facts(memory, given, relations)
     if facts:
         memory.settle(facts, words)
     ids = memory.asked(lambda store: store.add(facts, {r.name: r for r in words}.values()))

@@ -30,6 +30,7 @@ from hybrid_sleep.training.ranks import of_first
 
 T = TypeVar("T")
 SETTINGS, BASELINE, STATISTICS = "memory.json", "baseline.json", "statistics"
+FRONT = "calibration"
 PROBE_ROWS, PROBE_LENGTH = 16, 64
 OWN_TEXT = "statistics and perplexity are of the model's own samples where no text was given"
 

@@ -13,6 +13,7 @@ from hybrid_sleep import SleepCache
 from hybrid_sleep.parametric.facts import Fact
 from hybrid_sleep.parametric.gate import Thresholds
 from hybrid_sleep.parametric.probes import audit, is_healthy
+from hybrid_sleep.support.io import read_json
 
 
 def healthy(model, world, facts):
@@ -132,6 +133,42 @@ def test_edited_models_are_ordinary_ones(world, model, opened, tmp_path):
     with opened(loaded, options=None) as memory:
         memory.undo()
         assert same(bits(world[0]), bits(loaded))
+
+
+def test_calibration_keeps_the_strength_and_the_front_and_touches_no_weight(
+    world, model, opened, tmp_path
+):
+    _, _, small = world
+    with opened(model, options=options(SURE)) as memory:
+        before = bits(model)
+        found = memory.calibrate(small.unseen_facts(2, 11), weights=(1.0, 1e6))
+        assert same(before, bits(model)) and not memory.facts()
+        strong, weak = (p.measured for p in sorted(found.points, key=lambda p: p.weight))
+        assert strong.recall > weak.recall and strong.locality <= weak.locality
+        assert memory.options.wake.weight == memory.options.night.weight == found.chosen.weight
+    folder = tmp_path / "memory" / "calibration"
+    assert (folder / "front.png").read_bytes().startswith(b"\x89PNG")
+    assert "chosen" in (folder / "calibration.md").read_text()
+    with opened(copy.deepcopy(world[0]), options=None) as memory:
+        assert memory.options.night.weight == found.chosen.weight
+        with pytest.raises(ValueError, match="probes must be one or more"):
+            memory.calibrate([])
+
+
+def test_where_nothing_is_said_a_place_is_found(world, model, opened, tmp_path):
+    asked = options(SURE, layers=None)
+    with opened(model, options=asked) as memory:
+        memory.learn(world[2].unseen_facts(1, 4))
+        assert memory.options.layers is not None
+        told = read_json(tmp_path / "memory" / "located.json")
+        assert told["layer"] == memory.options.layers[0]
+        assert told["position"] == memory.options.wake.position == "prompt_last"
+        best = max(told["table"], key=lambda one: one["held_out"])
+        assert best["held_out"] - 0.02 <= next(
+            one["held_out"]
+            for one in told["table"]
+            if (one["layer"], one["position"]) == (told["layer"], told["position"])
+        )
 
 
 def test_over_the_cap_what_is_worth_least_is_given_up(world, model, opened):
