@@ -131,9 +131,11 @@ def test_the_model_answers_what_was_written_and_before_it_did_not():
 
 def test_several_sites_share_what_is_left():
     model = tiny_llama(num_hidden_layers=4, intermediate_size=48)
-    sites = find_sites(model)[1:4]
+    # A token behind the last block reaches no other, so v* would be zero there.
+    sites = find_sites(model)[:3]
     plan = plan_facts(model, WORDS, items_of(3), sites[-1], ONE)
-    block = "model.layers.3"
+    assert (plan.targets.share > 0.01).all()
+    block = "model.layers.2"
     before = [seen_at(model, block, own)[0] for own in plan.contexts]
     edit = solve_plan(model, plan, inverse_of(*sites))
     assert list(edit.factors) == [site.name for site in sites]
@@ -151,6 +153,7 @@ def test_a_shared_block_has_a_key_for_every_time_it_is_applied():
     model = tiny_hybrid(distinct_layers=2, intermediate_size=48)
     site = site_at(model, 1)
     plan = plan_facts(model, WORDS, items_of(2), site, ONE)
+    assert (plan.targets.share > 0.01).all()
     before = [seen_at(model, site.name, own)[0] for own in plan.contexts]
     edit = solve_plan(model, plan, inverse_of(site))
     assert edit.factors[site.name].left.shape[1] == 2 and edit.solutions[site.name]["error"] < 1e-4
@@ -229,12 +232,13 @@ def test_keys_of_a_fact_that_is_written_anew_do_not_hold_it_back():
 
 def test_runs_do_not_see_each_other_and_leave_the_weights_alone():
     model = tiny_hybrid()
-    sites = find_sites(model)[1:3]
+    sites = find_sites(model)[:2]
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     version = weights_version(model)
 
     def run(model, items):
         plan = plan_facts(model, WORDS, items, sites[-1], ONE)
+        assert (plan.targets.share > 0.01).all()
         return solve_plan(model, plan, inverse_of(*sites, weight=1.0))
 
     def same(a, b):
