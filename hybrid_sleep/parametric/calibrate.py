@@ -99,6 +99,7 @@ class Calibration:
                     f"{point.weight:g}", at, (4, 4), textcoords="offset points", color=GREY
                 )
         best = self.chosen.measured
+        assert best.locality is not None and best.recall is not None
         axes.plot(best.locality, best.recall, "o", ms=16, mfc="none", mec=INK, label="chosen")
         for bound, draw in (
             (self.budget.locality, axes.axvline),

@@ -139,11 +139,12 @@ def test_undo_goes_back_as_an_editor_does(store):
 
     commit = store.undo()
     assert (commit.kind, commit.digest, commit.report) == ("undo", "1", {"undone": 2})
-    assert states(store) == {one: "active", two: "pending"} and len(store.factors()) == 1
+    # What was learned is taken back, and does not wait to be written again.
+    assert states(store) == {one: "active", two: "retired"} and len(store.factors()) == 1
     (three,) = store.add([Fact("Cy", "lives in", "Braga")])
     store.commit("wake", states={three: "active"}, factors=factors([three]), digest="3")
     assert [store.undo().digest, store.undo().digest] == ["1", BASE]
-    assert set(states(store).values()) == {"pending"} and store.factors() == []
+    assert set(states(store).values()) == {"retired"} and store.factors() == []
     before = store.history()
     with pytest.raises(ValueError, match="must have a commit to take back, got none in effect"):
         store.undo()
@@ -208,12 +209,16 @@ def test_undo_is_the_inverse_of_a_commit_in_any_order(tmp_path_factory, actions)
                     seen.add(known.fact.key)
             before = {**states(store)}
             made = factors(sorted(wanted), seed=number) if wanted else None
-            store.commit("wake", states=wanted, factors=made, replace=values[1], digest=f"{number}")
+            store.commit(
+                "sleep", states=wanted, factors=made, replace=values[1], digest=f"{number}"
+            )
             after = states(store)
             store.undo()
             assert states(store) == before and outside() == done[-1]
             # A version that was retired can only come back by undoing, so its change is made anew.
-            store.commit("wake", states=wanted, factors=made, replace=values[1], digest=f"{number}")
+            store.commit(
+                "sleep", states=wanted, factors=made, replace=values[1], digest=f"{number}"
+            )
             assert states(store) == after
             done.append(outside())
         elif action == "undo":
