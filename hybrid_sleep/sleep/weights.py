@@ -232,7 +232,8 @@ def snapshot(model: nn.Module, names: Collection[str] | None = None) -> Snapshot
     for name in chosen:
         if name not in parameters:
             raise ValueError(f"names must be parameters of the model, got {name!r}")
-    tensors = {name: parameters[name].detach().clone() for name in chosen}
+    with gathered(parameters[name] for name in chosen):
+        tensors = {name: parameters[name].detach().clone() for name in chosen}
     return Snapshot(tensors, tensors_digest(tensors))
 
 
@@ -248,20 +249,21 @@ def rollback(model: nn.Module, to: Snapshot) -> int:
     was changed itself, and RuntimeError if the bits are not those of the snapshot afterwards.
     """
     parameters = dict(model.named_parameters())
-    for name, saved in to.tensors.items():
-        p = parameters.get(name)
-        if p is None or p.shape != saved.shape or p.dtype != saved.dtype:
-            found = "no such parameter" if p is None else f"{p.dtype} of shape {tuple(p.shape)}"
-            raise ValueError(
-                f"snapshot must be of this model: it has {name!r} as {saved.dtype} of shape "
-                f"{tuple(saved.shape)}, the model has {found}"
-            )
-    if tensors_digest(to.tensors) != to.digest:
-        raise ValueError("snapshot must be as it was taken, but its tensors have changed since")
-    for name, saved in to.tensors.items():
-        parameters[name].copy_(saved)
-    if tensors_digest({name: parameters[name] for name in to.tensors}) != to.digest:
-        raise RuntimeError("the parameters are not those of the snapshot after copying it back")
+    with gathered([parameters[n] for n in to.tensors if n in parameters], write=True):
+        for name, saved in to.tensors.items():
+            p = parameters.get(name)
+            if p is None or p.shape != saved.shape or p.dtype != saved.dtype:
+                found = "no such parameter" if p is None else f"{p.dtype} of shape {tuple(p.shape)}"
+                raise ValueError(
+                    f"snapshot must be of this model: it has {name!r} as {saved.dtype} of shape "
+                    f"{tuple(saved.shape)}, the model has {found}"
+                )
+        if tensors_digest(to.tensors) != to.digest:
+            raise ValueError("snapshot must be as it was taken, but its tensors have changed since")
+        for name, saved in to.tensors.items():
+            parameters[name].copy_(saved)
+        if tensors_digest({name: parameters[name] for name in to.tensors}) != to.digest:
+            raise RuntimeError("the parameters are not those of the snapshot after copying it back")
     return bump_version(model)
 
 
