@@ -86,7 +86,7 @@ class Memory(Workspace):
             memory.corpus = corpus
             memory.set_probes(known, ordinary)
             head = memory.asked(lambda store: store.head)
-            memory.edited.materialise(memory.asked(lambda store: store.factors()))
+            memory.edited.materialise(memory.factors)
             if head is not None and memory.edited.digest() != head.digest:
                 raise ValueError(
                     f"{folder} must give the weights of commit {head.id}, got other bits; this "
@@ -243,7 +243,8 @@ class Memory(Workspace):
         """
         began = time.perf_counter()
         commit = self.asked(lambda store: store.undo())
-        self.edited.materialise(self.asked(lambda store: store.factors()))
+        self._factors = None
+        self.edited.materialise(self.factors)
         record = Record("undo", why=f"commit {commit.report['undone']} was taken back")
         record.commit, record.seconds = commit.id, time.perf_counter() - began
         self.last = record

@@ -79,7 +79,8 @@ def _write(
         lost = {number for number, loss in losses.items() if not loss <= options.hopeless}
         edit = None
         if len(lost) < len(todo):
-            past = memory.keys(without=replaced) if options.accumulate else None
+            earlier = merged(factors) if options.accumulate else {}
+            past = {site: (part.keys, part.facts) for site, part in earlier.items()}
             kept = planned.only(set(losses) - lost)
             solved = solve_plan(memory.model, kept, memory.preconditioners(options), past)
             edit = memory.agreed(solved)

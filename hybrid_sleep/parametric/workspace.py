@@ -51,6 +51,7 @@ class Workspace:
         self.corpus: Sequence[Sequence[int]] | None = None
         self.own_text = False
         self.last: Record | None = None
+        self._factors: list[dict[str, Factors]] | None = None
         self._statistics: dict[Site, KeyStatistics] = {}
         self._preconditioners: dict[Any, dict[Site, Preconditioner]] = {}
 
@@ -71,6 +72,13 @@ class Workspace:
             self.store = held.enter_context(store)
 
         of_first(of_model)
+
+    @property
+    def factors(self) -> list[dict[str, Factors]]:
+        """Those in effect, by site, as the store lists them; read once, as nobody else writes."""
+        if self._factors is None:
+            self._factors = self.asked(lambda store: store.factors())
+        return self._factors
 
     @property
     def sites(self) -> list[Site]:
@@ -122,9 +130,17 @@ class Workspace:
         """The edit that the first process has solved for, in all."""
         return of_first(lambda: edit)
 
-    def committed(self, record: Record, **parts: Any) -> Record:
+    def committed(
+        self,
+        record: Record,
+        *,
+        factors: dict[str, Factors] | None = None,
+        replace: bool = False,
+        **parts: Any,
+    ) -> Record:
         """Commit `record` and what goes with it; the pristine weights are on the disk before."""
         digest = self.edited.digest() if record.outcome == "committed" else None
+        before = [] if replace else self.factors
         if self.own_text:
             record.notes.append(OWN_TEXT)
         new = self.asked(
@@ -133,9 +149,12 @@ class Workspace:
                 digest=digest,
                 report=record.to_dict(),
                 status=record.outcome,
+                factors=factors,
+                replace=replace,
                 **parts,
             )
         )
+        self._factors = [*before, factors] if factors else before
         record.commit, self.last = new, record
         return record
 
@@ -207,21 +226,11 @@ class Workspace:
 
     def without(self, ids: Collection[int]) -> list[dict[str, Factors]]:
         """The factors in effect without the parts of these facts."""
-        found = self.asked(lambda store: store.factors())
         gone = torch.tensor(sorted(ids), dtype=torch.int64)
         return [
             {site: part.only(~torch.isin(part.facts, gone)) for site, part in commit.items()}
-            for commit in found
+            for commit in self.factors
         ]
-
-    def keys(self, without: Collection[int]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """By site, keys of facts in the weights but these, and whose they are."""
-        gone = torch.tensor(sorted(without), dtype=torch.int64)
-        found = self.asked(lambda store: store.keys())
-        kept = {site: ~torch.isin(facts, gone) for site, (_, facts) in found.items()}
-        return {
-            site: (keys[kept[site]], facts[kept[site]]) for site, (keys, facts) in found.items()
-        }
 
     def slept_on(self, ids: set[int]) -> bool:
         """Whether the weights come from a sleep over these very facts."""
@@ -239,7 +248,7 @@ class Workspace:
     def trial(self) -> Iterator[Trial]:
         """Change the weights; unless kept, they come back bit for bit."""
         names = [site.parameter for site in self.sites if site.dense]
-        before = self.asked(lambda store: store.factors())
+        before = self.factors
         try:
             with trial(self.model, names) as change:
                 yield change
@@ -251,7 +260,7 @@ class Workspace:
     @contextmanager
     def pristine(self) -> Iterator[None]:
         """The model without any edit inside of the block."""
-        before = self.asked(lambda store: store.factors())
+        before = self.factors
         self.edited.materialise([])
         try:
             yield
