@@ -24,7 +24,7 @@ from hybrid_sleep.parametric.contexts import (
 )
 from hybrid_sleep.parametric.factors import Factors
 from hybrid_sleep.parametric.facts import Fact, Relation
-from hybrid_sleep.parametric.sites import Site, added, blocks, capture, frozen
+from hybrid_sleep.parametric.sites import Site, added, blocks, capture, frozen, hidden
 from hybrid_sleep.parametric.solve import FILTERS, Preconditioner, Solution, solve
 from hybrid_sleep.parametric.targets import TargetOptions, Targets, find_targets
 from hybrid_sleep.validation import check_choice, check_count, check_number
@@ -248,7 +248,7 @@ def _keys(
     owner: list[int] = []
 
     def look(module: nn.Module, given: Any, out: Any) -> None:
-        behind.append((out[0] if isinstance(out, tuple) else out).detach())
+        behind.append(hidden(out).detach())
 
     behind: list[Tensor] = []
     handle = blocks(model)[1][last.layer].register_forward_hook(look)

@@ -68,6 +68,11 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda pair: size(pair[1]))
 
 
+def hidden(out: Any) -> Tensor:
+    """The hidden states of what a block gives, which may be a tuple with its state behind them."""
+    return out[0] if isinstance(out, tuple) else out
+
+
 def find_sites(model: nn.Module) -> list[Site]:
     """The sites of `model`, at most one a block; ValueError if no block has one."""
     prefix, stack = blocks(model)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hybrid_sleep.parametric.contexts import Context
 from hybrid_sleep.parametric.measure import right_padded
-from hybrid_sleep.parametric.sites import Site, blocks, frozen
+from hybrid_sleep.parametric.sites import Site, blocks, frozen, hidden
 from hybrid_sleep.validation import check_count, check_number
 
 # Rows are computed together while the longest is at most so many times the shortest, and no more
@@ -104,7 +104,7 @@ class Replay:
             return lambda module, given, out: self.below[i].append(out)
 
         def look(module: nn.Module, given: Any, out: Any) -> None:
-            passed.append(out[0] if isinstance(out, tuple) else out)
+            passed.append(hidden(out))
 
         with ExitStack() as hooks, torch.no_grad():
             for i in range(site.layer):

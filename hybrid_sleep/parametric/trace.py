@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from hybrid_sleep.parametric.contexts import POSITIONS, Context, context
 from hybrid_sleep.parametric.facts import SLOT, Fact, Relation
 from hybrid_sleep.parametric.measure import encode, right_padded
-from hybrid_sleep.parametric.sites import blocks, frozen
+from hybrid_sleep.parametric.sites import blocks, frozen, hidden
 from hybrid_sleep.support.markdown import table
+from hybrid_sleep.training.data import derive_seed
 from hybrid_sleep.validation import check_choice, check_count, check_number
 
 AT_ONCE = 32
@@ -190,7 +191,7 @@ class Runs:
                         "known must fit one window, in which a block is applied once, got "
                         f"statements of up to {self.ids.shape[1]} tokens"
                     )
-                self.outputs[i] = _hidden(out)
+                self.outputs[i] = hidden(out)
 
             return hook
 
@@ -205,7 +206,7 @@ class Runs:
         spread = float(embed.weight.float().std())
         noise = torch.zeros(*self.ids.shape, embed.weight.shape[1])
         for row, (probe, seed) in enumerate(zip(self.probes, seeds, strict=True)):
-            generator = torch.Generator().manual_seed(hash(seed) % 2**63)
+            generator = torch.Generator().manual_seed(derive_seed("trace", *seed))
             shape = len(probe.subject), noise.shape[-1]
             noise[row, list(probe.subject)] = torch.randn(shape, generator=generator)
         self.noise = size * spread * noise.to(self.device)
@@ -243,12 +244,7 @@ class Runs:
 
     def _restore(self, layer: int, at: Tensor) -> Any:
         def hook(module: nn.Module, given: Any, out: Any) -> Any:
-            h = torch.where(at[..., None], self.outputs[layer], _hidden(out))
+            h = torch.where(at[..., None], self.outputs[layer], hidden(out))
             return (h, *out[1:]) if isinstance(out, tuple) else h
 
         return hook
-
-
-def _hidden(out: Any) -> Tensor:
-    """The hidden states of what a block gives."""
-    return out[0] if isinstance(out, tuple) else out
