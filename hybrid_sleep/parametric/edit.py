@@ -7,6 +7,7 @@ whole residual; of several, in ascending order, each takes an equal share of wha
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -30,6 +31,10 @@ from hybrid_sleep.parametric.targets import TargetOptions, Targets, find_targets
 from hybrid_sleep.validation import check_choice, check_count, check_number
 
 Item = tuple[int, Fact, Relation]
+
+
+class _Enough(Exception):
+    """Raised in the middle of a forward pass of which the rest is not needed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +246,7 @@ def _keys(
     stream `[n, o]` behind the last site's block there.
 
     One for every token of a context that holds the fact, and for every time the site is applied.
+    What lies above the last site is not computed.
     """
     device = next(model.parameters()).device
     found: list[Tensor] = []
@@ -249,22 +255,28 @@ def _keys(
 
     def look(module: nn.Module, given: Any, out: Any) -> None:
         behind.append(hidden(out).detach())
+        if len(behind) == applied:
+            raise _Enough
 
     behind: list[Tensor] = []
+    applied = 0
     handle = blocks(model)[1][last.layer].register_forward_hook(look)
     try:
         with frozen(model), capture(model, [site]) as seen:
             for f, own in enumerate(contexts):
                 for c in own:
-                    model(
-                        input_ids=torch.tensor([c.ids[: max(c.at) + 1]], device=device),
-                        use_cache=False,
-                        logits_to_keep=1,
-                    )
+                    with suppress(_Enough):
+                        model(
+                            input_ids=torch.tensor([c.ids[: max(c.at) + 1]], device=device),
+                            use_cache=False,
+                            logits_to_keep=1,
+                        )
                     for keys, out in zip(seen[site], behind, strict=True):
                         found.append(keys.flatten(0, -2)[list(c.at)].double())
                         outputs.append(out[0, list(c.at)].double())
                         owner += [f] * len(c.at)
+                    # Only a whole pass shows how often a shared block is applied.
+                    applied = len(behind)
                     seen[site].clear()
                     behind.clear()
     finally:

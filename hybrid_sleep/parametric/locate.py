@@ -234,8 +234,8 @@ def stated(
     owned = [(f, c) for f, own in enumerate(contexts) for c in own]
     with frozen(model):
         for run in replays(model, site, owned):
-            loss, _ = run.losses(delta[run.owner])
-            total.index_add_(0, run.owner, (-loss).exp().double())
+            said, reply, _ = run.losses(delta[run.owner])
+            total.index_add_(0, run.owner, (-said - reply).exp().double())
     total /= torch.tensor([len(own) for own in contexts], device=total.device)
     least: dict[int, float] = {}
     for (number, _, _), p in zip(plan.items, total.tolist(), strict=True):

@@ -6,6 +6,7 @@ optimised so that every context continues with the object, while "{subject} is a
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from hybrid_sleep.parametric.contexts import Context
 from hybrid_sleep.parametric.measure import right_padded
@@ -23,6 +26,8 @@ from hybrid_sleep.validation import check_count, check_number
 # Rows are computed together while the longest is at most so many times the shortest, and no more
 # than so many, whose logits must fit into memory.
 PADDING, ROWS = 1.5, 64
+# A beginning of fewer tokens is not worth a cache.
+LEAST_BEGUN = 8
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,8 @@ class TargetOptions:
     """How v* is found.
 
     rate: of Adam, the length of its first step in norms of the residual stream; steps: at most;
-        stop: mean loss of a fact (nats a token) at which it is done.
+        stop: mean loss of a fact's object (nats a token) at which it is done, where the replies in
+        front of it have lost no more than that: to go on would only make delta longer.
     clamp: largest norm of delta, in norms of the residual stream behind the block at the token.
     decay: weight of the squared relative norm; kl: weight of the divergence on the essence prompt.
     """
@@ -52,7 +58,7 @@ class TargetOptions:
 
 @dataclass(frozen=True)
 class Targets:
-    """delta: `[F, o]`, one a fact; loss: `[F]`, what was reached; before: `[F]`, without it.
+    """delta: `[F, o]`, one a fact; loss: `[F]`, the object's with it; before: `[F]`, without it.
 
     share: `[F]`, norm of delta in norms of the residual stream. steps: that any fact took.
     """
@@ -83,7 +89,8 @@ class Replay:
     """Runs of `model` over rows of contexts that begin at the block of `site`.
 
     What lies below the site does not depend on an edit there, so it is computed once, unless blocks
-    are shared: a change at such a site is made every time it is applied.
+    are shared: a change at such a site is made every time it is applied. Neither does what all
+    rows begin with, such as a chat's system turn, where the model's cache is of keys alone.
     """
 
     def __init__(
@@ -98,6 +105,8 @@ class Replay:
         for row, c in enumerate(contexts):
             self.at[row, list(c.at)] = True
         self.below: list[list[Any]] = [[] for _ in range(site.layer)]
+        self.begun = self._begin()
+        self.start = self.begun.get_seq_length() if self.begun is not None else 0
         passed: list[Tensor] = []
 
         def keep(i: int) -> Callable[..., None]:
@@ -110,11 +119,13 @@ class Replay:
             for i in range(site.layer):
                 hooks.callback(self.stack[i].register_forward_hook(keep(i)).remove)
             hooks.callback(self.stack[site.layer].register_forward_hook(look).remove)
-            self.run_all()
-        if any(h.shape[:2] != self.ids.shape for h in passed):
+            first = min(c.target for c in contexts) - 1
+            self._logits(torch.arange(len(contexts), device=self.device), first, len(self.ids[0]))
+        length = self.ids.shape[1] - self.start
+        if any(h.shape[1] != length for h in passed):
             raise ValueError(
-                f"contexts must fit one window, got {self.ids.shape[1]} tokens, of which the model "
-                f"read {passed[0].shape[1]} first"
+                f"contexts must fit one window, got {length} tokens, of which the model read "
+                f"{passed[0].shape[1]} first"
             )
         if len(passed) > 1:
             self.below = []
@@ -123,27 +134,49 @@ class Replay:
             if isinstance(given[0], Tensor):
                 given[0] = None
         h = torch.stack(passed).to(self.at_least_fp32(passed[0].dtype))
-        self.norm = (h.norm(dim=-1).mean(0) * self.at).sum(1) / self.at.sum(1)
+        self.norm = (h.norm(dim=-1).mean(0) * self.at[:, self.start :]).sum(1) / self.at.sum(1)
 
-    def run_all(self) -> Tensor:
-        """Logits of all rows, from the embeddings on."""
-        first = min(c.target for c in self.contexts) - 1
+    def _begin(self) -> DynamicCache | None:
+        """The keys and values of the tokens that all rows begin with; None where it is not worth
+        it, and for models that remember in another way."""
+        rows = [c.ids[: min(*c.at, c.target - 1)] for c in self.contexts]
+        pairs = zip(*rows, strict=False)
+        same = next((i for i, of in enumerate(pairs) if len(set(of)) > 1), min(map(len, rows)))
+        takes_it = "cache" in inspect.signature(self.model.forward).parameters
+        if same < LEAST_BEGUN or not takes_it:
+            return None
+        with torch.no_grad():
+            cache = self.model(
+                input_ids=self.ids[:1, :same], use_cache=True, logits_to_keep=1
+            ).past_key_values
+        plain = type(cache) is DynamicCache and all(type(x) is DynamicLayer for x in cache.layers)
+        return cache if plain else None
+
+    def _logits(self, rows: Tensor, first: int, width: int) -> Tensor:
+        """Logits of `rows` from token `first` to `width`."""
+        given: dict[str, Any] = {"use_cache": False}
+        if self.begun is not None:
+            past = DynamicCache()
+            for i, layer in enumerate(self.begun.layers):
+                shape = (len(rows), -1, -1, -1)
+                past.update(layer.keys.expand(shape), layer.values.expand(shape), i)
+            given = {"use_cache": True, "cache": past}
         return self.model(
-            input_ids=self.ids,
-            attention_mask=self.mask,
-            use_cache=False,
-            logits_to_keep=self.ids.shape[1] - first,
+            input_ids=self.ids[rows, self.start : width],
+            attention_mask=self.mask[rows, :width],
+            logits_to_keep=width - first,
+            **given,
         ).logits
 
     @contextmanager
     def skipping(self, rows: Tensor, width: int) -> Iterator[None]:
-        """Blocks below the site give what they gave, of the first `width` tokens of `rows`."""
+        """Blocks below the site give what they gave, of `rows` up to token `width`."""
 
         def give(out: Any) -> Callable[..., Any]:
             if out is None:
                 return lambda *args, **kwargs: args[0] if args else kwargs["hidden_states"]
             first, *rest = out if isinstance(out, tuple) else (out,)
-            h = first[rows, :width]
+            h = first[rows, : width - self.start]
             # What a skipped block leaves behind is not read again, so its state may be of all rows.
             new = (h, *rest) if isinstance(out, tuple) else h
             return lambda *args, **kwargs: new
@@ -165,12 +198,12 @@ class Replay:
         """What to compute norms and losses in."""
         return torch.promote_types(dtype, torch.float32)
 
-    def losses(self, delta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def losses(self, delta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """What the rows say with `delta: [R, o]` added to the site's output at their tokens.
 
         rows: which of them, one or more, None for all. Returns the mean NLL `[R]` of each one's
-        object, plus that of the reply before it, and log probabilities `[R, vocab]` of what follows
-        the prompt.
+        object, that of the reply before it, and log probabilities `[R, vocab]` of what follows the
+        prompt.
         """
         if rows is None:
             rows = torch.arange(len(self.contexts), device=self.device)
@@ -178,7 +211,7 @@ class Replay:
         first = min(c.target for c in contexts) - 1
         # A sleeping model takes no column that is a pad in all rows.
         width = max(len(c.ids) for c in contexts)
-        at, ids = self.at[rows, :width], self.ids[rows, :width]
+        at, ids = self.at[rows, self.start : width], self.ids[rows, :width]
         every = torch.arange(len(contexts), device=self.device)
 
         def change(module: nn.Module, given: Any, out: Tensor) -> Tensor:
@@ -189,12 +222,7 @@ class Replay:
         handle = self.model.get_submodule(self.site.name).register_forward_hook(change)
         try:
             with self.skipping(rows, width):
-                logits = self.model(
-                    input_ids=ids,
-                    attention_mask=self.mask[rows, :width],
-                    use_cache=False,
-                    logits_to_keep=width - first,
-                ).logits
+                logits = self._logits(rows, first, width)
         finally:
             handle.remove()
         logp = logits.to(self.at_least_fp32(logits.dtype)).log_softmax(-1)
@@ -206,10 +234,10 @@ class Replay:
         predicts = torch.arange(first, width - 1, device=self.device)
         in_answer = (predicts >= answer) & (predicts < end)
         in_reply = (predicts >= target) & (predicts < answer)
-        # Two means, or a long reply that needs no learning would hide the object.
-        loss = -(picked * in_answer).sum(1) / in_answer.sum(1).clamp(min=1)
-        loss = loss - (picked * in_reply).sum(1) / in_reply.sum(1).clamp(min=1)
-        return loss, logp[every, target[:, 0] - first]
+        said, reply = (
+            -(picked * part).sum(1) / part.sum(1).clamp(min=1) for part in (in_answer, in_reply)
+        )
+        return said, reply, logp[every, target[:, 0] - first]
 
 
 def find_targets(
@@ -238,31 +266,38 @@ def find_targets(
         mean, square = torch.zeros_like(delta), torch.zeros_like(delta)
         rate = options.rate * size / site.outputs**0.5
         chosen, best = torch.zeros_like(delta), torch.full_like(size, math.inf)
-        before, active = best, torch.ones_like(best, dtype=torch.bool)
+        before, loss, active = best, best, torch.ones_like(best, dtype=torch.bool)
         with torch.no_grad():
-            same = {run: run.losses(delta[run.owner])[1] for run in still}
+            same = {run: run.losses(delta[run.owner])[2] for run in still}
         for step in range(options.steps + 1):
-            nll, gradient = torch.zeros_like(best), torch.zeros_like(delta)
+            object_nll, reply_nll = torch.zeros_like(best), torch.zeros_like(best)
+            gradient = torch.zeros_like(delta)
             for run, rows in _at_work(runs, active):
                 of = run.owner[rows]
                 with torch.enable_grad():
                     own = delta.detach()[of].requires_grad_()
-                    loss = run.losses(own, rows)[0] / count[of]
-                    gradient.index_add_(0, of, torch.autograd.grad(loss.sum(), own)[0])
-                nll.index_add_(0, of, loss.detach())
+                    said, reply, _ = run.losses(own, rows)
+                    # Two means, or a long reply that needs no learning would hide the object.
+                    both = (said + reply) / count[of]
+                    gradient.index_add_(0, of, torch.autograd.grad(both.sum(), own)[0])
+                object_nll.index_add_(0, of, said.detach() / count[of])
+                reply_nll.index_add_(0, of, reply.detach() / count[of])
             if step == 0:
-                before = nll
-            better = active & (nll < best)
+                before, reply_before = object_nll, reply_nll
+            done = (object_nll < options.stop) & (reply_nll < reply_before + options.stop)
+            nll = object_nll + reply_nll
+            better = active & (done | (nll < best))
             best = torch.where(better, nll, best)
+            loss = torch.where(better, object_nll, loss)
             chosen = torch.where(better[:, None], delta, chosen)
-            active = active & (nll >= options.stop)
+            active = active & ~done
             if step == options.steps or not bool(active.any()):
                 break
             for run, rows in _at_work(still, active):
                 of = run.owner[rows]
                 with torch.enable_grad():
                     own = delta.detach()[of].requires_grad_()
-                    logp = run.losses(own, rows)[1]
+                    logp = run.losses(own, rows)[2]
                     base = same[run][rows]
                     apart = nn.functional.kl_div(logp, base, reduction="sum", log_target=True)
                     part = torch.autograd.grad(options.kl * apart, own)[0]
@@ -278,7 +313,7 @@ def find_targets(
             delta = torch.where(active[:, None], new * limit[:, None], delta)
             if progress is not None:
                 progress(step + 1, options.steps)
-    return Targets(chosen, best, before, chosen.norm(dim=1) / size, step)
+    return Targets(chosen, loss, before, chosen.norm(dim=1) / size, step)
 
 
 def _at_work(runs: Sequence[Replay], active: Tensor) -> Iterator[tuple[Replay, Tensor]]:
