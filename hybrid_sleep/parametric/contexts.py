@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +112,23 @@ def edit_contexts(
         )
         for prompt, said in prompts
     ]
+
+
+def beginnings(tokenizer: Any, relations: Iterable[Relation]) -> list[list[int]]:
+    """Ids of what stands before the subject in the texts of `relations` that edits are made in,
+    where that is more than a turn's opening; each once."""
+    chat = chat_prompt(tokenizer, SLOT)
+    heads = {
+        text.partition(SLOT)[0]
+        for relation in relations
+        for text in (
+            *relation.statements,
+            *(chat.replace(SLOT, question) for question in relation.questions),
+        )
+    }
+    heads -= {"", chat.partition(SLOT)[0]}
+    # Without the space, which belongs to the next word's token.
+    return [encode(tokenizer, head.rstrip()) for head in sorted(heads)]
 
 
 def _behind(text: str, answer: str) -> str:

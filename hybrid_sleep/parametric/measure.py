@@ -13,6 +13,7 @@ from hybrid_sleep.parametric.sites import frozen
 
 TOKENS = 12
 AT_ONCE = 32
+QUESTION = "Quo usque tandem?"
 
 
 @torch.no_grad()
@@ -38,12 +39,10 @@ def ask(
     with frozen(model):
         for first in range(0, len(order), at_once):
             part = order[first : first + at_once]
-            width = max(len(ids[i]) for i in part)
-            rows = [[pad] * (width - len(ids[i])) + ids[i] for i in part]
-            mask = [[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in part]
+            rows, mask = left_padded([ids[i] for i in part], pad, device)
             out = model.generate(
-                torch.tensor(rows, device=device),
-                attention_mask=torch.tensor(mask, device=device),
+                rows,
+                attention_mask=mask,
                 max_new_tokens=tokens,
                 do_sample=False,
                 temperature=None,
@@ -52,7 +51,7 @@ def ask(
                 pad_token_id=pad,
                 **generate,
             )
-            texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+            texts = tokenizer.batch_decode(out[:, rows.shape[1] :], skip_special_tokens=True)
             answers.update(zip(part, texts, strict=True))
     return [answers[i] for i in range(len(ids))]
 
@@ -74,6 +73,15 @@ def chat_prompt(tokenizer: Any, question: str, system: str | None = None) -> str
     turns = [] if system is None else [{"role": "system", "content": system}]
     turns.append({"role": "user", "content": question})
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+
+def user_turn(tokenizer: Any) -> list[int]:
+    """Ids of what stands before a user's words in a chat; empty without a template."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return []
+    # Words that no template has.
+    before, found, _ = chat_prompt(tokenizer, QUESTION).partition(QUESTION)
+    return encode(tokenizer, before) if found and before else []
 
 
 def pad_token(tokenizer: Any) -> int:
@@ -127,6 +135,16 @@ def perplexity(
     if not count:
         raise ValueError("rows must hold a token behind another, got none")
     return float(torch.tensor(total / count, dtype=torch.float64).exp())
+
+
+def left_padded(
+    rows: Sequence[Sequence[int]], pad: int, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Ids and mask `[B, T]` of rows of different lengths, to be continued."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return ids, torch.tensor(mask, device=device)
 
 
 def right_padded(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from hybrid_sleep.parametric.measure import left_padded, pad_token
 from hybrid_sleep.parametric.sites import Site, capture, frozen
 from hybrid_sleep.parametric.solve import Spectrum
 from hybrid_sleep.support.io import atomic_path, unreadable
@@ -38,13 +39,13 @@ class SecondMoment:
 
     def __init__(self, inputs: int, device: torch.device | str = "cpu"):
         self.total = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
-        self.count = 0
+        self.count = 0.0
 
-    def add(self, keys: Tensor) -> None:
-        """Count `keys: [T, d]`."""
+    def add(self, keys: Tensor, weight: float = 1.0) -> None:
+        """Count `keys: [T, d]`, each `weight` times."""
         keys = keys.double()
-        self.total.addmm_(keys.T, keys)
-        self.count += len(keys)
+        self.total.addmm_(keys.T, keys, alpha=weight)
+        self.count += weight * len(keys)
 
     def spectrum(self) -> Spectrum:
         """Of the mean over all keys so far."""
@@ -62,12 +63,12 @@ class Sketch:
         check_count("rows", rows)
         self.rows = min(rows, inputs)
         self.held = torch.zeros(0, inputs, dtype=torch.float64, device=device)
-        self.floor, self.count = 0.0, 0
+        self.floor, self.count = 0.0, 0.0
 
-    def add(self, keys: Tensor) -> None:
-        """Count `keys: [T, d]`."""
-        self.count += len(keys)
-        for part in keys.double().split(self.rows):
+    def add(self, keys: Tensor, weight: float = 1.0) -> None:
+        """Count `keys: [T, d]`, each `weight` times."""
+        self.count += weight * len(keys)
+        for part in (weight**0.5 * keys.double()).split(self.rows):
             self.held = torch.cat((self.held, part))
             if len(self.held) > 2 * self.rows:
                 self._shrink()
@@ -140,26 +141,29 @@ class KeyStatistics:
 def collect(
     model: nn.Module,
     sites: Sequence[Site],
-    corpus: Sequence[Sequence[int]],
+    corpora: Sequence[Sequence[Sequence[int]]],
     digest: str,
     *,
     rows: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[Site, KeyStatistics]:
-    """Statistics of `sites` on `corpus`, rows of ids, in one forward pass over it.
+    """Statistics of `sites` on `corpora`, each of rows of ids, in one forward pass over them.
 
-    digest: of the pristine weights, which the model must have now. rows: of a sketch; None sums
-    keys of up to `DENSE` entries whole and sketches wider ones with `ROWS`. Keys of every pass of
-    a sleep count. Raises ValueError for a corpus with fewer tokens than a key has entries.
+    The corpora count alike, however long they are. digest: of the pristine weights, which the model
+    must have now. rows: of a sketch; None sums keys of up to `DENSE` entries whole and sketches
+    wider ones with `ROWS`. Keys of every pass of a sleep count. Raises ValueError for corpora with
+    fewer tokens than a key has entries.
     """
-    corpus = [list(row) for row in corpus if len(row)]
+    kept = [sorted((list(row) for row in c if len(row)), key=len) for c in corpora]
     widest = max(site.inputs for site in sites)
-    tokens = sum(map(len, corpus))
-    if tokens < widest:
+    sizes = [sum(map(len, corpus)) for corpus in kept]
+    if sum(sizes) < widest:
         raise ValueError(
-            f"corpus must have as many tokens as a key has entries, {widest}, and better ten "
-            f"times as many, got {tokens}"
+            f"corpora must have as many tokens as a key has entries, {widest}, and better ten "
+            f"times as many, got {sum(sizes)}"
         )
+    held = [size for size in sizes if size]
+    shares = [sum(held) / len(held) / size if size else 0.0 for size in sizes]
     device = next(model.parameters()).device
     sums: dict[Site, SecondMoment | Sketch] = {}
     for site in sites:
@@ -169,23 +173,27 @@ def collect(
             if dense
             else Sketch(site.inputs, rows or ROWS, device)
         )
-    order = sorted(corpus, key=len)
+    # By length, and of one length by corpus.
+    order = sorted(
+        ((len(row), c, row) for c, corpus in enumerate(kept) for row in corpus),
+        key=lambda of: of[:2],
+    )
     done = 0
     with frozen(model), torch.no_grad(), capture(model, sites) as seen:
         # Rows of one length: a pad's key is nobody's, and which they are no mask says where a
         # model cuts rows into windows of its own.
-        for _, same in groupby(order, key=len):
-            while rows_now := list(islice(same, AT_ONCE)):
+        for (_, c), same in groupby(order, key=lambda of: of[:2]):
+            while rows_now := [row for _, _, row in islice(same, AT_ONCE)]:
                 ids = torch.tensor(rows_now, device=device)
                 model(input_ids=ids, use_cache=False, logits_to_keep=1)
                 for site in sites:
                     for keys in seen[site]:
-                        sums[site].add(keys.flatten(0, -2))
+                        sums[site].add(keys.flatten(0, -2), shares[c])
                     seen[site].clear()
                 done += len(rows_now)
                 if progress is not None:
                     progress(done, len(order))
-    hashed = hashlib.sha256(json.dumps(order).encode()).hexdigest()
+    hashed = hashlib.sha256(json.dumps(kept).encode()).hexdigest()
     return {
         site: KeyStatistics(
             total.spectrum(),
@@ -193,7 +201,7 @@ def collect(
                 "model": digest,
                 "site": site.name,
                 "corpus": hashed,
-                "tokens": total.count,
+                "tokens": round(total.count),
                 "method": "second moment"
                 if isinstance(total, SecondMoment)
                 else f"sketch of {total.rows} rows",
@@ -209,26 +217,28 @@ def own_samples(
     tokens: int = SAMPLED_TOKENS,
     *,
     length: int = SAMPLE_LENGTH,
+    behind: Sequence[Sequence[int]] = (),
     seed: int = 0,
     at_once: int = 32,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
-    """Rows of ids that the model writes from nothing, at temperature 1, with every filter off.
+    """Rows of `length` ids that the model writes, at temperature 1, with every filter off.
 
     They are what it knows best, and need no corpus. Rows begin with the tokenizer's first token and
-    go on behind its last one. The global random state is left as it was.
+    go on behind its last one. With `behind` each of these texts in turn, which does not count, has
+    a row behind it: behind what opens a user's turn (`user_turn`) a chat model writes the question
+    and its reply (arXiv 2406.08464). The global random state is left as it was.
     """
     check_count("tokens", tokens)
     device = next(model.parameters()).device
-    start = next(
-        (
-            token
-            for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-            if (token := getattr(tokenizer, name, None)) is not None
-        ),
-        0,
-    )
+    begun = [list(ids) for ids in behind]
+    if not begun:
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        firsts = (getattr(tokenizer, name, None) for name in names)
+        begun = [[next((token for token in firsts if token is not None), 0)]]
+    new = length if behind else length - 1
     count = -(-tokens // length)
+    order = sorted((begun[i % len(begun)] for i in range(count)), key=len)
     found: list[list[int]] = []
     devices = [device] if device.type == "cuda" else []
     own_config = model.generation_config
@@ -241,16 +251,13 @@ def own_samples(
         model.generation_config = GenerationConfig()
         torch.manual_seed(seed)
         while len(found) < count:
-            rows = min(at_once, count - len(found))
-            ids = torch.full((rows, 1), start, device=device)
+            part = order[len(found) : len(found) + at_once]
+            ids, mask = left_padded(part, pad_token(tokenizer), device)
             out = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=length - 1,
-                do_sample=True,
-                top_k=0,
+                ids, attention_mask=mask, max_new_tokens=new, do_sample=True, top_k=0
             )
-            found += out.tolist()
+            pads = [ids.shape[1] - len(row) for row in part]
+            found += [row[pad:] for row, pad in zip(out.tolist(), pads, strict=True)]
             if progress is not None:
                 progress(len(found), count)
     return found
@@ -261,7 +268,7 @@ def load_or_collect(
     model: nn.Module,
     sites: Sequence[Site],
     digest: str,
-    corpus: Callable[[], Sequence[Sequence[int]]],
+    corpora: Callable[[], Sequence[Sequence[Sequence[int]]]],
     **options: Any,
 ) -> dict[Site, KeyStatistics]:
     """Those in `folder`, of these sites and this model; what is missing is collected and kept."""
@@ -272,7 +279,7 @@ def load_or_collect(
             found[site].check(digest, site)
     missing = [site for site in sites if site not in found]
     if missing:
-        new: Mapping[Site, KeyStatistics] = collect(model, missing, corpus(), digest, **options)
+        new: Mapping[Site, KeyStatistics] = collect(model, missing, corpora(), digest, **options)
         for site, statistics in new.items():
             statistics.save(folder / f"{site.name}.safetensors")
             found[site] = statistics

@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from hybrid_sleep.parametric.contexts import edit_contexts
+from hybrid_sleep.parametric.contexts import beginnings, edit_contexts
 from hybrid_sleep.parametric.edit import Edit, EditOptions
 from hybrid_sleep.parametric.edited import EditedWeights
 from hybrid_sleep.parametric.factors import Factors
 from hybrid_sleep.parametric.facts import Fact, Relation
 from hybrid_sleep.parametric.gate import Trial, trial
+from hybrid_sleep.parametric.measure import user_turn
 from hybrid_sleep.parametric.options import MemoryOptions, remember_options
 from hybrid_sleep.parametric.probes import Baseline, Probes
 from hybrid_sleep.parametric.record import Record
@@ -32,6 +33,8 @@ T = TypeVar("T")
 SETTINGS, BASELINE, STATISTICS = "memory.json", "baseline.json", "statistics"
 FRONT = "calibration"
 PROBE_ROWS, PROBE_LENGTH = 16, 64
+CHAT_LENGTH = 96  # a question and the reply's beginning
+BEGUN_LENGTH = 40
 OWN_TEXT = "statistics and perplexity are of the model's own samples where no text was given"
 
 
@@ -114,17 +117,28 @@ class Workspace:
         missing = [site for site in self.sites if site not in self._statistics]
         if missing:
             with self.pristine():
-                corpus = self.corpus
                 self._statistics |= load_or_collect(
-                    self.folder / STATISTICS,
-                    self.model,
-                    missing,
-                    self.edited.base,
-                    lambda: (
-                        corpus or own_samples(self.model, self.tokenizer, seed=self.options.seed)
-                    ),
+                    self.folder / STATISTICS, self.model, missing, self.edited.base, self._corpora
                 )
         return self._statistics
+
+    def _corpora(self) -> list[Sequence[Sequence[int]]]:
+        """What keys are counted on: text, chats where the model has a template for them, and what
+        it says of others in the words of the relations. It writes the last two itself.
+
+        Prose says nothing of what the turns of a chat need: edits that left prose as it was broke
+        every reply. And what is close to an edit is rare in either.
+        """
+        seed, given = self.options.seed, (self.model, self.tokenizer)
+        # Not the samples that perplexity is of, one seed after the first.
+        found = [self.corpus or own_samples(*given, seed=seed)]
+        turn = user_turn(self.tokenizer)
+        if turn:
+            found.append(own_samples(*given, length=CHAT_LENGTH, behind=[turn], seed=seed + 2))
+        begun = beginnings(self.tokenizer, self.relations.values())
+        if begun:
+            found.append(own_samples(*given, length=BEGUN_LENGTH, behind=begun, seed=seed + 3))
+        return found
 
     def agreed(self, edit: Edit) -> Edit:
         """The edit that the first process has solved for, in all."""

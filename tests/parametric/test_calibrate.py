@@ -68,7 +68,7 @@ def test_the_front_of_the_small_world():
     facts = [(f, world.relations[f.relation]) for f in world.unseen_facts(4, seed=2)]
     site = site_at(model, 3)
     rows = [encode(tokenizer, text)[:32] for text in world.texts("train", count=100)]
-    found = collect(model, [site], rows, "digest")
+    found = collect(model, [site], [rows], "digest")
     known = [
         (world.relations[f.relation].statements[0].replace("{}", f.subject), f.object)
         for f in world.known_facts()[::80]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from editable import LIVES, byte_tokenizer, word_tokenizer
 from tokenizers import normalizers, processors
 
-from hybrid_sleep.parametric.contexts import Context, context, edit_contexts
+from hybrid_sleep.parametric.contexts import Context, beginnings, context, edit_contexts
 from hybrid_sleep.parametric.facts import Fact
-from hybrid_sleep.parametric.measure import chat_prompt, encode
+from hybrid_sleep.parametric.measure import chat_prompt, encode, user_turn
 
 WORDS = word_tokenizer()
 
@@ -138,6 +140,26 @@ def test_a_chat_template_is_not_given_a_second_first_token():
     got = edit_contexts(tokenizer, fact, LIVES)[-1]
     assert got.ids.count(tokenizer.bos_token_id) == 1 and got.ids[0] == tokenizer.bos_token_id
     assert said(tokenizer, got.ids[got.target :]) == ["Ada", "lives", "in", "Rome"]
+
+
+def test_what_stands_before_a_subject_in_texts_and_turns():
+    relation = replace(
+        LIVES,
+        statements=("{} lives in", "The home of {} is in"),
+        questions=("Where does {} live?",),
+    )
+    ours = replace(relation, name="is", statements=("The home of {} is",), questions=("{} is?",))
+    tokenizer = word_tokenizer()
+    plain = beginnings(tokenizer, [relation, ours])
+    assert plain == [encode(tokenizer, x) for x in ("Question: Where does", "The home of")]
+    assert user_turn(tokenizer) == [] == beginnings(tokenizer, [])
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}Answer : "
+    )
+    assert user_turn(tokenizer) == encode(tokenizer, "<s>user : ")
+    chats = beginnings(tokenizer, [relation, ours])
+    assert chats == [encode(tokenizer, x) for x in ("<s>user : Where does", "The home of")]
+    assert chats[0].count(tokenizer.bos_token_id) == 1
 
 
 def test_a_tokenizer_that_closes_every_text_does_not_close_a_prompt():

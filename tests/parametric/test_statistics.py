@@ -143,7 +143,7 @@ def test_collect_counts_every_key_of_a_real_token_once(kind, rows):
     corpus = rows_of([7, 3, 12, 7, 7, 1, 12, 7, 7, 7, 7, 7, 7])
     told = []
     got = collect(
-        model, sites, [corpus[0], [], *corpus[1:]], "digest", rows=rows,
+        model, sites, [[corpus[0], [], *corpus[1:]]], "digest", rows=rows,
         progress=lambda *at: told.append(at),
     )  # fmt: skip
     assert model.training and told[-1] == (13, 13) and told == sorted(told)
@@ -165,26 +165,39 @@ def test_collect_counts_every_key_of_a_real_token_once(kind, rows):
         assert got[sites[0]].made_from["tokens"] > sum(map(len, corpus))
 
 
+@pytest.mark.parametrize("rows", [None, 6])
+def test_corpora_count_alike_however_long_they_are(rows):
+    model = tiny_llama()
+    site = site_at(model, 1)
+    long, short = rows_of([12, 7, 12, 9, 12]), rows_of([7, 3])
+    got = collect(model, [site], [long, [], short], "digest", rows=rows)[site]
+    keys = [keys_by_hand(model, site, corpus) for corpus in (long, short)]
+    exact = sum(k.T @ k / len(k) for k in keys) / 2
+    assert got.made_from["tokens"] == sum(map(len, keys))
+    error = torch.linalg.matrix_norm(dense(got.spectrum) - exact, 2)
+    assert float(error) <= (1e-9 if rows is None else got.spectrum.floor * (1 + 1e-9))
+
+
 def test_a_corpus_is_known_by_its_tokens():
     model = tiny_llama()
     site = site_at(model, 0)
     corpus = rows_of([9, 9, 12])
 
     def digest(corpus):
-        return collect(model, [site], corpus, "x")[site].made_from["corpus"]
+        return collect(model, [site], [corpus], "x")[site].made_from["corpus"]
 
     assert digest(corpus) == digest(list(corpus))
     assert digest(corpus) != digest([*corpus[:2], [*corpus[2][:-1], 0]])
     ordered = sorted(corpus, key=len)
-    assert digest(corpus) == hashlib.sha256(json.dumps(ordered).encode()).hexdigest()
-    with pytest.raises(ValueError, match="corpus must have as many tokens .* 20, .* got 19"):
-        collect(model, [site], rows_of([9, 10]), "x")
+    assert digest(corpus) == hashlib.sha256(json.dumps([ordered]).encode()).hexdigest()
+    with pytest.raises(ValueError, match="corpora must have as many tokens .* 20, .* got 19"):
+        collect(model, [site], [rows_of([9, 10])], "x")
 
 
 def test_they_are_saved_whole_and_refused_for_another_model_or_site(tmp_path):
     model = tiny_llama()
     first, second = find_sites(model)[:2]
-    got = collect(model, [first], rows_of([30]), "digest", rows=6)[first]
+    got = collect(model, [first], [rows_of([30])], "digest", rows=6)[first]
     path = tmp_path / "folder" / "x.safetensors"
     path.parent.mkdir()
     got.save(path)
@@ -211,7 +224,7 @@ def test_what_is_missing_is_collected_and_what_is_there_is_not(tmp_path):
 
     def corpus():
         asked.append(1)
-        return rows_of([30])
+        return [rows_of([30])]
 
     one = load_or_collect(tmp_path, model, [first], "digest", corpus)
     two = load_or_collect(tmp_path, model, [first, second], "digest", corpus)
@@ -251,6 +264,21 @@ def test_samples_are_what_the_model_says_with_nothing_held_back(make):
     )
     assert result.pvalue > 0.01
     assert model.generation_config is config and config.top_k == 3
+
+
+def test_samples_behind_a_text_are_what_the_model_goes_on_with():
+    model, tokenizer = tiny_llama(vocab_size=80), word_tokenizer()
+    begun = [[9, 4, 7], [3]]
+    rows = own_samples(model, tokenizer, 4000, length=1, behind=begun, at_once=3000)
+    assert len(rows) == 4000
+    for text in begun:
+        after = [row[-1] for row in rows if row[:-1] == text]
+        assert len(after) == 2000
+        with torch.no_grad():
+            p = model(input_ids=torch.tensor([text])).logits[0, -1].double().softmax(-1)
+        seen = torch.bincount(torch.tensor(after), minlength=80)
+        # The share of each token, within what 2,000 draws leave open.
+        assert ((seen / 2000 - p).abs() < 5 * (p / 2000).sqrt() + 0.002).all()
 
 
 def test_samples_go_on_behind_an_end_and_depend_on_the_seed_alone():
