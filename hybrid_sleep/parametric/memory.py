@@ -173,13 +173,17 @@ class Memory(Workspace):
             planned = plan(night)
             for strength in self.options.strengths:
                 maintain(night, planned, strength)
-                if validate(night):
+                if validate(night, strength):
                     why = "" if strength == 1 else f"at {strength:g} times the weight"
                     done = report(night, "committed", why)
                     change.keep()
                     return done
-        assert night.verdict is not None
-        return report(night, "rolled back", "; ".join(night.verdict.failures))
+        failures = [
+            f"at {strength:g} times the weight {failure}"
+            for strength, verdict in night.verdicts.items()
+            for failure in verdict.failures
+        ]
+        return report(night, "rolled back", "; ".join(failures))
 
     def calibrate(
         self,

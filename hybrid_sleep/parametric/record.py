@@ -15,9 +15,9 @@ class Record:
 
     kind: "wake", "sleep", "nap", "forget", "undo". outcome: one of `OUTCOMES`, and why.
     read: what it worked on, in counts. changed: how much, by site: the norm of the change in norms
-    of the weight. gate: measured before and after, and failures. dropped: facts that were left out,
-    with the reason. ids: of
-    the facts that a sleep was over. notes: what a reader must know to judge the numbers.
+    of the weight. gate: measured before and after, and the failures, of what was tried last and of
+    every strength that was `tried`. dropped: facts that were left out, with the reason. ids: of the
+    facts that a sleep was over. notes: what a reader must know to judge the numbers.
     """
 
     kind: str
@@ -52,6 +52,10 @@ class Record:
                 old = before.get(name)
                 was = "" if old is None else f"{old:.3f} -> "
                 lines.append(f"{name.replace('_', ' ')}: {was}{new:.3f}")
-        lines += [f"failed: {failure}" for failure in self.gate.get("failures", [])]
+        lines += [
+            f"failed at {tried['strength']:g} times the weight: {failure}"
+            for tried in self.gate.get("tried", [])
+            for failure in tried["failures"]
+        ]
         lines += [f"left out: {fact}: {why}" for fact, why in self.dropped.items()]
         return "\n".join(lines + self.notes)

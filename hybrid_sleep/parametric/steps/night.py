@@ -24,6 +24,7 @@ class Night:
 
     items: the facts to write, with their ids. results: of the last audit of each. retired: facts
     that are given up for the cap, quarantined: those that cannot be written, with the reason.
+    verdicts: of the gate, by the strength that was tried.
     """
 
     memory: Memory
@@ -37,7 +38,7 @@ class Night:
     results: dict[int, Audit] = field(default_factory=dict)
     before: Measured = field(default_factory=Measured)
     edit: Edit | None = None
-    verdict: Verdict | None = None
+    verdicts: dict[float, Verdict] = field(default_factory=dict)
 
     def told(self, step: str) -> Callable[[int, int], None] | None:
         """`progress` of one step."""

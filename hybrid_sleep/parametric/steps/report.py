@@ -14,7 +14,17 @@ def report(night: Night, outcome: str, why: str = "") -> Record:
     """Finish the record and commit it; states of facts change with it, and only if it passed."""
     record, memory = night.record, night.memory
     record.outcome, record.why = outcome, why
-    record.gate = night.verdict.to_dict() if night.verdict else {"before": night.before.to_dict()}
+    record.gate = {"before": night.before.to_dict()}
+    if night.verdicts:
+        told = {strength: verdict.to_dict() for strength, verdict in night.verdicts.items()}
+        # The last one stands for the sleep.
+        record.gate = {
+            **list(told.values())[-1],
+            "tried": [
+                {"strength": strength, "after": x["after"], "failures": x["failures"]}
+                for strength, x in told.items()
+            ],
+        }
     names = {number: str(fact) for number, fact, _ in night.items}
     reasons = {**night.retired, **night.quarantined}
     record.dropped = {names[number]: reason for number, reason in reasons.items()}

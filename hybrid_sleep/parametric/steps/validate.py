@@ -7,8 +7,8 @@ from hybrid_sleep.parametric.probes import audit, measure
 from hybrid_sleep.parametric.steps.night import Night
 
 
-def validate(night: Night) -> bool:
-    """Measure what the sleep did, on all facts it began with, and let the gate judge.
+def validate(night: Night, strength: float) -> bool:
+    """Measure what the sleep did at `strength`, on all facts it began with; the gate judges.
 
     Facts that were given up count as lost: a sleep must not pass by dropping what is hard, unless
     the cap asked for it.
@@ -20,7 +20,7 @@ def validate(night: Night) -> bool:
     )
     after = measure(memory.model, memory.tokenizer, results, memory.probes, memory.baseline)
     before: Measured = night.before
-    night.verdict = judge(before, after, memory.options.thresholds)
-    if night.verdict.passed:
+    verdict = night.verdicts[strength] = judge(before, after, memory.options.thresholds)
+    if verdict.passed:
         night.results = dict(zip((number for number, _, _ in asked), results, strict=True))
-    return night.verdict.passed
+    return verdict.passed
