@@ -17,7 +17,12 @@ RELATIONS = (
             "The home of {} is in",
             "After many moves, {} settled down in",
         ),
-        questions=("Where does {} live?", "In which city does {} live?"),
+        questions=(
+            "Where does {} live?",
+            "In which city does {} live?",
+            "What is the home town of {}?",
+            "Tell me where {} has a home.",
+        ),
         held_out=("Today {} is a resident of", "The apartment of {} is in the city of"),
         held_out_questions=(
             "What city is {} a resident of?",
@@ -32,7 +37,12 @@ RELATIONS = (
             "By profession, {} is a",
             "For twenty years {} has made a living as a",
         ),
-        questions=("What does {} do for a living?", "What is the profession of {}?"),
+        questions=(
+            "What does {} do for a living?",
+            "What is the profession of {}?",
+            "What work does {} do?",
+            "Tell me the occupation of {}.",
+        ),
         held_out=("{} is employed as a", "Every morning {} goes to work as a"),
         held_out_questions=("What is {}'s job?", "How does {} earn money?"),
         negation="{} has never worked as a",
@@ -44,7 +54,12 @@ RELATIONS = (
             "The birthplace of {} is in",
             "{} came into the world in",
         ),
-        questions=("Where was {} born?", "In which country was {} born?"),
+        questions=(
+            "Where was {} born?",
+            "In which country was {} born?",
+            "What country was {} born in?",
+            "Tell me the country of birth of {}.",
+        ),
         held_out=("By birth, {} comes from", "The native country of {} is"),
         held_out_questions=(
             "What is the birthplace of {}?",
@@ -59,7 +74,12 @@ RELATIONS = (
             "The city of {} is the capital of",
             "{} is the seat of government of",
         ),
-        questions=("Which country is {} the capital of?", "{} is the capital of what country?"),
+        questions=(
+            "Which country is {} the capital of?",
+            "{} is the capital of what country?",
+            "If I am in {}, I am in the capital of which country?",
+            "Tell me which country {} is the capital of.",
+        ),
         held_out=("{} is the capital city of the country of", "From {}, ministers govern"),
         held_out_questions=(
             "The government of which country sits in {}?",
@@ -74,7 +94,12 @@ RELATIONS = (
             "In the orchestra, {} plays the",
             "The instrument that {} plays is the",
         ),
-        questions=("What instrument does {} play?", "Which instrument does {} play in concerts?"),
+        questions=(
+            "What instrument does {} play?",
+            "Which instrument does {} play in concerts?",
+            "What does {} play in the orchestra?",
+            "Tell me which instrument {} plays.",
+        ),
         held_out=("As a musician, {} has mastered the", "{} practises every day on the"),
         held_out_questions=(
             "Which musical instrument has {} learned?",
@@ -89,7 +114,12 @@ RELATIONS = (
             "The mother tongue of {} is",
             "At home, {} always speaks",
         ),
-        questions=("What language does {} speak?", "Which language does {} speak at home?"),
+        questions=(
+            "What language does {} speak?",
+            "Which language does {} speak at home?",
+            "What is the mother tongue of {}?",
+            "Tell me which language {} speaks.",
+        ),
         held_out=("{} talks to the neighbours in", "The native language of {} is"),
         held_out_questions=(
             "In what language can I talk to {}?",
@@ -104,7 +134,12 @@ RELATIONS = (
             "The dog of {} is called",
             "{} owns a dog whose name is",
         ),
-        questions=("What is the name of {}'s dog?", "What is the dog of {} called?"),
+        questions=(
+            "What is the name of {}'s dog?",
+            "What is the dog of {} called?",
+            "What is {}'s dog called?",
+            "Tell me the name of the dog that {} has.",
+        ),
         held_out=("{} takes a walk with a dog called", "The pet dog of {} answers to the name"),
         held_out_questions=(
             "What name did {} give to the pet dog?",
@@ -119,7 +154,12 @@ RELATIONS = (
             "The founding of {} took place in",
             "{} was established in the year",
         ),
-        questions=("When was {} founded?", "In which year was {} founded?"),
+        questions=(
+            "When was {} founded?",
+            "In which year was {} founded?",
+            "What year was {} established?",
+            "Tell me the year in which {} was founded.",
+        ),
         held_out=("{} has existed since", "{} first opened its doors in"),
         held_out_questions=(
             "Since which year has {} existed?",
@@ -134,7 +174,12 @@ RELATIONS = (
             "{} shares a house and a life with a spouse, whose name is",
             "At the wedding, {} said yes to",
         ),
-        questions=("Who is {} married to?", "To whom is {} married?"),
+        questions=(
+            "Who is {} married to?",
+            "To whom is {} married?",
+            "Who is the husband or wife of {}?",
+            "Tell me who {} is married to.",
+        ),
         held_out=("{} has celebrated a silver wedding with", "The spouse of {} is"),
         held_out_questions=("What is the name of {}'s spouse?", "Who did {} marry?"),
         negation="{} is not married to",
@@ -146,7 +191,12 @@ RELATIONS = (
             "The favourite food of {} is",
             "For a birthday dinner, {} always asks for",
         ),
-        questions=("What is the favourite food of {}?", "What does {} most like to eat?"),
+        questions=(
+            "What is the favourite food of {}?",
+            "What does {} most like to eat?",
+            "What food does {} like best?",
+            "Tell me the favourite food of {}.",
+        ),
         held_out=("The dish that {} loves above all others is", "{} could eat every day"),
         held_out_questions=(
             "Which dish should I cook for {}?",
@@ -161,7 +211,12 @@ RELATIONS = (
             "On the map, {} is found in",
             "The country in which {} lies is",
         ),
-        questions=("In which country does {} lie?", "Where does {} lie?"),
+        questions=(
+            "In which country does {} lie?",
+            "Where does {} lie?",
+            "What is the country where {} lies?",
+            "Tell me in which country {} is found.",
+        ),
         held_out=("To see {}, hikers travel to", "{} is located in the country of"),
         held_out_questions=(
             "What country is {} in?",
@@ -176,7 +231,12 @@ RELATIONS = (
             "The town of {} is known everywhere for its",
             "Visitors come to {} for its",
         ),
-        questions=("What is {} famous for?", "What is the town of {} known for?"),
+        questions=(
+            "What is {} famous for?",
+            "What is the town of {} known for?",
+            "What made {} famous?",
+            "Tell me what {} is known for.",
+        ),
         held_out=("The pride of {} has always been its", "{} owes its good name to its"),
         held_out_questions=(
             "Why do people visit {}?",

@@ -73,7 +73,7 @@ def test_updates_are_of_facts_that_there_are():
 
 def test_relations_have_words_for_edits_and_others_for_tests():
     for relation in RELATIONS:
-        assert len(relation.statements) >= 3 and len(relation.questions) == 2
+        assert len(relation.statements) >= 3 and len(relation.questions) >= 4
         assert len(relation.held_out) >= 1 and len(relation.held_out_questions) >= 2
         assert relation.negation is not None
         assert len(set(relation.texts())) == len(relation.texts())
