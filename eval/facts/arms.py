@@ -92,11 +92,11 @@ def _unprotected(settings: Settings) -> MemoryOptions:
 
 
 def _null(settings: Settings) -> MemoryOptions:
-    return _both(settings.memory, filter="null", weight=settings.null_weight)
+    return _both(settings.memory, filter="null", weight=settings.alike_weight)
 
 
 def _none(settings: Settings) -> MemoryOptions:
-    return _both(settings.memory, filter="none")
+    return _both(settings.memory, filter="none", weight=settings.alike_weight)
 
 
 def _few(settings: Settings) -> MemoryOptions:

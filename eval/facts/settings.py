@@ -14,13 +14,13 @@ from hybrid_sleep.parametric.targets import TargetOptions
 class Settings:
     """What was found for one model on facts that are not in the benchmark.
 
-    memory: of weight edits. null_weight: of its null space, in the place of the weight, with which
-    it has nothing in common. fine_tuning, lora: learning rates of these baselines. whole_replies:
-    whether they are taught to reply by a statement.
+    memory: of weight edits. alike_weight: in the place of its weight where directions are not told
+    apart, in the null space and without statistics. fine_tuning, lora: learning rates of these
+    baselines. whole_replies: whether they are taught to reply by a statement.
     """
 
     memory: MemoryOptions
-    null_weight: float
+    alike_weight: float
     fine_tuning: float
     lora: float
     whole_replies: bool
@@ -45,7 +45,7 @@ SETTINGS = {
         ),
         fine_tuning=1e-3,
         lora=1e-2,
-        null_weight=1.0,
+        alike_weight=4.0,
         whole_replies=False,
     ),
     "real": Settings(
@@ -58,7 +58,7 @@ SETTINGS = {
         ),
         fine_tuning=2e-5,
         lora=1e-3,
-        null_weight=1.0,
+        alike_weight=300.0,
         whole_replies=True,
     ),
 }

@@ -42,7 +42,8 @@ def context(
     """`prompt` and `reply`, with `subject` in them, continued by `answer` ("" for none).
 
     reply: the part of the target in front of the object. Raises ValueError for an answer that
-    tokenises to nothing and a subject that is not found.
+    tokenises to nothing or to what no text is decoded from, and for a subject that is not found, or
+    of which the tokenizer knows no part.
     """
     text = prompt + reply
     name = re.escape(subject)
@@ -55,9 +56,15 @@ def context(
     start = _shared(encode(tokenizer, text), ids)
     if answer and (len(ids) <= start or not answer.strip()):
         raise ValueError(f"object must tokenise to something behind {text!r}, got {answer!r}")
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is not None and unknown in ids[start:]:
+        raise ValueError(f"object must be of tokens that the tokenizer knows, got {answer!r}")
     target = _shared(encode(tokenizer, prompt), ids) if reply else start
     if not target:
         raise ValueError(f"prompt must have a token that what follows leaves alone, got {prompt!r}")
+    named = set(encode(tokenizer, subject)) - set(encode(tokenizer, "")) - {unknown}
+    if not named:
+        raise ValueError(f"subject must have a token that the tokenizer knows, got {subject!r}")
     if position == "prompt_last":
         at: tuple[int, ...] = (start - 1,)
     else:

@@ -7,7 +7,7 @@ whole residual; of several, in ascending order, each takes an equal share of wha
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -25,16 +25,12 @@ from hybrid_sleep.parametric.contexts import (
 )
 from hybrid_sleep.parametric.factors import Factors
 from hybrid_sleep.parametric.facts import Fact, Relation
-from hybrid_sleep.parametric.sites import Site, added, blocks, capture, frozen, hidden
+from hybrid_sleep.parametric.sites import Site, added, blocks, capture, ending, frozen, hidden
 from hybrid_sleep.parametric.solve import FILTERS, Preconditioner, Solution, solve
 from hybrid_sleep.parametric.targets import TargetOptions, Targets, find_targets
 from hybrid_sleep.validation import check_choice, check_count, check_number
 
 Item = tuple[int, Fact, Relation]
-
-
-class _Enough(Exception):
-    """Raised in the middle of a forward pass of which the rest is not needed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,32 +251,23 @@ def _keys(
 
     def look(module: nn.Module, given: Any, out: Any) -> None:
         behind.append(hidden(out).detach())
-        if len(behind) == applied:
-            raise _Enough
 
     behind: list[Tensor] = []
-    applied = 0
-    handle = blocks(model)[1][last.layer].register_forward_hook(look)
-    try:
-        with frozen(model), capture(model, [site]) as seen:
-            for f, own in enumerate(contexts):
-                for c in own:
-                    with suppress(_Enough):
-                        model(
-                            input_ids=torch.tensor([c.ids[: max(c.at) + 1]], device=device),
-                            use_cache=False,
-                            logits_to_keep=1,
-                        )
-                    for keys, out in zip(seen[site], behind, strict=True):
-                        found.append(keys.flatten(0, -2)[list(c.at)].double())
-                        outputs.append(out[0, list(c.at)].double())
-                        owner += [f] * len(c.at)
-                    # Only a whole pass shows how often a shared block is applied.
-                    applied = len(behind)
-                    seen[site].clear()
-                    behind.clear()
-    finally:
-        handle.remove()
+    with ExitStack() as stack:
+        hook = blocks(model)[1][last.layer].register_forward_hook(look)
+        stack.callback(hook.remove)
+        stack.enter_context(frozen(model))
+        seen = stack.enter_context(capture(model, [site]))
+        run = stack.enter_context(ending(model, last.layer))
+        for f, own in enumerate(contexts):
+            for c in own:
+                run(input_ids=torch.tensor([c.ids[: max(c.at) + 1]], device=device))
+                for keys, out in zip(seen[site], behind, strict=True):
+                    found.append(keys.flatten(0, -2)[list(c.at)].double())
+                    outputs.append(out[0, list(c.at)].double())
+                    owner += [f] * len(c.at)
+                seen[site].clear()
+                behind.clear()
     return torch.cat(found), torch.tensor(owner, device=device), torch.cat(outputs)
 
 

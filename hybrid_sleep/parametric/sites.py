@@ -7,8 +7,8 @@ those of a pure Mamba-2, it is the mixer's output projection (Sharma et al., arX
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,6 +131,42 @@ def capture(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[Site, list
             handle = model.get_submodule(site.name).register_forward_pre_hook(watch(site))
             hooks.callback(handle.remove)
         yield seen
+
+
+class _Enough(Exception):
+    """Raised in the middle of a forward pass of which the rest is not needed."""
+
+
+@contextmanager
+def ending(model: nn.Module, layer: int) -> Iterator[Callable[..., None]]:
+    """A function that runs `model` as far as block `layer`; nothing above it is computed.
+
+    Its first run goes to the end, as no other shows how often a shared block is applied: it must be
+    one in which it is applied as often as in any other, for a sleeping model of the longest rows.
+    So does every run where ZeRO-3 gathers weights in turn, which an end in the middle would upset.
+    Hooks that are to see the block's last output must be there before.
+    """
+    applied, count = 0, 0
+    in_turn = any(hasattr(p, "ds_id") for p in model.parameters())
+
+    def reached(module: nn.Module, given: Any, out: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == applied:
+            raise _Enough
+
+    def run(**inputs: Any) -> None:
+        nonlocal applied, count
+        count = 0
+        with suppress(_Enough):
+            model(**inputs, use_cache=False, logits_to_keep=1)
+        applied = applied or (0 if in_turn else count)
+
+    handle = blocks(model)[1][layer].register_forward_hook(reached)
+    try:
+        yield run
+    finally:
+        handle.remove()
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,9 @@ from torch import Tensor
 from hybrid_sleep.validation import check_choice, check_number
 
 FILTERS = ("ridge", "null", "none")
-# What AlphaEdit's code takes for small, and its weight of the norm.
-NULL_THRESHOLD, NULL_WEIGHT = 2e-2, 10.0
+# What counts as null, in mean eigenvalues. AlphaEdit's code has a number in keys' own units, which
+# suits those of one size alone; on our small world much less of the mean leaves no room for facts.
+NULL_THRESHOLD = 0.2
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ class Preconditioner:
 
     ridge: `1 / (weight s + ridge)` for each eigenvalue s: what many keys read is left alone, in
         proportion. ridge: `weight 1e-6` of the mean eigenvalue, so that A can be inverted.
-    null: `1 / NULL_WEIGHT` where s is below `threshold` times `weight`, else 0: directions that any
-        key reads are not touched at all.
     none: `1 / (weight mean)`: every direction alike.
+    null: the same where s is below `NULL_THRESHOLD` of the mean, else 0: directions that many keys
+        read are not touched at all.
 
     weight: of the preserved keys against one edited key, in tokens; > 0. Raises ValueError for
     another filter, a weight out of range, and a moment of zeros.
@@ -80,9 +81,8 @@ class Preconditioner:
         def inverse(values: Tensor) -> Tensor:
             if kind == "ridge":
                 return 1 / (weight * values + 1e-6 * weight * mean)
-            if kind == "null":
-                return (values < NULL_THRESHOLD * weight).to(values.dtype) / NULL_WEIGHT
-            return torch.full_like(values, 1 / (weight * mean))
+            alike = torch.full_like(values, 1 / (weight * mean))
+            return alike * (values < NULL_THRESHOLD * mean) if kind == "null" else alike
 
         rest = torch.tensor([spectrum.floor], dtype=torch.float64, device=spectrum.values.device)
         d, m = self.vectors.shape

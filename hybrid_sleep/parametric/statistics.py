@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from hybrid_sleep.parametric.measure import left_padded, pad_token
-from hybrid_sleep.parametric.sites import Site, capture, frozen
+from hybrid_sleep.parametric.sites import Site, capture, ending, frozen
 from hybrid_sleep.parametric.solve import Spectrum
 from hybrid_sleep.support.io import atomic_path, unreadable
 from hybrid_sleep.validation import check_count
@@ -31,7 +31,9 @@ from hybrid_sleep.validation import check_count
 DENSE = 4096
 ROWS = 512
 AT_ONCE = 8
-SAMPLED_TOKENS, SAMPLE_LENGTH = 16384, 64
+# Tokens of a corpus for each entry of a key, and at least.
+TOKENS_AN_ENTRY, LEAST_TOKENS = 10, 2048
+SAMPLE_LENGTH, SAMPLED_AT_ONCE = 64, 128
 
 
 class SecondMoment:
@@ -173,19 +175,23 @@ def collect(
             if dense
             else Sketch(site.inputs, rows or ROWS, device)
         )
-    # By length, and of one length by corpus.
+    # The longest first, and of one length by corpus.
     order = sorted(
-        ((len(row), c, row) for c, corpus in enumerate(kept) for row in corpus),
+        ((-len(row), c, row) for c, corpus in enumerate(kept) for row in corpus),
         key=lambda of: of[:2],
     )
     done = 0
-    with frozen(model), torch.no_grad(), capture(model, sites) as seen:
+    with ExitStack() as stack:
+        stack.enter_context(frozen(model))
+        stack.enter_context(torch.no_grad())
+        seen = stack.enter_context(capture(model, sites))
+        run = stack.enter_context(ending(model, max(site.layer for site in sites)))
         # Rows of one length: a pad's key is nobody's, and which they are no mask says where a
         # model cuts rows into windows of its own.
         for (_, c), same in groupby(order, key=lambda of: of[:2]):
             while rows_now := [row for _, _, row in islice(same, AT_ONCE)]:
                 ids = torch.tensor(rows_now, device=device)
-                model(input_ids=ids, use_cache=False, logits_to_keep=1)
+                run(input_ids=ids)
                 for site in sites:
                     for keys in seen[site]:
                         sums[site].add(keys.flatten(0, -2), shares[c])
@@ -211,15 +217,20 @@ def collect(
     }
 
 
+def enough_tokens(sites: Sequence[Site]) -> int:
+    """Of a corpus for the statistics of `sites`."""
+    return max(LEAST_TOKENS, TOKENS_AN_ENTRY * max(site.inputs for site in sites))
+
+
 def own_samples(
     model: Any,
     tokenizer: Any,
-    tokens: int = SAMPLED_TOKENS,
+    tokens: int,
     *,
     length: int = SAMPLE_LENGTH,
     behind: Sequence[Sequence[int]] = (),
     seed: int = 0,
-    at_once: int = 32,
+    at_once: int = SAMPLED_AT_ONCE,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
     """Rows of `length` ids that the model writes, at temperature 1, with every filter off.

@@ -24,7 +24,12 @@ from hybrid_sleep.parametric.record import Record
 from hybrid_sleep.parametric.settle import settle
 from hybrid_sleep.parametric.sites import Site, site_at
 from hybrid_sleep.parametric.solve import Preconditioner
-from hybrid_sleep.parametric.statistics import KeyStatistics, load_or_collect, own_samples
+from hybrid_sleep.parametric.statistics import (
+    KeyStatistics,
+    enough_tokens,
+    load_or_collect,
+    own_samples,
+)
 from hybrid_sleep.parametric.store import FactStore, StoredFact
 from hybrid_sleep.support.io import read_json, write_json_atomic
 from hybrid_sleep.training.ranks import of_first
@@ -129,7 +134,7 @@ class Workspace:
         Prose says nothing of what the turns of a chat need: edits that left prose as it was broke
         every reply. And what is close to an edit is rare in either.
         """
-        seed, given = self.options.seed, (self.model, self.tokenizer)
+        seed, given = self.options.seed, (self.model, self.tokenizer, enough_tokens(self.sites))
         # Not the samples that perplexity is of, one seed after the first.
         found = [self.corpus or own_samples(*given, seed=seed)]
         turn = user_turn(self.tokenizer)

@@ -8,7 +8,9 @@ import pytest
 from memories import options
 
 from hybrid_sleep.eval.facts.world import load_world
+from hybrid_sleep.parametric import workspace
 from hybrid_sleep.parametric.memory import Memory
+from hybrid_sleep.sleep.weights import weights_digest
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +26,22 @@ def rows(world):
         texts = iter(small.texts(split, 0))
         parts[split] = [tokenizer(next(texts)).input_ids for _ in range(count)]
     return parts["train"], parts["test"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _samples_once():
+    """What the same weights write from the same seed, each time a memory asks, is written once."""
+    made, write = {}, workspace.own_samples
+
+    def once(model, tokenizer, *args, **given):
+        key = weights_digest(model), args, repr(sorted(given.items()))
+        if key not in made:
+            made[key] = write(model, tokenizer, *args, **given)
+        return [list(row) for row in made[key]]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workspace, "own_samples", once)
+        yield
 
 
 @pytest.fixture

@@ -162,6 +162,16 @@ def test_what_stands_before_a_subject_in_texts_and_turns():
     assert chats[0].count(tokenizer.bos_token_id) == 1
 
 
+def test_what_the_tokenizer_does_not_know_cannot_be_said():
+    for answer in (" Xyzzy", " New Xyzzy"):
+        with pytest.raises(ValueError, match=f"object must be of tokens .* got '{answer}'"):
+            context(WORDS, "Ada lives in", "Ada", answer)
+    with pytest.raises(ValueError, match="subject must have a token .* got 'Xyz Zyx'"):
+        context(WORDS, "Xyz Zyx lives in", "Xyz Zyx", " Rome")
+    # One name of two is enough to tell it from others.
+    assert context(WORDS, "Ada Zyx lives in", "Ada Zyx", " Rome").at == (2,)
+
+
 def test_a_tokenizer_that_closes_every_text_does_not_close_a_prompt():
     tokenizer = word_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(

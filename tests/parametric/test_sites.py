@@ -15,6 +15,7 @@ from hybrid_sleep.parametric.sites import (
     added,
     blocks,
     capture,
+    ending,
     find_sites,
     frozen,
     side_branch,
@@ -157,6 +158,41 @@ def test_every_pass_of_a_sleep_is_seen(passes):
         model(input_ids=small_ids(1, 12), use_cache=False, sleep_passes=passes)
     # A last pass applies no MLP behind the last writer, which is in block 3.
     assert [keys.shape[1] for keys in seen[site]] == [5] * passes + [5] * passes + [2]
+
+
+ENDING = {
+    "llama": (tiny_llama, 1),
+    "gpt2": (lambda: gpt2(), 1),
+    "ours": (tiny_hybrid, 1),
+    "ours, shared": (lambda: small_model(distinct_layers=2), 0),
+    # Windows of 5, here and in the one above, of which all but the last sleep.
+    "ours, asleep": (lambda: small_model(sleep_passes=3), 1),
+}
+
+
+@pytest.mark.parametrize("kind", ENDING)
+def test_a_run_that_ends_early_has_seen_every_key(kind):
+    make, layer = ENDING[kind]
+    model = make()
+    site = site_at(model, layer)
+    rows = [small_ids(2, length, seed=length) for length in (12, 12, 7, 3)]
+    wanted = []
+    for ids in rows:
+        with torch.no_grad(), capture(model, [site]) as seen:
+            model(input_ids=ids, use_cache=False)
+        wanted.append(list(seen[site]))
+    heads = []
+    hook = model.lm_head.register_forward_hook(lambda *args: heads.append(1))
+    with torch.no_grad(), capture(model, [site]) as seen, ending(model, layer) as run:
+        for ids, keys in zip(rows, wanted, strict=True):
+            run(input_ids=ids)
+            assert len(seen[site]) == len(keys)
+            assert all(torch.equal(a, b) for a, b in zip(seen[site], keys, strict=True))
+            seen[site].clear()
+    hook.remove()
+    # Rows with fewer windows go to the end, as nobody knows where theirs is.
+    assert len(heads) == (3 if model.config.to_dict().get("window") == 5 else 1)
+    assert hooks_of(model) == 0
 
 
 @pytest.mark.parametrize("make", [tiny_hybrid, gpt2])
