@@ -148,7 +148,7 @@ class Replay:
         with torch.no_grad():
             cache = self.model(
                 input_ids=self.ids[:1, :same], use_cache=True, logits_to_keep=1
-            ).past_key_values
+            ).cache
         plain = type(cache) is DynamicCache and all(type(x) is DynamicLayer for x in cache.layers)
         return cache if plain else None
 
