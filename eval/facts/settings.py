@@ -27,9 +27,9 @@ class Settings:
 
 
 # What is tried by a gate after the settings' own weight: a little more of it costs little recall.
-STRENGTHS = (1.0, 1.5, 2.0, 4.0)
+STRENGTHS = (1.0, 1.25, 1.5, 2.0, 4.0)
 HASTY = TargetOptions(clamp=1.5, rate=0.05, steps=30, stop=0.25, kl=0.0)
-CAREFUL = TargetOptions(clamp=1.5, rate=0.02, steps=80, stop=0.25, kl=0.0)
+CAREFUL = TargetOptions(clamp=1.5, rate=0.02, steps=80, stop=0.18, kl=0.0)
 WEIGHT = 12000.0
 REAL = TargetOptions(clamp=1.5, rate=0.1, steps=20, stop=0.05, kl=0.0)
 
@@ -40,7 +40,7 @@ SETTINGS = {
             wake=EditOptions(
                 weight=70.0, position="prompt_last", target=HASTY, statements=1, questions=1
             ),
-            night=EditOptions(weight=70.0, position="prompt_last", target=CAREFUL),
+            night=EditOptions(weight=100.0, position="prompt_last", target=CAREFUL),
             strengths=STRENGTHS,
         ),
         fine_tuning=1e-3,
@@ -54,7 +54,7 @@ SETTINGS = {
             wake=EditOptions(weight=WEIGHT, target=REAL, statements=1, questions=2),
             night=EditOptions(weight=WEIGHT, target=REAL, statements=2, about=1),
             thresholds=Thresholds(recall=0.8, paraphrase=0.8, locality=0.95),
-            strengths=STRENGTHS[::2],
+            strengths=(1.0, 2.0),
         ),
         fine_tuning=2e-5,
         lora=1e-3,
