@@ -7,12 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from editable import tiny_llama
 from memories import OPEN, SURE, bits, options, same
 
 from hybrid_sleep import SleepCache
 from hybrid_sleep.parametric.facts import Fact
 from hybrid_sleep.parametric.gate import Thresholds
 from hybrid_sleep.parametric.probes import audit, is_healthy
+from hybrid_sleep.parametric.settle import spread
 from hybrid_sleep.support.io import read_json
 
 
@@ -158,6 +160,11 @@ def test_calibration_keeps_the_strength_and_the_front_and_touches_no_weight(
         assert memory.options.night.weight == found.chosen.weight
         with pytest.raises(ValueError, match="probes must be one or more"):
             memory.calibrate([])
+
+
+def test_deep_models_share_a_change_among_layers():
+    for depth, wanted in ((4, (3,)), (19, (3,)), (20, (2, 3)), (30, (1, 2, 3)), (60, (0, 1, 2, 3))):
+        assert spread(tiny_llama(num_hidden_layers=depth), 3) == wanted
 
 
 def test_where_nothing_is_said_a_place_is_found(world, model, opened, tmp_path):
