@@ -30,7 +30,6 @@ class Settings:
 STRENGTHS = (1.0, 1.25, 1.5, 2.0, 4.0)
 HASTY = TargetOptions(clamp=1.5, rate=0.05, steps=30, stop=0.25, kl=0.0)
 CAREFUL = TargetOptions(clamp=1.5, rate=0.02, steps=80, stop=0.18, kl=0.0)
-WEIGHT = 12000.0
 REAL = TargetOptions(clamp=1.5, rate=0.1, steps=20, stop=0.05, kl=0.0)
 
 SETTINGS = {
@@ -51,12 +50,13 @@ SETTINGS = {
     "real": Settings(
         memory=MemoryOptions(
             layers=(10, 11, 12),
-            wake=EditOptions(weight=WEIGHT, target=REAL, statements=1, questions=2),
-            night=EditOptions(weight=WEIGHT, target=REAL, statements=2, about=1),
+            # A third of the night's contexts, and so of the keys that preserved ones weigh against.
+            wake=EditOptions(weight=4000.0, target=REAL, statements=1, questions=2),
+            night=EditOptions(weight=12000.0, target=REAL, statements=2, about=1),
             thresholds=Thresholds(recall=0.8, paraphrase=0.8, locality=0.95),
-            strengths=(1.0, 2.0),
+            strengths=(1.0, 1.5, 2.0, 3.0),
         ),
-        fine_tuning=2e-5,
+        fine_tuning=1e-5,
         lora=1e-3,
         alike_weight=300.0,
         whole_replies=True,

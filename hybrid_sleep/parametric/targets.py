@@ -106,7 +106,7 @@ class Replay:
             self.at[row, list(c.at)] = True
         self.below: list[list[Any]] = [[] for _ in range(site.layer)]
         self.begun = self._begin()
-        self.start = self.begun.get_seq_length() if self.begun is not None else 0
+        self.start = self.begun[0][0].shape[-2] if self.begun else 0
         passed: list[Tensor] = []
 
         def keep(i: int) -> Callable[..., None]:
@@ -136,30 +136,32 @@ class Replay:
         h = torch.stack(passed).to(self.at_least_fp32(passed[0].dtype))
         self.norm = (h.norm(dim=-1).mean(0) * self.at[:, self.start :]).sum(1) / self.at.sum(1)
 
-    def _begin(self) -> DynamicCache | None:
-        """The keys and values of the tokens that all rows begin with; None where it is not worth
-        it, and for models that remember in another way."""
+    def _begin(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values `[1, heads, T, d]` of the tokens that all rows begin with, by layer; none
+        where it is not worth it, and for models that remember in another way."""
         rows = [c.ids[: min(*c.at, c.target - 1)] for c in self.contexts]
         pairs = zip(*rows, strict=False)
         same = next((i for i, of in enumerate(pairs) if len(set(of)) > 1), min(map(len, rows)))
         takes_it = "cache" in inspect.signature(self.model.forward).parameters
         if same < LEAST_BEGUN or not takes_it:
-            return None
+            return []
         with torch.no_grad():
             cache = self.model(
                 input_ids=self.ids[:1, :same], use_cache=True, logits_to_keep=1
             ).cache
-        plain = type(cache) is DynamicCache and all(type(x) is DynamicLayer for x in cache.layers)
-        return cache if plain else None
+        if type(cache) is not DynamicCache:
+            return []
+        plain = [x for x in cache.layers if type(x) is DynamicLayer]
+        held = [(x.keys, x.values) for x in plain if x.keys is not None and x.values is not None]
+        return held if len(held) == len(cache.layers) else []
 
     def _logits(self, rows: Tensor, first: int, width: int) -> Tensor:
         """Logits of `rows` from token `first` to `width`."""
         given: dict[str, Any] = {"use_cache": False}
-        if self.begun is not None:
-            past = DynamicCache()
-            for i, layer in enumerate(self.begun.layers):
-                shape = (len(rows), -1, -1, -1)
-                past.update(layer.keys.expand(shape), layer.values.expand(shape), i)
+        if self.begun:
+            past, shape = DynamicCache(), (len(rows), -1, -1, -1)
+            for i, (keys, values) in enumerate(self.begun):
+                past.update(keys.expand(shape), values.expand(shape), i)
             given = {"use_cache": True, "cache": past}
         return self.model(
             input_ids=self.ids[rows, self.start : width],
