@@ -169,8 +169,13 @@ def _costs(result: FactsResult) -> list[str]:
         ]
         stored = [p.bytes / p.facts for p in last if p.bytes is not None and p.facts]
         sleeps = [p for row in found for p in row.sleeps]
+        # Of the failures at all strengths the first one; the file has the others.
         told = sorted(
-            {f"{len(row.sleeps)} x {row.sleeps[-1].outcome}" for row in found if row.sleeps}
+            {
+                f"{len(row.sleeps)} x {row.sleeps[-1].outcome.partition(';')[0]}"
+                for row in found
+                if row.sleeps
+            }
         )
         rows.append(
             [
