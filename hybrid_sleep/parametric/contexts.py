@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hybrid_sleep.parametric.facts import SLOT, Fact, Relation
-from hybrid_sleep.parametric.measure import chat_prompt, encode
+from hybrid_sleep.parametric.measure import chat_prompt, encode, opening
 
 POSITIONS = ("subject_last", "prompt_last")
 REPLIES = ("statement", "object")
@@ -124,16 +124,13 @@ def edit_contexts(
 def beginnings(tokenizer: Any, relations: Iterable[Relation]) -> list[list[int]]:
     """Ids of what stands before the subject in the texts of `relations` that edits are made in,
     where that is more than a turn's opening; each once."""
-    chat = chat_prompt(tokenizer, SLOT)
+    turn = opening(tokenizer)
     heads = {
-        text.partition(SLOT)[0]
+        before + text.partition(SLOT)[0]
         for relation in relations
-        for text in (
-            *relation.statements,
-            *(chat.replace(SLOT, question) for question in relation.questions),
-        )
-    }
-    heads -= {"", chat.partition(SLOT)[0]}
+        for before, texts in (("", relation.statements), (turn, relation.questions))
+        for text in texts
+    } - {"", turn}
     # Without the space, which belongs to the next word's token.
     return [encode(tokenizer, head.rstrip()) for head in sorted(heads)]
 

@@ -13,6 +13,7 @@ from hybrid_sleep.parametric.sites import frozen
 
 TOKENS = 12
 AT_ONCE = 32
+# Words that no template has.
 QUESTION = "Quo usque tandem?"
 
 
@@ -75,13 +76,17 @@ def chat_prompt(tokenizer: Any, question: str, system: str | None = None) -> str
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
+def opening(tokenizer: Any) -> str:
+    """What `chat_prompt` puts before a question."""
+    before, found, _ = chat_prompt(tokenizer, QUESTION).partition(QUESTION)
+    return before if found else ""
+
+
 def user_turn(tokenizer: Any) -> list[int]:
     """Ids of what stands before a user's words in a chat; empty without a template."""
-    if getattr(tokenizer, "chat_template", None) is None:
-        return []
-    # Words that no template has.
-    before, found, _ = chat_prompt(tokenizer, QUESTION).partition(QUESTION)
-    return encode(tokenizer, before) if found and before else []
+    before = opening(tokenizer)
+    templated = getattr(tokenizer, "chat_template", None) is not None
+    return encode(tokenizer, before) if templated and before else []
 
 
 def pad_token(tokenizer: Any) -> int:

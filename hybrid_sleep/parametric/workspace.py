@@ -235,6 +235,8 @@ class Workspace:
         new = self.edited.keep(self.sites)
         if new:
             self.asked(lambda store: store.save_pristine(new))
+        # Plain words, of a relation that nobody gave, are words that statistics are of as well.
+        self.relations = {r.name.casefold(): r for r in relations} | self.relations
         # With the pristine weights, which a trial would not leave alone.
         self.statistics()
 

@@ -11,6 +11,8 @@ from editable import tiny_llama
 from memories import OPEN, SURE, bits, options, same
 
 from hybrid_sleep import SleepCache
+from hybrid_sleep.parametric import workspace
+from hybrid_sleep.parametric.contexts import beginnings
 from hybrid_sleep.parametric.facts import Fact
 from hybrid_sleep.parametric.gate import Thresholds
 from hybrid_sleep.parametric.probes import audit, is_healthy
@@ -160,6 +162,22 @@ def test_calibration_keeps_the_strength_and_the_front_and_touches_no_weight(
         assert memory.options.night.weight == found.chosen.weight
         with pytest.raises(ValueError, match="probes must be one or more"):
             memory.calibrate([])
+
+
+def test_keys_are_counted_on_plain_words_of_a_relation_too(world, model, opened, monkeypatch):
+    _, tokenizer, small = world
+    behind, write = [], workspace.own_samples
+    monkeypatch.setattr(
+        workspace,
+        "own_samples",
+        lambda *args, **given: behind.extend(given.get("behind", ())) or write(*args, **given),
+    )
+    fact = small.unseen_facts(1)[0]
+    with opened(model, relations=[]) as memory:
+        memory.learn(Fact(fact.subject, fact.relation, fact.object))
+        plain = memory.relation(fact.relation)
+    wanted = beginnings(tokenizer, [plain])
+    assert wanted and behind[-len(wanted) :] == wanted
 
 
 def test_deep_models_share_a_change_among_layers():
