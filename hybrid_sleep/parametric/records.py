@@ -11,8 +11,8 @@ from typing import Any
 from hybrid_sleep.parametric.facts import Fact
 from hybrid_sleep.parametric.schema import RETIRED
 
-# Name and digest of each, in order.
-Files = tuple[tuple[str, str], ...]
+# Name and digest.
+File = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class StoredFact:
 class Commit:
     """A step of the weights, or, unless its status is "committed", the record of an attempt.
 
-    digest: of the weights after it. files: of the factors that make them, in order.
+    digest: of the weights after it. file: of the factors that it adds, if any; behind: the commit
+    whose factors come before, None where it replaced all.
     effective: the newest commit that no undo has taken back by then, None for pristine weights.
     """
 
@@ -47,7 +48,8 @@ class Commit:
     time: str
     status: str
     digest: str
-    files: Files
+    file: File | None
+    behind: int | None
     effective: int | None
     report: dict[str, Any]
 
@@ -72,18 +74,31 @@ def read_facts(db: sqlite3.Connection, where: str, values: Sequence[Any]) -> lis
 def read_commits(db: sqlite3.Connection, where: str, values: Sequence[Any] = ()) -> list[Commit]:
     """The commits for which `where` holds, an SQL condition with `values`; the oldest first."""
     rows = db.execute(
-        "SELECT id, parent, kind, time, status, digest, files, effective, report "
-        f"FROM commits WHERE {where} ORDER BY id",
+        "SELECT id, parent, kind, time, status, digest, file, file_digest, behind, effective, "
+        f"report FROM commits WHERE {where} ORDER BY id",
         values,
     )
     return [
         Commit(
             number, parent, kind, time, status, digest,
-            tuple((name, of) for name, of in json.loads(files)), effective,
-            json.loads(report),
+            (name, of) if name else None, behind, effective, json.loads(report),
         )
-        for number, parent, kind, time, status, digest, files, effective, report in rows
+        for number, parent, kind, time, status, digest, name, of, behind, effective, report in rows
     ]  # fmt: skip
+
+
+def read_files(db: sqlite3.Connection, commit: int | None) -> list[File]:
+    """Of the factors that make the weights after `commit`, one in effect (None: no edit), in order.
+
+    A commit refers to the one before it, so that what is kept of each has one size.
+    """
+    return db.execute(
+        "WITH RECURSIVE chain (id, steps) AS (SELECT ?, 0 UNION ALL "
+        "SELECT behind, steps + 1 FROM chain JOIN commits USING (id) WHERE behind IS NOT NULL) "
+        "SELECT file, file_digest FROM chain JOIN commits USING (id) WHERE file IS NOT NULL "
+        "ORDER BY steps DESC",
+        (commit,),
+    ).fetchall()
 
 
 def explain(db: sqlite3.Connection, known: StoredFact) -> dict[str, Any]:

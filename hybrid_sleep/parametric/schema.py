@@ -21,7 +21,7 @@ STATUSES = (COMMITTED, "rolled back", "nothing to do")
 APPLICATION = 0x68736661  # "hsfa", says whose file it is
 WAIT = 30.0  # seconds for a writer, or a reader, to end what it is at
 
-VERSION = 1
+VERSION = 2
 SCHEMA = (
     "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
     "CREATE TABLE relations (key TEXT PRIMARY KEY, words TEXT NOT NULL)",
@@ -40,7 +40,9 @@ SCHEMA = (
         parent INTEGER REFERENCES commits (id),
         kind TEXT NOT NULL, time TEXT NOT NULL,
         status TEXT NOT NULL CHECK (status IN {STATUSES}),
-        digest TEXT NOT NULL, files TEXT NOT NULL,
+        digest TEXT NOT NULL,
+        file TEXT, file_digest TEXT,
+        behind INTEGER REFERENCES commits (id),
         effective INTEGER REFERENCES commits (id),
         report TEXT NOT NULL)""",
     """CREATE TABLE changes (
@@ -129,10 +131,10 @@ def _checked(path: Path, db: sqlite3.Connection) -> int:
         return 0
     if application != APPLICATION:
         raise ValueError(f"{path} must be a store of facts, got the database of something else")
-    if version > VERSION:
+    if version != VERSION:
+        which = "a newer version" if version > VERSION else "a version before the first release"
         raise ValueError(
-            f"schema of {path} must be at most {VERSION}, got {version}; a newer version of "
-            "hybrid_sleep wrote it"
+            f"schema of {path} must be {VERSION}, got {version}; {which} of hybrid_sleep wrote it"
         )
     found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
     if found != "ok":

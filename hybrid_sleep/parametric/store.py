@@ -4,9 +4,9 @@
     commit-000001.safetensors     the factors that a commit adds
     pristine.safetensors          the weights of the edited sites as they were before any edit
 
-The weights after a commit are the pristine ones plus the factors that it lists. Factors are written
-first, then one transaction refers to them, so a process killed at any moment leaves the state
-before a commit or the one after; files that no commit refers to go at the next opening.
+The weights after a commit are the pristine ones plus its factors and those behind it. Factors are
+written first, then one transaction refers to them, so a process killed at any moment leaves the
+state before a commit or the one after; files that no commit refers to go at the next opening.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ from hybrid_sleep.parametric.files import (
 )
 from hybrid_sleep.parametric.records import (
     Commit,
-    Files,
+    File,
     StoredFact,
     explain,
     read_commits,
     read_facts,
+    read_files,
 )
 from hybrid_sleep.parametric.schema import (
     COMMITTED,
@@ -99,12 +100,11 @@ class FactStore:
             db = open_database(folder / DATABASE, base, model, write)
             held.callback(db.close)
             store = cls(folder, db, held, write)
-            head = store.head
-            for name, _ in head.files if head else ():
+            for name, _ in store.files():
                 if not (folder / name).is_file():
                     raise unreadable(folder / name, "it is no file")
             if write:
-                used = {name for commit in store.history() for name, _ in commit.files}
+                used = {commit.file[0] for commit in store.history() if commit.file}
                 remove_orphans(folder, used)
             store._held = held.pop_all()
         return store
@@ -270,14 +270,16 @@ class FactStore:
         text = _json(dict(report or {}))
         head = self.head
         number = 1 if head is None else head.id + 1
-        files: Files = () if replace or head is None else head.files
         self._check_writable()
-        if factors:
-            files = (*files, write_factors(self.folder, number, factors))
-        effective = number if status == COMMITTED else head.effective if head else None
+        file = write_factors(self.folder, number, factors) if factors else None
+        before = head.effective if head else None
+        behind = before if status == COMMITTED and not replace else None
+        effective = number if status == COMMITTED else before
         was = head.digest if head else self.base
         with self._transaction("commit"):
-            self._insert(number, kind, status, digest or was, files, effective, text, states)
+            self._insert(
+                number, kind, status, digest or was, file, behind, effective, text, states
+            )
             self._db.executemany(
                 "INSERT INTO edits (commit_id, fact_id, site, diagnostics) VALUES (?, ?, ?, ?)",
                 [(number, *edit) for edit in made_edits],
@@ -301,7 +303,6 @@ class FactStore:
         undone = self._commit(head.effective)
         target = None if undone.parent is None else self._commit(undone.parent)
         digest = target.digest if target else self.base
-        files = target.files if target else ()
         effective = target.effective if target else None
         text = _json({"undone": undone.id, **(report or {})})
         query = "SELECT fact_id, before FROM changes WHERE commit_id = ?"
@@ -310,7 +311,9 @@ class FactStore:
                 number: RETIRED if undone.kind == "wake" and before in WAITING else before
                 for number, before in self._db.execute(query, (undone.id,))
             }
-            self._insert(head.id + 1, "undo", COMMITTED, digest, files, effective, text, states)
+            self._insert(
+                head.id + 1, "undo", COMMITTED, digest, None, None, effective, text, states
+            )
         return self._commit(head.id + 1)
 
     def record_audit(
@@ -341,14 +344,16 @@ class FactStore:
         kind: str,
         status: str,
         digest: str,
-        files: Files,
+        file: File | None,
+        behind: int | None,
         effective: int | None,
         report: str,
         states: Mapping[int, str],
     ) -> None:
-        row = (number, number - 1 or None, kind, now(), status, digest, _json(files))
+        row = (number, number - 1 or None, kind, now(), status, digest, *(file or (None, None)))
         self._db.execute(
-            "INSERT INTO commits VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (*row, effective, report)
+            "INSERT INTO commits VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (*row, behind, effective, report),
         )
         for known, state in self._settled(states):
             self._db.execute(
@@ -384,14 +389,17 @@ class FactStore:
 
     # Tensors
 
+    def files(self, commit: int | None = None) -> list[File]:
+        """Name and digest of the files of `factors`, in order."""
+        at = self.head if commit is None else self._commit(commit)
+        return read_files(self._db, at.effective) if at else []
+
     def factors(self, commit: int | None = None) -> list[dict[str, Factors]]:
         """The factors, by site, that make the weights after `commit` (None: the newest), in order.
 
         OSError or ValueError, naming the file, if one is damaged.
         """
-        at = self.head if commit is None else self._commit(commit)
-        files = at.files if at else ()
-        return [read_factors(self.folder / name, digest) for name, digest in files]
+        return [read_factors(self.folder / name, digest) for name, digest in self.files(commit)]
 
     def keys(self) -> dict[str, tuple[Tensor, Tensor]]:
         """By site, the keys `[p, d]` that edits are to leave as they are, and facts `[p]`: whose.

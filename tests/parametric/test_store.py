@@ -56,14 +56,14 @@ def test_the_schema_is_the_one_that_this_version_number_stands_for(store):
     assert found == {
         "audits": "id time fact_id commit_id results",
         "changes": "commit_id fact_id before after",
-        "commits": "id parent kind time status digest files effective report",
+        "commits": "id parent kind time status digest file file_digest behind effective report",
         "edits": "fact_id commit_id site diagnostics",
         "facts": "id subject relation object subject_key relation_key version state created source "
         "span_start span_end supersedes",
         "meta": "name value",
         "relations": "key words",
     }
-    assert store._db.execute("PRAGMA user_version").fetchone() == (1,)
+    assert store._db.execute("PRAGMA user_version").fetchone() == (2,)
     assert store.meta.keys() == {"base", "model", "created"} and store.meta["model"] == "small"
     assert store.base == BASE
 
@@ -188,7 +188,7 @@ def test_undo_is_the_inverse_of_a_commit_in_any_order(tmp_path_factory, actions)
     def outside():
         written = {known.id for known in store.facts(WRITTEN)}
         head = store.head
-        return written, head.digest if head else BASE, head.files if head else ()
+        return written, head.digest if head else BASE, tuple(store.files())
 
     for number, (action, *values) in enumerate(actions):
         if action == "add":
@@ -241,6 +241,24 @@ def test_undo_is_the_inverse_of_a_commit_in_any_order(tmp_path_factory, actions)
         # At most one version is in the weights, and one that waits is later.
         assert all(kinds in ([True], [False], [True, False]) for kinds in by_key.values())
     store.close()
+
+
+def test_what_is_kept_of_a_commit_does_not_grow_with_their_number(store):
+    def size(number):
+        columns = [row[1] for row in store._db.execute("PRAGMA table_info(commits)")]
+        total = " + ".join(f"coalesce(length({name}), 0)" for name in columns)
+        query = f"SELECT {total} FROM commits WHERE id = ?"
+        return store._db.execute(query, (number,)).fetchone()[0]
+
+    made = []
+    for i in range(40):
+        (one,) = store.add([Fact(f"Subject {i}", "lives in", "Faro")])
+        made.append(factors([one], seed=i))
+        store.commit("wake", states={one: "active"}, factors=made[-1], digest=f"{i:064d}")
+    # Ids and numbers of two digits: id, parent, behind and effective.
+    assert size(40) <= size(5) + 4
+    assert len(store.files()) == 40 and len(store.files(7)) == 7
+    assert all(same(a, b) for a, b in zip(store.factors(), made, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -388,10 +406,15 @@ def test_stores_that_are_not_for_this_model_or_version_are_refused_as_they_are(s
         FactStore.open(store.folder, "1" * 64)
 
     db = sqlite3.connect(file)
-    db.execute("PRAGMA user_version = 2")
+    db.execute("PRAGMA user_version = 1")
+    db.close()
+    with pytest.raises(ValueError, match="facts.db must be 2, got 1; a version before the first"):
+        FactStore.open(store.folder, BASE)
+    db = sqlite3.connect(file)
+    db.execute("PRAGMA user_version = 3")
     db.close()
     before = file.read_bytes()
-    with pytest.raises(ValueError, match="schema of .*facts.db must be at most 1, got 2; a newer"):
+    with pytest.raises(ValueError, match="schema of .*facts.db must be 2, got 3; a newer"):
         FactStore.open(store.folder, BASE)
     assert file.read_bytes() == before and os.listdir(store.folder) == ["facts.db"]
 
