@@ -19,6 +19,7 @@ from hybrid_sleep.parametric.edited import EditedWeights
 from hybrid_sleep.parametric.factors import merged
 from hybrid_sleep.parametric.facts import Fact, Relation
 from hybrid_sleep.parametric.files import read_pristine
+from hybrid_sleep.parametric.gate import OF_FACTS
 from hybrid_sleep.parametric.measure import ask, chat_prompt
 from hybrid_sleep.parametric.options import MemoryOptions, chosen_options, remember_options
 from hybrid_sleep.parametric.pressure import Measures, Pressure, pressure
@@ -154,9 +155,10 @@ class Memory(Workspace):
     def sleep(self, progress: Progress | None = None) -> Record:
         """Audit all facts, solve for them together from the pristine weights, commit or roll back.
 
-        The six steps are the modules of `steps/`. Where the gate does not pass, the same solution
-        is tried at the larger strengths of the options; if none passes, the weights are what they
-        were, bit for bit. With nothing new since the last sleep, nothing changes.
+        The six steps are the modules of `steps/`. Where locality, negation or perplexity misses its
+        threshold, the same solution is tried at the larger strengths of the options, and of those
+        that the gate passes the one with the fewest misses stays; if none passes, the weights are
+        what they were, bit for bit. With nothing new since the last sleep, nothing changes.
         progress: called with the step, what is done of it, and of how much.
         """
         night = Night(self, progress)
@@ -172,16 +174,24 @@ class Memory(Workspace):
             self.edited.materialise([])
             planned = plan(night)
             for strength in self.options.strengths:
-                maintain(night, planned, strength)
-                if validate(night, strength):
-                    why = "" if strength == 1 else f"at {strength:g} times the weight"
-                    done = report(night, "committed", why)
-                    change.keep()
-                    return done
+                attempt = validate(night, strength, maintain(night, planned, strength))
+                night.attempts.append(attempt)
+                if not set(attempt.verdict.missed) - set(OF_FACTS):
+                    break
+            passed = [attempt for attempt in night.attempts if attempt.verdict.passed]
+            if passed:
+                chosen = night.chosen = min(passed, key=lambda x: len(x.verdict.missed))
+                if chosen is not night.attempts[-1]:
+                    self.edited.materialise([chosen.edit.factors] if chosen.edit else [])
+                strength = chosen.strength
+                why = "" if strength == 1 else f"at {strength:g} times the weight"
+                done = report(night, "committed", why)
+                change.keep()
+                return done
         failures = [
-            f"at {strength:g} times the weight {failure}"
-            for strength, verdict in night.verdicts.items()
-            for failure in verdict.failures
+            f"at {attempt.strength:g} times the weight {failure}"
+            for attempt in night.attempts
+            for failure in attempt.verdict.failures
         ]
         return report(night, "rolled back", "; ".join(failures))
 

@@ -23,7 +23,8 @@ class MemoryOptions:
         the position of keys.
     wake: how `learn` writes; night: how a sleep does, by default in every wording of a relation.
     thresholds: of the gate. limits: of the pressure to sleep. cap: facts to keep at most.
-    strengths: multiples of the night's weight, tried in order until the gate passes.
+    strengths: multiples of the night's weight, tried in order while locality, negation or
+        perplexity misses its threshold.
     naps: facts that a nap audits. seed: of all that is drawn.
     """
 

@@ -14,9 +14,10 @@ from hybrid_sleep import SleepCache
 from hybrid_sleep.parametric import workspace
 from hybrid_sleep.parametric.contexts import beginnings
 from hybrid_sleep.parametric.facts import Fact
-from hybrid_sleep.parametric.gate import Thresholds
+from hybrid_sleep.parametric.gate import Measured, Thresholds
 from hybrid_sleep.parametric.probes import audit, is_healthy
 from hybrid_sleep.parametric.settle import spread
+from hybrid_sleep.parametric.steps import health, validate
 from hybrid_sleep.support.io import read_json
 
 
@@ -92,6 +93,50 @@ def test_a_gate_that_does_not_pass_rolls_back_bit_for_bit(world, model, opened):
                 assert f"failed at {x['strength']:g} times the weight: {failure}" in str(record)
         assert same(before, bits(model)) and model.config.weights_version > version
         assert {x.state for x in memory.facts()} == {"active", "retired"}
+
+
+# By strength: measured locality, of which .9 is asked, and recall, of which .8 is.
+GATES = {
+    "the first that meets all": ({1: (0.7, 1.0), 3: (0.95, 1.0), 9: (1.0, 1.0)}, 3, [1, 3]),
+    "none meets all: the first of what is no worse": (
+        {1: (0.7, 1.0), 3: (0.8, 1.0), 9: (0.85, 1.0)}, 1, [1, 3, 9],
+    ),
+    "the fewest misses": ({1: (0.7, 0.6), 3: (0.8, 0.9), 9: (0.4, 0.9)}, 3, [1, 3, 9]),
+    "more weight mends no recall": ({1: (0.95, 0.6)}, 1, [1]),
+    "worse than before": ({1: (0.5, 1.0), 3: (0.7, 1.0), 9: (0.5, 1.0)}, 3, [1, 3, 9]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_of_the_strengths_the_one_with_the_fewest_misses_stays(
+    name, world, model, opened, monkeypatch, tmp_path
+):
+    measured, chosen, tried = GATES[name]
+    facts = world[2].unseen_facts(2, 3)
+    asked = Thresholds(recall=0.8, paraphrase=None, locality=0.9, perplexity_ratio=None)
+    left = iter(tried)
+
+    def scripted(*_):
+        locality, recall = measured[next(left)]
+        return Measured(recall=recall, locality=locality)
+
+    monkeypatch.setattr(health, "measure", lambda *_: Measured(recall=0.5, locality=0.6))
+    monkeypatch.setattr(validate, "measure", scripted)
+    with opened(model, options=options(thresholds=asked, strengths=(1.0, 3.0, 9.0))) as memory:
+        memory.learn(facts)
+        record = memory.sleep()
+        assert record.outcome == "committed" and next(left, None) is None
+        assert [x["strength"] for x in record.gate["tried"]] == tried
+        assert record.gate["after"]["locality"] == measured[chosen][0]
+        assert record.why == ("" if chosen == 1 else f"at {chosen} times the weight")
+        slept = bits(model)
+    again = copy.deepcopy(world[0])
+    left = iter([chosen])
+    alone = options(thresholds=asked, strengths=(float(chosen),))
+    with opened(again, folder=tmp_path / "alone", options=alone) as memory:
+        memory.learn(facts)
+        assert memory.sleep().outcome == "committed"
+    assert same(slept, bits(again))
 
 
 def test_what_fails_in_the_middle_leaves_weights_and_facts(world, model, opened, monkeypatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hybrid_sleep.parametric.edit import Plan, plan_facts, solve_plan
+from hybrid_sleep.parametric.edit import Edit, Plan, plan_facts, solve_plan
 from hybrid_sleep.parametric.steps.night import Night
 
 STILL_LOST = 0.69  # nats a token: the object has less than half of the probability
@@ -38,14 +38,17 @@ def plan(night: Night) -> Plan:
     return first
 
 
-def maintain(night: Night, planned: Plan, strength: float) -> None:
-    """Put the joint solution at `strength` times the night's weight into the weights."""
+def maintain(night: Night, planned: Plan, strength: float) -> Edit | None:
+    """Put the joint solution at `strength` times the night's weight into the weights.
+
+    None where no fact is left: the weights are then the pristine ones.
+    """
     memory = night.memory
     memory.edited.materialise([])
     kept = {number for number, _, _ in night.live}
     if not kept:
-        night.edit = None
-        return
+        return None
     preconditioners = memory.preconditioners(memory.options.night, strength)
-    night.edit = memory.agreed(solve_plan(memory.model, planned.only(kept), preconditioners))
-    memory.edited.materialise([night.edit.factors])
+    edit = memory.agreed(solve_plan(memory.model, planned.only(kept), preconditioners))
+    memory.edited.materialise([edit.factors])
+    return edit

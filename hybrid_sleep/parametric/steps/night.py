@@ -18,13 +18,26 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """The joint solution at `strength` times the weight, how facts test with it, and the verdict.
+
+    edit: None where no fact is left.
+    """
+
+    strength: float
+    edit: Edit | None
+    results: dict[int, Audit]
+    verdict: Verdict
+
+
 @dataclass
 class Night:
     """One sleep of `memory` in the making.
 
     items: the facts to write, with their ids. results: of the last audit of each. retired: facts
     that are given up for the cap, quarantined: those that cannot be written, with the reason.
-    verdicts: of the gate, by the strength that was tried.
+    attempts: at the strengths that were tried, and which of them is chosen.
     """
 
     memory: Memory
@@ -37,8 +50,8 @@ class Night:
     quarantined: dict[int, str] = field(default_factory=dict)
     results: dict[int, Audit] = field(default_factory=dict)
     before: Measured = field(default_factory=Measured)
-    edit: Edit | None = None
-    verdicts: dict[float, Verdict] = field(default_factory=dict)
+    attempts: list[Attempt] = field(default_factory=list)
+    chosen: Attempt | None = None
 
     def told(self, step: str) -> Callable[[int, int], None] | None:
         """`progress` of one step."""

@@ -15,14 +15,18 @@ def report(night: Night, outcome: str, why: str = "") -> Record:
     record, memory = night.record, night.memory
     record.outcome, record.why = outcome, why
     record.gate = {"before": night.before.to_dict()}
-    if night.verdicts:
-        told = {strength: verdict.to_dict() for strength, verdict in night.verdicts.items()}
-        # The last one stands for the sleep.
+    chosen = night.chosen
+    if night.attempts:
         record.gate = {
-            **list(told.values())[-1],
+            # Where none is chosen, the last one stands for the sleep.
+            **(chosen or night.attempts[-1]).verdict.to_dict(),
             "tried": [
-                {"strength": strength, "after": x["after"], "failures": x["failures"]}
-                for strength, x in told.items()
+                {
+                    "strength": attempt.strength,
+                    "after": attempt.verdict.after.to_dict(),
+                    "failures": list(attempt.verdict.failures),
+                }
+                for attempt in night.attempts
             ],
         }
     names = {number: str(fact) for number, fact, _ in night.items}
@@ -30,25 +34,26 @@ def report(night: Night, outcome: str, why: str = "") -> Record:
     record.dropped = {names[number]: reason for number, reason in reasons.items()}
     record.ids = sorted(names)
     states: dict[int, str] = {}
-    if outcome == "committed":
+    results = chosen.results if chosen else night.results
+    if chosen:
         record.changed = memory.edited.change()
         states = dict.fromkeys(night.retired, RETIRED) | dict.fromkeys(
             night.quarantined, QUARANTINED
         )
         for number, _, _ in night.live:
-            states[number] = ACTIVE if is_healthy(night.results[number]) else DEGRADED
+            states[number] = ACTIVE if is_healthy(results[number]) else DEGRADED
     audits = {
         number: result
-        for number, result in night.results.items()
+        for number, result in results.items()
         if states.get(number, WRITTEN[0]) in WRITTEN
     }
     record.seconds = time.perf_counter() - night.began
-    edit = night.edit if outcome == "committed" else None
+    edit = chosen.edit if chosen else None
     return memory.committed(
         record,
         states=states,
         factors=edit.factors if edit else None,
-        replace=outcome == "committed",
+        replace=chosen is not None,
         edits=edit.facts if edit else None,
         audits=audits,
     )

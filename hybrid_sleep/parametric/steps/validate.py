@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from hybrid_sleep.parametric.gate import Measured, judge
+from hybrid_sleep.parametric.edit import Edit
+from hybrid_sleep.parametric.gate import judge
 from hybrid_sleep.parametric.probes import audit, measure
-from hybrid_sleep.parametric.steps.night import Night
+from hybrid_sleep.parametric.steps.night import Attempt, Night
 
 
-def validate(night: Night, strength: float) -> bool:
-    """Measure what the sleep did at `strength`, on all facts it began with; the gate judges.
+def validate(night: Night, strength: float, edit: Edit | None) -> Attempt:
+    """Measure what `edit`, which is in the weights, did, on all facts the sleep began with.
 
     Facts that were given up count as lost: a sleep must not pass by dropping what is hard, unless
     the cap asked for it.
@@ -19,8 +20,6 @@ def validate(night: Night, strength: float) -> bool:
         memory.model, memory.tokenizer, [(fact, relation) for _, fact, relation in asked]
     )
     after = measure(memory.model, memory.tokenizer, results, memory.probes, memory.baseline)
-    before: Measured = night.before
-    verdict = night.verdicts[strength] = judge(before, after, memory.options.thresholds)
-    if verdict.passed:
-        night.results = dict(zip((number for number, _, _ in asked), results, strict=True))
-    return verdict.passed
+    verdict = judge(night.before, after, memory.options.thresholds)
+    by_id = dict(zip((number for number, _, _ in asked), results, strict=True))
+    return Attempt(strength, edit, by_id, verdict)
