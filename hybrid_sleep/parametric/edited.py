@@ -1,13 +1,14 @@
-"""Edited weights: the pristine ones plus low-rank factors, put together once a commit.
+"""Edited weights: those before any edit plus low-rank factors, put together once a commit.
 
-Nothing is ever subtracted: the weights of a commit are computed from the pristine ones and its list
-of factors, in fp64, and rounded once. So an undo, and a restart, give the same bits.
+Before any edit they are the pristine ones, or what was trained of them in a sleep over experience.
+Nothing is ever subtracted: the weights of a commit are computed from those and its list of factors,
+in fp64, and rounded once. So an undo, and a restart, give the same bits.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ ROWS_AT_ONCE = 1024
 class EditedWeights:
     """The weights of a model's sites, of which the pristine ones are kept.
 
+    learned: those that were trained since, in the place of pristine ones, by parameter name.
     pristine: by parameter name, where the model comes with edits already (see `check`); sites that
     are edited later are copied from the model. A quantised site keeps its factors as a side branch,
     which no `save_pretrained` writes.
@@ -32,6 +34,7 @@ class EditedWeights:
         self.model = model
         self.sites = {site.name: site for site in find_sites(model)}
         self.pristine = dict(pristine or {})
+        self.learned: dict[str, Tensor] = {}
         self._branches: dict[str, Any] = {}
         self.base = self._pristine_digest()
 
@@ -57,15 +60,31 @@ class EditedWeights:
 
         For sites that no factors were ever added to.
         """
+        return self.keep_parameters([site.parameter for site in sites if site.dense])
+
+    def keep_parameters(self, names: Collection[str]) -> dict[str, Tensor]:
+        """The same for parameters that are to be trained."""
         parameters = dict(self.model.named_parameters())
         new = {}
-        for site in sites:
-            if site.dense and site.parameter not in self.pristine:
-                p = parameters[site.parameter]
-                with gathered([p]):
-                    new[site.parameter] = p.detach().cpu().clone()
+        for name in names:
+            if name not in self.pristine:
+                with gathered([parameters[name]]):
+                    new[name] = parameters[name].detach().cpu().clone()
         self.pristine.update(new)
         return new
+
+    def learn(self, weights: Mapping[str, Tensor]) -> None:
+        """Take `weights` for those before any edit, and pristine ones for all others, from the next
+        `materialise` on. Raises ValueError for one whose pristine weights are not kept, or of
+        another shape or dtype than those."""
+        for name, new in weights.items():
+            kept = self.pristine.get(name)
+            if kept is None or (kept.dtype, kept.shape) != (new.dtype, new.shape):
+                raise ValueError(
+                    f"weights must be of parameters whose pristine weights are kept, and like "
+                    f"them, got {name!r} as {new.dtype} of shape {tuple(new.shape)}"
+                )
+        self.learned = dict(weights)
 
     def digest(self) -> str:
         """A digest of the weights as they are now; that of the pristine ones where none differs."""
@@ -78,9 +97,18 @@ class EditedWeights:
                     now[name] = current.clone()
         for name, part in self._branches.items():
             now |= {f"{name}.left": part.left, f"{name}.right": part.right}
-        if not now:
+        return self._digest(now)
+
+    def unedited(self) -> str:
+        """The digest of the weights before any edit."""
+        return self._digest(
+            {n: x for n, x in self.learned.items() if not _same_bits(x, self.pristine[n])}
+        )
+
+    def _digest(self, other: Mapping[str, Tensor]) -> str:
+        if not other:
             return self.base
-        return hashlib.sha256(f"{self.base}:{tensors_digest(now)}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.base}:{tensors_digest(other)}".encode()).hexdigest()
 
     def change(self) -> dict[str, float]:
         """By site, the norm of what was added, in norms of the pristine weight."""
@@ -93,7 +121,8 @@ class EditedWeights:
         return found
 
     def materialise(self, factors: Sequence[Mapping[str, Factors]]) -> bool:
-        """Make the weights pristine plus all of `factors`, by site name; whether any bit changed.
+        """Make the weights those before any edit plus all of `factors`, by site name; whether any
+        bit changed.
 
         Bumps the weights version if so, and touches nothing otherwise. Raises ValueError, before
         anything changes, for a site that the model lacks, one whose pristine weights are not kept,
@@ -111,12 +140,13 @@ class EditedWeights:
         changed = False
         kept = {site.parameter: site for site in self.sites.values()}
         for parameter, pristine in self.pristine.items():
-            p, site = parameters[parameter], kept[parameter]
-            parts = by_site.get(site.name, [])
+            p, site = parameters[parameter], kept.get(parameter)
+            parts = by_site.get(site.name, []) if site else []
+            before = self.learned.get(parameter, pristine)
             with gathered([p], write=True), torch.no_grad():
                 if not p.numel():
                     continue
-                new = _put_together(pristine, parts, site.transposed).to(p.device)
+                new = _put_together(before, parts, bool(site and site.transposed)).to(p.device)
                 if not _same_bits(new, p.detach()):
                     p.copy_(new)
                     changed = True
@@ -160,16 +190,16 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-def _put_together(pristine: Tensor, parts: Sequence[Factors], transposed: bool) -> Tensor:
-    """`pristine + sum of left @ right`, in fp64, some rows at a time, rounded to its dtype."""
+def _put_together(before: Tensor, parts: Sequence[Factors], transposed: bool) -> Tensor:
+    """`before + sum of left @ right`, in fp64, some rows at a time, rounded to its dtype."""
     if not parts:
-        return pristine
+        return before
     left = torch.cat([part.left for part in parts], dim=1).double()
     right = torch.cat([part.right for part in parts]).double()
     if transposed:
         left, right = right.T, left.T
-    new = torch.empty_like(pristine)
-    for first in range(0, len(pristine), ROWS_AT_ONCE):
+    new = torch.empty_like(before)
+    for first in range(0, len(before), ROWS_AT_ONCE):
         rows = slice(first, first + ROWS_AT_ONCE)
-        new[rows] = (pristine[rows].double() + left[rows] @ right).to(pristine.dtype)
+        new[rows] = (before[rows].double() + left[rows] @ right).to(before.dtype)
     return new

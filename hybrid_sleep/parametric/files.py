@@ -1,4 +1,5 @@
-"""The files of tensors in a folder of facts: factors, one file a commit, and pristine weights."""
+"""The files of tensors in a folder of facts: factors and trained weights, a file each a commit, and
+pristine weights."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 PRISTINE = "pristine.safetensors"
 PARTS = ("left", "right", "keys", "facts")
 
-_FACTORS = r"commit-\d{6,}\.safetensors"
-_UNFINISHED = rf"\.({_FACTORS}|{re.escape(PRISTINE)})\..+\.partial\.safetensors"
+_COMMITS = r"(commit|weights)-\d{6,}\.safetensors"
+_UNFINISHED = rf"\.({_COMMITS}|{re.escape(PRISTINE)})\..+\.partial\.safetensors"
 
 
 def write_factors(folder: Path, commit: int, factors: Mapping[str, Factors]) -> tuple[str, str]:
@@ -26,6 +27,12 @@ def write_factors(folder: Path, commit: int, factors: Mapping[str, Factors]) -> 
     name = f"commit-{commit:06d}.safetensors"
     tensors = {f"{site}.{p}": getattr(part, p) for site, part in factors.items() for p in PARTS}
     return name, write_tensors(folder / name, tensors)
+
+
+def write_weights(folder: Path, commit: int, weights: Mapping[str, Tensor]) -> tuple[str, str]:
+    """Write what a commit trained, by parameter; returns the file's name and its digest."""
+    name = f"weights-{commit:06d}.safetensors"
+    return name, write_tensors(folder / name, weights)
 
 
 def read_factors(path: Path, digest: str) -> dict[str, Factors]:
@@ -88,8 +95,8 @@ def read_pristine(folder: Path) -> dict[str, Tensor]:
 
 
 def remove_orphans(folder: Path, used: Collection[str]) -> None:
-    """Remove what a killed writer left: factors that are not `used`, and unfinished files."""
+    """Remove what a killed writer left: files of commits not `used`, and unfinished ones."""
     for path in folder.iterdir():
-        orphan = re.fullmatch(_FACTORS, path.name) and path.name not in used
+        orphan = re.fullmatch(_COMMITS, path.name) and path.name not in used
         if orphan or re.fullmatch(_UNFINISHED, path.name):
             path.unlink()

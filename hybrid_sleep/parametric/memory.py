@@ -85,6 +85,7 @@ class Memory(Workspace):
             memory.options = of_first(chosen_options, folder / SETTINGS, options)
             memory.relations = {r.name.casefold(): r for r in relations}
             memory.corpus = corpus
+            memory.learned(memory.asked(lambda store: store.weights()))
             memory.set_probes(known, ordinary)
             head = memory.asked(lambda store: store.head)
             memory.edited.materialise(memory.factors)
@@ -204,15 +205,15 @@ class Memory(Workspace):
     ) -> Calibration:
         """Choose the strength of edits on facts that are not to be learned, as many as will be.
 
-        Measured on the pristine model against the thresholds of the gate, see `calibrate`; nothing
-        is written into its weights. `wake` and `night` have the chosen weight from here on; the
-        front is in the folder, as a table and a figure. Raises ValueError as `learn` does.
+        Measured on the model without its edits against the thresholds of the gate, see `calibrate`;
+        nothing is written into its weights. `wake` and `night` have the chosen weight from here on;
+        the front is in the folder, as a table and a figure. Raises ValueError as `learn` does.
         """
         facts, words = read_facts(self, probes, relations)
         if not facts:
             raise ValueError("probes must be one or more facts, got none")
         self.settle(facts, words)
-        with self.pristine():
+        with self.unedited():
             found = calibrate(
                 self.model,
                 self.tokenizer,
@@ -258,6 +259,7 @@ class Memory(Workspace):
         began = time.perf_counter()
         commit = self.asked(lambda store: store.undo())
         self._factors = None
+        self.learned(self.asked(lambda store: store.weights()))
         self.edited.materialise(self.factors)
         record = Record("undo", why=f"commit {commit.report['undone']} was taken back")
         record.commit, record.seconds = commit.id, time.perf_counter() - began

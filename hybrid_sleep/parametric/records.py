@@ -38,7 +38,8 @@ class Commit:
     """A step of the weights, or, unless its status is "committed", the record of an attempt.
 
     digest: of the weights after it. file: of the factors that it adds, if any; behind: the commit
-    whose factors come before, None where it replaced all.
+    whose factors come before, None where it replaced all. weights: the file of what it trained, if
+    anything; learned: the commit whose weights take the place of pristine ones, None for none.
     effective: the newest commit that no undo has taken back by then, None for pristine weights.
     """
 
@@ -50,6 +51,8 @@ class Commit:
     digest: str
     file: File | None
     behind: int | None
+    weights: File | None
+    learned: int | None
     effective: int | None
     report: dict[str, Any]
 
@@ -71,19 +74,29 @@ def read_facts(db: sqlite3.Connection, where: str, values: Sequence[Any]) -> lis
     ]  # fmt: skip
 
 
+def read_fact(db: sqlite3.Connection, number: int) -> StoredFact:
+    """The fact with this id; ValueError if there is none."""
+    found = read_facts(db, "id = ?", (number,))
+    if not found:
+        raise ValueError(f"fact_id must be one of a fact in the store, got {number!r}")
+    return found[0]
+
+
 def read_commits(db: sqlite3.Connection, where: str, values: Sequence[Any] = ()) -> list[Commit]:
     """The commits for which `where` holds, an SQL condition with `values`; the oldest first."""
     rows = db.execute(
-        "SELECT id, parent, kind, time, status, digest, file, file_digest, behind, effective, "
-        f"report FROM commits WHERE {where} ORDER BY id",
+        "SELECT id, parent, kind, time, status, digest, file, file_digest, behind, weights, "
+        f"weights_digest, learned, effective, report FROM commits WHERE {where} ORDER BY id",
         values,
     )
     return [
         Commit(
-            number, parent, kind, time, status, digest,
-            (name, of) if name else None, behind, effective, json.loads(report),
+            number, parent, kind, time, status, digest, (file, file_digest) if file else None,
+            behind, (weights, weights_digest) if weights else None, learned, effective,
+            json.loads(report),
         )
-        for number, parent, kind, time, status, digest, name, of, behind, effective, report in rows
+        for number, parent, kind, time, status, digest, file, file_digest, behind, weights,
+        weights_digest, learned, effective, report in rows
     ]  # fmt: skip
 
 

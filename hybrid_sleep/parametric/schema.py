@@ -43,6 +43,8 @@ SCHEMA = (
         digest TEXT NOT NULL,
         file TEXT, file_digest TEXT,
         behind INTEGER REFERENCES commits (id),
+        weights TEXT, weights_digest TEXT,
+        learned INTEGER REFERENCES commits (id),
         effective INTEGER REFERENCES commits (id),
         report TEXT NOT NULL)""",
     """CREATE TABLE changes (

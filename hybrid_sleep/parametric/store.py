@@ -2,11 +2,13 @@
 
     facts.db                      facts, relations, commits, edits and audits (`schema.py`)
     commit-000001.safetensors     the factors that a commit adds
+    weights-000002.safetensors    the weights that a sleep over experience trained
     pristine.safetensors          the weights of the edited sites as they were before any edit
 
-The weights after a commit are the pristine ones plus its factors and those behind it. Factors are
-written first, then one transaction refers to them, so a process killed at any moment leaves the
-state before a commit or the one after; files that no commit refers to go at the next opening.
+The weights after a commit are the pristine ones, or those trained last, plus its factors and those
+behind it. Files are written first, then one transaction refers to them, so a process killed at any
+moment leaves the state before a commit or the one after; files that no commit refers to go at the
+next opening.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybrid_sleep.parametric.durable import reading, transaction
+from hybrid_sleep.parametric.durable import read_tensors, reading, transaction
 from hybrid_sleep.parametric.exchange import read_lines, to_lines
 from hybrid_sleep.parametric.facts import Fact, Relation, check_facts
 from hybrid_sleep.parametric.files import (
@@ -30,6 +32,7 @@ from hybrid_sleep.parametric.files import (
     remove_orphans,
     save_pristine,
     write_factors,
+    write_weights,
 )
 from hybrid_sleep.parametric.records import (
     Commit,
@@ -37,6 +40,7 @@ from hybrid_sleep.parametric.records import (
     StoredFact,
     explain,
     read_commits,
+    read_fact,
     read_facts,
     read_files,
 )
@@ -50,6 +54,7 @@ from hybrid_sleep.parametric.schema import (
     now,
     open_database,
 )
+from hybrid_sleep.parametric.states import check_states, settled
 from hybrid_sleep.support.io import sole_writer, unreadable
 from hybrid_sleep.validation import check_choice
 
@@ -59,7 +64,7 @@ if TYPE_CHECKING:
     from hybrid_sleep.parametric.factors import Factors
 
 DATABASE = "facts.db"
-KINDS = ("wake", "sleep", "forget")
+KINDS = ("wake", "sleep", "forget", "experience")
 
 
 class FactStore:
@@ -104,7 +109,8 @@ class FactStore:
                 if not (folder / name).is_file():
                     raise unreadable(folder / name, "it is no file")
             if write:
-                used = {commit.file[0] for commit in store.history() if commit.file}
+                written = ((x.file, x.weights) for x in store.history())
+                used = {file[0] for files in written for file in files if file}
                 remove_orphans(folder, used)
             store._held = held.pop_all()
         return store
@@ -183,10 +189,7 @@ class FactStore:
 
     def fact(self, fact_id: int) -> StoredFact:
         """The fact with this id; ValueError if there is none."""
-        found = read_facts(self._db, "id = ?", (fact_id,))
-        if not found:
-            raise ValueError(f"fact_id must be one of a fact in the store, got {fact_id!r}")
-        return found[0]
+        return read_fact(self._db, fact_id)
 
     def find(self, subject: str, relation: str | None = None) -> list[StoredFact]:
         """Facts about `subject`, whatever the case, that are not retired; the oldest first."""
@@ -236,6 +239,7 @@ class FactStore:
         *,
         states: Mapping[int, str] | None = None,
         factors: Mapping[str, Factors] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
         replace: bool = False,
         digest: str | None = None,
         report: Mapping[str, Any] | None = None,
@@ -245,11 +249,12 @@ class FactStore:
     ) -> int:
         """Record a change of the weights and all that goes with it, at once; returns its id.
 
-        kind: "wake", "sleep" or "forget". states: the new state of facts by id. When one is written
-        (active or degraded), earlier versions of it are retired; one that would wait where a later
-        version stands is retired instead. factors: by site, added to those before, or for `replace`
-        the only ones from here on (none at all if None). digest: of the weights afterwards, as
-        before if None. edits: diagnostics by fact and site. audits: results by fact.
+        kind: one of `KINDS`. states: the new state of facts by id. When one is written (active or
+        degraded), earlier versions of it are retired; one that would wait where a later version
+        stands is retired instead. factors: by site, added to those before, or for `replace` the
+        only ones from here on (none at all if None). weights: what takes the place of pristine
+        ones from here on, all of it, by parameter; as before if None. digest: of the weights
+        afterwards, as before if None. edits: diagnostics by fact and site. audits: results by fact.
         status: "rolled back" and "nothing to do" are records alone, without states or factors.
 
         Raises ValueError, before anything changes, for unknown kinds, facts and states, a retired
@@ -259,12 +264,14 @@ class FactStore:
         check_choice("kind", kind, KINDS)
         check_choice("status", status, STATUSES)
         states, factors = dict(states or {}), dict(factors or {})
-        if status != COMMITTED and (states or factors or replace):
-            raise ValueError(f"a commit that is {status} must have no states and no factors")
+        if status != COMMITTED and (states or factors or weights or replace):
+            raise ValueError(
+                f"a commit that is {status} must have no states, no factors and no weights"
+            )
         touched = {*states, *(edits or {}), *(audits or {})}
         for site, part in factors.items():
             touched |= check_factors(site, part)
-        self._check_states(states, touched)
+        check_states(self._db, states, touched)
         made_edits = [(f, s, _json(x)) for f, by in (edits or {}).items() for s, x in by.items()]
         made_audits = [(f, _json(x)) for f, x in (audits or {}).items()]
         text = _json(dict(report or {}))
@@ -272,13 +279,18 @@ class FactStore:
         number = 1 if head is None else head.id + 1
         self._check_writable()
         file = write_factors(self.folder, number, factors) if factors else None
+        trained = write_weights(self.folder, number, weights) if weights else None
         before = head.effective if head else None
+        learned = number if trained else head.learned if head else None
         behind = before if status == COMMITTED and not replace else None
         effective = number if status == COMMITTED else before
         was = head.digest if head else self.base
         with self._transaction("commit"):
             self._insert(
-                number, kind, status, digest or was, file, behind, effective, text, states
+                (number, number - 1 or None, kind, now(), status, digest or was),
+                (*(file or (None, None)), behind, *(trained or (None, None)), learned),
+                (effective, text),
+                states,
             )
             self._db.executemany(
                 "INSERT INTO edits (commit_id, fact_id, site, diagnostics) VALUES (?, ?, ?, ?)",
@@ -312,7 +324,10 @@ class FactStore:
                 for number, before in self._db.execute(query, (undone.id,))
             }
             self._insert(
-                head.id + 1, "undo", COMMITTED, digest, None, None, effective, text, states
+                (head.id + 1, head.id, "undo", now(), COMMITTED, digest),
+                (None, None, None, None, None, target.learned if target else None),
+                (effective, text),
+                states,
             )
         return self._commit(head.id + 1)
 
@@ -327,7 +342,7 @@ class FactStore:
         any that are not in the weights.
         """
         states = dict(states or {})
-        self._check_states(states, {*results, *states}, WRITTEN)
+        check_states(self._db, states, {*results, *states}, WRITTEN)
         for number in states:
             if self.fact(number).state not in WRITTEN:
                 raise ValueError(f"states must be of facts in the weights, got fact {number}")
@@ -340,40 +355,19 @@ class FactStore:
 
     def _insert(
         self,
-        number: int,
-        kind: str,
-        status: str,
-        digest: str,
-        file: File | None,
-        behind: int | None,
-        effective: int | None,
-        report: str,
+        named: tuple[Any, ...],
+        made_of: tuple[Any, ...],
+        told: tuple[Any, ...],
         states: Mapping[int, str],
     ) -> None:
-        row = (number, number - 1 or None, kind, now(), status, digest, *(file or (None, None)))
-        self._db.execute(
-            "INSERT INTO commits VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (*row, behind, effective, report),
-        )
-        for known, state in self._settled(states):
+        """A row of `commits`, its columns in three parts, and the new states of facts."""
+        row = (*named, *made_of, *told)
+        self._db.execute(f"INSERT INTO commits VALUES ({', '.join('?' * len(row))})", row)
+        for known, state in settled(self._db, states):
             self._db.execute(
-                "INSERT INTO changes VALUES (?, ?, ?, ?)", (number, known.id, known.state, state)
+                "INSERT INTO changes VALUES (?, ?, ?, ?)", (row[0], known.id, known.state, state)
             )
             self._set_state(known.id, state)
-
-    def _settled(self, wanted: Mapping[int, str]) -> Iterator[tuple[StoredFact, str]]:
-        """Facts that change with `wanted`, and to which state: at most one version is written."""
-        keys = {self.fact(number).fact.key for number in wanted}
-        for key in sorted(keys):
-            later: set[str] = set()
-            for known in reversed(self._versions(key)):
-                state = wanted.get(known.id, known.state)
-                if later & set(WRITTEN) or (later and state in WAITING):
-                    state = RETIRED
-                if state != RETIRED:
-                    later.add(state)
-                if state != known.state:
-                    yield known, state
 
     def _insert_audits(self, commit: int | None, rows: Iterable[tuple[int, str]]) -> None:
         self._db.executemany(
@@ -400,6 +394,18 @@ class FactStore:
         OSError or ValueError, naming the file, if one is damaged.
         """
         return [read_factors(self.folder / name, digest) for name, digest in self.files(commit)]
+
+    def weights(self, commit: int | None = None) -> dict[str, Tensor]:
+        """What takes the place of pristine weights after `commit` (None: the newest), by parameter.
+
+        OSError or ValueError, naming the file, if it is damaged.
+        """
+        at = self.head if commit is None else self._commit(commit)
+        if at is None or at.learned is None:
+            return {}
+        file = self._commit(at.learned).weights
+        assert file is not None
+        return read_tensors(self.folder / file[0], file[1])
 
     def keys(self) -> dict[str, tuple[Tensor, Tensor]]:
         """By site, the keys `[p, d]` that edits are to leave as they are, and facts `[p]`: whose.
@@ -461,29 +467,6 @@ class FactStore:
 
     def _set_state(self, number: int, state: str) -> None:
         self._db.execute("UPDATE facts SET state = ? WHERE id = ?", (state, number))
-
-    def _check_states(
-        self,
-        states: Mapping[int, str],
-        touched: Collection[int],
-        allowed: tuple[str, ...] = STATES,
-    ) -> None:
-        written: dict[tuple[str, str], int] = {}
-        for number in sorted(touched):
-            known = self.fact(number)
-            state = states.get(number)
-            if state is None:
-                continue
-            check_choice(f"state of fact {number}", state, allowed)
-            if known.state == RETIRED and state != RETIRED:
-                raise ValueError(
-                    f"state of fact {number} must stay 'retired', got {state!r}; add it again"
-                )
-            if state in WRITTEN and written.setdefault(known.fact.key, number) != number:
-                raise ValueError(
-                    f"states must write one version of a fact, got {written[known.fact.key]} and "
-                    f"{number}, which contradict each other"
-                )
 
 
 def _span(fact: Fact) -> tuple[int, int] | None:

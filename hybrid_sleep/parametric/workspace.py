@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hybrid_sleep.parametric.contexts import beginnings, edit_contexts
 from hybrid_sleep.parametric.edit import Edit, EditOptions
@@ -118,12 +118,16 @@ class Workspace:
         return self._preconditioners[key]
 
     def statistics(self) -> dict[Site, KeyStatistics]:
-        """Of the pristine model's keys, at every site; collected once and kept in the folder."""
+        """Of the keys of the model without its edits, at every site; collected once for what was
+        trained, and kept in the folder."""
         missing = [site for site in self.sites if site not in self._statistics]
         if missing:
-            with self.pristine():
+            digest, folder = self.edited.unedited(), self.folder / STATISTICS
+            if digest != self.edited.base:
+                folder /= digest[:16]
+            with self.unedited():
                 self._statistics |= load_or_collect(
-                    self.folder / STATISTICS, self.model, missing, self.edited.base, self._corpora
+                    folder, self.model, missing, digest, self._corpora
                 )
         return self._statistics
 
@@ -157,7 +161,10 @@ class Workspace:
         replace: bool = False,
         **parts: Any,
     ) -> Record:
-        """Commit `record` and what goes with it; the pristine weights are on the disk before."""
+        """Commit `record` and what goes with it; the pristine weights are on the disk before.
+
+        `weights` among `parts` are those that the model has, without its edits, by now.
+        """
         digest = self.edited.digest() if record.outcome == "committed" else None
         before = [] if replace else self.factors
         if self.own_text:
@@ -205,7 +212,7 @@ class Workspace:
         path = self.folder / BASELINE
         kept = of_first(lambda: read_json(path) if path.exists() else {})
         if {name: kept.get(name) for name in wanted} != wanted:
-            with self.pristine():
+            with self.unedited(pristine=True):
                 rows = given.rows or tuple(
                     map(
                         tuple,
@@ -229,7 +236,7 @@ class Workspace:
         """Choose, once, where edits go and how the model replies; keep the pristine weights."""
         options = self.options
         if options.layers is None or not (options.wake.reply and options.night.reply):
-            with self.pristine():
+            with self.unedited():
                 self.options = settle(self, facts, relations)
             of_first(remember_options, self.folder / SETTINGS, self.options)
         new = self.edited.keep(self.sites)
@@ -267,23 +274,33 @@ class Workspace:
 
     @contextmanager
     def trial(self) -> Iterator[Trial]:
-        """Change the weights; unless kept, they come back bit for bit."""
-        names = [site.parameter for site in self.sites if site.dense]
-        before = self.factors
+        """Change the weights of which pristine ones are kept; unless kept, they come back bit for
+        bit."""
+        before, learned = self.factors, self.edited.learned
         try:
-            with trial(self.model, names) as change:
+            with trial(self.model, self.edited.pristine.keys()) as change:
                 yield change
         finally:
             if not change.kept:
                 # What is beside a quantised site is no parameter.
+                self.learned(learned)
                 self.edited.materialise(before)
 
+    def learned(self, weights: Mapping[str, Tensor]) -> None:
+        """Take `weights` for those before any edit, from the next `materialise` on."""
+        if weights is not self.edited.learned:
+            self.edited.learn(weights)
+            self._statistics, self._preconditioners = {}, {}
+
     @contextmanager
-    def pristine(self) -> Iterator[None]:
-        """The model without any edit inside of the block."""
-        before = self.factors
+    def unedited(self, *, pristine: bool = False) -> Iterator[None]:
+        """The model without any edit inside of the block, and if `pristine` as it was at first."""
+        before, learned = self.factors, self.edited.learned
+        if pristine:
+            self.edited.learn({})
         self.edited.materialise([])
         try:
             yield
         finally:
+            self.edited.learned = learned
             self.edited.materialise(before)

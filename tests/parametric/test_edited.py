@@ -162,6 +162,38 @@ def test_the_digest_says_which_weights_there_are():
     assert EditedWeights(tiny_llama(initializer_range=0.2).float()).base != edited.base
 
 
+def test_edits_are_added_to_what_was_trained_and_both_go_back_bit_for_bit():
+    model = tiny_llama().float()
+    site = find_sites(model)[0]
+    other = "model.layers.0.self_attn.q_proj.weight"
+    edited = EditedWeights(model)
+    before = all_bits(model)
+    edited.keep([site])
+    assert edited.keep_parameters([other, site.parameter]).keys() == {other}
+    trained = {n: edited.pristine[n] + 0.25 for n in (other, site.parameter)}
+    edit = {site.name: factors_of(site)}
+    edited.learn(trained)
+    assert edited.unedited() != edited.base == edited.digest()
+    assert edited.materialise([edit])
+    both, digest = all_bits(model), edited.digest()
+    part = edit[site.name]
+    want = trained[site.parameter].double() + part.left.double() @ part.right.double()
+    assert torch.equal(weight_of(model, site), want.float())
+    assert torch.equal(dict(model.named_parameters())[other], trained[other])
+    assert edited.materialise([]) and edited.digest() == edited.unedited() != digest
+    edited.learn({})
+    assert edited.materialise([edit]) and edited.digest() != digest
+    edited.learn(trained)
+    assert edited.materialise([edit]) and same(all_bits(model), both)
+    edited.learn({})
+    assert edited.materialise([]) and same(all_bits(model), before)
+    assert edited.unedited() == edited.base == edited.digest()
+    for wrong in ({"lm_head.weight": torch.ones(1)}, {other: trained[other].double()}):
+        with pytest.raises(ValueError, match="weights must be of parameters whose pristine"):
+            edited.learn(wrong)
+    assert edited.learned == {}
+
+
 def test_a_saved_model_that_was_edited_knows_what_it_was(tmp_path):
     model = tiny_hybrid().float()
     site = site_at(model, 1)

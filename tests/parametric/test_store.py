@@ -56,7 +56,8 @@ def test_the_schema_is_the_one_that_this_version_number_stands_for(store):
     assert found == {
         "audits": "id time fact_id commit_id results",
         "changes": "commit_id fact_id before after",
-        "commits": "id parent kind time status digest file file_digest behind effective report",
+        "commits": "id parent kind time status digest file file_digest behind weights "
+        "weights_digest learned effective report",
         "edits": "fact_id commit_id site diagnostics",
         "facts": "id subject relation object subject_key relation_key version state created source "
         "span_start span_end supersedes",
@@ -243,6 +244,31 @@ def test_undo_is_the_inverse_of_a_commit_in_any_order(tmp_path_factory, actions)
     store.close()
 
 
+def test_trained_weights_hold_until_others_come_or_an_undo(store):
+    (one,) = store.add([Fact("Ada", "lives in", "Faro")])
+    first, second = ({"blocks.0.up.weight": torch.full((2, 3), x)} for x in (1.0, 2.0))
+    held = lambda commit=None: {name: x.tolist() for name, x in store.weights(commit).items()}  # noqa: E731
+    want = [{}]
+    assert held() == {}
+    store.commit("wake", states={one: "active"}, factors=factors([one]), digest="1")
+    store.commit("experience", weights=first, digest="2")
+    store.commit("sleep", states={one: "active"}, factors=factors([one]), replace=True, digest="3")
+    store.commit("sleep", status="nothing to do")
+    store.commit("experience", weights=second, digest="5")
+    store.undo()
+    want += [{}] + 3 * [{"blocks.0.up.weight": [[1.0] * 3] * 2}]
+    want += [{"blocks.0.up.weight": [[2.0] * 3] * 2}, want[2]]
+    assert [held(commit) for commit in range(1, 7)] == want[1:]
+    store.close()
+    with FactStore.open(store.folder, BASE) as again:
+        assert {name: x.tolist() for name, x in again.weights().items()} == want[2]
+        again.undo()
+        again.undo()
+        assert again.weights() == {} and len(again.files()) == 1
+        # The newest file may be asked for again by nobody, but the record of it stands.
+        assert (again.folder / "weights-000005.safetensors").is_file()
+
+
 def test_what_is_kept_of_a_commit_does_not_grow_with_their_number(store):
     def size(number):
         columns = [row[1] for row in store._db.execute("PRAGMA table_info(commits)")]
@@ -264,7 +290,7 @@ def test_what_is_kept_of_a_commit_does_not_grow_with_their_number(store):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "dream"}, "kind must be one of 'wake', 'sleep', 'forget', got 'dream'"),
+        ({"kind": "dream"}, "kind must be one of .*, 'experience', got 'dream'"),
         ({"states": {9: "active"}}, "fact_id must be one of a fact in the store, got 9"),
         ({"states": {1: "known"}}, "state of fact 1 must be one of 'pending', .*, got 'known'"),
         ({"states": {1: "active", 3: "active"}}, "states must write one version .* got 1 and 3"),
@@ -274,7 +300,7 @@ def test_what_is_kept_of_a_commit_does_not_grow_with_their_number(store):
         ({"status": "done"}, "status must be one of 'committed', 'rolled back', .*, got 'done'"),
         (
             {"status": "rolled back", "states": {1: "active"}},
-            "that is rolled back must have no states and no factors",
+            "that is rolled back must have no states, no factors and no weights",
         ),
         ({"edits": {9: {"a": {}}}}, "fact_id must be one of a fact in the store, got 9"),
     ],

@@ -53,6 +53,8 @@ STEPS = (
     lambda s: s.commit("forget", states={1: "retired", 2: "retired"}, replace=True, digest=BASE),
     lambda s: s.commit("sleep", status="nothing to do"),
     lambda s: s.commit("wake", states={3: "active"}, factors=part([3], 3), digest="3"),
+    lambda s: s.commit("experience", weights={"b.weight": torch.ones(2)}, digest="4"),
+    lambda s: s.undo(),
 )
 
 
@@ -61,7 +63,7 @@ def contents(store):
     facts = [(x.id, x.fact, x.version, x.state, x.supersedes) for x in store.facts()]
     told = [store.explain(x.id) for x in store.facts()]
     commits = [
-        (c.kind, c.status, c.digest, store.files(c.id), c.effective, c.report)
+        (c.kind, c.status, c.digest, store.files(c.id), c.weights, c.effective, c.report)
         for c in store.history()
     ]
     tensors = [
@@ -75,6 +77,7 @@ def contents(store):
         commits,
         tensors,
         {name: value.tolist() for name, value in store.pristine().items()},
+        {name: value.tolist() for name, value in store.weights().items()},
         store.relation("lives in"),
     )
 
@@ -117,6 +120,7 @@ def test_every_kind_of_write_is_passed(whole):
     _, writes = whole
     transactions = {"schema", "facts", "commit", "audit", "undo"}
     files = {"pristine.safetensors"} | {f"commit-00000{n}.safetensors" for n in (1, 2, 6)}
+    files.add("weights-000007.safetensors")
     assert set(writes) == {f"{when} {x}" for when in ("before", "after") for x in transactions} | {
         f"{when} {x}" for when in ("before", "within", "after") for x in files
     }
@@ -148,7 +152,7 @@ def test_a_kill_at_any_write_leaves_what_was_or_what_was_to_be(whole, tmp_path):
             # Where even the opening was not finished, it was empty and still is.
             allowed = [seen[0]] if done == -2 else seen[done + 1 : done + 3]
             assert now in allowed, writes[last]
-            files = {commit.file[0] for commit in store.history() if commit.file}
+            files = {f[0] for c in store.history() for f in (c.file, c.weights) if f}
             # A journal that nothing was synced to is left for the next transaction to take over.
             others = {"facts.db", "facts.db-journal", "pristine.safetensors"}
             others.add(".hybrid_sleep.lock")
