@@ -1,0 +1,133 @@
+"""Lessons: the divergence against torch's own, teachers that read a context or go on from a cache."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from editable import VOCAB, tiny_hybrid, tiny_llama
+from torch import nn
+
+from hybrid_sleep import SleepCache
+from hybrid_sleep.parametric.lessons import Lesson, lesson_loss, taught
+
+MODELS = {"llama": tiny_llama, "hybrid": tiny_hybrid}
+
+
+def rows(count=3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    lengths = [5, 9, 7, 6][:count]
+    return [
+        Lesson(ids=tuple(torch.randint(3, VOCAB, (n,), generator=g).tolist()), start=1 + i)
+        for i, n in enumerate(lengths)
+    ]
+
+
+def logits_of(model, ids):
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+
+
+def somewhere_else(model):
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        g = torch.Generator().manual_seed(1)
+        for p in other.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=g, dtype=p.dtype))
+    return other
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_the_loss_is_the_divergence_of_each_row_alone_weighted_by_tokens(make):
+    model, context = make(), [5, 6, 7, 8]
+    teacher = somewhere_else(model)
+    lessons = [
+        replace(taught(teacher, x, context=context), weight=w)
+        for x, w in zip(rows(), (1.0, 1.5, 0.25), strict=True)
+    ]
+    lessons.append(replace(rows(4)[3], weight=2.0))
+    total = tokens = 0.0
+    for lesson in lessons:
+        ids = list(lesson.ids)
+        student = logits_of(model, ids)[lesson.start - 1 : -1].log_softmax(-1)
+        if lesson.teacher is None:
+            part = -sum(float(student[i, t]) for i, t in enumerate(ids[lesson.start :]))
+        else:
+            behind = logits_of(teacher, context + ids)[len(context) + lesson.start - 1 : -1]
+            want = nn.functional.kl_div(student, behind.softmax(-1), reduction="sum")
+            assert torch.allclose(lesson.teacher, behind.log_softmax(-1), atol=1e-12, rtol=0)
+            part = want
+        total += lesson.weight * float(part)
+        tokens += lesson.weight * lesson.tokens
+    assert lesson_loss(model, lessons).item() == pytest.approx(total / tokens, abs=1e-10)
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_what_teaches_itself_learns_nothing(make):
+    model = make()
+    loss = lesson_loss(model, [taught(model, x) for x in rows()])
+    assert abs(loss.item()) < 1e-12
+    loss.backward()
+    assert max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None) < 1e-10
+
+
+def test_a_weight_of_one_and_a_half_is_a_row_three_times_beside_one_twice():
+    model, (a, b) = tiny_llama(), rows(2)
+    weighted = lesson_loss(model, [replace(a, weight=1.5), b])
+    assert weighted.item() == pytest.approx(lesson_loss(model, [a, a, a, b, b]).item(), abs=1e-12)
+    assert weighted.item() != pytest.approx(lesson_loss(model, [a, b]).item(), abs=1e-4)
+
+
+def test_a_cache_teaches_what_the_text_in_front_does():
+    model, context = tiny_hybrid(), [5, 6, 7, 8, 9, 4]
+    cache = SleepCache(model.config)
+    with torch.no_grad():
+        model(input_ids=torch.tensor([context]), cache=cache)
+    before = [x.clone() for x in cache.tensors()]
+    for lesson in rows():
+        by_cache = taught(model, lesson, cache=cache).teacher
+        by_text = taught(model, lesson, context=context).teacher
+        assert torch.allclose(by_cache, by_text, atol=1e-10, rtol=0)
+        assert not torch.allclose(by_cache, taught(model, lesson).teacher, atol=1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(before, cache.tensors(), strict=True))
+    # Behind a sleep the text is in the fast weights alone.
+    model.sleep(cache, passes=2)
+    slept = taught(model, rows(1)[0], cache=cache).teacher
+    assert not torch.allclose(slept, taught(model, rows(1)[0]).teacher, atol=1e-3)
+
+
+def test_a_token_that_the_teacher_excludes_costs_nothing():
+    model = tiny_llama()
+    (lesson,) = rows(1)
+    told = torch.full((lesson.tokens, VOCAB), float("-inf"), dtype=torch.float64)
+    for i, token in enumerate(lesson.ids[lesson.start :]):
+        told[i, token] = 0.0
+    by_teacher = lesson_loss(model, [replace(lesson, teacher=told)])
+    assert by_teacher.item() == pytest.approx(lesson_loss(model, [lesson]).item(), abs=1e-12)
+    by_teacher.backward()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"start": 0}, "start must be"),
+        ({"start": 5}, "start must be below the 5 ids, got 5"),
+        ({"kind": "nap"}, "kind must be one of 'recent', 'dream', 'foundation', got 'nap'"),
+        ({"weight": 0.0}, "weight must be"),
+        ({"teacher": torch.zeros(3, VOCAB)}, "teacher must be of the 4 tokens that are taught"),
+    ],
+)
+def test_what_cannot_be_taught_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        Lesson(**{"ids": (3, 4, 5, 6, 7), **change})
+
+
+def test_a_context_and_a_cache_and_no_lesson_are_refused():
+    model = tiny_hybrid()
+    with pytest.raises(ValueError, match="context must be empty where there is a cache"):
+        taught(model, rows(1)[0], context=[4], cache=SleepCache(model.config))
+    with pytest.raises(ValueError, match="lessons must be one or more"):
+        lesson_loss(model, [])
