@@ -1,4 +1,4 @@
-"""Lessons: the divergence against torch's own, teachers that read a context or go on from a cache."""
+"""Lessons: the divergence against torch's own, and teachers that read a context or a cache."""
 
 from __future__ import annotations
 
