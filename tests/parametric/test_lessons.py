@@ -44,8 +44,8 @@ def test_the_loss_is_the_divergence_of_each_row_alone_weighted_by_tokens(make):
     model, context = make(), [5, 6, 7, 8]
     teacher = somewhere_else(model)
     lessons = [
-        replace(taught(teacher, x, context=context), weight=w)
-        for x, w in zip(rows(), (1.0, 1.5, 0.25), strict=True)
+        replace(x, weight=w)
+        for x, w in zip(taught(teacher, rows(), context=context), (1.0, 1.5, 0.25), strict=True)
     ]
     lessons.append(replace(rows(4)[3], weight=2.0))
     total = tokens = 0.0
@@ -67,7 +67,7 @@ def test_the_loss_is_the_divergence_of_each_row_alone_weighted_by_tokens(make):
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_what_teaches_itself_learns_nothing(make):
     model = make()
-    loss = lesson_loss(model, [taught(model, x) for x in rows()])
+    loss = lesson_loss(model, taught(model, rows()))
     assert abs(loss.item()) < 1e-12
     loss.backward()
     assert max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None) < 1e-10
@@ -86,16 +86,18 @@ def test_a_cache_teaches_what_the_text_in_front_does():
     with torch.no_grad():
         model(input_ids=torch.tensor([context]), cache=cache)
     before = [x.clone() for x in cache.tensors()]
-    for lesson in rows():
-        by_cache = taught(model, lesson, cache=cache).teacher
-        by_text = taught(model, lesson, context=context).teacher
+    ways = ({"cache": cache}, {"context": context}, {}, {"context": context, "at_once": 1})
+    for by_cache, by_text, alone, one_by_one in zip(
+        *([x.teacher for x in taught(model, rows(), **way)] for way in ways), strict=True
+    ):
         assert torch.allclose(by_cache, by_text, atol=1e-10, rtol=0)
-        assert not torch.allclose(by_cache, taught(model, lesson).teacher, atol=1e-3)
+        assert torch.allclose(by_text, one_by_one, atol=1e-10, rtol=0)
+        assert not torch.allclose(by_cache, alone, atol=1e-3)
     assert all(torch.equal(a, b) for a, b in zip(before, cache.tensors(), strict=True))
     # Behind a sleep the text is in the fast weights alone.
     model.sleep(cache, passes=2)
-    slept = taught(model, rows(1)[0], cache=cache).teacher
-    assert not torch.allclose(slept, taught(model, rows(1)[0]).teacher, atol=1e-3)
+    (slept,), (alone,) = taught(model, rows(1), cache=cache), taught(model, rows(1))
+    assert not torch.allclose(slept.teacher, alone.teacher, atol=1e-3)
 
 
 def test_a_token_that_the_teacher_excludes_costs_nothing():
@@ -128,6 +130,6 @@ def test_what_cannot_be_taught_is_refused(change, message):
 def test_a_context_and_a_cache_and_no_lesson_are_refused():
     model = tiny_hybrid()
     with pytest.raises(ValueError, match="context must be empty where there is a cache"):
-        taught(model, rows(1)[0], context=[4], cache=SleepCache(model.config))
+        taught(model, rows(1), context=[4], cache=SleepCache(model.config))
     with pytest.raises(ValueError, match="lessons must be one or more"):
         lesson_loss(model, [])
