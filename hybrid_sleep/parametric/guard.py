@@ -91,9 +91,8 @@ class Guard:
             name: _grown(name, value, parameters.get(name))
             for name, value in self.importance.items()
         }
-        anchors = {
-            name: parameters[name].detach().clone() for name in importance.keys() | self._watched()
-        }
+        kept = importance.keys() | self._watched()
+        anchors = {name: p.detach().clone() for name, p in parameters.items() if name in kept}
         self.importance, self.anchors = importance, anchors
         self._mark = _mark(self.model)
 
@@ -103,10 +102,11 @@ class Guard:
         parameters = self._fresh()
         device = next(self.model.parameters()).device
         total = torch.zeros((), device=device)
-        for name, importance in self.importance.items():
-            p = parameters[name]
-            gap = wide(p) - wide(self.anchors[name])
-            total = total + (importance * gap.square()).sum().to(device)
+        # In the order of the model, so that the sum is the same wherever importance comes from.
+        for name, p in parameters.items():
+            if name in self.importance:
+                gap = wide(p) - wide(self.anchors[name])
+                total = total + (self.importance[name] * gap.square()).sum().to(device)
         return 0.5 * self.strength * total
 
     def before_step(self) -> None:

@@ -114,7 +114,7 @@ def test_o2_a_language_model_enumerated_over_all_labels(monkeypatch):
 def test_o2_samples_converge_to_it_and_true_labels_do_not(monkeypatch):
     model, row = Recurrent(), [0, 2, 1, 0]
     exact = sum(float(x.sum()) for x in expected(monkeypatch, model, [row], 3).values())
-    many = estimate_fisher(model, [row] * 600, batch=3, left_out=nothing)
+    many = estimate_fisher(model, [row] * 300, batch=2, left_out=nothing)
     sampled = sum(float(x.sum()) for x in many.values.values())
     assert sampled == pytest.approx(exact, rel=0.2)
     labelled(monkeypatch, [row[1:]])
