@@ -27,6 +27,13 @@ def over_ranks(values: torch.Tensor, how: str) -> torch.Tensor:
     return values.cpu()
 
 
+def add_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """`values`, summed over all ranks in place, on the device they are on; a collective call."""
+    if ranks() > 1:
+        torch.distributed.all_reduce(values)
+    return values
+
+
 def of_all_ranks(value: Any) -> list[Any]:
     """The `value` of every rank, in their order; a collective call."""
     if ranks() == 1:
