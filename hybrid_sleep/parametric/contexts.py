@@ -53,13 +53,13 @@ def context(
     if not ends:
         raise ValueError(f"prompt must have the subject {subject!r} in it, got {text!r}")
     ids = encode(tokenizer, text + answer)
-    start = _shared(encode(tokenizer, text), ids)
+    start = shared(encode(tokenizer, text), ids)
     if answer and (len(ids) <= start or not answer.strip()):
         raise ValueError(f"object must tokenise to something behind {text!r}, got {answer!r}")
     unknown = getattr(tokenizer, "unk_token_id", None)
     if unknown is not None and unknown in ids[start:]:
         raise ValueError(f"object must be of tokens that the tokenizer knows, got {answer!r}")
-    target = _shared(encode(tokenizer, prompt), ids) if reply else start
+    target = shared(encode(tokenizer, prompt), ids) if reply else start
     if not target:
         raise ValueError(f"prompt must have a token that what follows leaves alone, got {prompt!r}")
     named = set(encode(tokenizer, subject)) - set(encode(tokenizer, "")) - {unknown}
@@ -72,7 +72,7 @@ def context(
     return Context(tuple(ids), at, target, start)
 
 
-def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+def shared(first: Sequence[int], second: Sequence[int]) -> int:
     """How many tokens two texts begin with that are the same.
 
     A token may reach over the border between a prompt and what follows; it belongs to the latter.
@@ -83,7 +83,7 @@ def _shared(first: Sequence[int], second: Sequence[int]) -> int:
 
 def _last(subject: Sequence[int], ids: Sequence[int], start: int) -> int:
     """Where in `ids` the text `subject` ends, before `start`: in a token that may reach over it."""
-    return min(_shared(subject, ids), len(subject) - 1, start - 1)
+    return min(shared(subject, ids), len(subject) - 1, start - 1)
 
 
 def edit_contexts(
@@ -115,7 +115,7 @@ def edit_contexts(
         prompts.append((chat_prompt(tokenizer, text.replace(SLOT, fact.subject)), texts[0]))
     return [
         context(
-            tokenizer, prompt, fact.subject, _behind(prompt + said, fact.object), position, said
+            tokenizer, prompt, fact.subject, spaced(prompt + said, fact.object), position, said
         )
         for prompt, said in prompts
     ]
@@ -135,7 +135,7 @@ def beginnings(tokenizer: Any, relations: Iterable[Relation]) -> list[list[int]]
     return [encode(tokenizer, head.rstrip()) for head in sorted(heads)]
 
 
-def _behind(text: str, answer: str) -> str:
+def spaced(text: str, answer: str) -> str:
     """`answer` with the space that words need behind words, and a turn's beginning does not."""
     return answer if text[-1:].isspace() else f" {answer}"
 

@@ -20,9 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
 
-from hybrid_sleep.parametric.measure import left_padded, pad_token
+from hybrid_sleep.parametric.sampling import SAMPLED_AT_ONCE, continuations
 from hybrid_sleep.parametric.sites import Site, capture, ending, frozen
 from hybrid_sleep.parametric.solve import Spectrum
 from hybrid_sleep.support.io import atomic_path, unreadable
@@ -33,7 +32,7 @@ ROWS = 512
 AT_ONCE = 8
 # Tokens of a corpus for each entry of a key, and at least.
 TOKENS_AN_ENTRY, LEAST_TOKENS = 10, 2048
-SAMPLE_LENGTH, SAMPLED_AT_ONCE = 64, 128
+SAMPLE_LENGTH = 64
 
 
 class SecondMoment:
@@ -241,7 +240,6 @@ def own_samples(
     and its reply (arXiv 2406.08464). The global random state is left as it was.
     """
     check_count("tokens", tokens)
-    device = next(model.parameters()).device
     begun = [list(ids) for ids in behind]
     if not begun:
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -249,29 +247,11 @@ def own_samples(
         begun = [[next((token for token in firsts if token is not None), 0)]]
     new = length if behind else length - 1
     count = -(-tokens // length)
-    order = sorted((begun[i % len(begun)] for i in range(count)), key=len)
-    found: list[list[int]] = []
-    devices = [device] if device.type == "cuda" else []
-    own_config = model.generation_config
-    with ExitStack() as stack:
-        stack.enter_context(frozen(model))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng(devices))
-        # A model may bring filters and an end of its own, which arguments cannot all switch off.
-        stack.callback(setattr, model, "generation_config", own_config)
-        model.generation_config = GenerationConfig()
-        torch.manual_seed(seed)
-        while len(found) < count:
-            part = order[len(found) : len(found) + at_once]
-            ids, mask = left_padded(part, pad_token(tokenizer), device)
-            out = model.generate(
-                ids, attention_mask=mask, max_new_tokens=new, do_sample=True, top_k=0
-            )
-            pads = [ids.shape[1] - len(row) for row in part]
-            found += [row[pad:] for row, pad in zip(out.tolist(), pads, strict=True)]
-            if progress is not None:
-                progress(len(found), count)
-    return found
+    rows = sorted((begun[i % len(begun)] for i in range(count)), key=len)
+    written = continuations(
+        model, tokenizer, rows, new, seed=seed, at_once=at_once, progress=progress
+    )
+    return [[*row, *more] for row, more in zip(rows, written, strict=True)]
 
 
 def load_or_collect(

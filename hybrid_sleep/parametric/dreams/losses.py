@@ -1,0 +1,55 @@
+"""The loss of what stands behind a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybrid_sleep.parametric.measure import right_padded
+from hybrid_sleep.parametric.sites import frozen
+
+
+def row_losses(model: Any, rows: Sequence[tuple[Sequence[int], int]]) -> Tensor:
+    """Mean NLL `[R]`, in nats a token, of each row's ids from its start on, with gradient.
+
+    rows: (ids, start); the first token of a row is never predicted. fp32 at least. Raises
+    ValueError, before the model runs, for a row with nothing to predict.
+    """
+    starts = [max(1, start) for _, start in rows]
+    for (row, _), start in zip(rows, starts, strict=True):
+        if len(row) <= start:
+            raise ValueError(
+                f"rows must have a token to predict behind their start, got {len(row)} tokens with "
+                f"the start at {start}"
+            )
+    device = next(model.parameters()).device
+    ids, mask = right_padded([list(row) for row, _ in rows], device)
+    first, width = min(starts) - 1, ids.shape[1]
+    logits = model(
+        input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=width - first
+    ).logits[:, :-1]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    targets = ids[:, first + 1 :]
+    losses = nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    places = torch.arange(first + 1, width, device=device)
+    behind = places >= torch.tensor(starts, device=device)[:, None]
+    counted = behind & mask[:, first + 1 :].bool()
+    return torch.where(counted, losses, 0.0).sum(1) / counted.sum(1)
+
+
+@torch.no_grad()
+def mean_losses(
+    model: nn.Module, rows: Sequence[tuple[Sequence[int], int]], at_once: int = 16
+) -> list[float]:
+    """`row_losses` of any number of rows, `at_once` of similar length together."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
+    found: dict[int, float] = {}
+    with frozen(model):
+        for first in range(0, len(order), at_once):
+            part = order[first : first + at_once]
+            losses = row_losses(model, [rows[i] for i in part])
+            found.update(zip(part, losses.tolist(), strict=True))
+    return [found[i] for i in range(len(rows))]

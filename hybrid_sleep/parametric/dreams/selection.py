@@ -1,0 +1,180 @@
+"""Which dreams to learn from: some by their gradient, some at random, those that help.
+
+Section 3 of Behrouz et al. (arXiv 2606.03979) keeps the top k by "gradient of the objective" and b
+at random, and does not say which number a gradient is ranked by. Here it is the inner product of a
+dream's gradient with that of its source: to first order, by how much a small step on the dream
+lowers the loss of the source itself. The norm, as an alternative, ranks what surprises the model
+most, noise included.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybrid_sleep.parametric.dreams.dream import ACQUISITION, Check, Dream, Source
+from hybrid_sleep.parametric.dreams.losses import row_losses
+from hybrid_sleep.parametric.gate import trial
+from hybrid_sleep.parametric.measure import encode
+from hybrid_sleep.parametric.sites import find_sites, frozen
+from hybrid_sleep.training.data import derive_seed
+from hybrid_sleep.validation import check_choice, check_count, check_number
+
+ALIGNMENT, NORM = "alignment", "norm"
+LAST = 2
+
+
+def scored_weights(model: nn.Module, last: int = LAST) -> list[str]:
+    """Names of the weights whose gradients are ranked: the writers of the `last` blocks.
+
+    They reach the output by the shortest way, and cost no backward pass below them. Raises
+    ValueError if none of them has floating point weights, whole in this process.
+    """
+    check_count("last", last)
+    parameters = dict(model.named_parameters())
+    names = [site.parameter for site in find_sites(model)[-last:] if site.dense]
+    names = [name for name in names if not hasattr(parameters[name], "ds_id")]
+    if not names:
+        raise ValueError(f"model must have dense weights in the last {last} blocks to rank dreams")
+    return names
+
+
+def score(
+    model: nn.Module,
+    tokenizer: Any,
+    dreams: Sequence[Dream],
+    sources: Sequence[Source],
+    *,
+    by: str = ALIGNMENT,
+    last: int = LAST,
+) -> list[Dream]:
+    """`dreams`, those that are kept so far with a score; the higher, the better.
+
+    by: "alignment", the inner product of the gradients of a dream's mean loss, without its source
+    in context, and of its sources', summed in fp64; "norm": of the dream's alone. Gradients are of
+    `scored_weights(model, last)`. Nothing of the model changes. Raises ValueError, before it runs,
+    for a dream whose source is not in `sources`.
+    """
+    check_choice("by", by, (ALIGNMENT, NORM))
+    texts = {source.id: source.text for source in sources}
+    chosen = [dream for dream in dreams if dream.kept and dream.kind == ACQUISITION]
+    for dream in chosen:
+        if not set(dream.sources) <= texts.keys():
+            raise ValueError(f"sources must have those of every dream, {dream.sources}, got "
+                             f"{sorted(texts)}")  # fmt: skip
+    wanted = [dict(model.named_parameters())[name] for name in scored_weights(model, last)]
+    asked = [p.requires_grad for p in wanted]
+
+    def gradient(ids: Sequence[int], start: int) -> list[Tensor]:
+        with torch.enable_grad():
+            return list(torch.autograd.grad(row_losses(model, [(ids, start)])[0], wanted))
+
+    made, at, of_sources = {}, None, []
+    with frozen(model):
+        try:
+            for p in wanted:
+                p.requires_grad_(True)
+            # One source's gradient at a time is held.
+            for dream in sorted(chosen, key=lambda dream: dream.sources):
+                if by == ALIGNMENT and dream.sources != at:
+                    at = dream.sources
+                    each = [gradient(encode(tokenizer, texts[name]), 1) for name in at]
+                    of_sources = [sum(parts[1:], parts[0]) for parts in zip(*each, strict=True)]
+                own = gradient(dream.ids, dream.start)
+                if by == ALIGNMENT:
+                    value = _inner(own, of_sources)
+                else:
+                    value = _inner(own, own) ** 0.5
+                made[id(dream)] = check_number("score", value)
+        finally:
+            for p, before in zip(wanted, asked, strict=True):
+                p.requires_grad_(before)
+    return [replace(d, score=made[id(d)]) if id(d) in made else d for d in dreams]
+
+
+def _inner(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    pairs = zip(first, second, strict=True)
+    return float(sum((a.double() * b.double()).sum() for a, b in pairs))
+
+
+def select(dreams: Sequence[Dream], top: int, more: int, *, seed: int = 0) -> list[Dream]:
+    """`dreams` with the check "selected" on those kept so far: of each source `top`, and `more`.
+
+    top: those of the highest score; of equal ones the earlier in `dreams` first. more: drawn from
+    the rest, all alike, by `seed` and the source alone. Raises ValueError for one without score.
+    """
+    check_count("top", top, 0)
+    check_count("more", more, 0)
+    by_source: dict[tuple[str, ...], list[int]] = {}
+    for i, dream in enumerate(dreams):
+        if dream.kept and dream.kind == ACQUISITION:
+            if dream.score is None:
+                raise ValueError(f"dreams must have a score to be selected, {dream.id} has none")
+            by_source.setdefault(dream.sources, []).append(i)
+    says: dict[int, str] = {}
+    for name, own in by_source.items():
+        ranked = sorted(own, key=lambda i: (-(dreams[i].score or 0.0), i))
+        rest = sorted(ranked[top:])
+        drawn = random.Random(derive_seed(seed, *name)).sample(rest, min(more, len(rest)))
+        says |= {i: "" for i in rest}
+        says |= {i: "by its score" for i in ranked[:top]} | {i: "at random" for i in drawn}
+    found = list(dreams)
+    for i, how in says.items():
+        words = how or "neither by its score nor at random"
+        found[i] = dreams[i].checked(Check("selected", bool(how), dreams[i].score, words))
+    return found
+
+
+def helps(
+    model: nn.Module,
+    dream: Dream,
+    step: Callable[[], object],
+    measure: Callable[[], float],
+    *,
+    names: Collection[str] | None = None,
+    least: float = 0.0,
+    seed: int = 0,
+) -> Dream:
+    """`dream` with the check "helps": whether a trial step on it raises `measure` by over `least`.
+
+    The reward of Behrouz et al., Eq. 5. step: changes the parameters `names` (None: all), as one or
+    more steps of training on the dream do; measure: of the model as it is, higher is better. Each
+    trial is alone: afterwards the parameters are what they were, bit for bit, and so are gradients,
+    modes and the global random state; also after an exception. Both measures and the step begin
+    with the random state of `seed`. Raises ValueError for a measure that is no finite number, and
+    RuntimeError if `step` changed another parameter, which is then not taken back.
+    """
+    parameters = dict(model.named_parameters())
+    chosen = list(parameters) if names is None else list(names)
+    others = {name: p for name, p in parameters.items() if name not in set(chosen)}
+    versions = {name: p._version for name, p in others.items()}
+    modes = {module: module.training for module in model.modules()}
+    gradients = {p: p.grad for p in parameters.values()}
+    devices = {p.device for p in parameters.values() if p.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(sorted(devices, key=str)), trial(model, chosen):
+            for p in gradients:
+                p.grad = None
+            torch.manual_seed(seed)
+            before = check_number("measure", measure())
+            torch.manual_seed(seed)
+            step()
+            # The same draws for both, where a measure samples.
+            torch.manual_seed(seed)
+            after = check_number("measure", measure())
+    finally:
+        for p, gradient in gradients.items():
+            p.grad = gradient
+        for module, training in modes.items():
+            module.training = training
+    changed = sorted(name for name, p in others.items() if p._version != versions[name])
+    if changed:
+        raise RuntimeError(f"step must change {', '.join(chosen)} alone, but changed {changed}")
+    rise = after - before
+    says = "" if rise > least else f"{before:g} before, {after:g} after"
+    return dream.checked(Check("helps", rise > least, rise, says))
