@@ -54,7 +54,7 @@ class Fisher:
 
     def normalised(self) -> Fisher:
         """The same with mean 1 over all entries, so that a strength has the same effect on every
-        loss (arXiv 1805.06370, section 3.2). Raises ValueError where all entries are 0.
+        loss (arXiv 1805.06370). Raises ValueError where all entries are 0.
         """
         return replace(self, values=with_mean_1(self.values))
 

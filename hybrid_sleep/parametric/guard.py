@@ -45,7 +45,7 @@ class Guard:
             a weight comes to rest at most 1 / strength from its anchor. 0 changes no bit.
         decay: of the importance from earlier tasks whenever one is added, in [0, 1]; 1 never
             forgets, and leaves no room for anything new in the end.
-        normalise: divide the importance of each task by its mean (arXiv 1805.06370, section 3.2),
+        normalise: divide the importance of each task by its mean (arXiv 1805.06370),
             so that all are protected alike. False takes what was measured, as Bayes' rule does.
         left_out: parameters not to hold, by name, and why.
 
