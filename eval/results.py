@@ -52,6 +52,11 @@ KINDS = {
     "sleep_gpu": Kind(f"{RENDER}.sleep_gpu", "sleep.png", f"{COSTS}.sleep_gpu:GpuSleepCost"),
     "training": Kind(f"{RENDER}.training", "training.png", f"{COSTS}.training:TrainingCost"),
     "facts": Kind(f"{RENDER}.facts", "facts.png", f"{FACTS}.bench:FactsResult"),
+    "continual": Kind(
+        f"{RENDER}.continual",
+        "continual.png",
+        "hybrid_sleep.eval.continual.bench:ContinualResult",
+    ),
     "harness": Kind(
         f"{RENDER}.harness", "accuracy.png", "hybrid_sleep.eval.harness.result:HarnessResult"
     ),

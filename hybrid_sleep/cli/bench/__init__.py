@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hybrid_sleep.cli.bench import accuracy, costs, facts, kernels
+from hybrid_sleep.cli.bench import accuracy, continual, costs, facts, kernels
 from hybrid_sleep.cli.commands import command
 
 bench = typer.Typer(
@@ -37,6 +37,7 @@ for _name, _run in {
     "map": accuracy.depth_map,
     "ablate": accuracy.ablate,
     "facts": facts.facts,
+    "continual": continual.continual,
     "generation": costs.generation,
     "sleep": costs.sleep,
     "cost": costs.cost,
