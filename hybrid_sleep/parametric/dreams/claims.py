@@ -74,7 +74,7 @@ def names(text: str, known: str = "") -> list[tuple[str, int]]:
         word, gap = match[0], text[end : match.start()]
         plain = _plain(word)
         base = re.sub(r"(?:n't|'\w+)$", "", plain)
-        begins = not text[: match.start()].strip() or not _BREAKS.isdisjoint(gap)
+        begins = (end == 0 and not gap.strip()) or not _BREAKS.isdisjoint(gap)
         ordinary = begins and (base in FUNCTION_WORDS or plain in lower)
         end = match.end()
         if not any(map(str.isupper, word)) or base == "i" or ordinary:

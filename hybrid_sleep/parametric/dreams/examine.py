@@ -69,11 +69,15 @@ def rows_of(
 
     Without a source an answer stands behind its question as a user's turn, and a statement alone.
     """
-    if dream.question is not None:
-        prompt = question_prompt(tokenizer, dream.question, source)
-    else:
-        prompt = form_prompt(tokenizer, form, source) if source else ""
+    alone = dream.question is None and not source
+    prompt = "" if alone else _prompt(tokenizer, form, dream, source)
     return _behind(tokenizer, prompt, dream.text)
+
+
+def _prompt(tokenizer: Any, form: str, dream: Parsed, source: str) -> str:
+    if dream.question is not None:
+        return question_prompt(tokenizer, dream.question, source)
+    return form_prompt(tokenizer, form, source)
 
 
 def _behind(tokenizer: Any, prompt: str, text: str) -> tuple[tuple[int, ...], int]:
@@ -91,14 +95,11 @@ def gain(
 
     The prompt is otherwise the same: the question, or what the form asks for.
     """
-    rows = []
-    for form, dream, source in dreams:
-        for above in (source, ""):
-            if dream.question is not None:
-                prompt = question_prompt(tokenizer, dream.question, above)
-            else:
-                prompt = form_prompt(tokenizer, form, above)
-            rows.append(_behind(tokenizer, prompt, dream.text))
+    rows = [
+        _behind(tokenizer, _prompt(tokenizer, form, dream, above), dream.text)
+        for form, dream, source in dreams
+        for above in (source, "")
+    ]
     found = mean_losses(model, rows, at_once)
     return [without - given for given, without in zip(found[::2], found[1::2], strict=True)]
 

@@ -94,8 +94,8 @@ def parse(form: str, written: str, ended: bool, source: str) -> Parsed:
 
 def _question(lines: list[str]) -> Parsed:
     # One line with both counts as two.
-    text = re.sub(r"[ \n]+Answer:", "\nAnswer:", "\n".join(lines))
-    found = re.match(r"(?:Question:)? *([^\n]+)\nAnswer: *([^\n]+)", text)
+    text = re.sub(r"[ \n]+Answer ?:", "\nAnswer:", "\n".join(lines))
+    found = re.match(r"(?:Question ?:)? *([^\n]+)\nAnswer: *([^\n]+)", text)
     if found is None:
         raise ValueError("no whole lines of a question and of an Answer:")
     question, answer = map(_clean, found.groups())

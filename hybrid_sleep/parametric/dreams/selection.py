@@ -65,8 +65,9 @@ def score(
     chosen = [dream for dream in dreams if dream.kept and dream.kind == ACQUISITION]
     for dream in chosen:
         if not set(dream.sources) <= texts.keys():
-            raise ValueError(f"sources must have those of every dream, {dream.sources}, got "
-                             f"{sorted(texts)}")  # fmt: skip
+            raise ValueError(
+                f"sources must have those of every dream, {dream.sources}, got {sorted(texts)}"
+            )
     wanted = [dict(model.named_parameters())[name] for name in scored_weights(model, last)]
     asked = [p.requires_grad for p in wanted]
 
@@ -74,7 +75,9 @@ def score(
         with torch.enable_grad():
             return list(torch.autograd.grad(row_losses(model, [(ids, start)])[0], wanted))
 
-    made, at, of_sources = {}, None, []
+    made: dict[int, float] = {}
+    at: tuple[str, ...] = ()
+    of_sources: list[Tensor] = []
     with frozen(model):
         try:
             for p in wanted:
@@ -84,12 +87,9 @@ def score(
                 if by == ALIGNMENT and dream.sources != at:
                     at = dream.sources
                     each = [gradient(encode(tokenizer, texts[name]), 1) for name in at]
-                    of_sources = [sum(parts[1:], parts[0]) for parts in zip(*each, strict=True)]
+                    of_sources = [torch.stack(parts).sum(0) for parts in zip(*each, strict=True)]
                 own = gradient(dream.ids, dream.start)
-                if by == ALIGNMENT:
-                    value = _inner(own, of_sources)
-                else:
-                    value = _inner(own, own) ** 0.5
+                value = _inner(own, of_sources) if by == ALIGNMENT else _inner(own, own) ** 0.5
                 made[id(dream)] = check_number("score", value)
         finally:
             for p, before in zip(wanted, asked, strict=True):
@@ -99,7 +99,7 @@ def score(
 
 def _inner(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
     pairs = zip(first, second, strict=True)
-    return float(sum((a.double() * b.double()).sum() for a, b in pairs))
+    return sum(float((a.double() * b.double()).sum()) for a, b in pairs)
 
 
 def select(dreams: Sequence[Dream], top: int, more: int, *, seed: int = 0) -> list[Dream]:
@@ -146,8 +146,9 @@ def helps(
     more steps of training on the dream do; measure: of the model as it is, higher is better. Each
     trial is alone: afterwards the parameters are what they were, bit for bit, and so are gradients,
     modes and the global random state; also after an exception. Both measures and the step begin
-    with the random state of `seed`. Raises ValueError for a measure that is no finite number, and
-    RuntimeError if `step` changed another parameter, which is then not taken back.
+    with the random state of `seed`. The weights version grows, as after every rollback. Raises
+    ValueError for a measure that is no finite number, and RuntimeError if `step` changed another
+    parameter, which is then not taken back.
     """
     parameters = dict(model.named_parameters())
     chosen = list(parameters) if names is None else list(names)
