@@ -44,6 +44,7 @@ RANK = {name: rank for rank, names in enumerate(LEVELS) for name in names}
 
 OPTIONAL = {"fla", "mamba_ssm", "causal_conv1d", "flash_attn", "triton", "deepspeed", "lm_eval"}
 OPTIONAL |= {"datasets", "tensorboard", "peft", "sklearn"}
+OPTIONAL |= {"cryptography", "datasketch", "detect_secrets"}
 # Import name -> name of the distribution, where they differ.
 DISTRIBUTION = {"yaml": "pyyaml"}
 # Never imported here, but transformers.Trainer does not start without it.

@@ -7,6 +7,7 @@ import sqlite3
 from pathlib import Path
 
 from hybrid_sleep.parametric.durable import transaction
+from hybrid_sleep.parametric.experience.schema import TABLES
 from hybrid_sleep.support.io import unreadable
 
 # In the weights are active facts and degraded ones, which an audit found forgotten. Pending ones
@@ -65,6 +66,7 @@ SCHEMA = (
         commit_id INTEGER REFERENCES commits (id),
         results TEXT NOT NULL)""",
     "CREATE INDEX audits_by_fact ON audits (fact_id)",
+    *TABLES,
 )
 
 

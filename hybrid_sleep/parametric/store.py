@@ -76,7 +76,7 @@ class FactStore:
     """
 
     def __init__(self, folder: Path, db: sqlite3.Connection, held: ExitStack, write: bool):
-        self.folder, self.writable = folder, write
+        self.folder, self.writable, self.database = folder, write, db
         self._db, self._held = db, held
         self.meta: dict[str, str] = dict(db.execute("SELECT name, value FROM meta"))
 
