@@ -19,6 +19,7 @@ from hybrid_sleep.eval.continual.automata import BEGIN, RuleStream
 from hybrid_sleep.eval.tasks.sampling import Stream
 from hybrid_sleep.parametric.ewc import OnlineEWC
 from hybrid_sleep.parametric.lessons import Lesson, lesson_loss, taught
+from hybrid_sleep.parametric.mix import Row
 from hybrid_sleep.parametric.sampling import continuations
 from hybrid_sleep.training.loop import StepRecord, fit
 from hybrid_sleep.training.optimizer import optimizer_for
@@ -186,9 +187,9 @@ class ProgressCompress(EWC):
         def batches() -> Iterator[dict[str, list[Lesson]]]:
             source = self.drawn(task, own, 5)
             for step in range(t.steps):
-                rows = [Lesson(ids=tuple(ids)) for ids in next(source).tolist()]
+                rows = [Lesson("recent", Row(tuple(ids))) for ids in next(source).tolist()]
                 own_rows = [
-                    Lesson(ids=(BEGIN, *ids), kind="foundation")
+                    Lesson("foundation", Row((BEGIN, *ids)))
                     for ids in samples[step * others : (step + 1) * others]
                 ]
                 yield {

@@ -16,35 +16,24 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_sleep.parametric.measure import right_padded
+from hybrid_sleep.parametric.mix import PARTS, Mixed, weighted_mean
 from hybrid_sleep.parametric.sites import frozen
-from hybrid_sleep.validation import check_choice, check_count, check_number
-
-KINDS = ("recent", "dream", "foundation")
+from hybrid_sleep.validation import check_choice
 
 
-@dataclass(frozen=True, kw_only=True)
-class Lesson:
-    """A row of ids, of which those from `start` on are taught.
+@dataclass(frozen=True)
+class Lesson(Mixed):
+    """A row of a mix, and what a teacher expects in it.
 
-    kind: one of `KINDS`, where it comes from. weight: of each of its tokens, above 0.
-    teacher: log probabilities `[T - start, vocabulary]`, fp32 or more; None: the tokens themselves
-    count as what is to be said.
-
-    Raises ValueError for a row with nothing in front of what is taught, or with nothing to teach.
+    teacher: log probabilities `[tokens, vocabulary]`, fp32 or more, of the tokens that are taught;
+    None: these tokens themselves count as what is to be said. Raises ValueError for a teacher of
+    another number of tokens.
     """
 
-    ids: tuple[int, ...]
-    start: int = 1
-    kind: str = "recent"
-    weight: float = 1.0
     teacher: Tensor | None = None
 
     def __post_init__(self) -> None:
-        check_choice("kind", self.kind, KINDS)
-        check_number("weight", self.weight, above=0)
-        check_count("start", self.start)
-        if self.start >= len(self.ids):
-            raise ValueError(f"start must be below the {len(self.ids)} ids, got {self.start}")
+        check_choice("part", self.part, PARTS)
         if self.teacher is not None and len(self.teacher) != self.tokens:
             raise ValueError(
                 f"teacher must be of the {self.tokens} tokens that are taught, got "
@@ -52,9 +41,14 @@ class Lesson:
             )
 
     @property
+    def ids(self) -> tuple[int, ...]:
+        """All tokens of the row."""
+        return self.row.ids
+
+    @property
     def tokens(self) -> int:
-        """How many are taught."""
-        return len(self.ids) - self.start
+        """How many are taught: the first of a row, which nothing stands in front of, never is."""
+        return len(self.ids) - max(1, self.row.start)
 
 
 @torch.no_grad()
@@ -93,8 +87,8 @@ def taught(
 
 
 def lesson_loss(model: nn.Module, lessons: Sequence[Lesson], **forward: Any) -> Tensor:
-    """The mean over the taught tokens of `lessons`, each by its weight, of `KL(teacher || model)`,
-    or of cross entropy where there is no teacher, in nats. A scalar with its gradient."""
+    """The mean over the taught tokens of `lessons`, each by its row's weight, of the divergence
+    `KL(teacher || model)`, or of cross entropy where there is no teacher, in nats."""
     if not lessons:
         raise ValueError("lessons must be one or more, got none")
     device = next(model.parameters()).device
@@ -103,18 +97,17 @@ def lesson_loss(model: nn.Module, lessons: Sequence[Lesson], **forward: Any) -> 
     losses, weights = [], []
     for row, lesson in zip(logits, lessons, strict=True):
         end = len(lesson.ids)
-        said = _log_softmax(row[lesson.start - 1 : end - 1])
+        said = _log_softmax(row[end - 1 - lesson.tokens : end - 1])
         if lesson.teacher is None:
-            told = torch.tensor(lesson.ids[lesson.start :], device=device)
+            told = torch.tensor(lesson.ids[-lesson.tokens :], device=device)
             losses.append(nn.functional.nll_loss(said, told, reduction="none"))
         else:
             expected = lesson.teacher.to(said)
             # 0 log 0 is 0, where a teacher excludes a token.
             parts = torch.where(expected.isneginf(), 0.0, expected.exp() * (expected - said))
             losses.append(parts.sum(-1))
-        weights.append(said.new_full((lesson.tokens,), lesson.weight))
-    every, by = torch.cat(losses), torch.cat(weights)
-    return (every * by).sum() / by.sum()
+        weights.append(said.new_full((lesson.tokens,), lesson.row.weight))
+    return weighted_mean(torch.cat(losses), torch.cat(weights))
 
 
 def _log_softmax(logits: Tensor) -> Tensor:

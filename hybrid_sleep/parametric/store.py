@@ -18,7 +18,7 @@ import os
 import re
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,7 +151,7 @@ class FactStore:
         found = [_span(fact) for fact in facts] if spans is None else list(spans)
         if len(found) != len(facts):
             raise ValueError(f"spans must be one for each of {len(facts)} facts, got {len(found)}")
-        with self._transaction("facts"):
+        with self.transaction("facts"):
             for relation in relations:
                 row = (relation.name.casefold(), _json(relation.to_dict()))
                 self._db.execute("INSERT OR REPLACE INTO relations VALUES (?, ?)", row)
@@ -285,7 +285,7 @@ class FactStore:
         behind = before if status == COMMITTED and not replace else None
         effective = number if status == COMMITTED else before
         was = head.digest if head else self.base
-        with self._transaction("commit"):
+        with self.transaction("commit"):
             self._insert(
                 (number, number - 1 or None, kind, now(), status, digest or was),
                 (*(file or (None, None)), behind, *(trained or (None, None)), learned),
@@ -318,7 +318,7 @@ class FactStore:
         effective = target.effective if target else None
         text = _json({"undone": undone.id, **(report or {})})
         query = "SELECT fact_id, before FROM changes WHERE commit_id = ?"
-        with self._transaction("undo"):
+        with self.transaction("undo"):
             states = {
                 number: RETIRED if undone.kind == "wake" and before in WAITING else before
                 for number, before in self._db.execute(query, (undone.id,))
@@ -347,7 +347,7 @@ class FactStore:
             if self.fact(number).state not in WRITTEN:
                 raise ValueError(f"states must be of facts in the weights, got fact {number}")
         rows = [(number, _json(x)) for number, x in results.items()]
-        with self._transaction("audit"):
+        with self.transaction("audit"):
             head = self.head
             self._insert_audits(head.id if head else None, rows)
             for number, state in states.items():
@@ -457,9 +457,11 @@ class FactStore:
 
     # Housekeeping
 
-    def _transaction(self, what: str) -> Any:
+    def transaction(self, what: str) -> AbstractContextManager[None]:
+        """What the block does with the store is one step, durable at its end or undone; within
+        another one it is part of that."""
         self._check_writable()
-        return transaction(self._db, what)
+        return nullcontext() if self._db.in_transaction else transaction(self._db, what)
 
     def _check_writable(self) -> None:
         if not self.writable:

@@ -76,12 +76,12 @@ def test_a_sleep_is_taught_by_a_copy_that_learned_and_by_what_it_was(monkeypatch
     # Of each task: the copy's training, then the model's.
     assert len(seen) == 4
     lessons = [x for batch in seen[3] for x in batch["lessons"]]
-    recent = [x for x in lessons if x.kind == "recent"]
-    own = [x for x in lessons if x.kind == "foundation"]
+    recent = [x for x in lessons if x.part == "recent"]
+    own = [x for x in lessons if x.part == "foundation"]
     assert (len(recent), len(own)) == (12, 4) and all(x.ids[0] == BEGIN for x in own)
     assert all(x.ids[1] == 5 for x in recent)
     first = [x for batch in seen[1] for x in batch["lessons"]]
-    assert {x.kind for x in first} == {"recent"} and len(first) == 16
+    assert {x.part for x in first} == {"recent"} and len(first) == 16
     # The own samples are of the model before: a teacher that it agrees with at first.
     before = learned("sleep", tasks=1)
 
