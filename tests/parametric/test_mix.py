@@ -28,7 +28,7 @@ LENGTHS = st.lists(st.integers(2, 40), min_size=1, max_size=8)
 WEIGHTS = st.tuples(*[st.integers(0, 20)] * 3).filter(any)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(LENGTHS, LENGTHS, LENGTHS, WEIGHTS, st.integers(100, 3000), st.integers(0, 5))
 def test_shares_are_kept_to_within_a_row(recent, dreams, foundations, weights, tokens, seed):
     given_ = zip(PARTS, (recent, dreams, foundations), strict=True)
