@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from dreaming import dream
-from editable import tiny_hybrid, tiny_llama, word_tokenizer
+from editable import tiny_gpt2, tiny_hybrid, tiny_llama, word_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -148,7 +148,7 @@ def test_a_weight_of_one_is_none_bit_for_bit(dtype, shape):
 
 
 def test_a_weight_of_three_halves_is_three_rows_beside_two():
-    model = tiny_llama()
+    model = tiny_gpt2()
     rows = [((1, 5, 6, 7), 1), ((1, 9, 4), 2)]
     weighted = weighted_mean(row_losses(model, rows), torch.tensor([1.5, 1.0]))
     weighted.backward()
