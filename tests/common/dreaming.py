@@ -56,6 +56,7 @@ def dream(text: str = "The home of Ada is Lisbon", **changes: Any) -> Dream:
     given = {
         "kind": kind, "form": "paraphrase", "text": text, "ids": (1, 4, 5, 6), "start": 1,
         "sources": ("day-1",) if kind == "acquisition" else (), "weights": "digest", "seed": 0,
-        "number": 0, "checks": tuple(Check(name, True) for name in REQUIRED[kind]), **changes,
+        "number": 0, "checks": tuple(Check(name, True) for name in REQUIRED.get(kind, ("form",))),
+        **changes,
     }  # fmt: skip
     return Dream(**given)

@@ -27,7 +27,7 @@ def test_by_hand():
     assert overlap("lives in", source) == 1.0 and overlap("?", source) == 0.0
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(WORDS, max_size=6), WORDS, st.integers(1, 5))
 def test_against_every_pair(texts, text, n):
     seen = Seen(n)
