@@ -37,7 +37,7 @@ class EarlierSystem(Memory):
             for site, found in super().statistics().items()
         }
 
-    def sleep(self, progress: Any = None) -> Record:
+    def sleep_over_facts(self, progress: Any = None) -> Record:
         """Write up to ten facts anew that are not stated; what others have is preserved."""
         written = self.facts(WRITTEN)
         pairs = [(x.fact, self.relation(x.fact.relation)) for x in written]

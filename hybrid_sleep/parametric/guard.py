@@ -260,18 +260,20 @@ class Guard:
         path: str | os.PathLike,
         model: nn.Module,
         *,
+        anew: bool = False,
         left_out: Callable[[nn.Module], Mapping[str, str]] = left_out,
     ) -> G:
         """What `save` wrote, for `model`, which has the weights that it had then.
 
-        OSError or ValueError naming a file that is missing, damaged, or of another guard, and
-        ValueError for a model with other weights.
+        anew: anchor at the weights that `model` has now, after edits or a rollback, whatever they
+        were then. OSError or ValueError naming a file that is missing, damaged, or of another
+        guard, and ValueError for a model with other weights.
         """
         state, about = read_described(path)
         if about.get("guard") != cls.__name__:
             raise unreadable(path, f"it is of {about.get('guard')!r}, not of {cls.__name__!r}")
         digest = weights_digest(model)
-        if about["model"] != digest:
+        if about["model"] != digest and not anew:
             raise ValueError(
                 f"model must have the weights that {path} was saved with, of digest "
                 f"{about['model'][:12]}, got {digest[:12]}"
@@ -281,6 +283,8 @@ class Guard:
         guard._load_state({key: x.to(device[key.partition("/")[2]]) for key, x in state.items()})
         for name in ("tasks", "measured_mean", "left_out"):
             setattr(guard, name, about[name])
+        if anew:
+            guard.anchor()
         return guard
 
 

@@ -56,32 +56,41 @@ def taught(
     model: nn.Module,
     lessons: Sequence[Lesson],
     *,
-    context: Sequence[int] = (),
+    reads: Sequence[Sequence[int]] | None = None,
     cache: Any = None,
     at_once: int = 16,
 ) -> list[Lesson]:
-    """`lessons` with what `model` expects, as it is now, behind `context` or going on from `cache`.
+    """`lessons` with what `model` expects, as it is now.
 
-    context: ids in front of each row. cache: of `model`, of one row, its fast weights among what is
-    read with; it is left as it was. With neither the model is its own teacher: it is not to change.
-    What comes back takes 4 bytes for each token taught and each entry of the vocabulary.
+    reads: what it reads in the place of each row, with a context in front of the tokens that are
+    taught, say; it ends with these. cache: of `model`, of one row, from which it goes on; left as
+    it was. With neither the model is its own teacher: it is not to change. What comes back takes
+    4 bytes for each token taught and each entry of the vocabulary.
+
+    Raises ValueError, before the model runs, for a row that ends otherwise.
     """
-    if len(context) and cache is not None:
-        raise ValueError("context must be empty where there is a cache, got both")
+    rows = [lesson.ids for lesson in lessons] if reads is None else list(map(tuple, reads))
+    for lesson, row in zip(lessons, rows, strict=True):
+        if row[-lesson.tokens :] != lesson.ids[-lesson.tokens :] or len(row) <= lesson.tokens:
+            raise ValueError(
+                f"reads must end with the {lesson.tokens} tokens that are taught, behind others, "
+                f"got {row}"
+            )
     device = next(model.parameters()).device
     told: list[Lesson] = []
     with frozen(model):
         while len(told) < len(lessons):
             # A cache takes no pads behind a row: the next call would go on from them.
-            part = lessons[len(told) : len(told) + (at_once if cache is None else 1)]
-            ids, mask = right_padded([(*context, *lesson.ids) for lesson in part], device)
+            first, count = len(told), at_once if cache is None else 1
+            part = rows[first : first + count]
+            ids, mask = right_padded(part, device)
             if cache is None:
                 logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             else:
                 logits = model(input_ids=ids, cache=cache.copy()).logits
-            for lesson, row in zip(part, logits, strict=True):
-                end = len(context) + len(lesson.ids) - 1
-                said = _log_softmax(row[end - lesson.tokens : end])
+            taught_now = lessons[first : first + count]
+            for lesson, read, row in zip(taught_now, part, logits, strict=True):
+                said = _log_softmax(row[len(read) - 1 - lesson.tokens : len(read) - 1])
                 told.append(replace(lesson, teacher=said))
     return told
 

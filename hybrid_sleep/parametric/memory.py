@@ -1,21 +1,24 @@
-"""Memory: facts in the weights of a model, learned at once and kept by sleep."""
+"""Memory: facts in the weights of a model, learned at once, and experience, both by sleep."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from hybrid_sleep.parametric.calibrate import WEIGHTS, Calibration, calibrate
+from hybrid_sleep.parametric.dreams.losses import mean_losses
 from hybrid_sleep.parametric.edited import EditedWeights
+from hybrid_sleep.parametric.experience.experience import Experience
+from hybrid_sleep.parametric.experience.night import consolidate
 from hybrid_sleep.parametric.factors import merged
 from hybrid_sleep.parametric.facts import Fact, Relation
 from hybrid_sleep.parametric.files import read_pristine
@@ -25,6 +28,7 @@ from hybrid_sleep.parametric.options import MemoryOptions, chosen_options, remem
 from hybrid_sleep.parametric.pressure import Measures, Pressure, pressure
 from hybrid_sleep.parametric.probes import audit, is_healthy, measure
 from hybrid_sleep.parametric.record import Record
+from hybrid_sleep.parametric.records import Commit
 from hybrid_sleep.parametric.schema import ACTIVE, DEGRADED, PENDING, QUARANTINED, RETIRED, WRITTEN
 from hybrid_sleep.parametric.steps.audit import audit as audit_step
 from hybrid_sleep.parametric.steps.curate import curate
@@ -36,11 +40,17 @@ from hybrid_sleep.parametric.steps.validate import validate
 from hybrid_sleep.parametric.store import FactStore
 from hybrid_sleep.parametric.wake import learn, read_facts
 from hybrid_sleep.parametric.workspace import FRONT, SETTINGS, Workspace
+from hybrid_sleep.sleep.weights import weights_digest
 from hybrid_sleep.training.ranks import of_first
+from hybrid_sleep.validation import check_choice
+
+if TYPE_CHECKING:
+    from hybrid_sleep.parametric.experience.buffer import Added
 
 
 class Memory(Workspace):
-    """Facts in the weights of `model`, and the folder that remembers them; see `Memory.open`.
+    """Facts and experience in the weights of `model`, and the folder that remembers them; see
+    `Memory.open`.
 
     After any change the model is an ordinary one: it can be saved, served and trained as before,
     and caches made with the weights before are refused.
@@ -153,14 +163,74 @@ class Memory(Workspace):
             change.keep()
         return record
 
-    def sleep(self, progress: Progress | None = None) -> Record:
+    def experience(
+        self,
+        text: str,
+        *,
+        consent: bool = False,
+        source: str = "user",
+        prompt: str = "",
+        rejected: str = "",
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Added:
+        """Keep what was read, or said in answer to `prompt`, for the next sleep over experience.
+
+        rejected: the model's own answer, of which `text` is the correction. source: whose it is;
+        what is erased together. consent: whether it may be kept and learned from; without, it is
+        refused. provenance: where it comes from, plain data for JSON. The weights stay as they
+        are; what reaches the disk is without secrets, and encrypted (see `experience.Buffer`).
+        Needs the extra `memory`. Raises ValueError, before anything changes, for parts that do
+        not go together.
+        """
+        one = Experience(
+            source=source, text=text, weights=weights_digest(self.model),
+            kind="correction" if rejected else "exchange" if prompt else "text",
+            prompt=prompt, rejected=rejected, provenance=dict(provenance or {}), consent=consent,
+        )  # fmt: skip
+        return self.buffer.add(one, mean_losses(self.model, [self.encoded(one)]))
+
+    def sleep(
+        self,
+        progress: Progress | None = None,
+        *,
+        kind: str = "facts",
+        questions: Sequence[tuple[str, str]] = (),
+        dry_run: bool = False,
+    ) -> Record:
+        """Move what was learned into the weights, for good, if the gate passes.
+
+        kind: "facts" solves for all facts together, see below. "experience" trains on what
+        `experience` kept, on dreams of it and on foundations, see `StudyOptions`. "full": first
+        experience, then facts, whose record is returned with the other one in its notes.
+        questions: (question, answer) about the experience, asked at its gate besides those that
+        the model dreams. dry_run: do and measure all of a sleep over experience, and take it back.
+        progress: called with the step, what is done of it, and of how much.
+
+        Raises ValueError, before anything changes, for another kind, and for questions or a dry run
+        of facts.
+        """
+        check_choice("kind", kind, SLEEPS)
+        if kind == "facts" and (questions or dry_run):
+            name = "questions" if questions else "dry_run"
+            raise ValueError(f"{name} must be left out for kind 'facts', got {kind!r}")
+        if kind == "facts":
+            return self.sleep_over_facts(progress)
+        first = consolidate(
+            self, self.buffer, questions=questions, dry_run=dry_run, progress=progress
+        )
+        if kind == "experience":
+            return first
+        done = self.sleep_over_facts(progress)
+        done.notes.append(str(first))
+        return done
+
+    def sleep_over_facts(self, progress: Progress | None) -> Record:
         """Audit all facts, solve for them together from the pristine weights, commit or roll back.
 
         The six steps are the modules of `steps/`. Where locality, negation or perplexity misses its
         threshold, the same solution is tried at the larger strengths of the options, and of those
         that the gate passes the one with the fewest misses stays; if none passes, the weights are
         what they were, bit for bit. With nothing new since the last sleep, nothing changes.
-        progress: called with the step, what is done of it, and of how much.
         """
         night = Night(self, progress)
         curate(night)
@@ -257,7 +327,7 @@ class Memory(Workspace):
         Another undo goes further back.
         """
         began = time.perf_counter()
-        commit = self.asked(lambda store: store.undo())
+        commit = self.asked(self._undone)
         self._factors = None
         self.learned(self.asked(lambda store: store.weights()))
         self.edited.materialise(self.factors)
@@ -265,6 +335,18 @@ class Memory(Workspace):
         record.commit, record.seconds = commit.id, time.perf_counter() - began
         self.last = record
         return record
+
+    def _undone(self, store: FactStore) -> Commit:
+        head = store.head
+        last = None if head is None else head.effective
+        slept = any(x.id == last and x.kind == "experience" for x in store.history())
+        buffer = self.buffer if slept else None
+        with store.transaction("undo"):
+            commit = store.undo()
+            if buffer is not None:
+                # What was not erased yet waits again.
+                buffer.waiting_again(commit.report["undone"])
+        return commit
 
     def explain(self, subject: str, relation: str | None = None) -> list[dict[str, Any]]:
         """For each fact about `subject`: when it came, from which text, what it changed, how it
@@ -312,6 +394,9 @@ class Memory(Workspace):
             found = measure(self.model, self.tokenizer, [], self.probes, self.baseline)
             now = replace(now, perplexity_ratio=found.perplexity_ratio, locality=found.locality)
         return pressure(now, self.options.limits)
+
+
+SLEEPS = ("facts", "experience", "full")
 
 
 def _explained(store: FactStore, number: int) -> dict[str, Any]:

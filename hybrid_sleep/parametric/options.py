@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_sleep.parametric.edit import EditOptions
+from hybrid_sleep.parametric.experience.options import StudyOptions
 from hybrid_sleep.parametric.gate import Thresholds
 from hybrid_sleep.parametric.pressure import Limits
 from hybrid_sleep.parametric.targets import TargetOptions
@@ -25,7 +26,7 @@ class MemoryOptions:
     thresholds: of the gate. limits: of the pressure to sleep. cap: facts to keep at most.
     strengths: multiples of the night's weight, tried in order while locality, negation or
         perplexity misses its threshold.
-    naps: facts that a nap audits. seed: of all that is drawn.
+    naps: facts that a nap audits. seed: of all that is drawn. study: a sleep over experience.
     """
 
     layers: tuple[int, ...] | None = None
@@ -37,6 +38,7 @@ class MemoryOptions:
     strengths: tuple[float, ...] = (1.0, 4.0, 16.0)
     naps: int = 8
     seed: int = 0
+    study: StudyOptions = field(default_factory=StudyOptions)
 
     def __post_init__(self) -> None:
         for name in ("cap", "naps"):
@@ -71,6 +73,7 @@ class MemoryOptions:
             "limits": lambda part: Limits(**part),
             "layers": lambda part: None if part is None else tuple(part),
             "strengths": tuple,
+            "study": StudyOptions.from_dict,
         }
         given: dict[str, Any] = {k: parts[k](v) if k in parts else v for k, v in data.items()}
         return cls(**given)

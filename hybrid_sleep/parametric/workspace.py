@@ -6,18 +6,20 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from hybrid_sleep.parametric.contexts import beginnings, edit_contexts
+from hybrid_sleep.parametric.dreams.examine import rows_of
+from hybrid_sleep.parametric.dreams.forms import QUESTION, Parsed
 from hybrid_sleep.parametric.edit import Edit, EditOptions
 from hybrid_sleep.parametric.edited import EditedWeights
 from hybrid_sleep.parametric.factors import Factors
 from hybrid_sleep.parametric.facts import Fact, Relation
 from hybrid_sleep.parametric.gate import Trial, trial
-from hybrid_sleep.parametric.measure import user_turn
+from hybrid_sleep.parametric.measure import encode, user_turn
 from hybrid_sleep.parametric.options import MemoryOptions, remember_options
 from hybrid_sleep.parametric.probes import Baseline, Probes
 from hybrid_sleep.parametric.record import Record
@@ -32,7 +34,11 @@ from hybrid_sleep.parametric.statistics import (
 )
 from hybrid_sleep.parametric.store import FactStore, StoredFact
 from hybrid_sleep.support.io import read_json, write_json_atomic
-from hybrid_sleep.training.ranks import of_first
+from hybrid_sleep.training.ranks import of_first, ranks
+
+if TYPE_CHECKING:
+    from hybrid_sleep.parametric.experience.buffer import Buffer
+    from hybrid_sleep.parametric.experience.experience import Experience
 
 T = TypeVar("T")
 SETTINGS, BASELINE, STATISTICS = "memory.json", "baseline.json", "statistics"
@@ -59,6 +65,7 @@ class Workspace:
         self.corpus: Sequence[Sequence[int]] | None = None
         self.own_text = False
         self.last: Record | None = None
+        self._buffer: Buffer | None = None
         self._factors: list[dict[str, Factors]] | None = None
         self._statistics: dict[Site, KeyStatistics] = {}
         self._preconditioners: dict[Any, dict[Site, Preconditioner]] = {}
@@ -93,6 +100,31 @@ class Workspace:
         """Where edits go, the lowest first."""
         assert self.options.layers is not None
         return [site_at(self.model, layer) for layer in self.options.layers]
+
+    @property
+    def buffer(self) -> Buffer:
+        """Experiences that wait for a sleep. Raises ValueError in several processes, and
+        ImportError, saying what to install, without the extra `memory`."""
+        if self._buffer is None:
+            if ranks() > 1 or self.store is None:
+                raise ValueError(
+                    f"experience must be kept and slept over in one process, got {ranks()}"
+                )
+            from hybrid_sleep.parametric.experience.buffer import Buffer
+
+            buffer = Buffer(self.store, self.encoded, seed=self.options.seed)
+            if self.options.study.erase and (slept := buffer.ids("slept")):
+                # A process that was killed behind a commit could not.
+                buffer.erase(ids=slept)
+            self._buffer = buffer
+        return self._buffer
+
+    def encoded(self, experience: Experience) -> tuple[tuple[int, ...], int]:
+        """Token ids of prompt and text, and where what is to be said begins."""
+        if not experience.prompt:
+            return tuple(encode(self.tokenizer, experience.text)), 0
+        parsed = Parsed(experience.text, experience.prompt)
+        return rows_of(self.tokenizer, QUESTION, parsed)
 
     def facts(self, states: Collection[str] | None = None) -> list[StoredFact]:
         """Those in the store, by state; None for all."""
@@ -159,27 +191,35 @@ class Workspace:
         *,
         factors: dict[str, Factors] | None = None,
         replace: bool = False,
+        also: Callable[[FactStore, int], None] | None = None,
         **parts: Any,
     ) -> Record:
         """Commit `record` and what goes with it; the pristine weights are on the disk before.
 
-        `weights` among `parts` are those that the model has, without its edits, by now.
+        `weights` among `parts` are those that the model has, without its edits, by now. also: what
+        is done with the store and the commit's id in the same transaction.
         """
         digest = self.edited.digest() if record.outcome == "committed" else None
         before = [] if replace else self.factors
         if self.own_text:
             record.notes.append(OWN_TEXT)
-        new = self.asked(
-            lambda store: store.commit(
-                record.kind,
-                digest=digest,
-                report=record.to_dict(),
-                status=record.outcome,
-                factors=factors,
-                replace=replace,
-                **parts,
-            )
-        )
+
+        def commit(store: FactStore) -> int:
+            with store.transaction("commit"):
+                number = store.commit(
+                    record.kind,
+                    digest=digest,
+                    report=record.to_dict(),
+                    status=record.outcome,
+                    factors=factors,
+                    replace=replace,
+                    **parts,
+                )
+                if also is not None:
+                    also(store, number)
+            return number
+
+        new = self.asked(commit)
         self._factors = [*before, factors] if factors else before
         record.commit, self.last = new, record
         return record

@@ -30,6 +30,10 @@ def weighing(lesson, weight):
     return replace(lesson, row=replace(lesson.row, weight=weight))
 
 
+def after(context):
+    return [(*context, *x.ids) for x in rows()]
+
+
 def logits_of(model, ids):
     with torch.no_grad():
         return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
@@ -48,10 +52,8 @@ def somewhere_else(model):
 def test_the_loss_is_the_divergence_of_each_row_alone_weighted_by_tokens(make):
     model, context = make(), [5, 6, 7, 8]
     teacher = somewhere_else(model)
-    lessons = [
-        weighing(x, w)
-        for x, w in zip(taught(teacher, rows(), context=context), (1.0, 1.5, 0.25), strict=True)
-    ]
+    told = taught(teacher, rows(), reads=after(context))
+    lessons = [weighing(x, w) for x, w in zip(told, (1.0, 1.5, 0.25), strict=True)]
     lessons.append(weighing(rows(4)[3], 2.0))
     total = tokens = 0.0
     for lesson in lessons:
@@ -92,7 +94,8 @@ def test_a_cache_teaches_what_the_text_in_front_does():
     with torch.no_grad():
         model(input_ids=torch.tensor([context]), cache=cache)
     before = [x.clone() for x in cache.tensors()]
-    ways = ({"cache": cache}, {"context": context}, {}, {"context": context, "at_once": 1})
+    reads = after(context)
+    ways = ({"cache": cache}, {"reads": reads}, {}, {"reads": reads, "at_once": 1})
     for by_cache, by_text, alone, one_by_one in zip(
         *([x.teacher for x in taught(model, rows(), **way)] for way in ways), strict=True
     ):
@@ -126,9 +129,10 @@ def test_what_cannot_be_taught_is_refused():
         Lesson("recent", row, torch.zeros(3, VOCAB))
 
 
-def test_a_context_and_a_cache_and_no_lesson_are_refused():
-    model = tiny_hybrid()
-    with pytest.raises(ValueError, match="context must be empty where there is a cache"):
-        taught(model, rows(1), context=[4], cache=SleepCache(model.config))
+def test_what_ends_otherwise_and_no_lesson_are_refused():
+    model, (lesson,) = tiny_llama(), rows(1)
+    for read in ((4, *lesson.ids, 5), lesson.ids[1:]):
+        with pytest.raises(ValueError, match="reads must end with the 4 tokens that are taught"):
+            taught(model, [lesson], reads=[read])
     with pytest.raises(ValueError, match="lessons must be one or more"):
         lesson_loss(model, [])

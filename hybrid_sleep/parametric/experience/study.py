@@ -1,0 +1,153 @@
+"""What a sleep over experience trains on: experiences, dreams of them, and foundations."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from hybrid_sleep.parametric.dreams.dream import ACQUISITION, Dream, Source, counts
+from hybrid_sleep.parametric.dreams.examine import rows_of
+from hybrid_sleep.parametric.dreams.forms import QUESTION, Parsed, question_prompt
+from hybrid_sleep.parametric.dreams.write import acquire
+from hybrid_sleep.parametric.experience.choice import Chosen
+from hybrid_sleep.parametric.experience.options import StudyOptions
+from hybrid_sleep.parametric.lessons import Lesson, taught
+from hybrid_sleep.parametric.measure import ask, mentions
+from hybrid_sleep.parametric.mix import Mix, Row, foundation, mix
+from hybrid_sleep.training.data import derive_seed
+
+ANSWER_TOKENS = 24
+RECENT, DREAM, FOUNDATION = "recent", "dream", "foundation"
+
+
+@dataclass(frozen=True)
+class Question:
+    """Something to be asked about an experience; source: the text that has the answer."""
+
+    question: str
+    answer: str
+    source: str
+
+
+@dataclass
+class Study:
+    """lessons: in the order to train in. questions: to ask at the gate. mixed: where lessons come
+    from; dreams: all that were dreamt."""
+
+    lessons: list[Lesson]
+    questions: list[Question]
+    mixed: Mix
+    dreams: list[Dream] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a record says of it, plain data for JSON, without any text."""
+        return {
+            "mix": self.mixed.to_dict(),
+            "dreams": counts(self.dreams),
+            "questions": len(self.questions),
+        }
+
+
+def said(kept: Any) -> str:
+    """What an experience says, with what it was an answer to."""
+    one = kept.experience
+    return f"{one.prompt}\n{one.text}" if one.prompt else one.text
+
+
+def prepare(
+    model: nn.Module,
+    tokenizer: Any,
+    chosen: Chosen,
+    options: StudyOptions,
+    *,
+    corpus: Sequence[Sequence[int]] | None = None,
+    questions: Sequence[tuple[str, str]] = (),
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Study:
+    """Dream of what was `chosen`, mix it with foundations, and ask `model`, as it is now, what it
+    expects: of dreams with their source in its context, of foundations without any.
+
+    Of an experience itself the words count. questions: (question, answer), asked at the gate as
+    well as some of the dreamt ones. corpus: rows of ids for foundations; None: the model's own.
+    """
+    sources = [Source(str(kept.id), said(kept)) for kept in chosen.experiences]
+    text_of = {source.id: source.text for source in sources}
+    dreams = (
+        acquire(
+            model, tokenizer, sources, seed=derive_seed("dreams", seed), forms=options.forms,
+            each=options.dreams, tokens=options.length, progress=progress,
+        )
+        if options.dreams and options.forms
+        else []
+    )  # fmt: skip
+    kept = [dream for dream in dreams if dream.kept]
+    held = _held_out(kept, options.held_out, seed)
+    whole = "\n\n".join(text_of.values())
+    asked = [Question(question, answer, whole) for question, answer in questions]
+    asked += [Question(x.question or "", x.text, text_of[x.sources[0]]) for x in held]
+    material = {
+        RECENT: [
+            Row(one.ids, one.start, weight, str(one.id))
+            for one, weight in zip(chosen.experiences, chosen.weights, strict=True)
+            if len(one.ids) > max(1, one.start)
+        ],
+        DREAM: [Row.of_dream(dream) for dream in kept if dream not in held],
+        FOUNDATION: foundation(
+            model, tokenizer, options.foundation, corpus, seed=derive_seed("foundation", seed)
+        ),
+    }
+    mixed = mix(material, options.tokens, options.shares, redistribute=True, seed=seed)
+    by_id = {dream.id: dream for dream in kept}
+    # What is gone through more than once is asked of the teacher once.
+    told: dict[tuple[str, Row], Lesson] = {}
+    for part in (DREAM, FOUNDATION):
+        lessons = [Lesson(x.part, x.row) for x in dict.fromkeys(mixed.rows) if x.part == part]
+        reads = None
+        if part == DREAM:
+            reads = [_read(tokenizer, x, by_id[x.row.origin], text_of) for x in lessons]
+        for lesson in taught(model, lessons, reads=reads):
+            told[part, lesson.row] = lesson
+    return Study(
+        [told.get((x.part, x.row), Lesson(x.part, x.row)) for x in mixed.rows],
+        asked,
+        mixed,
+        dreams,
+    )
+
+
+def _read(
+    tokenizer: Any, lesson: Lesson, dream: Dream, text_of: Mapping[str, str]
+) -> tuple[int, ...]:
+    """What the teacher reads: the same dream behind its source."""
+    parsed = Parsed(dream.text, dream.question)
+    ids, start = rows_of(tokenizer, dream.form, parsed, text_of[dream.sources[0]])
+    # Behind another text a tokenizer may cut the first word otherwise than the student's.
+    return (*ids[:start], *lesson.ids[-lesson.tokens :])
+
+
+def _held_out(dreams: Sequence[Dream], share: float, seed: int) -> list[Dream]:
+    """Dreamt questions that are not trained on."""
+    asked = [x for x in dreams if x.kind == ACQUISITION and x.form == QUESTION]
+    count = round(share * len(asked))
+    if share and asked:
+        count = max(1, count)
+    return random.Random(derive_seed("held out", seed)).sample(asked, count)
+
+
+def answered(
+    model: nn.Module, tokenizer: Any, questions: Sequence[Question], *, with_source: bool = False
+) -> float | None:
+    """The share of `questions` whose answer is in what `model` replies, greedily; None of none."""
+    if not questions:
+        return None
+    prompts = [
+        question_prompt(tokenizer, x.question, x.source if with_source else "") for x in questions
+    ]
+    replies = ask(model, tokenizer, prompts, tokens=ANSWER_TOKENS)
+    right = [mentions(reply, x.answer) for reply, x in zip(replies, questions, strict=True)]
+    return sum(right) / len(right)
