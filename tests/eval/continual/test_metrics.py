@@ -49,6 +49,8 @@ def test_a_task_that_ends_at_its_best_has_negative_forgetting():
     better = Scores.of([[0.95, 0.0], [0.5, 0.0], [0.7, 0.9]])
     assert better.forgetting_from_best == pytest.approx(-0.2)
     assert better.backward_transfer == pytest.approx(0.2)
+    # Nor is the score right behind it one of later sleeps.
+    assert better.minimum([[]]) == pytest.approx(0.7)
 
 
 def test_intransigence_is_against_joint_training(scores):
