@@ -274,7 +274,8 @@ class Buffer:
         return ids, start
 
     def _read(self, numbers: Sequence[int]) -> list[Kept]:
-        percentile, found = self._percentiles(), []
+        percentile = self._percentiles()
+        found: list[Kept] = []
         for number in numbers:
             experience, ids, start = self._vault.body(number)
             state, created, surprise, importance, commit = self._vault.db.execute(
@@ -314,7 +315,8 @@ class Buffer:
 
 def _scrubbed(experience: Experience) -> tuple[Experience, Counter[str]]:
     """An experience without secrets, and how many there were of each kind."""
-    parts, counts = {}, Counter[str]()
+    parts: dict[str, str] = {}
+    counts: Counter[str] = Counter()
     for name in ("text", "prompt", "rejected"):
         parts[name], found = scrub(getattr(experience, name))
         counts.update(found)

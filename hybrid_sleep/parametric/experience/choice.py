@@ -90,7 +90,8 @@ def choose(
             within.append(one)
     cap = tokens * max(share, 1 / max(1, len({one.source for one in within})))
     random.Random(seed).shuffle(within)
-    taken, by_source = [], Counter[str]()
+    taken: list[int] = []
+    by_source: Counter[str] = Counter()
     for one in within:
         if by_source.total() + one.tokens > tokens:
             left_out["more than the tokens"] += 1

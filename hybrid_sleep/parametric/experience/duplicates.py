@@ -42,7 +42,7 @@ def alike(one: Experience, other: Experience, threshold: float) -> bool:
     a, b = _words(one), _words(other)
     if one.kind != other.kind or (one.kind == "correction" and a.casefold() != b.casefold()):
         return False
-    if set(_TELLING.findall(a)) != set(_TELLING.findall(b)):
+    if _TELLING.findall(a) != _TELLING.findall(b):
         return False
     first, second = _shingles(one), _shingles(other)
     return len(first & second) >= threshold * len(first | second)

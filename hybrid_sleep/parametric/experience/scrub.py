@@ -49,7 +49,8 @@ def scrub(text: str) -> tuple[str, Counter[str]]:
         for start, end in find(text):
             if not any(start < b and a < end for a, b in standing):
                 found.append((start, end, kind))
-    pieces, counts, done = [], Counter[str](), 0
+    pieces: list[str] = []
+    counts, done = Counter[str](), 0
     for start, end, kind in _apart(found):
         pieces += [text[done:start], f"[{kind} removed]"]
         counts[kind] += 1
@@ -164,10 +165,11 @@ def _finders() -> tuple[tuple[str, Callable[[str], Iterator[Span]]], ...]:
         inside = vars(importlib.import_module(f"{plugins.__name__}.{module.name}"))
         for value in inside.values():
             if isinstance(value, type) and issubclass(value, RegexBasedDetector):
+                detector: Any = value
+                patterns = detector.denylist
                 # The whole match: what its groups hold is of some tokens the prefix alone.
-                patterns = value.denylist
                 for pattern in patterns if isinstance(patterns, list | tuple) else ():
-                    found.append((value.secret_type, _matches(pattern)))
+                    found.append((detector.secret_type, _matches(pattern)))
     kind = keyword.KeywordDetector.secret_type
     for pattern, group in keyword.QUOTES_REQUIRED_DENYLIST_REGEX_TO_GROUP.items():
         found.append((kind, _matches(pattern, group)))
