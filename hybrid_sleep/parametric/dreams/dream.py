@@ -110,8 +110,10 @@ class Dream:
     @property
     def id(self) -> str:
         """Of what was written, by which weights, from what: `MARK` and 16 hexadecimal digits."""
-        made_from = [self.kind, self.form, self.question, self.text, list(self.ids)]
-        made_from += [list(self.sources), self.weights, self.seed, self.number]
+        made_from = [
+            self.kind, self.form, self.question, self.text, list(self.ids), list(self.sources),
+            self.weights, self.seed, self.number,
+        ]  # fmt: skip
         return MARK + hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
 
     @property

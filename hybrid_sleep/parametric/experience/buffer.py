@@ -315,7 +315,7 @@ class Buffer:
 
 def _scrubbed(experience: Experience) -> tuple[Experience, Counter[str]]:
     """An experience without secrets, and how many there were of each kind."""
-    parts: dict[str, str] = {}
+    parts: dict[str, Any] = {}
     counts: Counter[str] = Counter()
     for name in ("text", "prompt", "rejected"):
         parts[name], found = scrub(getattr(experience, name))
