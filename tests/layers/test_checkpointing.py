@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gc
-from itertools import product
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import halved
 from small import assert_same, fields_of, small_config, small_ids, small_model, snapshot
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -76,7 +76,7 @@ def test_no_gradient_changes(case):
     assert_equal(gradients(model, granularity, ids, **call), gradients(model, None, ids, **call))
 
 
-@pytest.mark.parametrize(("state_space", "eviction"), [*product(STATE_SPACES, EVICTIONS)])
+@pytest.mark.parametrize(("state_space", "eviction"), halved(STATE_SPACES, EVICTIONS))
 def test_every_way_changes_no_gradient(state_space, eviction):
     """Ragged, left-padded rows that sleep three passes deep, looped blocks in the middle."""
     ids = small_ids(3, 13)

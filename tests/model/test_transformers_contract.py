@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import slow
 from safetensors.torch import load_file, save_file
 from small import VOCAB, gap, small_config, small_ids, small_model
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
@@ -40,7 +41,8 @@ KINDS = {
 IDS = small_ids(2, 10)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+# Every part of "hard" is one of another kind too.
+@pytest.fixture(scope="module", params=[slow(k) if k == "hard" else k for k in KINDS])
 def model(request) -> HybridSleepForCausalLM:
     """Shared; a test that changes it takes a copy."""
     return small_model(**KINDS[request.param]).requires_grad_(False)

@@ -26,7 +26,7 @@ def steps(small):
     )
 
 
-@pytest.mark.parametrize("stride", [9, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [13, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_kill_at_any_write_loses_no_fact(world, opened, tmp_path, monkeypatch, stride):
     work = steps(world[2])
     passed: list[str] = []

@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import halved
 from small import (
     Row,
     assert_same,
@@ -99,7 +100,7 @@ def plain_hybrid(model, ids_T: torch.Tensor) -> torch.Tensor:
     return model.lm_head(model.model.norm(h))
 
 
-@pytest.mark.parametrize(("state_space", "eviction"), [*product(STATE_SPACES, EVICTIONS)])
+@pytest.mark.parametrize(("state_space", "eviction"), halved(STATE_SPACES, EVICTIONS))
 def test_depth_one_is_a_plain_hybrid(state_space, eviction):
     for loop, window in product((None, (1, 3)), (1, 4, 9)):
         model = small_model(
@@ -153,9 +154,11 @@ SIZES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"window{size['window']}")
-@pytest.mark.parametrize(("state_space", "eviction"), [*product(STATE_SPACES, EVICTIONS)])
-@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+@pytest.mark.parametrize(
+    ("attention", "state_space", "eviction", "size"),
+    halved(["causal", "bidirectional"], STATE_SPACES, EVICTIONS, SIZES),
+    ids=lambda value: f"window{value['window']}" if isinstance(value, dict) else None,
+)
 @torch.no_grad()
 def test_pruned_sleep_has_the_bits_of_the_naive_one(state_space, eviction, attention, size):
     orders = (

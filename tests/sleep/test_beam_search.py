@@ -19,13 +19,20 @@ def model_of(eviction: str = "hard"):
 
 @torch.no_grad()
 def log_likelihoods(model, ids_T: torch.Tensor, ends: list[tuple[int, ...]]) -> list[float]:
-    """Log-likelihood of each continuation, one whole forward each."""
-    total = []
-    for end in ends:
-        whole = torch.cat((ids_T, torch.tensor(end)))
-        logits = model(whole[None], sleep_passes=DEPTH).logits[0].float()
-        steps = logits[len(ids_T) - 1 : -1].log_softmax(-1)
-        total.append(steps.gather(1, torch.tensor(end)[:, None]).sum().item())
+    """Log-likelihood of each continuation by whole forwards; those as long as each other are the
+    rows of one, the first of which is read alone too."""
+    total = [0.0] * len(ends)
+    for length in {len(end) for end in ends}:
+        places = [i for i, end in enumerate(ends) if len(end) == length]
+        ends_BT = torch.tensor([ends[i] for i in places])
+        whole = torch.cat((ids_T.expand(len(places), -1), ends_BT), 1)
+        logits = model(whole, sleep_passes=DEPTH).logits
+        alone = model(whole[:1], sleep_passes=DEPTH).logits
+        torch.testing.assert_close(logits[:1], alone, rtol=0, atol=1e-12)
+        steps = logits[:, len(ids_T) - 1 : -1].float().log_softmax(-1)
+        each = steps.gather(2, ends_BT[..., None]).sum((1, 2))
+        for i, value in zip(places, each.tolist(), strict=True):
+            total[i] = value
     return total
 
 

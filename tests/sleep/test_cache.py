@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from marks import halved
 from small import assert_same, gap, small_ids, small_model, snapshot
 
 from hybrid_sleep import SleepCache
@@ -124,8 +125,7 @@ def test_tokens_cannot_be_taken_back():
     assert cache.get_seq_length() == 13
 
 
-@pytest.mark.parametrize("state_space", STATE_SPACES)
-@pytest.mark.parametrize("eviction", EVICTIONS)
+@pytest.mark.parametrize(("state_space", "eviction"), halved(STATE_SPACES, EVICTIONS))
 def test_rows_that_are_split_hold_what_they_would_alone(eviction, state_space):
     model = small_model(eviction=eviction, state_space=state_space, loop=(0, 3))
     ids, cache = ragged(model)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import halved
 from small import gap, small_ids, small_model
 
 from hybrid_sleep import SleepCache
@@ -96,8 +97,7 @@ def test_documents_do_not_know_of_each_other(document_ids, data):
 LENGTHS = [[7, 1, 12, 3], [16, 2], [5, 5, 6]]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("eviction", EVICTIONS)
+@pytest.mark.parametrize(("schedule", "eviction"), halved(SCHEDULES, EVICTIONS))
 def test_the_loss_and_its_gradients_are_those_of_the_documents(eviction, schedule):
     """Every option that changes how gradients are computed included; labels stay inside."""
     document_ids = pack([[7, 1, 4], [11, 2]], 14)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from itertools import product
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import halved
 from recorder import PATHS, Recorder, engine_of, own, read, sleep_both_ways
 from small import assert_same, gap, small_ids, small_model, snapshot
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,16 +36,30 @@ MODELS = st.fixed_dictionaries(
 DEPTHS = st.one_of(st.integers(1, 5), st.just("auto"))
 
 
-@settings(max_examples=40)
-@given(
-    changes=MODELS,
-    passes=DEPTHS,
-    lengths=st.lists(st.integers(1, 13), min_size=1, max_size=5),
-    uniform=st.booleans(),
-    tol=st.sampled_from([1e-300, 0.05, 0.3, 1.0]),
-)
-@torch.no_grad()
+CASES = {
+    "changes": MODELS,
+    "passes": DEPTHS,
+    "lengths": st.lists(st.integers(1, 13), min_size=1, max_size=5),
+    "uniform": st.booleans(),
+    "tol": st.sampled_from([1e-300, 0.05, 0.3, 1.0]),
+}
+
+
+@settings(max_examples=15)
+@given(**CASES)
 def test_replays_are_what_eager_passes_leave(changes, passes, lengths, uniform, tol):
+    replays_are_what_eager_passes_leave(changes, passes, lengths, uniform, tol)
+
+
+@pytest.mark.slow
+@settings(max_examples=40)
+@given(**CASES)
+def test_many_replays_are_what_eager_passes_leave(changes, passes, lengths, uniform, tol):
+    replays_are_what_eager_passes_leave(changes, passes, lengths, uniform, tol)
+
+
+@torch.no_grad()
+def replays_are_what_eager_passes_leave(changes, passes, lengths, uniform, tol):
     lengths = [lengths[0]] * len(lengths) if uniform else lengths
     exact = len(lengths) & (len(lengths) - 1) == 0
     model = small_model(**changes, dtype=torch.float32 if exact else torch.float64)
@@ -93,9 +107,10 @@ class Strict(Recorder):
         return work
 
 
-@pytest.mark.parametrize("lengths", [[5, 5], [5, 2], [1], [5, 5, 5]])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize(("state_space", "eviction"), [*product(STATE_SPACES, EVICTIONS)])
+@pytest.mark.parametrize(
+    ("lengths", "attention", "state_space", "eviction"),
+    halved([[5, 5], [5, 2], [1], [5, 5, 5]], ["sdpa", "eager"], STATE_SPACES, EVICTIONS),
+)
 @torch.no_grad()
 def test_no_step_waits_for_the_device(state_space, eviction, attention, lengths):
     model = small_model(
@@ -115,8 +130,9 @@ def test_what_waits_for_the_device_is_refused():
             waits()
 
 
-@pytest.mark.parametrize(("state_space", "eviction"), [*product(STATE_SPACES, EVICTIONS)])
-@pytest.mark.parametrize("loop", [None, (1, 3)])
+@pytest.mark.parametrize(
+    ("state_space", "eviction", "loop"), halved(STATE_SPACES, EVICTIONS, [None, (1, 3)])
+)
 @torch.no_grad()
 def test_rows_that_sleep_at_different_times_read_on_as_without_the_engine(
     state_space, eviction, loop

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from marks import halved
 from small import assert_same, gap, small_ids, small_model, snapshot
 from transformers import DynamicCache
 
@@ -66,9 +67,9 @@ def assert_row_equals(cache: SleepCache, b: int, alone: SleepCache) -> None:
         assert gap(cache.fast_weights[i][b], S[0]) <= EXACT
 
 
-@pytest.mark.parametrize("state_space", STATE_SPACES)
-@pytest.mark.parametrize("eviction", EVICTIONS)
-@pytest.mark.parametrize("loop", [None, (0, 2)])
+@pytest.mark.parametrize(
+    ("loop", "eviction", "state_space"), halved([None, (0, 2)], EVICTIONS, STATE_SPACES)
+)
 def test_greedy_is_the_argmax_of_whole_forwards(state_space, eviction, loop):
     model = lively(state_space=state_space, eviction=eviction, loop=loop)
     ids = small_ids(2, 12)
@@ -111,8 +112,9 @@ def test_sampling_draws_from_whole_forwards(temperature):
     assert torch.equal(out.sequences, wanted)
 
 
-@pytest.mark.parametrize("eviction", EVICTIONS)
-@pytest.mark.parametrize("side", ["left", "right", "inside"])
+@pytest.mark.parametrize(
+    ("side", "eviction"), halved(["left", "right", "inside"], EVICTIONS)
+)
 def test_each_row_gets_what_it_gets_alone(side, eviction):
     model = lively(eviction=eviction, loop=(0, 3))
     ids = small_ids(4, 13)
@@ -206,8 +208,7 @@ def test_finished_rows_read_no_further(eviction):
         assert torch.equal(again.sequences[b, 3:], greedy(model, past, 4, 2)[0, -4:])
 
 
-@pytest.mark.parametrize("eviction", EVICTIONS)
-@pytest.mark.parametrize("long_mask", [False, True])
+@pytest.mark.parametrize(("long_mask", "eviction"), halved([False, True], EVICTIONS))
 def test_a_conversation_equals_one_long_run(eviction, long_mask):
     """A turn gives the cache the last answer's last token, which it has not read, and new text."""
     model = lively(eviction=eviction)

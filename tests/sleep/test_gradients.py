@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 import pytest
 import torch
+from marks import halved
 from small import Row, gap, small_config, small_ids, small_model
 from torch.func import functional_call
 
@@ -29,8 +28,10 @@ TINY = {
 GATES = ("A_log", "dt_bias", "q_conv", "kv_conv", "k_proj.weight", "o_norm.weight")
 
 
-@pytest.mark.parametrize("schedule", ["context_windows", "every_window"])
-@pytest.mark.parametrize(("state_space", "eviction"), [*product(STATE_SPACES, EVICTIONS)])
+@pytest.mark.parametrize(
+    ("schedule", "state_space", "eviction"),
+    halved(["context_windows", "every_window"], STATE_SPACES, EVICTIONS),
+)
 def test_gradcheck_through_two_sleeping_windows(schedule, state_space, eviction):
     """Three passes over each of two windows; the third predicts."""
     model = small_model(
@@ -58,8 +59,9 @@ def test_gradcheck_through_two_sleeping_windows(schedule, state_space, eviction)
     assert grad[:, :3].abs().min() > 0
 
 
-@pytest.mark.parametrize("loop", [None, (0, 1), (1, 3)])
-@pytest.mark.parametrize(("state_space", "eviction"), [*product(STATE_SPACES, EVICTIONS)])
+@pytest.mark.parametrize(
+    ("loop", "state_space", "eviction"), halved([None, (0, 1), (1, 3)], STATE_SPACES, EVICTIONS)
+)
 def test_gradients_equal_the_specification(state_space, eviction, loop):
     """Backpropagation through the oracle's own loops gives every parameter the same gradient."""
     model = small_model(state_space=state_space, eviction=eviction, loop=loop, window=3)

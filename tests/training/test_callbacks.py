@@ -3,20 +3,18 @@
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from forked import in_a_fork
 from transformers import TrainerControl, TrainerState
 
 from hybrid_sleep.training.callbacks import Display, RunLog, StopOnSignal, memory_in_use
 from hybrid_sleep.training.loop import StepRecord
+from hybrid_sleep.training.losses import LossByPosition
 from hybrid_sleep.training.run import build_trainer
-
-ROOT = Path(__file__).parents[2]
 
 
 def records(path):
@@ -168,55 +166,44 @@ def test_a_signal_between_asking_and_answering_is_not_lost(monkeypatch):
     assert control.should_training_stop and control.should_save
 
 
-RANKS = """
-import json, os, sys, torch
-from pathlib import Path
-from types import SimpleNamespace
-from transformers import TrainerControl, TrainerState
-from hybrid_sleep.training.callbacks import RunLog, StopOnSignal
-from hybrid_sleep.training.losses import LossByPosition
-from hybrid_sleep.training.loop import StepRecord
-
-# Imports take longer than all the rest; a process that has computed nothing yet may fork.
-folder, child = Path(sys.argv[1]), os.fork()
-rank = int(child == 0)
-torch.distributed.init_process_group(
-    "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
-)
-trainer = SimpleNamespace(args=SimpleNamespace(process_index=rank, output_dir=str(folder)))
-counted, stop = LossByPosition([1, 2], bins=2), StopOnSignal()
-log = RunLog(trainer, folder / f"metrics{rank}.jsonl", 2, losses=counted)
-state, control = TrainerState(max_steps=9), TrainerControl()
-log.on_train_begin(None, state, control)
-while not control.should_training_stop:
-    logits = torch.zeros(1, 3, 4)
-    logits[..., 0] = rank
-    counted.add(logits, torch.zeros(1, 3).long(), 2, depth=1)
-    loss = torch.tensor(float(state.global_step + 10 * rank))
-    trainer.last_step = StepRecord(state.global_step, 1, 10 + rank, loss)
+def two_ranks(folder: Path) -> None:
+    """Log losses and stop in two processes, this one and a fork of it."""
+    child = os.fork()
+    rank = int(child == 0)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
+    trainer = SimpleNamespace(args=SimpleNamespace(process_index=rank, output_dir=str(folder)))
+    counted, stop = LossByPosition([1, 2], bins=2), StopOnSignal()
+    log = RunLog(trainer, folder / f"metrics{rank}.jsonl", 2, losses=counted)
+    state, control = TrainerState(max_steps=9), TrainerControl()
+    log.on_train_begin(None, state, control)
+    while not control.should_training_stop:
+        logits = torch.zeros(1, 3, 4)
+        logits[..., 0] = rank
+        counted.add(logits, torch.zeros(1, 3).long(), 2, depth=1)
+        loss = torch.tensor(float(state.global_step + 10 * rank))
+        trainer.last_step = StepRecord(state.global_step, 1, 10 + rank, loss)
+        state.global_step += 1
+        stop.requested |= rank == 1 and state.global_step == 3
+        stop.on_step_end(None, state, control)
+        log.on_step_end(None, state, control)
+    result = {"stopped": state.global_step, "requested": stop.requested}
+    loss = torch.tensor(float("nan") if rank else 1.0)
+    trainer.last_step = StepRecord(state.global_step, 2, 10, loss)
     state.global_step += 1
-    stop.requested |= rank == 1 and state.global_step == 3
-    stop.on_step_end(None, state, control)
-    log.on_step_end(None, state, control)
-result = {"stopped": state.global_step, "requested": stop.requested}
-loss = torch.tensor(float("nan") if rank else 1.0)
-trainer.last_step = StepRecord(state.global_step, 2, 10, loss)
-state.global_step += 1
-try:
-    log.on_step_end(None, state, control)
-except ValueError as error:
-    result["error"] = str(error)
-(folder / f"result{rank}.json").write_text(json.dumps(result))
-if child:
-    os.waitpid(child, 0)
-"""
+    try:
+        log.on_step_end(None, state, control)
+    except ValueError as error:
+        result["error"] = str(error)
+    (folder / f"result{rank}.json").write_text(json.dumps(result))
+    if child:
+        os.waitpid(child, 0)
 
 
 def test_two_ranks_write_one_log_and_stop_together(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, "-c", RANKS, str(tmp_path)], env=environment, check=True, timeout=100
-    )
+    said = tmp_path / "said"
+    assert in_a_fork(lambda: two_ranks(tmp_path), said) == 0, said.read_text()
     for rank in range(2):
         result = json.loads((tmp_path / f"result{rank}.json").read_text())
         assert (result["stopped"], result["requested"]) == (3, True)

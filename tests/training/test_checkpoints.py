@@ -2,23 +2,23 @@
 
 import json
 import os
+import resource
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from forked import in_a_fork
 from transformers import TrainerCallback
 
 from hybrid_sleep.training import run as run_module
+from hybrid_sleep.training.__main__ import main
 from hybrid_sleep.training.callbacks import StopOnSignal
 from hybrid_sleep.training.folder import checkpoints
 from hybrid_sleep.training.run import build_trainer, train
-
-ROOT = Path(__file__).parents[2]
+from hybrid_sleep.training.trainer import SleepTrainer
 
 
 class StopAt(TrainerCallback):
@@ -76,29 +76,20 @@ def test_a_resumed_run_is_the_uninterrupted_one_bitwise(
 
 def test_killed_while_saving_leaves_the_old_checkpoint_to_resume_from(tmp_path, tiny):
     """A real kill, in the middle of writing the optimizer state of the second checkpoint."""
-    out = tmp_path / "out"
-    config = tmp_path / "run.yaml"
-    config.write_text(tiny.run(out, save_every=2).to_yaml())
-    script = tmp_path / "killed.py"
-    script.write_text(
-        "import os, signal, sys, torch\n"
-        "from hybrid_sleep.training import load_run_config, train\n"
-        "save = torch.save\n"
-        "def half(content, place, *args, **kwargs):\n"
-        "    if 'checkpoint-4' in str(place) and 'optimizer' in str(place):\n"
-        "        open(place, 'wb').write(b'half')\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return save(content, place, *args, **kwargs)\n"
-        "torch.save = half\n"
-        "train(load_run_config(sys.argv[1]), progress=False)\n"
-    )
-    killed = subprocess.run(
-        [sys.executable, str(script), str(config)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    out, save = tmp_path / "out", torch.save
+
+    def half(content, place, *args, **kwargs):
+        if "checkpoint-4" in str(place) and "optimizer" in str(place):
+            Path(place).write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return save(content, place, *args, **kwargs)
+
+    def work():
+        torch.save = half
+        train(tiny.run(out, save_every=2), progress=False)
+
+    said = tmp_path / "said"
+    assert in_a_fork(work, said) == -signal.SIGKILL, said.read_text()
     assert [path.name for path in checkpoints(out)] == ["checkpoint-2"]
     assert any(out.rglob("optimizer.pt"))
     resumed = train(tiny.run(out, save_every=2), resume=True, progress=False)
@@ -192,29 +183,23 @@ def test_a_full_disk_ends_the_run_and_names_the_last_good_checkpoint(tmp_path, t
     """Files may not grow beyond a few bytes once the second checkpoint is due."""
     config = tmp_path / "run.yaml"
     config.write_text(tiny.run(tmp_path / "out", save_every=2).to_yaml())
-    script = tmp_path / "full.py"
-    script.write_text(
-        "import resource, sys\n"
-        "from hybrid_sleep.training.__main__ import main\n"
-        "from hybrid_sleep.training.trainer import SleepTrainer\n"
-        "save = SleepTrainer._save_checkpoint\n"
-        "def on_a_full_disk(self, *arguments):\n"
-        "    if self.state.global_step == 4:\n"
-        "        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
-        "    save(self, *arguments)\n"
-        "SleepTrainer._save_checkpoint = on_a_full_disk\n"
-        "sys.exit(main([sys.argv[1], '--quiet']))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, str(script), str(config)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 2, done.stderr
+    save = SleepTrainer._save_checkpoint
+
+    def on_a_full_disk(self, *arguments):
+        if self.state.global_step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+        save(self, *arguments)
+
+    def work():
+        SleepTrainer._save_checkpoint = on_a_full_disk
+        return main([str(config), "--quiet"])
+
+    code = in_a_fork(work, tmp_path / "said")
+    said = (tmp_path / "said").read_text()
+    assert code == 2, said
     saved = tmp_path / "out" / "checkpoint-2"
-    assert "error: the checkpoint of step 4 could not be written: " in done.stderr
-    assert f"the last good checkpoint is {saved}, --resume goes on from there" in done.stderr
+    assert "error: the checkpoint of step 4 could not be written: " in said
+    assert f"the last good checkpoint is {saved}, --resume goes on from there" in said
     assert checkpoints(tmp_path / "out") == [saved]
     assert not (tmp_path / "out" / ".partial").exists()
     train(tiny.run(tmp_path / "out", save_every=2), resume=True, progress=False)

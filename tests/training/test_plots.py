@@ -5,7 +5,14 @@ import math
 
 import pytest
 
+from hybrid_sleep.support.plots import save_figure
+from hybrid_sleep.training import plots
 from hybrid_sleep.training.plots import plot_run, save_run_plot, smoothed
+
+
+@pytest.fixture(autouse=True)
+def _every_figure_is_drawn(monkeypatch):
+    monkeypatch.setattr(plots, "save_figure", save_figure)
 
 
 def write(path, records):

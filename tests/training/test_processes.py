@@ -9,20 +9,22 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from marks import slow
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from hybrid_sleep.training import train
+from hybrid_sleep.training.build import build_trainer, training_arguments
 from hybrid_sleep.training.folder import checkpoints
 
 ROOT = Path(__file__).parents[2]
 # Torch's AdamW, whose steps carry a difference in the last bit on as it is; Muon orthogonalises in
 # bf16, where such a difference may round another way.
-RUN = {"steps": 20, "batch_size": 8, "lr_muon": None, "weight_decay": 0.1, "save_every": 6}
+RUN = {"steps": 12, "batch_size": 8, "lr_muon": None, "weight_decay": 0.1, "save_every": 4}
 RUN |= {"activation_checkpointing": "block", "keep_checkpoints": 9}
 
 
@@ -33,18 +35,22 @@ def config_of(stage: int | None) -> str | None:
     return str(ROOT / f"configs/deepspeed/zero{stage}.json")
 
 
-def start(
-    run, processes: int, *more: str, program: Sequence[str] = ("-m", "hybrid_sleep.training")
-) -> subprocess.Popen:
-    """Train `run` through torchrun, in a session of its own."""
+def start(run, processes: int, *more: str, torchrun: bool = False) -> subprocess.Popen:
+    """Train `run` in a session of its own, in processes that import each for itself (`torchrun`) or
+    are forks of one that has."""
     folder = Path(run.output_dir).parent
     config = folder / f"{Path(run.output_dir).name}.yaml"
     config.write_text(run.to_yaml())
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-    launch += [f"--master-port={port}", *program, str(config), *more]
+        port = str(probe.getsockname()[1])
+    launch = [sys.executable]
+    if torchrun:
+        launch += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+        launch += [f"--master-port={port}", "-m", "hybrid_sleep.training"]
+    else:
+        launch += [str(ROOT / "tests/common/forked_ranks.py"), str(processes), port]
+    launch += [str(config), *more]
     return subprocess.Popen(
         launch,
         cwd=ROOT,
@@ -67,7 +73,7 @@ def finish(started: subprocess.Popen, code: int = 0) -> str:
 
 
 def kill(running: subprocess.Popen) -> str:
-    """SIGKILL to torchrun and to its workers, which are no members of its group."""
+    """SIGKILL to the launcher and to its workers, which are no members of its group."""
     workers = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
     for process in (running.pid, *map(int, workers)):
         os.kill(process, signal.SIGKILL)
@@ -107,21 +113,19 @@ def train_in_two(run, alone) -> None:
     assert {line["depth"] for line in lines if "depth" in line} == {1, 2, 3}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [slow(0), slow(1), slow(2), 3])
 def test_two_processes_are_one(tmp_path, tiny, alone, stage):
     train_in_two(tiny.run(tmp_path / "out", deepspeed=config_of(stage), **RUN), alone)
 
 
-@pytest.mark.parametrize(
-    "stage", [None, *(pytest.param(stage, marks=pytest.mark.slow) for stage in range(4))]
-)
+@pytest.mark.parametrize("stage", [None, *map(slow, range(4))])
 def test_two_processes_killed_at_a_random_step_are_one(tmp_path, tiny, alone, stage):
     """After SIGKILL and --resume, losses and weights are those of the run that was not killed: to
     the bit on as many processes, to rounding on another number."""
     settings = {**RUN, "deepspeed": config_of(stage)}
     train_in_two(tiny.run(tmp_path / "whole", **settings), alone)
     killed, fewer = tmp_path / "killed", tmp_path / "fewer"
-    last = random.Random(str(stage)).randrange(7, 17)
+    last = random.Random(str(stage)).randrange(5, 9)
     running = start(tiny.run(killed, **settings), 2)
     while not (killed / "metrics.jsonl").exists() or max(losses(killed), default=0) < last:
         assert running.poll() is None, running.communicate()[0]
@@ -134,14 +138,17 @@ def test_two_processes_killed_at_a_random_step_are_one(tmp_path, tiny, alone, st
     finish(start(tiny.run(killed, **settings), 2, "--resume"))
     assert losses(killed) == losses(tmp_path / "whole")
     assert_near(weights(killed), weights(tmp_path / "whole"), 0)
-    finish(start(tiny.run(fewer, **settings), 1, "--resume"))
+    if stage is None:
+        train(tiny.run(fewer, **settings), resume=True, progress=False)
+    else:
+        finish(start(tiny.run(fewer, **settings), 1, "--resume"))
     assert_near(losses(fewer), losses(tmp_path / "whole"), 1e-5)
     assert_near(weights(fewer), weights(tmp_path / "whole"), 1e-5)
 
 
 def test_a_signal_ends_all_processes_after_the_same_step(tmp_path, tiny):
     out = tmp_path / "out"
-    running = start(tiny.run(out, steps=4000), 2)
+    running = start(tiny.run(out, steps=4000), 2, torchrun=True)
     while not (out / "metrics.jsonl").exists() or not losses(out):
         assert running.poll() is None, running.communicate()[0]
         time.sleep(0.02)
@@ -157,8 +164,7 @@ def test_a_loss_that_is_no_number_on_one_rank_ends_all(tmp_path, tiny):
     """The second rank's weights turn nan before step 4; both stop, naming the last checkpoint."""
     script = tmp_path / "diverge.py"
     script.write_text(
-        "import os, sys, torch\n"
-        "from hybrid_sleep.training.__main__ import main\n"
+        "import os\n"
         "from hybrid_sleep.training.trainer import SleepTrainer\n"
         "step = SleepTrainer.compute_loss\n"
         "def compute_loss(self, *arguments, **keywords):\n"
@@ -166,10 +172,9 @@ def test_a_loss_that_is_no_number_on_one_rank_ends_all(tmp_path, tiny):
         "    bad = self.state.global_step == 3 and os.environ['RANK'] == '1'\n"
         "    return loss * float('nan') if bad else loss\n"
         "SleepTrainer.compute_loss = compute_loss\n"
-        "sys.exit(main())\n"
     )
     run = tiny.run(tmp_path / "out", save_every=2)
-    said = finish(start(run, 2, program=[str(script)]), code=1)
+    said = finish(start(run, 2, "--first", str(script)), code=1)
     saved = tmp_path / "out/checkpoint-2"
     assert "loss is nan at step 4 (sleep_passes=" in said
     assert f"the last good checkpoint is {saved}, --resume goes on from there" in said
@@ -199,18 +204,26 @@ def test_text_in_two_processes_goes_on_where_it_was(tmp_path, tiny, text):
     (parts / "model.safetensors").unlink()
     for late in checkpoints(parts)[1:]:
         shutil.rmtree(late)
-    finish(start(tiny.run(parts, **settings), 1, "--resume"))
+    train(tiny.run(parts, **settings), resume=True, progress=False)
     assert_near(losses(parts), losses(whole), 1e-5)
     assert_near(weights(parts), weights(whole), 1e-5)
     assert len(done.samples) == 2
 
 
-def test_zero_3_refuses_rows_with_boundaries_of_their_own(tmp_path, tiny, text):
-    run = tiny.run(
-        tmp_path / "out", model={"window": 8}, text=text, lr_muon=None, deepspeed=config_of(3)
-    )
-    said = finish(start(run, 2), code=1)
-    assert "must be ZeRO stage 0, 1 or 2 for text, whose rows have boundaries of their own" in said
+@pytest.mark.parametrize("processes", ["said to be two", slow("two")])
+def test_zero_3_refuses_rows_with_boundaries_of_their_own(
+    tmp_path, tiny, text, monkeypatch, processes
+):
+    refusal = "must be ZeRO stage 0, 1 or 2 for text, whose rows have boundaries of their own"
+    settings = {"model": {"window": 8}, "text": text, "lr_muon": None}
+    run = tiny.run(tmp_path / "out", deepspeed=config_of(3), **settings)
+    if processes == "two":
+        assert refusal in finish(start(run, 2), code=1)
+        return
+    arguments = training_arguments(tiny.run(tmp_path / "out", **settings))
+    with pytest.raises(ValueError, match=refusal):
+        monkeypatch.setattr(TrainingArguments, "world_size", 2)
+        build_trainer(run, arguments)
 
 
 MUON = {"lr_muon": 0.02, "grad_clip": None}

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from marks import halved, slow
 from small import small_config, small_ids, small_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -93,7 +94,7 @@ class Counter:
 
 
 @every_config
-@pytest.mark.parametrize("passes", [1, 2, 4])
+@pytest.mark.parametrize("passes", [1, slow(2), 4])
 def test_reading_with_sleeps_as_it_happens(changes, passes):
     model = small_model(**changes)
     for tokens in (1, 5, 6, 13):
@@ -122,7 +123,7 @@ def test_a_sleep_and_tokens_as_they_happen(changes):
 
 
 @every_config
-@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize("passes", [slow(1), 3])
 def test_a_past_that_was_slept_over_as_it_happens(changes, passes):
     model = small_model(**changes)
     for windows in (1, 3):
@@ -227,10 +228,9 @@ def test_parameters_are_those_of_the_model(changes):
     assert flops.parameters(config) == sum(p.numel() for p in model.parameters())
 
 
-@every_config
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_are_those_of_the_cache(changes, dtype):
-    model = small_model(dtype=dtype, **changes)
+@pytest.mark.parametrize(("config", "dtype"), halved(CONFIGS, [torch.float32, torch.bfloat16]))
+def test_bytes_are_those_of_the_cache(config, dtype):
+    model = small_model(dtype=dtype, **CONFIGS[config])
     cache = SleepCache(model.config)
     with torch.no_grad():
         for token in small_ids(1, 13)[0]:
