@@ -10,6 +10,7 @@ import typer
 from hybrid_sleep.cli import evaluate
 from hybrid_sleep.cli.bench import bench
 from hybrid_sleep.cli.commands import command, command_line, shown
+from hybrid_sleep.cli.experience import experience
 from hybrid_sleep.cli.facts import facts
 from hybrid_sleep.cli.options import Overrides
 from hybrid_sleep.support.io import sole_writer
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 app.add_typer(evaluate.tasks, name="tasks")
 app.add_typer(facts, name="facts")
+app.add_typer(experience, name="experience")
 
 
 @app.callback()
