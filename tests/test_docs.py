@@ -58,6 +58,9 @@ FACTS = [
     "--model", str(ROOT / "eval/facts/checkpoints/seed0"), "--set", "layers=[2]",
     "--set", "wake.position=prompt_last", "--set", "night.position=prompt_last",
 ]  # fmt: skip
+EXPERIENCE = [
+    "experience", "add", "out/facts", "Ada Byron moved on Monday.", "--source", "ada", "--consent",
+]  # fmt: skip
 # What stands behind a command to make it short: that of the longest beginning that fits. Commands
 # without an entry are short as they are.
 SHORT = {
@@ -76,6 +79,12 @@ SHORT = {
     "hybrid-sleep bench generation": ["--windows", "2", "--window", "4", "--repeats", "2"],
     "hybrid-sleep bench train": ["--repeats", "2", "--minutes", "0.02"],
     "hybrid-sleep bench kernels": ["--repeats", "2", "--minutes", "0.02"],
+    "hybrid-sleep experience sleep": [
+        "--set", "study.tokens=200", "--set", "study.dreams=0", "--set", "study.foundation=64",
+        "--set", "study.measured=2", "--set", "study.share=1.0",
+    ],
+    "hybrid-sleep bench continual": ["--steps", "2", "--methods", "ewc", "--seeds", "0",
+                                     "--width", "4"],
     "hybrid-sleep eval": ["--limit", "2"],
 }  # fmt: skip
 SLOW = (
@@ -163,12 +172,13 @@ def place(models, tmp_path, monkeypatch):
                 run.output_dir = str(models / name)
                 train(run, progress=False)
             shutil.copytree(models / name, folder / "out" / name)
-        if re.search(r"facts \w+ out/facts", text):
+        if re.search(r"(facts|experience) \w+ out/facts", text):
             # What a model writes by itself takes a minute.
             monkeypatch.setattr(workspace, "own_samples", own_words)
             if not (models / "facts").exists():
-                result = CliRunner().invoke(app, FACTS)
-                assert result.exit_code == 0, result.output
+                for words in (FACTS, EXPERIENCE):
+                    result = CliRunner().invoke(app, words)
+                    assert result.exit_code == 0, result.output
                 shutil.move("out/facts", models / "facts")
             shutil.copytree(models / "facts", folder / "out" / "facts")
 

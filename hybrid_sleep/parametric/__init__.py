@@ -15,6 +15,7 @@ _exports = {
     "MemoryOptions": "options",
     "Record": "record",
     "Relation": "facts",
+    "StudyOptions": "experience.options",
     "TargetOptions": "targets",
     "Thresholds": "gate",
     "check_facts": "facts",
@@ -24,6 +25,7 @@ __all__ = [*_exports]
 
 if TYPE_CHECKING:
     from hybrid_sleep.parametric.edit import EditOptions as EditOptions
+    from hybrid_sleep.parametric.experience.options import StudyOptions as StudyOptions
     from hybrid_sleep.parametric.facts import Fact as Fact
     from hybrid_sleep.parametric.facts import Relation as Relation
     from hybrid_sleep.parametric.facts import check_facts as check_facts

@@ -6,6 +6,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+SHOWN = 3
 OUTCOMES = ("committed", "rolled back", "nothing to do")
 
 
@@ -44,7 +45,10 @@ class Record:
         if self.read:
             lines.append("read: " + ", ".join(f"{n} {k}" for k, n in self.read.items()))
         if self.changed:
-            parts = (f"{site} by {100 * share:.2f} %" for site, share in self.changed.items())
+            ranked = sorted(self.changed.items(), key=lambda pair: -pair[1])
+            parts = [f"{site} by {100 * share:.2f} %" for site, share in ranked[:SHOWN]]
+            if len(ranked) > SHOWN:
+                parts.append(f"{len(ranked) - SHOWN} others by less")
             lines.append("changed: " + ", ".join(parts))
         before, after = self.gate.get("before", {}), self.gate.get("after", {})
         for name, new in after.items():
