@@ -14,11 +14,12 @@ OUTCOMES = ("committed", "rolled back", "nothing to do")
 class Record:
     """One change of the slow weights, or an attempt at one.
 
-    kind: "wake", "sleep", "nap", "forget", "undo". outcome: one of `OUTCOMES`, and why.
-    read: what it worked on, in counts. changed: how much, by site: the norm of the change in norms
-    of the weight. gate: measured before and after, and the failures, of what was tried last and of
-    every strength that was `tried`. dropped: facts that were left out, with the reason. ids: of the
-    facts that a sleep was over. notes: what a reader must know to judge the numbers.
+    kind: "wake", "sleep", "experience", "nap", "forget", "undo". outcome: one of `OUTCOMES`, and
+    why. read: what it worked on, in counts. changed: how much, by site: the norm of the change in
+    norms of the weight. gate: measured before and after, and the failures, of what stands for it
+    and of every strength that was `tried`. dropped: what was left out, with the reason. ids: of the
+    facts, or experiences, that a sleep was over. notes: what a reader must know to judge the
+    numbers.
     """
 
     kind: str

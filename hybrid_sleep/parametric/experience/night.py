@@ -101,8 +101,9 @@ def consolidate(
 
             memory.committed(record, weights=trained, also=also)
             change.keep()
-            guard.consolidate(guard.measure(_rows(study, options), seed=seed))
-            guard.save(memory.folder / GUARD)
+            if options.strength:
+                guard.consolidate(guard.measure(_rows(study, options), seed=seed))
+                guard.save(memory.folder / GUARD)
             if options.erase:
                 buffer.erase(ids=ids)
             return record

@@ -219,6 +219,7 @@ def test_a_kill_at_any_write_of_a_night_leaves_the_old_model_or_the_new_one(
     try:
         done, new = night(tmp_path / "whole", writes.append)
         assert done.outcome == "committed"
+        assert {"before commit", "within shred", "after vacuum"} <= set(writes)
         for last in range(len(writes)):
             folder, passed = tmp_path / f"{last}", []
 
