@@ -124,9 +124,9 @@ def test_a_night_and_the_model_that_it_leaves(tmp_path, relations, person):
 
 
 def test_what_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
-    from hybrid_sleep.cli import facts
+    from hybrid_sleep.cli import memories
 
-    monkeypatch.setattr(facts, "_load", lambda *given: pytest.fail("loaded a model"))
+    monkeypatch.setattr(memories, "_load", lambda *given: pytest.fail("loaded a model"))
     folder = tmp_path / "facts"
     assert "--model must be given" in refused("learn", folder, "Ada Byron lives in Lisbon.")
     assert "SENTENCE or --file" in refused("learn", folder, *WITH_MODEL)
@@ -161,11 +161,11 @@ def test_what_cannot_be_loaded(tmp_path):
 
 
 def test_one_writer_at_a_time(tmp_path, monkeypatch):
-    from hybrid_sleep.cli import facts
+    from hybrid_sleep.cli import memories
 
     folder = tmp_path / "facts"
     with FactStore.open(folder, "0" * 64):
-        monkeypatch.setattr(facts, "_load", lambda *given: pytest.fail("loaded a model"))
+        monkeypatch.setattr(memories, "_load", lambda *given: pytest.fail("loaded a model"))
         fact = ("learn", folder, "Ada Byron lives in Lisbon.", "--model", CHECKPOINT)
         assert "is being written into" in refused(*fact)
         assert call("status", folder).stdout.startswith("facts: none")

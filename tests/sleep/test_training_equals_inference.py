@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from marks import halved
 from small import VOCAB, Row, expect, gap, oracle_of, small_config, small_ids, small_model
@@ -131,25 +131,14 @@ def readings(draw) -> list[Call]:
     return calls
 
 
-def equals_the_specification(config, calls, seed) -> None:
+@given(configs(), readings(), st.integers(0, 10**6))
+def test_any_reading_equals_the_specification(config, calls, seed):
     model = small_model(config, seed=seed)
     cache, logits, rows = play(model, calls)
     oracle = oracle_of(model)
     with torch.no_grad():
         wanted = [oracle.read(row.windows) for row in rows]
     compare(cache, logits, rows, wanted, EXACT)
-
-
-@given(configs(), readings(), st.integers(0, 10**6))
-@settings(max_examples=40)
-def test_any_reading_equals_the_specification(config, calls, seed):
-    equals_the_specification(config, calls, seed)
-
-
-@pytest.mark.slow
-@given(configs(), readings(), st.integers(0, 10**6))
-def test_many_readings_equal_the_specification(config, calls, seed):
-    equals_the_specification(config, calls, seed)
 
 
 @pytest.mark.parametrize(

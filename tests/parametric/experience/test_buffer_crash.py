@@ -70,6 +70,7 @@ def test_every_kind_of_write_is_passed(whole):
     assert set(writes) == wanted | {"within shred", "after vacuum"}
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_write_leaves_what_was_or_what_was_to_be(whole, tmp_path):
     seen, writes = whole
     for last in range(len(writes)):
