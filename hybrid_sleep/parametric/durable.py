@@ -24,7 +24,13 @@ def reached(point: str) -> None:
 
 @contextmanager
 def transaction(db: sqlite3.Connection, what: str) -> Iterator[None]:
-    """What the block does with `db` happens at once at its end, or, on an exception, not at all."""
+    """What the block does with `db` happens at once at its end, or, on an exception, not at all.
+
+    Within another one it is part of that.
+    """
+    if db.in_transaction:
+        yield
+        return
     db.execute("BEGIN IMMEDIATE")
     try:
         yield

@@ -13,6 +13,7 @@ which is decoupled from the optimizer as AdamW's weight decay is, and stable for
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +35,7 @@ STRONGEST_PULL = 1e30
 G = TypeVar("G", bound="Guard")
 
 
-class Guard:
+class Guard(ABC):
     """What holds the weights of `model`; subclasses say what importance is.
 
     Args:
@@ -137,12 +138,12 @@ class Guard:
         """
         return None
 
+    @abstractmethod
     def consolidate(self, fisher: Fisher | None = None) -> None:
         """Count what was trained since the last time as a task to protect, and anchor there.
 
         fisher: what `measure` gave for the weights as they are now.
         """
-        raise NotImplementedError
 
     def _watched(self) -> set[str]:
         """Names of parameters to anchor besides those that have importance."""

@@ -18,7 +18,7 @@ import os
 import re
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -461,7 +461,7 @@ class FactStore:
         """What the block does with the store is one step, durable at its end or undone; within
         another one it is part of that."""
         self._check_writable()
-        return nullcontext() if self._db.in_transaction else transaction(self._db, what)
+        return transaction(self._db, what)
 
     def _check_writable(self) -> None:
         if not self.writable:

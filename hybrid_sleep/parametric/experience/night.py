@@ -64,7 +64,9 @@ def consolidate(
         model, memory.tokenizer, chosen, options, corpus=memory.corpus, questions=questions,
         seed=seed, progress=_of(progress, "dream"),
     )  # fmt: skip
-    before, floor, ceiling = _look(memory, study)
+    before = _look(memory, study)
+    floor = before.acquired
+    ceiling = answered(model, memory.tokenizer, study.questions, with_source=True)
     bound = None
     if floor is not None and ceiling is not None and ceiling > floor:
         bound = floor + options.acquired * (ceiling - floor)
@@ -78,7 +80,7 @@ def consolidate(
         held = guard.report()
         memory.learned(trained)
         memory.edited.materialise(memory.factors)
-        after, _, _ = _look(memory, study, before=before)
+        after = _look(memory, study)
         verdict = judge(before, after, replace(memory.options.thresholds, acquired=bound))
         guard.anchor()
         record.changed = memory.edited.change()
@@ -123,19 +125,13 @@ def _of(progress: Progress | None, step: str) -> Callable[[int, int], None] | No
     return None if progress is None else partial(progress, step)
 
 
-def _look(
-    memory: Memory, study: Study, before: Measured | None = None
-) -> tuple[Measured, float | None, float | None]:
-    """What the gate looks at; `before` anything also what is answered without and with context."""
+def _look(memory: Memory, study: Study) -> Measured:
+    """What the gate looks at."""
     model, tokenizer = memory.model, memory.tokenizer
     facts = [(x.fact, memory.relation(x.fact.relation)) for x in memory.facts(WRITTEN)]
     results = audit(model, tokenizer, facts) if facts else []
     found = measure(model, tokenizer, results, memory.probes, memory.baseline)
-    floor = answered(model, tokenizer, study.questions)
-    ceiling = None
-    if before is None:
-        ceiling = answered(model, tokenizer, study.questions, with_source=True)
-    return replace(found, acquired=floor), floor, ceiling
+    return replace(found, acquired=answered(model, tokenizer, study.questions))
 
 
 def _unmeasured(

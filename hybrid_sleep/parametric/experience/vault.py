@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ class Vault:
     def transaction(self, what: str) -> AbstractContextManager[None]:
         """A durable transaction, or part of the one that is open already."""
         self.check_writable()
-        return nullcontext() if self.db.in_transaction else transaction(self.db, what)
+        return transaction(self.db, what)
 
     def check_writable(self) -> None:
         """Raise PermissionError unless the store is open for writing."""
