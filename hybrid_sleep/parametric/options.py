@@ -11,6 +11,7 @@ from hybrid_sleep.parametric.edit import EditOptions
 from hybrid_sleep.parametric.experience.options import StudyOptions
 from hybrid_sleep.parametric.gate import Thresholds
 from hybrid_sleep.parametric.pressure import Limits
+from hybrid_sleep.parametric.refine import Refinement
 from hybrid_sleep.parametric.targets import TargetOptions
 from hybrid_sleep.support.io import read_json, write_json_atomic
 from hybrid_sleep.validation import check_count, check_number
@@ -23,6 +24,7 @@ class MemoryOptions:
     layers: of the sites to edit, ascending; None: found with the first facts (see `locate`), with
         the position of keys.
     wake: how `learn` writes; night: how a sleep does, by default in every wording of a relation.
+    refine: how a sleep finds the values of its solution again, through the model.
     thresholds: of the gate. limits: of the pressure to sleep. cap: facts to keep at most.
     strengths: multiples of the night's weight, tried in order while locality, negation or
         perplexity misses its threshold.
@@ -32,6 +34,7 @@ class MemoryOptions:
     layers: tuple[int, ...] | None = None
     wake: EditOptions = field(default_factory=lambda: EditOptions(statements=1, questions=1))
     night: EditOptions = field(default_factory=EditOptions)
+    refine: Refinement = field(default_factory=Refinement)
     thresholds: Thresholds = field(default_factory=Thresholds)
     limits: Limits = field(default_factory=Limits)
     cap: int = 1000
@@ -69,6 +72,7 @@ class MemoryOptions:
         parts = {
             "wake": edit,
             "night": edit,
+            "refine": lambda part: Refinement(**part),
             "thresholds": lambda part: Thresholds(**part),
             "limits": lambda part: Limits(**part),
             "layers": lambda part: None if part is None else tuple(part),

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 SETTINGS, BASELINE, STATISTICS = "memory.json", "baseline.json", "statistics"
+TEXTS = "texts.json"
 FRONT = "calibration"
 PROBE_ROWS, PROBE_LENGTH = 16, 64
 CHAT_LENGTH = 96  # a question and the reply's beginning
@@ -157,22 +158,32 @@ class Workspace:
             digest, folder = self.edited.unedited(), self.folder / STATISTICS
             if digest != self.edited.base:
                 folder /= digest[:16]
+            texts = self.texts()
             with self.unedited():
-                self._statistics |= load_or_collect(
-                    folder, self.model, missing, digest, self._corpora
-                )
+                self._statistics |= load_or_collect(folder, self.model, missing, digest, texts)
         return self._statistics
 
-    def _corpora(self) -> list[Sequence[Sequence[int]]]:
-        """What keys are counted on: text, chats where the model has a template for them, and what
-        it says of others in the words of the relations. It writes the last two itself.
+    def texts(self) -> list[Sequence[Sequence[int]]]:
+        """What is to stay as it is, and keys are counted on: text, chats where the model has a
+        template for them, and what it says of others in the words of the relations.
 
-        Prose says nothing of what the turns of a chat need: edits that left prose as it was broke
-        every reply. And what is close to an edit is rare in either.
+        The pristine model writes the last two itself, once; they are kept in the folder, where
+        nothing that was learned later may turn up. Prose says nothing of what the turns of a chat
+        need: edits that left prose as it was broke every reply. And what is close to an edit is
+        rare in either.
         """
+        path = self.folder / STATISTICS / TEXTS
+        own = of_first(lambda: read_json(path)["texts"] if path.exists() else None)
+        if own is None:
+            with self.unedited(pristine=True):
+                own = self._own_texts()
+            of_first(write_json_atomic, path, {"texts": own})
+        return [self.corpus, *own] if self.corpus else list(own)
+
+    def _own_texts(self) -> list[list[list[int]]]:
         seed, given = self.options.seed, (self.model, self.tokenizer, enough_tokens(self.sites))
         # Not the samples that perplexity is of, one seed after the first.
-        found = [self.corpus or own_samples(*given, seed=seed)]
+        found = [] if self.corpus else [own_samples(*given, seed=seed)]
         turn = user_turn(self.tokenizer)
         if turn:
             found.append(own_samples(*given, length=CHAT_LENGTH, behind=[turn], seed=seed + 2))
