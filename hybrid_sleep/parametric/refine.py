@@ -135,7 +135,20 @@ def refine(
     new = {
         site.name: replace(factors[site], left=values[site].detach().cpu()) for site in sites
     }
-    return replace(edit, factors=new)
+    return replace(
+        edit,
+        factors=new,
+        facts={
+            number: {
+                name: {**told, "norm": new[name].only(new[name].facts == number).norm}
+                for name, told in by_site.items()
+            }
+            for number, by_site in edit.facts.items()
+        },
+        solutions={
+            name: {**told, "norm": new[name].norm} for name, told in edit.solutions.items()
+        },
+    )
 
 
 def _energy(left: Tensor, reads: Tensor) -> Tensor:

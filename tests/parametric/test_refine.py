@@ -115,6 +115,10 @@ def test_the_first_step_goes_against_the_gradient_of_the_dense_weights(kind):
             step[clear], -length * gradient[clear].sign(), rtol=1e-2, atol=0.0
         )
         assert torch.equal(now.right, old.right) and torch.equal(now.keys, old.keys)
+        D = now.left.double() @ now.right.double()
+        assert new.solutions[site.name]["norm"] == pytest.approx(float(D.norm()), rel=1e-6)
+        own = now.left[:, 1:2].double() @ now.right[1:2].double()
+        assert new.facts[1][site.name]["norm"] == pytest.approx(float(own.norm()), rel=1e-6)
 
 
 def cost(part, spectrum):
