@@ -6,11 +6,13 @@ the last site, as if nothing else had changed. Here the directions of its edit s
 are trained through the model, for all facts at once, to minimise
 
     sum_c NLL(c) / n  +  energy sum_s tr(D_s C_s D_s^T) / e0  +  kl E[ KL(before || after) ]
+        +  denial E_denied[ KL(before || after) ]
 
 over the contexts c of the facts, with C_s the second moment of keys (arXiv 2210.07229, Eq. 14), e0
-the sum for the solve itself, and the divergence on text that is to stay as it was. The first two
-terms are those of the solve with the likelihood of what is to be said in the place of its squared
-distance from v*; the last one knows what the statistics do not, how much a change is heard.
+the sum for the solve itself, the divergence on text that is to stay as it was, and that at the
+object behind a denial of the fact. The first two terms are those of the solve with the likelihood
+of what is to be said in the place of its squared distance from v*; the others know what the
+statistics do not, how much a change is heard, and where.
 """
 
 from __future__ import annotations
@@ -18,11 +20,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hybrid_sleep.parametric.contexts import context, spaced
 from hybrid_sleep.parametric.edit import Edit, Plan
+from hybrid_sleep.parametric.facts import SLOT
 from hybrid_sleep.parametric.lessons import Lesson, lesson_loss, taught
 from hybrid_sleep.parametric.mix import Row
 from hybrid_sleep.parametric.sites import Site, added, frozen
@@ -44,7 +49,7 @@ class Refinement:
         context is left in peace, see `TargetOptions`.
     energy: weight of what the edit does to ordinary keys, against what the solve did to them, in
         nats. kl: weight of the divergence, in nats for one nat a token; rows: of each kind of text
-        that is to stay, in one step.
+        that is to stay, in one step. denial: weight of the divergence behind denials.
     """
 
     steps: int = 16
@@ -53,17 +58,19 @@ class Refinement:
     energy: float = 1.0
     kl: float = 10.0
     rows: int = 4
+    denial: float = 1.0
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps, minimum=0)
         check_count("rows", self.rows)
         check_number("rate", self.rate, above=0)
-        for name in ("stop", "energy", "kl"):
+        for name in ("stop", "energy", "kl", "denial"):
             check_number(name, getattr(self, name), least=0)
 
 
 def refine(
     model: nn.Module,
+    tokenizer: Any,
     plan: Plan,
     edit: Edit,
     spectra: Mapping[Site, Spectrum],
@@ -107,6 +114,7 @@ def refine(
         still = [torch.zeros(len(run.contexts), sites[0].outputs, device=device) for run in runs]
         with torch.no_grad():
             before = [run.losses(none)[1] for run, none in zip(runs, still, strict=True)]
+        denied = taught(model, _denials(tokenizer, plan)) if options.denial else []
         for step in range(options.steps):
             optimizer.zero_grad()
             lessons = [
@@ -122,10 +130,11 @@ def refine(
                 open_ = (said > options.stop) | (reply > reply_before + options.stop)
                 if bool(open_.any()):
                     (torch.where(open_, said + reply, 0.0).sum() / len(contexts)).backward()
-            if lessons:
-                with added(model, now):
-                    apart = lesson_loss(model, lessons)
-                (options.kl * strength * apart).backward()
+            for weight, part in ((options.kl * strength, lessons), (options.denial, denied)):
+                if part:
+                    with added(model, now):
+                        apart = lesson_loss(model, part)
+                    (weight * apart).backward()
             energy = torch.stack([_energy(values[site], reads[site]) for site in sites]).sum()
             (options.energy * energy / start).backward()
             optimizer.step()
@@ -149,6 +158,17 @@ def refine(
             name: {**told, "norm": new[name].norm} for name, told in edit.solutions.items()
         },
     )
+
+
+def _denials(tokenizer: Any, plan: Plan) -> list[Lesson]:
+    """The denials of each fact, gone on with by its object, which is what is taught."""
+    found = []
+    for _, fact, relation in dict.fromkeys(plan.items):
+        for denial in relation.denials:
+            text = denial.replace(SLOT, fact.subject)
+            made = context(tokenizer, text, fact.subject, spaced(text, fact.object))
+            found.append(Lesson("foundation", Row(tuple(made.ids), made.object)))
+    return found
 
 
 def _energy(left: Tensor, reads: Tensor) -> Tensor:

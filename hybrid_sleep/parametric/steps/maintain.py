@@ -54,7 +54,7 @@ def maintain(night: Night, planned: Plan, strength: float) -> Edit | None:
     live = planned.only(kept)
     solved = solve_plan(memory.model, live, preconditioners)
     refined = refine(
-        memory.model, live, solved,
+        memory.model, memory.tokenizer, live, solved,
         {site: of.spectrum for site, of in memory.statistics().items()}, texts,
         memory.options.refine, strength=strength, seed=memory.options.seed,
         progress=night.told("refine"),
