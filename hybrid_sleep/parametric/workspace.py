@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from hybrid_sleep.parametric.awake import slept_on
 from hybrid_sleep.parametric.contexts import beginnings, edit_contexts
 from hybrid_sleep.parametric.dreams.examine import rows_of
 from hybrid_sleep.parametric.dreams.forms import QUESTION, Parsed
@@ -313,15 +314,7 @@ class Workspace:
 
     def slept_on(self, ids: set[int]) -> bool:
         """Whether the weights come from a sleep over these very facts."""
-
-        def look(store: FactStore) -> bool:
-            head = store.head
-            if head is None or head.effective is None:
-                return False
-            commit = next(x for x in store.history() if x.id == head.effective)
-            return commit.kind == "sleep" and set(commit.report.get("ids", ())) == ids
-
-        return self.asked(look)
+        return self.asked(lambda store: slept_on(store, ids))
 
     @contextmanager
     def trial(self) -> Iterator[Trial]:
