@@ -22,8 +22,8 @@ class Measured:
     and this one still says. perplexity_ratio: on ordinary text, to the pristine model; calibration:
     by how much its expected calibration error there is above that of the pristine model. acquired:
     held-out questions about an experience that are answered without it. mean_loss, median_loss: of
-    the tokens of the experience (nats), without any context. The mean can fall while recall falls
-    (arXiv 2605.24657, correlation -.51, of the median +.99), so none of the two is judged.
+    the tokens of an experience (nats), without any context; neither is judged. The mean can fall
+    while recall falls, the median hardly does (arXiv 2605.24657).
     """
 
     recall: float | None = None

@@ -125,8 +125,11 @@ def due(
     assert schedule.window is not None
     start, end = schedule.window
     awake = last if last is not None else _ago(now, since)
-    late = awake is not None and schedule.overdue is not None
-    if late and awake >= timedelta(hours=schedule.overdue or 0):
+    if (
+        awake is not None
+        and schedule.overdue is not None
+        and awake >= timedelta(hours=schedule.overdue)
+    ):
         return Due(True, f"{why}, and it is overdue after {_said(awake)}, outside {start} to {end}")
     return Due(False, f"{why}, but {now:%H:%M} is outside {start} to {end}")
 

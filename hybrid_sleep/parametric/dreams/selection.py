@@ -205,7 +205,9 @@ def helpful(
     found = list(dreams)
     for done, i in enumerate(chosen, 1):
         own = dreams[i]
-        others = [(encode(tokenizer, texts[name]), 1) for name in own.sources]
+        others: list[tuple[Sequence[int], int]] = [
+            (encode(tokenizer, texts[name]), 1) for name in own.sources
+        ]
         others += [
             (dreams[j].ids, dreams[j].start)
             for j in chosen
