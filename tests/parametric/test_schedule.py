@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta, timezone
 from itertools import product
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hybrid_sleep.parametric.awake import awake, due_now
@@ -96,14 +96,16 @@ def test_due_and_why(given, sleep, why):
 
 @given(
     start=st.integers(0, 1439), length=st.integers(1, 1439), at=st.integers(0, 1439),
-    zone=st.integers(-12, 14),
+    zone=st.integers(-12, 14), second=st.sampled_from([0, 59]),
 )  # fmt: skip
+@example(start=60, length=60, at=120, zone=0, second=0)
+@example(start=1400, length=60, at=20, zone=0, second=0)
 def test_a_window_is_so_many_minutes_from_its_start_on_across_midnight_or_not(
-    start, length, at, zone
+    start, length, at, zone, second
 ):
     clock = [f"{m // 60 % 24:02}:{m % 60:02}" for m in (start, start + length)]
     place = timezone(timedelta(hours=zone))
-    now = datetime(2026, 3, 10, at // 60, at % 60, 59, tzinfo=place)
+    now = datetime(2026, 3, 10, at // 60, at % 60, second, tzinfo=place)
     inside = (at - start) % 1440 < length
     assert Schedule(window=tuple(clock)).within(now) is inside
     assert asked(Schedule(window=tuple(clock)), now).sleep is inside

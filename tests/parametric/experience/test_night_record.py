@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 
 import pytest
 import torch
@@ -117,6 +118,11 @@ def test_a_night_selects_dreams_and_says_which_it_left_out(model, opened, monkey
         for text in ("Ada is in Lisbon.", "Bo is in Oslo."):
             memory.experience(text, consent=True)
         record = memory.sleep(lambda *at: steps.append(at), kind="experience", dry_run=True)
+        # What was tried counts, whatever came of it; what waits goes on to.
+        assert memory.due("experience").why.startswith("the last sleep was 0 min ago")
+        later = datetime.now(UTC) + timedelta(hours=30)
+        assert memory.due(now=later).why == "the pressure is 1.25, of hours"
+        assert not memory.due("facts", now=later) and not memory.due(now=later, active=later)
     # Of ten, two ask something, of which one is for the gate; of the other source all five.
     counts = record.gate["study"]["dreams"]["acquisition"]
     assert (counts["made"], counts["kept"]) == (10, 1 + 2 + 3)
