@@ -201,9 +201,13 @@ def test_hours_awake_count_every_kind_of_sleep_and_what_waits(store):
     ):  # fmt: skip
         backdated(store, store.commit(kind, status=status), ago(hours=hours))
     found = awake(store, 10, NOON)
-    # The newest sleep that changed anything; the newest that was tried; a sleep is no use of it.
+    # The newest sleep that changed anything; the newest that was tried.
     assert found.measures.hours == 8 and found.tried == ago(hours=3)
-    assert found.active == ago(hours=1)
+    # A sleep is no use of the memory, what a person takes back is.
+    backdated(store, store.commit("experience"), ago(minutes=9))
+    assert awake(store, 10, NOON).active == ago(hours=1)
+    backdated(store, store.undo().id, ago(minutes=8))
+    assert awake(store, 10, NOON).active == ago(minutes=8)
 
 
 def test_facts_wait_until_the_weights_come_from_a_sleep_over_these(store):
