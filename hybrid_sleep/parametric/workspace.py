@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from hybrid_sleep.parametric.awake import slept_on
 from hybrid_sleep.parametric.contexts import beginnings, edit_contexts
 from hybrid_sleep.parametric.dreams.examine import rows_of
 from hybrid_sleep.parametric.dreams.forms import QUESTION, Parsed
@@ -262,7 +263,9 @@ class Workspace:
         }
         path = self.folder / BASELINE
         kept = of_first(lambda: read_json(path) if path.exists() else {})
-        if {name: kept.get(name) for name in wanted} != wanted:
+        # Folders of before calibration was measured are asked once more.
+        new = {name: kept.get(name) for name in wanted} != wanted
+        if new or "calibration_error" not in kept:
             with self.unedited(pristine=True):
                 rows = given.rows or tuple(
                     map(
@@ -281,7 +284,7 @@ class Workspace:
             kept = {**wanted, "rows": [list(row) for row in rows], **asdict(found)}
             of_first(write_json_atomic, path, kept)
         self.probes = Probes(given.known, tuple(map(tuple, kept["rows"])))
-        self.baseline = Baseline(kept["answered"], kept["perplexity"], kept["guesses"])
+        self.baseline = Baseline(**{f.name: kept[f.name] for f in fields(Baseline)})
 
     def settle(self, facts: Sequence[Fact], relations: Sequence[Relation]) -> None:
         """Choose, once, where edits go and how the model replies; keep the pristine weights."""
@@ -313,15 +316,7 @@ class Workspace:
 
     def slept_on(self, ids: set[int]) -> bool:
         """Whether the weights come from a sleep over these very facts."""
-
-        def look(store: FactStore) -> bool:
-            head = store.head
-            if head is None or head.effective is None:
-                return False
-            commit = next(x for x in store.history() if x.id == head.effective)
-            return commit.kind == "sleep" and set(commit.report.get("ids", ())) == ids
-
-        return self.asked(look)
+        return self.asked(lambda store: slept_on(store, ids))
 
     @contextmanager
     def trial(self) -> Iterator[Trial]:

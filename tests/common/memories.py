@@ -16,7 +16,10 @@ from hybrid_sleep.parametric.targets import TargetOptions
 HASTY = TargetOptions(steps=2, kl=0.0)
 SURE = TargetOptions(steps=30, clamp=2.0, rate=0.1, kl=0.0)
 BRIEF = Refinement(steps=1, rows=1)
-OPEN = Thresholds(recall=None, paraphrase=None, negation=None, locality=None, perplexity_ratio=None)
+OPEN = Thresholds(
+    recall=None, paraphrase=None, negation=None, locality=None, perplexity_ratio=None,
+    calibration=None,
+)  # fmt: skip
 
 
 def options(target=HASTY, **changes):
