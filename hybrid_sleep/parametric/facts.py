@@ -23,8 +23,8 @@ class Relation:
     statements: texts that the object completes, used for edits: "{} lives in".
     questions: asked as a user's turn of a chat, used for edits: "Where does {} live?".
     held_out, held_out_questions: the same, for tests alone.
-    denials: statements that deny it, which the object must not complete: "{} does not live in"; a
-        sleep holds the model there to what it said before the edits.
+    denials: statements that deny it, which the object must not complete, used by a sleep to tell
+        them apart: "{} does not live in".
     negation: the same, for tests alone: "{} has never lived in".
     """
 

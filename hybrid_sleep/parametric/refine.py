@@ -6,13 +6,14 @@ the last site, as if nothing else had changed. Here the directions of its edit s
 are trained through the model, for all facts at once, to minimise
 
     sum_c NLL(c) / n  +  energy sum_s tr(D_s C_s D_s^T) / e0  +  kl E[ KL(before || after) ]
-        +  denial E_denied[ KL(before || after) ]
+        -  denial sum_d log(1 - P(d)) / m
 
 over the contexts c of the facts, with C_s the second moment of keys (arXiv 2210.07229, Eq. 14), e0
-the sum for the solve itself, the divergence on text that is to stay as it was, and that at the
-object behind a denial of the fact. The first two terms are those of the solve with the likelihood
-of what is to be said in the place of its squared distance from v*; the others know what the
-statistics do not, how much a change is heard, and where.
+the sum for the solve itself, the divergence on text that is to stay as it was, and the likelihood
+of the object behind a denial d of its fact (Welleck et al., arXiv 1908.04319, Eq. 4). The first two
+terms are those of the solve with the likelihood of what is to be said in the place of its squared
+distance from v*; the others know what the statistics do not, how much a change is heard, and where.
+That the model stay behind denials what it was, too, would cost half of the facts.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybrid_sleep.parametric.contexts import context, spaced
+from hybrid_sleep.parametric.contexts import Context, context, spaced
 from hybrid_sleep.parametric.edit import Edit, Plan
 from hybrid_sleep.parametric.facts import SLOT
 from hybrid_sleep.parametric.lessons import Lesson, lesson_loss, taught
+from hybrid_sleep.parametric.measure import right_padded
 from hybrid_sleep.parametric.mix import Row
 from hybrid_sleep.parametric.sites import Site, added, frozen
 from hybrid_sleep.parametric.solve import Spectrum
@@ -38,6 +40,8 @@ from hybrid_sleep.validation import check_count, check_number
 
 # Tokens of a text that is to stay, at most.
 LENGTH = 96
+# What counts as certain, so that the logarithm of its contrary is finite.
+CERTAIN = 1 - 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +53,7 @@ class Refinement:
         context is left in peace, see `TargetOptions`.
     energy: weight of what the edit does to ordinary keys, against what the solve did to them, in
         nats. kl: weight of the divergence, in nats for one nat a token; rows: of each kind of text
-        that is to stay, in one step. denial: weight of the divergence behind denials.
+        that is to stay, in one step. denial: weight of what is said behind denials.
     """
 
     steps: int = 16
@@ -58,7 +62,7 @@ class Refinement:
     energy: float = 1.0
     kl: float = 10.0
     rows: int = 4
-    denial: float = 1.0
+    denial: float = 0.25
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps, minimum=0)
@@ -114,7 +118,7 @@ def refine(
         still = [torch.zeros(len(run.contexts), sites[0].outputs, device=device) for run in runs]
         with torch.no_grad():
             before = [run.losses(none)[1] for run, none in zip(runs, still, strict=True)]
-        denied = taught(model, _denials(tokenizer, plan)) if options.denial else []
+        denied = _denials(tokenizer, plan) if options.denial else []
         for step in range(options.steps):
             optimizer.zero_grad()
             lessons = [
@@ -130,11 +134,14 @@ def refine(
                 open_ = (said > options.stop) | (reply > reply_before + options.stop)
                 if bool(open_.any()):
                     (torch.where(open_, said + reply, 0.0).sum() / len(contexts)).backward()
-            for weight, part in ((options.kl * strength, lessons), (options.denial, denied)):
-                if part:
-                    with added(model, now):
-                        apart = lesson_loss(model, part)
-                    (weight * apart).backward()
+            if lessons:
+                with added(model, now):
+                    apart = lesson_loss(model, lessons)
+                (options.kl * strength * apart).backward()
+            if denied:
+                with added(model, now):
+                    said = _likelihoods(model, denied)
+                (options.denial * -torch.log1p(-CERTAIN * said).mean()).backward()
             energy = torch.stack([_energy(values[site], reads[site]) for site in sites]).sum()
             (options.energy * energy / start).backward()
             optimizer.step()
@@ -160,15 +167,24 @@ def refine(
     )
 
 
-def _denials(tokenizer: Any, plan: Plan) -> list[Lesson]:
-    """The denials of each fact, gone on with by its object, which is what is taught."""
+def _denials(tokenizer: Any, plan: Plan) -> list[Context]:
+    """The denials of each fact, gone on with by its object."""
     found = []
     for _, fact, relation in dict.fromkeys(plan.items):
         for denial in relation.denials:
             text = denial.replace(SLOT, fact.subject)
-            made = context(tokenizer, text, fact.subject, spaced(text, fact.object))
-            found.append(Lesson("foundation", Row(tuple(made.ids), made.object)))
+            found.append(context(tokenizer, text, fact.subject, spaced(text, fact.object)))
     return found
+
+
+def _likelihoods(model: nn.Module, contexts: Sequence[Context]) -> Tensor:
+    """`[n]`, the probability of the whole object in each, with gradient."""
+    ids, mask = right_padded([c.ids for c in contexts], next(model.parameters()).device)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    picked = logp[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+    parts = zip(picked, contexts, strict=True)
+    return torch.stack([row[c.object - 1 : len(c.ids) - 1].sum().exp() for row, c in parts])
 
 
 def _energy(left: Tensor, reads: Tensor) -> Tensor:
