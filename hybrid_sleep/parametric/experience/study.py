@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
@@ -67,6 +67,7 @@ def prepare(
     corpus: Sequence[Sequence[int]] | None = None,
     questions: Sequence[tuple[str, str]] = (),
     seed: int = 0,
+    once: Callable[[str, Callable[[], Any]], Any] = lambda name, make: make(),
     progress: Callable[[int, int], None] | None = None,
 ) -> Study:
     """Dream of what was `chosen`, mix it with foundations, and ask `model`, as it is now, what it
@@ -74,17 +75,27 @@ def prepare(
 
     Of an experience itself the words count. questions: (question, answer), asked at the gate as
     well as some of the dreamt ones. corpus: rows of ids for foundations; None: the model's own.
+    once: gets what the model is to write, and its name; returns it, or the same of an earlier call.
     """
     sources = [Source(str(kept.id), said(kept)) for kept in chosen.experiences]
     text_of = {source.id: source.text for source in sources}
-    dreams = (
-        acquire(
+
+    def dreamt() -> list[dict[str, Any]]:
+        made = acquire(
             model, tokenizer, sources, seed=derive_seed("dreams", seed), forms=options.forms,
             each=options.dreams, tokens=options.length, progress=progress,
+        )  # fmt: skip
+        return [dream.to_dict() for dream in made]
+
+    def founded() -> list[dict[str, Any]]:
+        rows = foundation(
+            model, tokenizer, options.foundation, corpus, seed=derive_seed("foundation", seed)
         )
-        if options.dreams and options.forms
-        else []
-    )  # fmt: skip
+        return [asdict(row) for row in rows]
+
+    asleep = options.dreams and options.forms
+    dreams = [Dream.from_dict(x) for x in once("dreams", dreamt)] if asleep else []
+    founding = once("foundation", founded) if corpus is None else founded()
     kept = [dream for dream in dreams if dream.kept]
     held = _held_out(kept, options.held_out, seed)
     whole = "\n\n".join(text_of.values())
@@ -97,9 +108,7 @@ def prepare(
             if len(one.ids) > max(1, one.start)
         ],
         DREAM: [Row.of_dream(dream) for dream in kept if dream not in held],
-        FOUNDATION: foundation(
-            model, tokenizer, options.foundation, corpus, seed=derive_seed("foundation", seed)
-        ),
+        FOUNDATION: [Row(**{**row, "ids": tuple(row["ids"])}) for row in founding],
     }
     mixed = mix(material, options.tokens, options.shares, redistribute=True, seed=seed)
     by_id = {dream.id: dream for dream in kept}
