@@ -18,7 +18,7 @@ from hybrid_sleep.parametric.ewc import OnlineEWC
 from hybrid_sleep.parametric.experience.options import StudyOptions
 from hybrid_sleep.parametric.experience.study import Question, Study, answered, prepare
 from hybrid_sleep.parametric.experience.unfinished import FOLDER, Unfinished
-from hybrid_sleep.parametric.fisher import covered
+from hybrid_sleep.parametric.fisher import check_whole, covered
 from hybrid_sleep.parametric.gate import Measured, judge
 from hybrid_sleep.parametric.probes import audit, measure
 from hybrid_sleep.parametric.record import Record
@@ -46,6 +46,7 @@ def consolidate(
     """What `Memory.sleep(kind="experience")` does."""
     began = time.perf_counter()
     options, model = memory.options.study, memory.model
+    check_whole(model)
     record = Record("experience")
     chosen = memory.kept(
         lambda buffer: buffer.chosen(

@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from hybrid_sleep.parametric.experience.unfinished import Unfinished
 
 CLIP = 1.0
+# Where a teacher is the model itself, the gradient of many weights is rounding noise at first, of
+# up to 1e-8. AdamW with its usual 1e-8 would make whole steps of it, others in every run.
+EPS = 1e-6
 WEIGHT = "weight"
 
 
@@ -54,11 +57,12 @@ def train(
 ) -> Course:
     """Train the parameters `names` of `model` on `lessons`, in their order, `options.rows` a step.
 
-    AdamW, its rate falling linearly; gradients are clipped to norm 1. In several processes, which
-    all call this with the same, each has its share of every step, and the result is that of one but
-    for rounding. The state is kept in `unfinished` about every minute, and at SIGINT and SIGTERM,
-    which raise KeyboardInterrupt after the current step; another call goes on from there, on a CPU
-    in one process to the same bits. Modes, the global random state and gradients stay as they were.
+    AdamW with epsilon 1e-6, its rate falling linearly; gradients are clipped to norm 1. In several
+    processes, which all call this with the same, each has its share of every step, and the result
+    is that of one but for rounding. The state is kept in `unfinished` about every minute, and at
+    SIGINT and SIGTERM, which raise KeyboardInterrupt after the current step; another call goes on
+    from there, on a CPU in one process to the same bits. Modes, the global random state and
+    gradients stay as they were.
 
     Raises ValueError for a loss that is not finite, with weights as the steps before left them.
     """
@@ -87,7 +91,7 @@ def train(
         trainer = NightTrainer(
             model, _arguments(model, unfinished.folder, course, options, seed), course=course,
             lessons=lessons, rows=options.rows, trained=trained, moments=moments,
-            unfinished=unfinished,
+            unfinished=unfinished, seed=seed,
         )  # fmt: skip
         for callback in (GuardCallback(guard), Clock(course, progress), stop):
             trainer.add_callback(callback)
@@ -120,7 +124,9 @@ class NightTrainer(Trainer):
         trained: Mapping[str, nn.Parameter],
         moments: Moments,
         unfinished: Unfinished,
+        seed: int,
     ):
+        self.seed = seed
         self.course, self.trained, self.unfinished = course, trained, unfinished
         self._moments = moments
         data = Steps(lessons, rows, course.step, course.steps, args.process_index, args.world_size)
@@ -133,7 +139,7 @@ class NightTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.optimizer = optimizer_for(self.model, None, self.args.learning_rate)
+            self.optimizer = optimizer_for(self.model, None, self.args.learning_rate, eps=EPS)
             if self._moments and not self.is_deepspeed_enabled:
                 _load_moments(self.optimizer, self.trained, self._moments)
         return self.optimizer
@@ -159,7 +165,7 @@ class NightTrainer(Trainer):
         return found
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any) -> Tensor:
-        seed_step(self.args.seed, self.state.global_step, 0, self.args.process_index)
+        seed_step(self.seed, self.state.global_step, 0, self.args.process_index)
         loss = super().training_step(model, inputs, *args)
         wrong = torch.tensor([not bool(torch.isfinite(loss))], dtype=torch.float64)
         if bool(over_ranks(wrong, "MAX")):
@@ -198,7 +204,7 @@ def _arguments(
     if ranks() > 1:
         deepspeed = {**ZERO_2}
         prepare(deepspeed, "cpu" if on_cpu else "cuda")
-    return TrainingArguments(
+    made = TrainingArguments(
         output_dir=folder,
         max_steps=course.steps,
         per_device_train_batch_size=math.ceil(options.rows / ranks()),
@@ -209,13 +215,20 @@ def _arguments(
         logging_strategy="no",
         # A nan must end the night, not be averaged away.
         logging_nan_inf_filter=False,
-        seed=seed,
+        # Nothing is drawn by it, and numpy takes no larger one.
+        seed=seed % 2**32,
         use_cpu=on_cpu,
         deepspeed=deepspeed,
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to=[],
     )
+    if made.world_size != ranks():
+        raise ValueError(
+            f"processes must be started by torchrun or deepspeed, got {ranks()} of which Trainer "
+            f"finds {made.world_size}"
+        )
+    return made
 
 
 @contextmanager

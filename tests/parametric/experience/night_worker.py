@@ -23,7 +23,7 @@ from hybrid_sleep.training.zero import choose_accelerator
 # Rows that two do not divide, and a last step that is shorter.
 STUDY = StudyOptions(
     band=(0, 100), share=1.0, dreams=0, shares=Shares(0.7, 0.0, 0.3), tokens=500, foundation=300,
-    rows=5, rate=1e-3, measured=5, strength=10.0, erase=True,
+    rows=5, rate=1e-4, measured=5, strength=10.0, erase=True,
 )  # fmt: skip
 
 

@@ -22,11 +22,12 @@ from hybrid_sleep.parametric.experience.course import Course, Steps
 from hybrid_sleep.parametric.experience.train import train
 from hybrid_sleep.parametric.fisher import covered
 from hybrid_sleep.parametric.lessons import lesson_loss
+from hybrid_sleep.training.loop import seed_step
 
 
 @pytest.fixture(scope="module")
 def llama():
-    return tiny_llama()
+    return tiny_llama(attention_dropout=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -61,16 +62,17 @@ def by_hand(model, course, options=STUDY, steps=None):
     names = covered(model)[0]
     for name, p in model.named_parameters():
         p.requires_grad_(name in names)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.95), weight_decay=0.0
-    )
+    asking = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(asking, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0)
     guard = guard_of(model)
     steps = steps or -(-len(course) // options.rows)
-    with guard.guarding(optimizer):
+    model.train()
+    with torch.random.fork_rng(), guard.guarding(optimizer):
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = options.rate * (steps - step) / steps
             optimizer.zero_grad()
+            seed_step(0, step, 0)
             batch = course[step * options.rows : (step + 1) * options.rows]
             lesson_loss(model, batch).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
