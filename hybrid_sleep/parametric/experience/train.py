@@ -38,9 +38,6 @@ if TYPE_CHECKING:
     from hybrid_sleep.parametric.experience.unfinished import Unfinished
 
 CLIP = 1.0
-# Where a teacher is the model itself, the gradient of many weights is rounding noise at first, of
-# up to 1e-8. AdamW with its usual 1e-8 would make whole steps of it, others in every run.
-EPS = 1e-6
 WEIGHT = "weight"
 
 
@@ -57,7 +54,7 @@ def train(
 ) -> Course:
     """Train the parameters `names` of `model` on `lessons`, in their order, `options.rows` a step.
 
-    AdamW with epsilon 1e-6, its rate falling linearly; gradients are clipped to norm 1. In several
+    AdamW, its rate falling linearly; gradients are clipped to norm 1. In several
     processes, which all call this with the same, each has its share of every step, and the result
     is that of one but for rounding. The state is kept in `unfinished` about every minute, and at
     SIGINT and SIGTERM, which raise KeyboardInterrupt after the current step; another call goes on
@@ -134,12 +131,13 @@ class NightTrainer(Trainer):
         self.remove_callback(PrinterCallback)
 
     def get_train_dataloader(self) -> DataLoader:
+        data: Any = self.train_dataset
         # Steps differ by rank already.
-        return DataLoader(self.train_dataset, batch_size=1, collate_fn=only_item)
+        return DataLoader(data, batch_size=1, collate_fn=only_item)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.optimizer = optimizer_for(self.model, None, self.args.learning_rate, eps=EPS)
+            self.optimizer = optimizer_for(self.model, None, self.args.learning_rate)
             if self._moments and not self.is_deepspeed_enabled:
                 _load_moments(self.optimizer, self.trained, self._moments)
         return self.optimizer
@@ -147,9 +145,8 @@ class NightTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None:
             factor, first = rate_factors("linear", self.course.steps), self.course.step
-            self.lr_scheduler = LambdaLR(
-                optimizer or self.optimizer, lambda step: factor(first + step)
-            )
+            trained: Any = optimizer or self.optimizer
+            self.lr_scheduler = LambdaLR(trained, lambda step: factor(first + step))
         return self.lr_scheduler
 
     def _prepare_for_training(self, *args: Any) -> Any:
@@ -249,9 +246,10 @@ def _alone(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> Iterator[No
         stack.callback(_put_back, os.environ, dict(os.environ))
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
         hooks = (model._forward_hooks, model._forward_pre_hooks)
-        for of in (vars(model), *hooks, *map(vars, model.parameters())):
+        touched: list[Any] = [vars(model), *hooks, *map(vars, model.parameters())]
+        for of in touched:
             stack.callback(_put_back, of, dict(of))
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         if hasattr(config, "use_cache"):
             stack.callback(setattr, config, "use_cache", config.use_cache)
         stack.callback(model.zero_grad)

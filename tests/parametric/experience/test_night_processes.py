@@ -41,10 +41,12 @@ def test_two_processes_under_zero_2_have_the_night_of_one(tmp_path):
     moved = 0.0
     for name, value in wanted.items():
         assert torch.equal(first[name], second[name]), name
-        gap = (first[name] - value).abs()
-        # Importance is the mean over squares: large where it is not 0.
-        scale = 1.0 if name.startswith("change/") else max(1.0, float(value.abs().max()))
-        assert float(gap.max()) <= 1e-5 * scale, (name, float(gap.max()), float(gap.median()))
-        if name.startswith("change/"):
+        kind, gap = name.partition("/")[0], float((first[name] - value).abs().max())
+        if kind == "change":
             moved = max(moved, float(value.abs().max()))
+            assert gap <= 1e-5, (name, gap)
+        else:
+            # What is measured behind the night is of weights that differ by as much.
+            bound = 1e-5 if kind == "first" else 1e-4
+            assert gap <= bound * max(1.0, float(value.abs().max())), (name, gap)
     assert moved > 1e-4

@@ -63,7 +63,7 @@ def by_hand(model, course, options=STUDY, steps=None):
     for name, p in model.named_parameters():
         p.requires_grad_(name in names)
     asking = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(asking, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(asking, betas=(0.9, 0.95), weight_decay=0.0)
     guard = guard_of(model)
     steps = steps or -(-len(course) // options.rows)
     model.train()
