@@ -57,6 +57,16 @@ def trained(model, course, unfinished, options=STUDY, guard=None, **given):
     return train(model, course, options, list(covered(model)[0]), guard, unfinished, **given)
 
 
+def press_at(number):
+    """A progress that interrupts behind a step."""
+
+    def progress(step, steps):
+        if step == number:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return progress
+
+
 def by_hand(model, course, options=STUDY, steps=None):
     """The same in plain torch."""
     names = covered(model)[0]
@@ -120,13 +130,9 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(llama, model, course, 
     trained(model, course, folder.night(seed=1))
     whole = copy.deepcopy(llama)
 
-    def press(step, steps):
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
     unfinished = folder.night()
     with pytest.raises(KeyboardInterrupt, match="step 2 of 4 is kept in"):
-        trained(whole, course, unfinished, progress=press)
+        trained(whole, course, unfinished, progress=press_at(2))
     assert not same(bits(llama), bits(whole)) and not same(bits(model), bits(whole))
     again = copy.deepcopy(llama)
     unfinished = folder.night()
@@ -159,12 +165,8 @@ def test_what_dies_without_a_word_goes_on_from_the_state_kept_last(
 
 
 def test_a_training_that_was_through_is_not_done_again(llama, model, course, folder):
-    def press(step, steps):
-        if step == steps:
-            os.kill(os.getpid(), signal.SIGINT)
-
     with pytest.raises(KeyboardInterrupt, match="step 4 of 4"):
-        trained(model, course, folder.night(), progress=press)
+        trained(model, course, folder.night(), progress=press_at(4))
     again = copy.deepcopy(llama)
     done = trained(again, course, folder.night(), progress=lambda *x: pytest.fail("a step"))
     assert (done.step, done.resumed) == (4, 4) and same(bits(model), bits(again))
@@ -186,9 +188,16 @@ def test_budgets_end_it_early_and_say_so(llama, model, course, folder, monkeypat
     # A clock that is read once at the beginning and once a step, 5 s apart.
     assert (done.step, done.spent, done.seconds) == (3, "seconds", 15.0)
     assert done.to_dict()["budget spent"] == "seconds"
+    # Those before an interruption count.
+    more, night = copy.deepcopy(llama), folder.night(options=brief, seed=1)
+    with pytest.raises(KeyboardInterrupt, match="step 2 of 4"):
+        trained(more, course, night, brief, progress=press_at(2), seed=1)
+    more, night = copy.deepcopy(llama), folder.night(options=brief, seed=1)
+    done = trained(more, course, night, brief, seed=1)
+    assert (done.resumed, done.step, done.seconds) == (2, 3, 15.0)
 
 
-def test_seconds_before_an_interruption_count():
+def test_no_step_begins_when_the_seconds_are_spent():
     course = Course(planned=8, steps=8, limit=10.0, step=3, seconds=10.0)
     assert course.late and course.spent == "seconds"
     assert Course(planned=8, steps=8, limit=10.0, step=8, seconds=11.0).spent is None
