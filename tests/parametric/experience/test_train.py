@@ -195,6 +195,13 @@ def test_budgets_end_it_early_and_say_so(llama, model, course, folder, monkeypat
     more, night = copy.deepcopy(llama), folder.night(options=brief, seed=1)
     done = trained(more, course, night, brief, seed=1)
     assert (done.resumed, done.step, done.seconds) == (2, 3, 15.0)
+    # None is left to begin a step in.
+    more, night = copy.deepcopy(llama), folder.night(options=brief, seed=2)
+    with pytest.raises(KeyboardInterrupt, match="step 3 of 4"):
+        trained(more, course, night, brief, progress=press_at(3), seed=2)
+    more, night = copy.deepcopy(llama), folder.night(options=brief, seed=2)
+    done = trained(more, course, night, brief, seed=2)
+    assert (done.resumed, done.step, done.spent) == (3, 3, "seconds")
 
 
 def test_no_step_begins_when_the_seconds_are_spent():
@@ -209,6 +216,7 @@ def test_a_loss_that_is_not_finite_ends_the_night(model, course, folder):
     broken = [*course[1:4], replace(course[0], teacher=teacher)]
     with pytest.raises(ValueError, match="loss must be finite, got nan at step 2 of 2"):
         trained(model, broken, folder.night())
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])
