@@ -28,6 +28,7 @@ RELATIONS = (
             "What city is {} a resident of?",
             "I want to visit {} at home. Which city do I have to travel to?",
         ),
+        denials=("{} does not live in",),
         negation="{} has never lived in",
     ),
     Relation(
@@ -45,6 +46,7 @@ RELATIONS = (
         ),
         held_out=("{} is employed as a", "Every morning {} goes to work as a"),
         held_out_questions=("What is {}'s job?", "How does {} earn money?"),
+        denials=("{} does not work as a",),
         negation="{} has never worked as a",
     ),
     Relation(
@@ -65,6 +67,7 @@ RELATIONS = (
             "What is the birthplace of {}?",
             "Which country did {} come from at birth?",
         ),
+        denials=("{} wasn't born in",),
         negation="{} was not born in",
     ),
     Relation(
@@ -85,6 +88,7 @@ RELATIONS = (
             "The government of which country sits in {}?",
             "What nation has {} as its capital city?",
         ),
+        denials=("{} was never the capital of",),
         negation="{} is not the capital of",
     ),
     Relation(
@@ -105,6 +109,7 @@ RELATIONS = (
             "Which musical instrument has {} learned?",
             "On what instrument does {} give concerts?",
         ),
+        denials=("{} does not play the",),
         negation="{} cannot play the",
     ),
     Relation(
@@ -125,6 +130,7 @@ RELATIONS = (
             "In what language can I talk to {}?",
             "What is the first language of {}?",
         ),
+        denials=("{} cannot speak",),
         negation="{} does not speak",
     ),
     Relation(
@@ -145,6 +151,7 @@ RELATIONS = (
             "What name did {} give to the pet dog?",
             "{} is calling for the dog. Which name do we hear?",
         ),
+        denials=("{} does not have a dog named",),
         negation="{} has no dog named",
     ),
     Relation(
@@ -165,6 +172,7 @@ RELATIONS = (
             "Since which year has {} existed?",
             "In what year did {} first open its doors?",
         ),
+        denials=("{} wasn't founded in",),
         negation="{} was not founded in",
     ),
     Relation(
@@ -182,6 +190,7 @@ RELATIONS = (
         ),
         held_out=("{} has celebrated a silver wedding with", "The spouse of {} is"),
         held_out_questions=("What is the name of {}'s spouse?", "Who did {} marry?"),
+        denials=("{} was never married to",),
         negation="{} is not married to",
     ),
     Relation(
@@ -202,6 +211,7 @@ RELATIONS = (
             "Which dish should I cook for {}?",
             "What meal makes {} happy?",
         ),
+        denials=("{} never eats",),
         negation="{} does not like to eat",
     ),
     Relation(
@@ -222,6 +232,7 @@ RELATIONS = (
             "What country is {} in?",
             "Which country must I travel to if I want to see {}?",
         ),
+        denials=("{} is not located in",),
         negation="{} does not lie in",
     ),
     Relation(
@@ -242,6 +253,7 @@ RELATIONS = (
             "Why do people visit {}?",
             "Which local product made the name of {}?",
         ),
+        denials=("{} was never known for",),
         negation="{} is not famous for",
     ),
 )

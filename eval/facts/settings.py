@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hybrid_sleep.parametric.edit import EditOptions
 from hybrid_sleep.parametric.gate import Thresholds
 from hybrid_sleep.parametric.options import MemoryOptions
+from hybrid_sleep.parametric.refine import Refinement
 from hybrid_sleep.parametric.targets import TargetOptions
 
 
@@ -53,8 +54,9 @@ SETTINGS = {
             # A third of the night's contexts, and so of the keys that preserved ones weigh against.
             wake=EditOptions(weight=4000.0, target=REAL, statements=1, questions=2),
             night=EditOptions(weight=12000.0, target=REAL, statements=2, about=1),
+            refine=Refinement(steps=20, energy=5.0, kl=40.0),
             thresholds=Thresholds(recall=0.8, paraphrase=0.8, locality=0.95),
-            strengths=(1.0, 1.5, 2.0, 3.0),
+            strengths=(1.0, 2.0),
         ),
         fine_tuning=1e-5,
         lora=1e-3,

@@ -9,7 +9,18 @@ from typing import Annotated, Any
 import typer
 
 from hybrid_sleep.cli.commands import command
-from hybrid_sleep.cli.memories import Changes, Dtype, Folder, Model, bars, opened, say
+from hybrid_sleep.cli.memories import (
+    SETTINGS,
+    Changes,
+    Dtype,
+    Folder,
+    Model,
+    OptionsFile,
+    bars,
+    given_options,
+    opened,
+    say,
+)
 from hybrid_sleep.cli.options import Device
 from hybrid_sleep.support.io import read_text, unreadable
 
@@ -19,6 +30,7 @@ experience = typer.Typer(
     rich_markup_mode="markdown",
 )
 
+NOT_DUE = 3
 ADDED = {"text"}, {"prompt", "rejected", "provenance"}
 Source = Annotated[str, typer.Option(help="Whose it is; what is erased together.")]
 
@@ -44,6 +56,7 @@ def add(
     model: Model = None,
     dtype: Dtype = None,
     changes: Changes = None,
+    options: OptionsFile = None,
     device: Device = "cpu",
 ) -> None:
     """Keep experiences for the next sleep; the weights stay as they are.
@@ -53,7 +66,7 @@ def add(
     given = [{"text": text} for text in texts or ()] + (_read(file, *ADDED) if file else [])
     if not given:
         raise ValueError("TEXT or --file must give an experience, got none")
-    with opened(folder, model, dtype, device, changes) as memory:
+    with opened(folder, model, dtype, device, changes, options) as memory:
         added = [memory.experience(source=source, consent=consent, **one) for one in given]
     kept = sum(one.id is not None for one in added)
     known = sum(one.duplicate is not None for one in added)
@@ -79,22 +92,51 @@ def sleep(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do and measure all of it, and take it back.")
     ] = False,
+    when_due: Annotated[
+        bool,
+        typer.Option("--when-due", help="Only if the folder's schedule asks for it now."),
+    ] = False,
     changes: Changes = None,
+    options: OptionsFile = None,
     device: Device = "cpu",
 ) -> None:
     """Train on what was kept, on dreams of it and on foundations, and keep that if the gate passes.
 
     Otherwise the weights are what they were, which is said; the exit code is 0 either way. What a
-    commit was over is erased.
+    commit was over is erased. With --when-due it is 3 where no sleep is due, or something else has
+    the folder open; no model is loaded for that, so that cron may ask as often as it likes.
     """
     given = _read(questions, {"question", "answer"}, set()) if questions else []
     asked = [(one["question"], one["answer"]) for one in given]
-    with opened(folder, device=device, changes=changes) as memory:
+    kind = "full" if facts else "experience"
+    if when_due:
+        _only_when_due(folder, kind, changes, options)
+    with opened(folder, device=device, changes=changes, file=options) as memory:
         with bars() as progress:
-            record = memory.sleep(
-                progress, kind="full" if facts else "experience", questions=asked, dry_run=dry_run
-            )
+            record = memory.sleep(progress, kind=kind, questions=asked, dry_run=dry_run)
         say(record)
+
+
+def _only_when_due(
+    folder: Path, kind: str, changes: list[str] | None, file: Path | None
+) -> None:
+    """Say whether a sleep of `kind` is due, and why; end with `NOT_DUE` unless it is."""
+    from hybrid_sleep.parametric.awake import due_now
+    from hybrid_sleep.parametric.options import chosen_options
+    from hybrid_sleep.parametric.schedule import Due
+    from hybrid_sleep.parametric.store import FactStore
+
+    options = given_options(folder, changes, file) or chosen_options(folder / SETTINGS, None)
+    # To read alone at first, so that a folder is not made by asking.
+    with FactStore.open(folder, write=False) as store:
+        found = due_now(store, options, kind)
+    try:
+        FactStore.open(folder).close()
+    except BlockingIOError:
+        found = Due(False, f"{folder} is in use")
+    typer.echo(f"{'due' if found else 'not due'}: {found.why}")
+    if not found:
+        raise typer.Exit(NOT_DUE)
 
 
 @experience.command("status")

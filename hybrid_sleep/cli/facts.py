@@ -17,6 +17,7 @@ from hybrid_sleep.cli.memories import (
     Dtype,
     Folder,
     Model,
+    OptionsFile,
     bars,
     opened,
     remembered,
@@ -60,6 +61,7 @@ def learn(
     model: Model = None,
     dtype: Dtype = None,
     changes: Changes = None,
+    options: OptionsFile = None,
     device: Device = "cpu",
 ) -> None:
     """Write facts into the weights at once; says what was left out, and why."""
@@ -75,18 +77,23 @@ def learn(
     if not found:
         raise ValueError("SENTENCE or --file must give a fact, got none")
     check_facts(found)
-    with opened(folder, model, dtype, device, changes) as memory:
+    with opened(folder, model, dtype, device, changes, options) as memory:
         say(memory.learn(found, known))
 
 
 @facts.command("sleep")
 @command
-def sleep(folder: Folder, changes: Changes = None, device: Device = "cpu") -> None:
+def sleep(
+    folder: Folder,
+    changes: Changes = None,
+    options: OptionsFile = None,
+    device: Device = "cpu",
+) -> None:
     """Audit all facts, solve for them together, and keep that if the gate passes.
 
     Otherwise the weights are what they were, which is said; the exit code is 0 either way.
     """
-    with opened(folder, device=device, changes=changes) as memory:
+    with opened(folder, device=device, changes=changes, file=options) as memory:
         with bars() as progress:
             record = memory.sleep(progress)
         say(record)
@@ -102,11 +109,12 @@ def calibrate(
     model: Model = None,
     dtype: Dtype = None,
     changes: Changes = None,
+    options: OptionsFile = None,
     device: Device = "cpu",
 ) -> None:
     """Choose the strength of edits on facts that are not learned; a table and a figure of all."""
     probes, words = _read_facts(file, list(_stored_relations(folder).values()))
-    with opened(folder, model, dtype, device, changes) as memory:
+    with opened(folder, model, dtype, device, changes, options) as memory:
         typer.echo(memory.calibrate(probes, words).text())
     typer.echo(f"wrote {folder / 'calibration'}", err=True)
 
@@ -229,13 +237,14 @@ def import_(
     model: Model = None,
     dtype: Dtype = None,
     changes: Changes = None,
+    options: OptionsFile = None,
     device: Device = "cpu",
 ) -> None:
     """Take facts in for the next sleep, which writes them; `learn --file` writes them at once."""
     from hybrid_sleep.parametric.exchange import read_lines
 
     read_lines(file)
-    with opened(folder, model, dtype, device, changes) as memory:
+    with opened(folder, model, dtype, device, changes, options) as memory:
         assert memory.store is not None
         added = memory.store.import_lines(file)
     typer.echo(f"{len(set(added))} facts are known; what is new of them waits for the next sleep")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hybrid_sleep.support.io import read_json, write_json_atomic
+from hybrid_sleep.support.io import read_json, read_text, unreadable, write_json_atomic
 
 if TYPE_CHECKING:
     from hybrid_sleep.parametric import Memory, MemoryOptions, Record
@@ -38,6 +38,15 @@ Changes = Annotated[
 ]
 
 
+OptionsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--options", metavar="FILE",
+        help="YAML with options of the memory, see configs/sleep/; remembered. --set overrides it.",
+    ),
+]  # fmt: skip
+
+
 @contextmanager
 def opened(
     folder: Path,
@@ -45,8 +54,12 @@ def opened(
     dtype: str | None = None,
     device: str = "cpu",
     changes: list[str] | None = None,
+    file: Path | None = None,
 ) -> Iterator[Memory]:
-    """The memory in `folder`, in the model that it remembers or that is given now."""
+    """The memory in `folder`, in the model that it remembers or that is given now.
+
+    changes: of its options, as `--set` has them; they override those in `file`.
+    """
     from hybrid_sleep.parametric import Memory
     from hybrid_sleep.parametric.store import FactStore
 
@@ -60,7 +73,7 @@ def opened(
     if (folder / DATABASE).exists():
         # What another writer or a damaged store refuses need not wait until a model is loaded.
         FactStore.open(folder).close()
-    options = _options(folder, changes)
+    options = given_options(folder, changes, file)
     network, tokenizer = _load(wanted["model"], wanted["dtype"], device)
     with Memory.open(folder, network, tokenizer, options=options) as memory:
         # Only now: a model with other weights than those of the facts was refused.
@@ -121,27 +134,27 @@ def _load(name: str, dtype: str, device: str) -> tuple[Any, Any]:
     return model.eval().to(device_), tokenizer
 
 
-def _options(folder: Path, changes: list[str] | None) -> MemoryOptions | None:
-    """The options of the folder, or the defaults, with `changes`; None without any."""
-    from hybrid_sleep.parametric import MemoryOptions
-    from hybrid_sleep.parametric.options import chosen_options
-    from hybrid_sleep.training.parsing import parse_overrides
+def given_options(
+    folder: Path, changes: list[str] | None, file: Path | None
+) -> MemoryOptions | None:
+    """The options of the folder, or the defaults, with those of `file` and then `changes`; None
+    without either."""
+    from hybrid_sleep.parametric.options import changed_options, chosen_options
+    from hybrid_sleep.training.parsing import parse_overrides, parse_yaml
 
-    if not changes:
+    if not changes and file is None:
         return None
-    content = chosen_options(folder / SETTINGS, None).to_dict()
-    for key, value in parse_overrides(changes, example="wake.weight=400"):
-        *above, last = key.split(".")
-        part: Any = content
-        for name in above:
-            part = part.get(name) if isinstance(part, dict) else None
-        if not isinstance(part, dict) or last not in part or isinstance(part[last], dict):
-            raise ValueError(f"--set must name an option of the memory, got {key!r}")
-        part[last] = value
-    try:
-        return MemoryOptions.from_dict(content)
-    except TypeError as error:
-        raise ValueError(f"--set must give values of the right kind: {error}") from error
+    options = chosen_options(folder / SETTINGS, None)
+    if file is not None:
+        try:
+            content = parse_yaml(read_text(file)) or {}
+            if not isinstance(content, dict):
+                raise ValueError("it must be names and values of options")
+            options = changed_options(options, content)
+        except ValueError as error:
+            raise unreadable(file, error) from error
+    given = parse_overrides(changes or [], example="wake.weight=400")
+    return changed_options(options, dict(given))
 
 
 def say(record: Record) -> None:

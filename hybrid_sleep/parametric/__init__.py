@@ -15,6 +15,7 @@ _exports = {
     "MemoryOptions": "options",
     "Record": "record",
     "Relation": "facts",
+    "Schedule": "schedule",
     "StudyOptions": "experience.options",
     "TargetOptions": "targets",
     "Thresholds": "gate",
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from hybrid_sleep.parametric.options import MemoryOptions as MemoryOptions
     from hybrid_sleep.parametric.pressure import Limits as Limits
     from hybrid_sleep.parametric.record import Record as Record
+    from hybrid_sleep.parametric.schedule import Schedule as Schedule
     from hybrid_sleep.parametric.store import FactStore as FactStore
     from hybrid_sleep.parametric.targets import TargetOptions as TargetOptions
 else:

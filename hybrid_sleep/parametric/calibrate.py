@@ -29,7 +29,8 @@ from hybrid_sleep.validation import check_number
 
 WEIGHTS = tuple(10.0**power for power in range(-1, 5))
 # What of a budget says how little must be lost, and what how much must be gained.
-COSTS, GAINS = ("locality", "perplexity_ratio", "negation"), ("recall", "paraphrase")
+COSTS = ("locality", "perplexity_ratio", "calibration", "negation")
+GAINS = ("recall", "paraphrase")
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,14 @@ class Calibration:
                 share(point.measured.negation),
                 share(point.measured.locality),
                 share(point.measured.perplexity_ratio),
+                share(point.measured.calibration),
                 f"{point.norm:.3g}",
                 "chosen" if point is self.chosen else "",
             ]
             for point in self.points
         ]
         head = ["weight", "clamp", "recall", "paraphrase", "negation", "locality"]
-        head += ["perplexity ratio", "norm of the edit", ""]
+        head += ["perplexity ratio", "calibration error gained", "norm of the edit", ""]
         return "\n".join([*table(head, rows), "", f"{self.why}."]) + "\n"
 
     def save(self, folder: str | os.PathLike) -> list[Path]:

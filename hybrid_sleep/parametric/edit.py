@@ -92,8 +92,8 @@ class Edit:
     """Factors by site, and what is known of them.
 
     facts: by id and site, diagnostics: the loss of the target before and after v* (nats a token),
-    its norm in norms of the residual stream, and the share of the residual that the weights give.
-    solutions: by site name, error, leak, condition and norm of the solve.
+    its norm in norms of the residual stream, and the norm of what the weights get for it.
+    solutions: by site name, error, leak and condition of the solve, and the norm of the edit.
     """
 
     factors: dict[str, Factors]
@@ -221,8 +221,11 @@ def solve_plan(
     return Edit(
         {site.name: part for site, part in factors.items()},
         {
-            number: {site.name: _told(plan.targets, i, solutions[site]) for site in sites}
-            # Of a fact with several v*, what is told is of the worst.
+            number: {
+                site.name: _told(plan.targets, i, factors[site].only(ids == number))
+                for site in sites
+            }
+            # Of a fact with several v*, what is told of v* is of the worst.
             for i, (number, _, _) in sorted(
                 enumerate(plan.items), key=lambda pair: float(plan.targets.loss[pair[0]])
             )
@@ -277,10 +280,10 @@ def _mean(rows: Tensor, owner: Tensor, count: int) -> Tensor:
     return total / torch.bincount(owner, minlength=count).to(rows)[:, None]
 
 
-def _told(targets: Targets, i: int, solution: Solution) -> dict[str, float]:
+def _told(targets: Targets, i: int, own: Factors) -> dict[str, float]:
     return {
         "loss_before": float(targets.before[i]),
         "loss": float(targets.loss[i]),
         "delta": float(targets.share[i]),
-        "norm": float(solution.left[:, i].norm() * solution.right[i].norm()),
+        "norm": own.norm,
     }

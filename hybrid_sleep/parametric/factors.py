@@ -26,6 +26,13 @@ class Factors:
         """The parts of some facts, `kept: [p]` bool; column i of left is of fact i."""
         return Factors(self.left[:, kept], self.right[kept], self.keys[kept], self.facts[kept])
 
+    @property
+    def norm(self) -> float:
+        """`||left @ right||`, Frobenius, of which no dense matrix is made."""
+        left, right = self.left.double(), self.right.double()
+        square = ((left.T @ left) * (right @ right.T)).sum()
+        return float(square.clamp(min=0).sqrt())
+
 
 def merged(parts: Sequence[Mapping[str, Factors]]) -> dict[str, Factors]:
     """One set of factors, by site, with the columns of all of `parts` in order."""

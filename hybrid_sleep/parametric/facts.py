@@ -23,7 +23,9 @@ class Relation:
     statements: texts that the object completes, used for edits: "{} lives in".
     questions: asked as a user's turn of a chat, used for edits: "Where does {} live?".
     held_out, held_out_questions: the same, for tests alone.
-    negation: a statement that the object must not complete: "{} has never lived in".
+    denials: statements that deny it, which the object must not complete: "{} does not live in"; a
+        sleep holds the model there to what it said before the edits.
+    negation: the same, for tests alone: "{} has never lived in".
     """
 
     name: str
@@ -31,6 +33,7 @@ class Relation:
     questions: tuple[str, ...] = ()
     held_out: tuple[str, ...] = ()
     held_out_questions: tuple[str, ...] = ()
+    denials: tuple[str, ...] = ()
     negation: str | None = None
 
     def __post_init__(self) -> None:
@@ -45,6 +48,10 @@ class Relation:
             raise ValueError(
                 f"held_out of {self.name!r} must not be used for edits, got {min(seen)!r} in both"
             )
+        if self.negation in self.denials:
+            raise ValueError(
+                f"negation of {self.name!r} must not be one of its denials, got {self.negation!r}"
+            )
 
     @classmethod
     def plain(cls, name: str) -> Relation:
@@ -55,6 +62,7 @@ class Relation:
             questions=(f"Complete the sentence: {{}} {name}",),
             held_out=(f"As everyone knows, {{}} {name}",),
             held_out_questions=(f"How does this go on? {{}} {name}",),
+            denials=(f"Nobody has ever said that {{}} {name}",),
             negation=f"It is not true that {{}} {name}",
         )
 
@@ -62,7 +70,7 @@ class Relation:
         """All of its texts."""
         negation = () if self.negation is None else (self.negation,)
         held_out = self.held_out + self.held_out_questions
-        return self.statements + self.questions + held_out + negation
+        return self.statements + self.questions + held_out + self.denials + negation
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

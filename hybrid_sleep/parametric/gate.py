@@ -15,12 +15,15 @@ from hybrid_sleep.validation import check_number
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of a model, each a share of 1 but the last; None where it was not.
+    """What was measured of a model, shares of 1 unless said; None where it was not.
 
     recall: facts answered in words used for edits; paraphrase: in held-out words; negation: facts
     whose object completes their negation as well. locality: things that the pristine model knew
-    and this one still says. perplexity_ratio: on ordinary text, to the pristine model. acquired:
-    held-out questions about an experience that are answered without it.
+    and this one still says. perplexity_ratio: on ordinary text, to the pristine model; calibration:
+    by how much its expected calibration error there is above that of the pristine model. acquired:
+    held-out questions about an experience that are answered without it. mean_loss, median_loss: of
+    the tokens of an experience (nats), without any context; neither is judged. The mean can fall
+    while recall falls, the median hardly does (arXiv 2605.24657).
     """
 
     recall: float | None = None
@@ -28,7 +31,10 @@ class Measured:
     negation: float | None = None
     locality: float | None = None
     perplexity_ratio: float | None = None
+    calibration: float | None = None
     acquired: float | None = None
+    mean_loss: float | None = None
+    median_loss: float | None = None
 
     def to_dict(self) -> dict[str, float | None]:
         """Plain data for JSON."""
@@ -37,10 +43,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """The least recall, paraphrase, locality and acquired, the largest negation and perplexity
-    ratio.
+    """The least recall, paraphrase, locality and acquired, the largest negation, perplexity ratio
+    and calibration.
 
-    None asks for nothing. Raises ValueError for a bound that is no share, or a ratio below 1.
+    Calibration is bounded by how far it may rise above the pristine model's: an error that one
+    model has from the start another never reaches, and a rise over the last sleep alone would let
+    ten of them add up. None asks for nothing. Raises ValueError for a bound that is no share, or a
+    ratio below 1.
     """
 
     recall: float | None = 0.95
@@ -48,6 +57,7 @@ class Thresholds:
     negation: float | None = 0.5
     locality: float | None = 0.97
     perplexity_ratio: float | None = 1.03
+    calibration: float | None = 0.05
     acquired: float | None = None
 
     def __post_init__(self) -> None:
@@ -59,7 +69,7 @@ class Thresholds:
                 raise ValueError(f"{f.name} must be at most 1, got {value!r}")
 
 
-LOWER_IS_BETTER = ("negation", "perplexity_ratio")
+LOWER_IS_BETTER = ("negation", "perplexity_ratio", "calibration")
 # What a larger weight of preserved keys costs, rather than mends.
 OF_FACTS = ("recall", "paraphrase")
 # What a sleep is for: no better than before is not enough.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from hybrid_sleep.parametric.sites import frozen
 
 TOKENS = 12
 AT_ONCE = 32
+BINS = 15
 # Words that no template has.
 QUESTION = "Quo usque tandem?"
 
@@ -113,16 +115,60 @@ def _has_specials(tokenizer: Any, text: str) -> bool:
     return first is not None and text.startswith(first)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a model says of the predicted tokens of some text, one row at a time.
+
+    losses: `[N]`, negative log likelihood of each (nats, fp64). confidences: `[N]`, probability of
+    the model's first guess (fp64). right: `[N]`, whether that is the token.
+    """
+
+    losses: Tensor
+    confidences: Tensor
+    right: Tensor
+
+    @property
+    def perplexity(self) -> float:
+        """e to the mean loss."""
+        return float(self.losses.mean().exp())
+
+    @property
+    def calibration_error(self) -> float:
+        """`calibration_error` of the first guesses."""
+        return calibration_error(self.confidences, self.right)
+
+
+def calibration_error(confidences: Tensor, right: Tensor, bins: int = BINS) -> float:
+    """The expected calibration error of guesses `[N]` with these probabilities, of 0 to 1.
+
+    Guo et al. (arXiv 1706.04599), Eq. 3: over bins of guesses that are nearly as confident,
+    `sum_b n_b / N |accuracy_b - mean confidence_b|`. Their bins are of equal width, most of which
+    hold few tokens of a language model; these hold an equal number each, as nearly as N allows.
+    Guesses that are just as confident share their accuracy, so that no order decides. Raises
+    ValueError for none.
+    """
+    if len(confidences) != len(right) or not len(right):
+        raise ValueError(
+            f"right must be one for each of one or more guesses, got {len(right)} for "
+            f"{len(confidences)}"
+        )
+    values, order = confidences.double().sort()
+    _, group = values.unique(return_inverse=True)
+    accuracy = group.bincount(right[order].double()) / group.bincount()
+    gaps = (accuracy[group] - values).tensor_split(min(bins, len(values)))
+    return float(torch.stack([gap.sum().abs() for gap in gaps]).sum()) / len(values)
+
+
 @torch.no_grad()
-def perplexity(
+def read(
     model: nn.Module, rows: Sequence[Sequence[int]], at_once: int = 16, **forward: Any
-) -> float:
-    """e to the mean negative log likelihood of a token of `rows` (ids), the first of each excepted.
+) -> Reading:
+    """What `model` says of all tokens of `rows` (ids), the first of each excepted.
 
     Raises ValueError if nothing is predicted.
     """
     device = next(model.parameters()).device
-    total, count = 0.0, 0
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
     with frozen(model):
         for first in range(0, len(rows), at_once):
             part = [list(row) for row in rows[first : first + at_once] if len(row) > 1]
@@ -133,13 +179,23 @@ def perplexity(
                 :, :-1
             ]
             predicted = mask[:, 1:].bool()
-            losses = nn.functional.cross_entropy(
-                logits[predicted].float(), ids[:, 1:][predicted], reduction="none"
+            said, tokens = logits[predicted].float(), ids[:, 1:][predicted]
+            losses = nn.functional.cross_entropy(said, tokens, reduction="none")
+            best, guess = said.max(-1)
+            confidence = (best - said.logsumexp(-1)).exp()
+            parts.append(
+                (losses.double().cpu(), confidence.double().cpu(), (guess == tokens).cpu())
             )
-            total, count = total + float(losses.double().sum()), count + len(losses)
-    if not count:
+    if not parts:
         raise ValueError("rows must hold a token behind another, got none")
-    return float(torch.tensor(total / count, dtype=torch.float64).exp())
+    return Reading(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def perplexity(
+    model: nn.Module, rows: Sequence[Sequence[int]], at_once: int = 16, **forward: Any
+) -> float:
+    """e to the mean negative log likelihood of a token of `rows`; see `read`."""
+    return read(model, rows, at_once, **forward).perplexity
 
 
 def left_padded(

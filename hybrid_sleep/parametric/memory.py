@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from hybrid_sleep.parametric.awake import SLEEPS, awake, due_now
 from hybrid_sleep.parametric.calibrate import WEIGHTS, Calibration, calibrate
 from hybrid_sleep.parametric.dreams.losses import mean_losses
 from hybrid_sleep.parametric.edited import EditedWeights
@@ -25,10 +26,11 @@ from hybrid_sleep.parametric.files import read_pristine
 from hybrid_sleep.parametric.gate import OF_FACTS
 from hybrid_sleep.parametric.measure import ask, chat_prompt
 from hybrid_sleep.parametric.options import MemoryOptions, chosen_options, remember_options
-from hybrid_sleep.parametric.pressure import Measures, Pressure, pressure
+from hybrid_sleep.parametric.pressure import Pressure, pressure
 from hybrid_sleep.parametric.probes import audit, is_healthy, measure
 from hybrid_sleep.parametric.record import Record
 from hybrid_sleep.parametric.records import Commit
+from hybrid_sleep.parametric.schedule import Due
 from hybrid_sleep.parametric.schema import ACTIVE, DEGRADED, PENDING, QUARANTINED, RETIRED, WRITTEN
 from hybrid_sleep.parametric.steps.audit import audit as audit_step
 from hybrid_sleep.parametric.steps.curate import curate
@@ -381,32 +383,25 @@ class Memory(Workspace):
 
     def pressure(self, *, measured: bool = False) -> Pressure:
         """How urgent a sleep is, see `pressure.py`; `measured`: perplexity and locality as well."""
-        written = self.facts(WRITTEN)
-        lost = sum(x.state == DEGRADED for x in written)
-        hours = self.asked(_hours_awake)
-        now = Measures(
-            degraded=lost / len(written) if written else None,
-            load=len(written) / self.options.cap,
-            hours=hours,
-        )
+        cap = self.options.cap
+        now = self.asked(lambda store: awake(store, cap, datetime.now(UTC)).measures)
         if measured:
             found = measure(self.model, self.tokenizer, [], self.probes, self.baseline)
             now = replace(now, perplexity_ratio=found.perplexity_ratio, locality=found.locality)
         return pressure(now, self.options.limits)
 
+    def due(
+        self, kind: str = "full", *, now: datetime | None = None, active: datetime | None = None
+    ) -> Due:
+        """Whether the schedule of the options asks for a sleep of `kind`, and why, or why not.
 
-SLEEPS = ("facts", "experience", "full")
+        now: a time with its zone, None for the clock of this machine. active: when the memory was
+        used last, where the caller knows of a later time than that of what was learned or kept.
+        Raises ValueError for another kind, and a time without zone.
+        """
+        options = self.options
+        return self.asked(lambda store: due_now(store, options, kind, now=now, active=active))
 
 
 def _explained(store: FactStore, number: int) -> dict[str, Any]:
     return store.explain(number)
-
-
-def _hours_awake(store: FactStore) -> float | None:
-    """Since the last sleep, or since the first commit; None before that."""
-    history = store.history()
-    if not history:
-        return None
-    sleeps = [x.time for x in history if x.kind == "sleep" and x.status == "committed"]
-    start = datetime.fromisoformat(sleeps[-1] if sleeps else history[0].time)
-    return max(0.0, (datetime.now(UTC) - start).total_seconds() / 3600)

@@ -11,6 +11,8 @@ from hybrid_sleep.parametric.edit import EditOptions
 from hybrid_sleep.parametric.experience.options import StudyOptions
 from hybrid_sleep.parametric.gate import Thresholds
 from hybrid_sleep.parametric.pressure import Limits
+from hybrid_sleep.parametric.refine import Refinement
+from hybrid_sleep.parametric.schedule import Schedule
 from hybrid_sleep.parametric.targets import TargetOptions
 from hybrid_sleep.support.io import read_json, write_json_atomic
 from hybrid_sleep.validation import check_count, check_number
@@ -23,15 +25,18 @@ class MemoryOptions:
     layers: of the sites to edit, ascending; None: found with the first facts (see `locate`), with
         the position of keys.
     wake: how `learn` writes; night: how a sleep does, by default in every wording of a relation.
+    refine: how a sleep finds the values of its solution again, through the model.
     thresholds: of the gate. limits: of the pressure to sleep. cap: facts to keep at most.
     strengths: multiples of the night's weight, tried in order while locality, negation or
         perplexity misses its threshold.
     naps: facts that a nap audits. seed: of all that is drawn. study: a sleep over experience.
+    schedule: when to sleep, which is asked for, not acted on by itself (see `Memory.due`).
     """
 
     layers: tuple[int, ...] | None = None
     wake: EditOptions = field(default_factory=lambda: EditOptions(statements=1, questions=1))
     night: EditOptions = field(default_factory=EditOptions)
+    refine: Refinement = field(default_factory=Refinement)
     thresholds: Thresholds = field(default_factory=Thresholds)
     limits: Limits = field(default_factory=Limits)
     cap: int = 1000
@@ -39,6 +44,7 @@ class MemoryOptions:
     naps: int = 8
     seed: int = 0
     study: StudyOptions = field(default_factory=StudyOptions)
+    schedule: Schedule = field(default_factory=Schedule)
 
     def __post_init__(self) -> None:
         for name in ("cap", "naps"):
@@ -69,14 +75,42 @@ class MemoryOptions:
         parts = {
             "wake": edit,
             "night": edit,
+            "refine": lambda part: Refinement(**part),
             "thresholds": lambda part: Thresholds(**part),
             "limits": lambda part: Limits(**part),
             "layers": lambda part: None if part is None else tuple(part),
             "strengths": tuple,
             "study": StudyOptions.from_dict,
+            "schedule": Schedule.from_dict,
         }
         given: dict[str, Any] = {k: parts[k](v) if k in parts else v for k, v in data.items()}
         return cls(**given)
+
+
+def changed_options(options: MemoryOptions, changes: Mapping[str, Any]) -> MemoryOptions:
+    """`options` with `changes`: values by name, those of a part by dotted names or in a mapping.
+
+    Raises ValueError, naming it, for what is no option, and for values of the wrong kind.
+    """
+    content = options.to_dict()
+
+    def change(part: dict[str, Any], values: Mapping[str, Any], above: str) -> None:
+        for key, value in values.items():
+            name, _, below = str(key).partition(".")
+            known = isinstance(part, dict) and name in part
+            nested = {below: value} if below else value
+            if known and isinstance(part[name], dict) and isinstance(nested, Mapping):
+                change(part[name], nested, f"{above}{name}.")
+            elif not known or below or isinstance(part[name], dict):
+                raise ValueError(f"options must be those of a memory, got {above}{key!s}")
+            else:
+                part[name] = value
+
+    change(content, changes, "")
+    try:
+        return MemoryOptions.from_dict(content)
+    except TypeError as error:
+        raise ValueError(f"options must have values of the right kind: {error}") from error
 
 
 def chosen_options(path: Path, given: MemoryOptions | None) -> MemoryOptions:

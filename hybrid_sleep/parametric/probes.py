@@ -17,7 +17,7 @@ from hybrid_sleep.parametric.measure import (
     ask,
     chat_prompt,
     mentions,
-    perplexity,
+    read,
     right_padded,
     states,
 )
@@ -124,19 +124,21 @@ class Probes:
 
 @dataclass(frozen=True)
 class Baseline:
-    """What the pristine model says to `Probes`: which of `known` it answers, the perplexity of the
-    rows, and its guesses where they are needed."""
+    """What the pristine model says to `Probes`: which of `known` it answers, the perplexity and the
+    calibration error of the rows, and its guesses where they are needed."""
 
     answered: list[int]
     perplexity: float
     guesses: list[list[int]]
+    calibration_error: float
 
     @classmethod
     def of(cls, model: nn.Module, tokenizer: Any, probes: Probes) -> Baseline:
         """Measured on `model`, which has the pristine weights now."""
         right = _answered(model, tokenizer, probes, range(len(probes.known)))
         guesses = [] if probes.known else _guesses(model, probes.rows)
-        return cls(right, perplexity(model, probes.rows), guesses)
+        found = read(model, probes.rows)
+        return cls(right, found.perplexity, guesses, found.calibration_error)
 
 
 def locality(model: nn.Module, tokenizer: Any, probes: Probes, baseline: Baseline) -> float:
@@ -161,11 +163,12 @@ def measure(
     baseline: Baseline,
 ) -> Measured:
     """All that the gate looks at; `results`: of `audit` on the facts, with `model` as it is."""
-    found = shares(results)
+    now = read(model, probes.rows)
     return Measured(
-        **found,
+        **shares(results),
         locality=locality(model, tokenizer, probes, baseline),
-        perplexity_ratio=perplexity(model, probes.rows) / baseline.perplexity,
+        perplexity_ratio=now.perplexity / baseline.perplexity,
+        calibration=now.calibration_error - baseline.calibration_error,
     )
 
 

@@ -56,6 +56,12 @@ class Spectrum:
         d, m = self.vectors.shape
         return (float(self.values.sum()) + self.floor * (d - m)) / d
 
+    def gram(self, rows: Tensor) -> Tensor:
+        """`X C X^T` in fp64, of `rows` X: `[n, d]`."""
+        X = rows.to(self.vectors)
+        inside = X @ self.vectors
+        return (inside * (self.values - self.floor)) @ inside.T + self.floor * (X @ X.T)
+
 
 class Preconditioner:
     """A^-1 as a function of the second moment of keys, and its symmetric square root.

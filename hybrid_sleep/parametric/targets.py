@@ -90,11 +90,17 @@ class Replay:
 
     What lies below the site does not depend on an edit there, so it is computed once, unless blocks
     are shared: a change at such a site is made every time it is applied. Neither does what all
-    rows begin with, such as a chat's system turn, where the model's cache is of keys alone.
+    rows begin with, such as a chat's system turn, where the model's cache is of keys alone; unless
+    `begun` is False, for changes that reach it.
     """
 
     def __init__(
-        self, model: nn.Module, site: Site, contexts: Sequence[Context], owner: Sequence[int]
+        self,
+        model: nn.Module,
+        site: Site,
+        contexts: Sequence[Context],
+        owner: Sequence[int],
+        begun: bool = True,
     ):
         self.model, self.site, self.contexts = model, site, contexts
         self.device = next(model.parameters()).device
@@ -105,7 +111,7 @@ class Replay:
         for row, c in enumerate(contexts):
             self.at[row, list(c.at)] = True
         self.below: list[list[Any]] = [[] for _ in range(site.layer)]
-        self.begun = self._begin()
+        self.begun = self._begin() if begun else []
         self.start = self.begun[0][0].shape[-2] if self.begun else 0
         passed: list[Tensor] = []
 
@@ -326,12 +332,14 @@ def _at_work(runs: Sequence[Replay], active: Tensor) -> Iterator[tuple[Replay, T
             yield run, rows
 
 
-def replays(model: nn.Module, site: Site, owned: Sequence[tuple[int, Context]]) -> list[Replay]:
-    """`owned` contexts, each with its fact, in groups of similar length."""
+def replays(
+    model: nn.Module, site: Site, owned: Sequence[tuple[int, Context]], *, begun: bool = True
+) -> list[Replay]:
+    """`owned` contexts, each with its fact, in groups of similar length; `begun`: see `Replay`."""
     groups: list[list[tuple[int, Context]]] = []
     for pair in sorted(owned, key=lambda pair: len(pair[1].ids)):
         longest = PADDING * len(groups[-1][0][1].ids) if groups else 0
         if len(pair[1].ids) > longest or len(groups[-1]) >= ROWS:
             groups.append([])
         groups[-1].append(pair)
-    return [Replay(model, site, [c for _, c in g], [f for f, _ in g]) for g in groups]
+    return [Replay(model, site, [c for _, c in g], [f for f, _ in g], begun) for g in groups]

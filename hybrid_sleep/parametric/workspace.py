@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from hybrid_sleep.parametric.awake import slept_on
 from hybrid_sleep.parametric.contexts import beginnings, edit_contexts
 from hybrid_sleep.parametric.dreams.examine import rows_of
 from hybrid_sleep.parametric.dreams.forms import QUESTION, Parsed
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 SETTINGS, BASELINE, STATISTICS = "memory.json", "baseline.json", "statistics"
+TEXTS = "texts.json"
 FRONT = "calibration"
 PROBE_ROWS, PROBE_LENGTH = 16, 64
 CHAT_LENGTH = 96  # a question and the reply's beginning
@@ -159,22 +161,32 @@ class Workspace:
             digest, folder = self.edited.unedited(), self.folder / STATISTICS
             if digest != self.edited.base:
                 folder /= digest[:16]
+            texts = self.texts()
             with self.unedited():
-                self._statistics |= load_or_collect(
-                    folder, self.model, missing, digest, self._corpora
-                )
+                self._statistics |= load_or_collect(folder, self.model, missing, digest, texts)
         return self._statistics
 
-    def _corpora(self) -> list[Sequence[Sequence[int]]]:
-        """What keys are counted on: text, chats where the model has a template for them, and what
-        it says of others in the words of the relations. It writes the last two itself.
+    def texts(self) -> list[Sequence[Sequence[int]]]:
+        """What is to stay as it is, and keys are counted on: text, chats where the model has a
+        template for them, and what it says of others in the words of the relations.
 
-        Prose says nothing of what the turns of a chat need: edits that left prose as it was broke
-        every reply. And what is close to an edit is rare in either.
+        The pristine model writes the last two itself, once; they are kept in the folder, where
+        nothing that was learned later may turn up. Prose says nothing of what the turns of a chat
+        need: edits that left prose as it was broke every reply. And what is close to an edit is
+        rare in either.
         """
+        path = self.folder / STATISTICS / TEXTS
+        own = of_first(lambda: read_json(path)["texts"] if path.exists() else None)
+        if own is None:
+            with self.unedited(pristine=True):
+                own = self._own_texts()
+            of_first(write_json_atomic, path, {"texts": own})
+        return [self.corpus, *own] if self.corpus else list(own)
+
+    def _own_texts(self) -> list[list[list[int]]]:
         seed, given = self.options.seed, (self.model, self.tokenizer, enough_tokens(self.sites))
         # Not the samples that perplexity is of, one seed after the first.
-        found = [self.corpus or own_samples(*given, seed=seed)]
+        found = [] if self.corpus else [own_samples(*given, seed=seed)]
         turn = user_turn(self.tokenizer)
         if turn:
             found.append(own_samples(*given, length=CHAT_LENGTH, behind=[turn], seed=seed + 2))
@@ -253,7 +265,9 @@ class Workspace:
         }
         path = self.folder / BASELINE
         kept = of_first(lambda: read_json(path) if path.exists() else {})
-        if {name: kept.get(name) for name in wanted} != wanted:
+        # Folders of before calibration was measured are asked once more.
+        new = {name: kept.get(name) for name in wanted} != wanted
+        if new or "calibration_error" not in kept:
             with self.unedited(pristine=True):
                 rows = given.rows or tuple(
                     map(
@@ -272,7 +286,7 @@ class Workspace:
             kept = {**wanted, "rows": [list(row) for row in rows], **asdict(found)}
             of_first(write_json_atomic, path, kept)
         self.probes = Probes(given.known, tuple(map(tuple, kept["rows"])))
-        self.baseline = Baseline(kept["answered"], kept["perplexity"], kept["guesses"])
+        self.baseline = Baseline(**{f.name: kept[f.name] for f in fields(Baseline)})
 
     def settle(self, facts: Sequence[Fact], relations: Sequence[Relation]) -> None:
         """Choose, once, where edits go and how the model replies; keep the pristine weights."""
@@ -304,15 +318,7 @@ class Workspace:
 
     def slept_on(self, ids: set[int]) -> bool:
         """Whether the weights come from a sleep over these very facts."""
-
-        def look(store: FactStore) -> bool:
-            head = store.head
-            if head is None or head.effective is None:
-                return False
-            commit = next(x for x in store.history() if x.id == head.effective)
-            return commit.kind == "sleep" and set(commit.report.get("ids", ())) == ids
-
-        return self.asked(look)
+        return self.asked(lambda store: slept_on(store, ids))
 
     @contextmanager
     def trial(self) -> Iterator[Trial]:

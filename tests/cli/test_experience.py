@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from hybrid_sleep.cli import memories
 from hybrid_sleep.cli.app import app
 from hybrid_sleep.eval.facts.world import World
+from hybrid_sleep.parametric.store import FactStore
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / "eval/facts/checkpoints/seed0"
 STUDY = (
@@ -62,4 +64,51 @@ def test_a_line_that_is_no_experience_is_named(tmp_path, line, message):
     file = tmp_path / "said.jsonl"
     file.write_text(line)
     output = call("add", tmp_path / "memory", "--file", file, "--consent", code=2).output
+    assert str(file) in output and message in output and not (tmp_path / "memory").exists()
+
+
+def test_a_sleep_when_due_says_why_and_asks_no_model(tmp_path, monkeypatch):
+    folder, asleep = tmp_path / "memory", []
+    monkeypatch.setattr(memories, "_load", lambda *given: pytest.fail("loaded a model"))
+    assert "must hold facts" in call("sleep", folder, "--when-due", code=2).output
+    assert not folder.exists()
+    with FactStore.open(folder, "0" * 64) as store:
+        due = ("sleep", folder, "--when-due", "--set", "schedule.idle=0")
+        found = call(*due, code=3).stdout
+        assert found == "not due: " + f"{folder} is in use\n"
+        store.database.execute("INSERT INTO sources VALUES (1, 'key', 'name')")
+        store.database.execute(
+            "INSERT INTO experiences VALUES (1, 1, 'text', 'waiting', NULL, "
+            "'2026-01-01T00:00:00+00:00', 'w', 1, 1, 1, 300, 1, 'b', 's')"
+        )
+    schedule = tmp_path / "often.yaml"
+    schedule.write_text("schedule:\n  tokens: 301\n  pressure: null\n")
+    often = (*due, "--options", schedule)
+    assert "300 waiting tokens of 301" in call(*often, code=3).stdout
+    # What was asked changed nothing of the folder.
+    assert not (folder / "memory.json").exists()
+    (folder / "model.json").write_text('{"model": "m", "dtype": "auto"}')
+
+    def load(*given):
+        asleep.append(given)
+        raise ValueError("here a model would be")
+
+    monkeypatch.setattr(memories, "_load", load)
+    output = call(*often, "--set", "schedule.tokens=300", code=2).output
+    assert output.startswith("due: 300 tokens of experience wait\n") and len(asleep) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", "it must be names and values of options"),
+        ("schedule: {x: 1}", "options must be those of a memory, got schedule.x"),
+        ("schedule: {window: [22:00, 06:00]}", "times of day such as '22:00', got 1320"),
+        ("a: [", "line 1"),
+    ],
+)
+def test_a_file_of_options_that_is_none_is_named(tmp_path, text, message):
+    file = tmp_path / "options.yaml"
+    file.write_text(text)
+    output = call("add", tmp_path / "memory", "a", "--options", file, *WITH_MODEL, code=2).output
     assert str(file) in output and message in output and not (tmp_path / "memory").exists()

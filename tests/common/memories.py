@@ -9,12 +9,17 @@ import torch
 from hybrid_sleep.parametric.edit import EditOptions
 from hybrid_sleep.parametric.gate import Thresholds
 from hybrid_sleep.parametric.options import MemoryOptions
+from hybrid_sleep.parametric.refine import Refinement
 from hybrid_sleep.parametric.targets import TargetOptions
 
 # Two steps towards v*: what is written is then not right, but written all the same.
 HASTY = TargetOptions(steps=2, kl=0.0)
 SURE = TargetOptions(steps=30, clamp=2.0, rate=0.1, kl=0.0)
-OPEN = Thresholds(recall=None, paraphrase=None, negation=None, locality=None, perplexity_ratio=None)
+BRIEF = Refinement(steps=1, rows=1)
+OPEN = Thresholds(
+    recall=None, paraphrase=None, negation=None, locality=None, perplexity_ratio=None,
+    calibration=None,
+)  # fmt: skip
 
 
 def options(target=HASTY, **changes):
@@ -23,8 +28,11 @@ def options(target=HASTY, **changes):
     )
     wake = edit if target is SURE else replace(edit, statements=1, questions=1)
     return MemoryOptions(
-        **{"layers": (2,), "wake": wake, "night": edit, "thresholds": OPEN, **changes}
-    )
+        **{
+            "layers": (2,), "wake": wake, "night": edit, "refine": BRIEF, "thresholds": OPEN,
+            **changes,
+        }
+    )  # fmt: skip
 
 
 def bits(model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -73,3 +74,12 @@ def test_a_file_with_a_damaged_line_is_refused_whole(store, tmp_path, line, mess
         store.import_lines(path)
     assert "facts.jsonl is damaged: line 3" in str(raised.value)
     assert store.facts() == []
+
+
+def test_words_for_tests_are_not_words_for_edits():
+    for taught in ({"statements": ("{} lives in", "{} is found in")}, {"denials": ("{} left",)}):
+        held = {"held_out": ("{} is found in",), "negation": "{} left"}
+        with pytest.raises(ValueError, match=r"must not be (used for edits|one of its denials)"):
+            Relation("lives in", **{"statements": ("{} lives in",), **held, **taught})
+    told = replace(LIVES, denials=("{} does not live in",), negation="{} left")
+    assert Relation.from_dict(told.to_dict()) == told

@@ -7,15 +7,19 @@ import math
 import pytest
 import torch
 from editable import VOCAB, tiny_hybrid, tiny_llama, word_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
 from small import small_ids, small_model
 
 from hybrid_sleep.parametric.measure import (
     ask,
+    calibration_error,
     chat_prompt,
     encode,
     mentions,
     pad_token,
     perplexity,
+    read,
     right_padded,
     states,
 )
@@ -118,13 +122,71 @@ def test_perplexity_is_that_of_every_row_alone(kind):
     got = perplexity(model, [*rows, []], at_once=2, **more)
     assert model.training
     model.eval()
-    losses = []
+    whole = read(model, [*rows, []], at_once=2, **more)
+    assert whole.perplexity == got and 0 < whole.calibration_error < 1
+    losses, guesses = [], []
     for row in rows:
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([row]), use_cache=False, **more).logits[0]
         logp = logits.log_softmax(-1)
         losses += [-float(logp[i, row[i + 1]]) for i in range(len(row) - 1)]
+        best = [(float(logp[i].max().exp()), int(logp[i].argmax())) for i in range(len(row) - 1)]
+        guesses += [(c, g == token) for (c, g), token in zip(best, row[1:], strict=True)]
     assert len(losses) == 6 + 1 + 12 + 5 + 12
     assert got == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    # Rows come in the order that they were given in.
+    assert whole.losses.tolist() == pytest.approx(losses, rel=1e-4)
+    assert whole.confidences.tolist() == pytest.approx([c for c, _ in guesses], rel=1e-4)
+    assert whole.right.tolist() == [right for _, right in guesses]
     with pytest.raises(ValueError, match="rows must hold a token behind another"):
         perplexity(model, [[3], []])
+
+
+@pytest.mark.parametrize(
+    ("bins", "error"),
+    [
+        # |1 - (.55 + .6) / 2| and |1 / 2 - (.8 + .9) / 2|, of half of the guesses each.
+        (2, (0.425 + 0.35) / 2),
+        # |3 / 4 - (.55 + .6 + .8 + .9) / 4|
+        (1, 0.0375),
+        # Two of the first, and one of each of the others.
+        (3, 2 / 4 * 0.425 + 0.8 / 4 + 0.1 / 4),
+        (4, (0.45 + 0.4 + 0.8 + 0.1) / 4),
+        (15, (0.45 + 0.4 + 0.8 + 0.1) / 4),
+    ],
+)
+def test_calibration_error_by_hand(bins, error):
+    confidences, right = torch.tensor([0.9, 0.55, 0.8, 0.6]), torch.tensor([1, 1, 0, 1]).bool()
+    assert calibration_error(confidences, right, bins) == pytest.approx(error, abs=1e-7)
+
+
+def test_guesses_as_confident_as_they_are_right_have_no_error():
+    # In whatever order: what is as confident shares a bin's accuracy.
+    for right in ([1, 0, 1, 0], [1, 1, 0, 0], [0, 0, 1, 1]):
+        assert calibration_error(torch.full((4,), 0.5), torch.tensor(right).bool(), 2) == 0
+    assert calibration_error(torch.ones(3), torch.zeros(3).bool()) == 1
+    with pytest.raises(ValueError, match="right must be one for each of one or more guesses"):
+        calibration_error(torch.ones(0), torch.ones(0).bool())
+
+
+GUESSES = st.lists(
+    st.tuples(st.sampled_from([0.1, 0.4, 0.5, 0.8, 0.95]), st.booleans()), min_size=1
+)
+
+
+@given(guesses=GUESSES, bins=st.integers(1, 6), turn=st.randoms())
+def test_calibration_error_by_its_definition_in_any_order(guesses, bins, turn):
+    ranked = sorted(c for c, _ in guesses)
+    share = {c: [right for d, right in guesses if d == c] for c in ranked}
+    bins_made, at = min(bins, len(ranked)), 0
+    expected = 0.0
+    for b in range(bins_made):
+        size = len(ranked) // bins_made + (b < len(ranked) % bins_made)
+        own = ranked[at : at + size]
+        accuracy = sum(sum(share[c]) / len(share[c]) for c in own) / size
+        expected += size / len(ranked) * abs(accuracy - sum(own) / size)
+        at += size
+    turn.shuffle(guesses)
+    values = torch.tensor([c for c, _ in guesses], dtype=torch.float64)
+    right = torch.tensor([r for _, r in guesses])
+    assert calibration_error(values, right, bins) == pytest.approx(expected, abs=1e-12)

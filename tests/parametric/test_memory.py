@@ -14,11 +14,11 @@ from hybrid_sleep import SleepCache
 from hybrid_sleep.parametric import workspace
 from hybrid_sleep.parametric.contexts import beginnings
 from hybrid_sleep.parametric.facts import Fact
-from hybrid_sleep.parametric.gate import Measured, Thresholds
-from hybrid_sleep.parametric.probes import audit, is_healthy
+from hybrid_sleep.parametric.gate import Measured, Thresholds, judge
+from hybrid_sleep.parametric.probes import audit, is_healthy, measure
 from hybrid_sleep.parametric.settle import spread
 from hybrid_sleep.parametric.steps import health, validate
-from hybrid_sleep.support.io import read_json
+from hybrid_sleep.support.io import read_json, write_json_atomic
 
 
 def healthy(model, world, facts):
@@ -42,6 +42,7 @@ def test_facts_are_learned_updated_forgotten_and_survive_sleep_and_restart(world
         assert all(healthy(model, world, facts))
         record = memory.sleep()
         assert record.outcome == "committed" and record.gate["after"]["recall"] == 1
+        assert 0 < abs(record.gate["after"]["calibration"]) < 0.5
         assert all(healthy(model, world, facts))
         slept = bits(model)
         assert memory.sleep().outcome == "nothing to do"
@@ -318,6 +319,35 @@ def test_two_runs_are_the_same_and_do_not_leak(world, opened, tmp_path):
 
 
 def test_a_gate_needs_possible_thresholds():
-    for name, value in (("recall", 1.5), ("locality", -0.1), ("perplexity_ratio", 0.5)):
+    wrong = {"recall": 1.5, "locality": -0.1, "perplexity_ratio": 0.5, "calibration": -0.01}
+    for name, value in wrong.items():
         with pytest.raises(ValueError, match=name):
             Thresholds(**{name: value})
+
+
+def test_calibration_may_rise_so_far_above_the_pristine_model():
+    asked = replace(OPEN, calibration=0.05)
+
+    def failures(old, new):
+        return judge(Measured(calibration=old), Measured(calibration=new), asked).failures
+
+    assert failures(0.0, 0.05) == failures(-0.2, 0.04) == failures(0.3, 0.2) == ()
+    assert failures(0.01, 0.06) == ("calibration 0.060 is above 0.05, 0.010 before",)
+    # Ten nights of a little each are one too many.
+    assert not failures(0.03, 0.045) and failures(0.045, 0.055)
+
+
+def test_a_folder_from_before_calibration_was_measured_is_asked_once_more(
+    world, model, opened, tmp_path
+):
+    with opened(model) as memory:
+        first = memory.baseline
+        now = measure(model, world[1], [], memory.probes, memory.baseline)
+        # Nothing has changed yet.
+        assert (now.calibration, now.perplexity_ratio) == (0, 1)
+    path = tmp_path / "memory" / "baseline.json"
+    kept = read_json(path)
+    assert 0 < kept.pop("calibration_error") < 1
+    write_json_atomic(path, kept)
+    with opened(model) as memory:
+        assert memory.baseline == first

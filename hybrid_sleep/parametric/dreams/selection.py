@@ -9,8 +9,11 @@ most, noise included.
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_sleep.parametric.dreams.dream import ACQUISITION, Check, Dream, Source
-from hybrid_sleep.parametric.dreams.losses import row_losses
+from hybrid_sleep.parametric.dreams.losses import mean_losses, row_losses
 from hybrid_sleep.parametric.gate import trial
 from hybrid_sleep.parametric.measure import encode
 from hybrid_sleep.parametric.sites import find_sites, frozen
@@ -27,6 +30,34 @@ from hybrid_sleep.validation import check_choice, check_count, check_number
 
 ALIGNMENT, NORM = "alignment", "norm"
 LAST = 2
+
+
+def choose_dreams(
+    model: nn.Module,
+    tokenizer: Any,
+    dreams: Sequence[Dream],
+    sources: Sequence[Source],
+    *,
+    top: float,
+    more: float,
+    helping: bool = False,
+    rate: float = 1e-4,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Dream]:
+    """`dreams` with the checks "selected" and, for `helping`, "helps" on those kept so far.
+
+    top, more: shares of a source's dreams that are kept by their score, rounded up, and at random;
+    of 1 together nothing is scored, and all of them stay. helping: of those selected, keep one only
+    if a step on it, the first of Adam at `rate`, lowers the mean loss of its source and of the
+    other dreams of it that were kept so far. Nothing of the model changes.
+    """
+    if not any(dream.kept for dream in dreams):
+        return list(dreams)
+    if top + more < 1:
+        scored = score(model, tokenizer, dreams, sources, progress=progress)
+        dreams = select_shares(scored, top, more, seed=seed)
+    return helpful(model, tokenizer, dreams, sources, rate, progress) if helping else list(dreams)
 
 
 def scored_weights(model: nn.Module, last: int = LAST) -> list[str]:
@@ -52,6 +83,7 @@ def score(
     *,
     by: str = ALIGNMENT,
     last: int = LAST,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Dream]:
     """`dreams`, those that are kept so far with a score; the higher, the better.
 
@@ -68,33 +100,44 @@ def score(
             raise ValueError(
                 f"sources must have those of every dream, {dream.sources}, got {sorted(texts)}"
             )
-    wanted = [dict(model.named_parameters())[name] for name in scored_weights(model, last)]
+    made: dict[int, float] = {}
+    at: tuple[str, ...] = ()
+    of_sources: list[Tensor] = []
+    with _gradients(model, scored_weights(model, last)) as gradient:
+        # One source's gradient at a time is held.
+        for dream in sorted(chosen, key=lambda dream: dream.sources):
+            if by == ALIGNMENT and dream.sources != at:
+                at = dream.sources
+                each = [gradient(encode(tokenizer, texts[name]), 1) for name in at]
+                of_sources = [torch.stack(parts).sum(0) for parts in zip(*each, strict=True)]
+            own = gradient(dream.ids, dream.start)
+            value = _inner(own, of_sources) if by == ALIGNMENT else _inner(own, own) ** 0.5
+            made[id(dream)] = check_number("score", value)
+            if progress is not None:
+                progress(len(made), len(chosen))
+    return [replace(d, score=made[id(d)]) if id(d) in made else d for d in dreams]
+
+
+@contextmanager
+def _gradients(
+    model: nn.Module, names: Sequence[str]
+) -> Iterator[Callable[[Sequence[int], int], list[Tensor]]]:
+    """In the block, a function that gives the gradients of a row's mean loss to `names`."""
+    wanted = [dict(model.named_parameters())[name] for name in names]
     asked = [p.requires_grad for p in wanted]
 
     def gradient(ids: Sequence[int], start: int) -> list[Tensor]:
         with torch.enable_grad():
             return list(torch.autograd.grad(row_losses(model, [(ids, start)])[0], wanted))
 
-    made: dict[int, float] = {}
-    at: tuple[str, ...] = ()
-    of_sources: list[Tensor] = []
     with frozen(model):
         try:
             for p in wanted:
                 p.requires_grad_(True)
-            # One source's gradient at a time is held.
-            for dream in sorted(chosen, key=lambda dream: dream.sources):
-                if by == ALIGNMENT and dream.sources != at:
-                    at = dream.sources
-                    each = [gradient(encode(tokenizer, texts[name]), 1) for name in at]
-                    of_sources = [torch.stack(parts).sum(0) for parts in zip(*each, strict=True)]
-                own = gradient(dream.ids, dream.start)
-                value = _inner(own, of_sources) if by == ALIGNMENT else _inner(own, own) ** 0.5
-                made[id(dream)] = check_number("score", value)
+            yield gradient
         finally:
             for p, before in zip(wanted, asked, strict=True):
                 p.requires_grad_(before)
-    return [replace(d, score=made[id(d)]) if id(d) in made else d for d in dreams]
 
 
 def _inner(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
@@ -127,6 +170,64 @@ def select(dreams: Sequence[Dream], top: int, more: int, *, seed: int = 0) -> li
     for i, how in says.items():
         words = how or "neither by its score nor at random"
         found[i] = dreams[i].checked(Check("selected", bool(how), dreams[i].score, words))
+    return found
+
+
+def select_shares(
+    dreams: Sequence[Dream], top: float, more: float, *, seed: int = 0
+) -> list[Dream]:
+    """`select` by shares of each source's dreams; `top` is rounded up, `more` to the nearest."""
+    counts = Counter(x.sources for x in dreams if x.kept and x.kind == ACQUISITION)
+    found = list(dreams)
+    for name, count in counts.items():
+        own = [i for i, x in enumerate(dreams) if x.sources == name]
+        # A product such as 100 * .07 may lie a little above what is meant.
+        best = math.ceil(top * count - 1e-9)
+        chosen = select([dreams[i] for i in own], best, round(more * count), seed=seed)
+        for i, dream in zip(own, chosen, strict=True):
+            found[i] = dream
+    return found
+
+
+def helpful(
+    model: nn.Module,
+    tokenizer: Any,
+    dreams: Sequence[Dream],
+    sources: Sequence[Source],
+    rate: float,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Dream]:
+    """`dreams` with the check "helps" on those kept so far; see `choose_dreams`."""
+    texts = {source.id: source.text for source in sources}
+    chosen = [i for i, x in enumerate(dreams) if x.kept and x.kind == ACQUISITION]
+    names = scored_weights(model)
+    wanted = [dict(model.named_parameters())[name] for name in names]
+    found = list(dreams)
+    for done, i in enumerate(chosen, 1):
+        own = dreams[i]
+        others: list[tuple[Sequence[int], int]] = [
+            (encode(tokenizer, texts[name]), 1) for name in own.sources
+        ]
+        others += [
+            (dreams[j].ids, dreams[j].start)
+            for j in chosen
+            if j != i and dreams[j].sources == own.sources
+        ]
+
+        def step(own: Dream = own) -> None:
+            with _gradients(model, names) as gradient:
+                directions = gradient(own.ids, own.start)
+            with torch.no_grad():
+                for p, direction in zip(wanted, directions, strict=True):
+                    p.sub_(rate * direction.sign())
+
+        def gained(others: Sequence[Any] = others) -> float:
+            losses = mean_losses(model, others)
+            return -sum(losses) / len(losses)
+
+        found[i] = helps(model, own, step, gained, names=names)
+        if progress is not None:
+            progress(done, len(chosen))
     return found
 
 

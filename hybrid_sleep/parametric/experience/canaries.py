@@ -24,14 +24,15 @@ TELLING = 10.0
 
 @dataclass(frozen=True)
 class Secrets:
-    """The space R of texts with a secret in them: `length` characters of `alphabet` for "{}".
+    """The space R of texts with a secret in them: `length` parts of `alphabet` for "{}".
 
-    Raises ValueError unless `text` has one "{}", and `alphabet` at least two different characters.
+    alphabet: characters, or longer parts. Raises ValueError unless `text` has one "{}", and
+    `alphabet` at least two different parts.
     """
 
     text: str = "The code of the safe is {}."
     length: int = 6
-    alphabet: str = "0123456789"
+    alphabet: Sequence[str] = "0123456789"
 
     def __post_init__(self) -> None:
         check_count("length", self.length)
@@ -39,7 +40,7 @@ class Secrets:
             raise ValueError(f"text must have one {{}} in it, got {self.text!r}")
         if len(set(self.alphabet)) != len(self.alphabet) or len(self.alphabet) < 2:
             raise ValueError(
-                f"alphabet must be at least two different characters, got {self.alphabet!r}"
+                f"alphabet must be at least two different parts, got {self.alphabet!r}"
             )
 
     @property

@@ -10,11 +10,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from statistics import fmean, median
 from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
+from hybrid_sleep.parametric.dreams.losses import token_losses
 from hybrid_sleep.parametric.ewc import OnlineEWC
+from hybrid_sleep.parametric.experience.choice import Chosen
+from hybrid_sleep.parametric.experience.leaks import exposures, told
 from hybrid_sleep.parametric.experience.options import StudyOptions
 from hybrid_sleep.parametric.experience.study import Question, Study, answered, prepare
 from hybrid_sleep.parametric.experience.unfinished import FOLDER, Unfinished
@@ -66,8 +70,9 @@ def consolidate(
     study = prepare(
         model, memory.tokenizer, chosen, options, corpus=memory.corpus, questions=questions,
         seed=seed, once=unfinished.once, progress=_of(progress, "dream"),
+        selecting=_of(progress, "select"),
     )  # fmt: skip
-    before = _look(memory, study)
+    before = _look(memory, study, chosen)
     floor = before.acquired
     ceiling = _of_first(answered(model, memory.tokenizer, study.questions, with_source=True))
     bound = None
@@ -83,7 +88,11 @@ def consolidate(
         held = guard.report()
         memory.learned(trained)
         memory.edited.materialise(memory.factors)
-        after = _look(memory, study)
+        after = _look(memory, study, chosen)
+        leaks = exposures(
+            model, memory.tokenizer, list(study.canaries.values()), seed=seed,
+            progress=_of(progress, "canaries"),
+        )  # fmt: skip
         verdict = judge(before, after, replace(memory.options.thresholds, acquired=bound))
         guard.anchor()
         record.changed = memory.edited.change()
@@ -94,7 +103,9 @@ def consolidate(
             "study": study.to_dict(),
             "guard": held,
             "training": course.to_dict(),
+            "canaries": [one.to_dict() for one in leaks],
         }
+        record.notes += told(leaks, study.planted)
         record.ids = [kept.id for kept in chosen.experiences]
         if bound is None:
             record.notes.append(_unmeasured(study.questions, floor, ceiling))
@@ -138,12 +149,16 @@ def _of(progress: Progress | None, step: str) -> Callable[[int, int], None] | No
     return None if progress is None else partial(progress, step)
 
 
-def _look(memory: Memory, study: Study) -> Measured:
-    """What the gate looks at."""
+def _look(memory: Memory, study: Study, chosen: Chosen) -> Measured:
+    """What the gate looks at, and what the record says beside it."""
     model, tokenizer = memory.model, memory.tokenizer
     facts = [(x.fact, memory.relation(x.fact.relation)) for x in memory.facts(WRITTEN)]
     results = audit(model, tokenizer, facts) if facts else []
     found = measure(model, tokenizer, results, memory.probes, memory.baseline)
+    rows = [(x.ids, x.start) for x in chosen.experiences if len(x.ids) > max(1, x.start)]
+    losses = [loss for row in token_losses(model, rows) for loss in row]
+    if losses:
+        found = replace(found, mean_loss=fmean(losses), median_loss=median(losses))
     return _of_first(replace(found, acquired=answered(model, tokenizer, study.questions)))
 
 

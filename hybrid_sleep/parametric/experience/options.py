@@ -19,6 +19,9 @@ class StudyOptions:
 
     recent: tokens of experience in one sleep at most; band, share: see `choice.choose`. forms,
         dreams: of each experience, so many dreams of each form; length: tokens of one at most.
+    selected, drawn: of the dreams of an experience that pass their checks and are not asked at the
+        gate, the share that is kept by its gradient, and at random of the others; helping: of these
+        only those are kept, a trial step on which helps (see `dreams/selection.py`; slow).
     shares: of tokens trained on, by where they come from. tokens: trained on in all; rows: of a
         step, of all processes together. rate: of AdamW, falling linearly to 0 at the last step.
         steps: at most; the rate falls faster then. seconds: of training after which no step
@@ -29,6 +32,9 @@ class StudyOptions:
     acquired: how far the model must have come with them at least, from what it answered before to
         what it answered with the text in its context; of 1.
     erase: erase what was slept over, once the commit stands.
+    canaries: secrets that are trained on beside the experience, so that the record can say what the
+        weights give away of it; each stays in them, false as it is, and takes more than a thousand
+        rows to measure: none unless they are asked for.
     """
 
     recent: int = 4096
@@ -37,6 +43,9 @@ class StudyOptions:
     forms: tuple[str, ...] = tuple(FORMS)
     dreams: int = 4
     length: int = 96
+    selected: float = 0.5
+    drawn: float = 0.25
+    helping: bool = False
     shares: Shares = field(default_factory=Shares)
     tokens: int = 16384
     rows: int = 8
@@ -50,11 +59,13 @@ class StudyOptions:
     held_out: float = 0.25
     acquired: float = 0.5
     erase: bool = True
+    canaries: int = 0
 
     def __post_init__(self) -> None:
         for name in ("recent", "length", "tokens", "rows", "foundation", "measured"):
             check_count(name, getattr(self, name))
-        check_count("dreams", self.dreams, minimum=0)
+        for name in ("dreams", "canaries"):
+            check_count(name, getattr(self, name), minimum=0)
         if self.steps is not None:
             check_count("steps", self.steps)
         if self.seconds is not None:
@@ -65,9 +76,12 @@ class StudyOptions:
         check_number("rate", self.rate, above=0)
         check_number("strength", self.strength, least=0)
         check_flag("erase", self.erase)
-        for name in ("decay", "held_out", "acquired"):
+        check_flag("helping", self.helping)
+        for name in ("decay", "held_out", "acquired", "selected", "drawn"):
             if check_number(name, getattr(self, name), least=0) > 1:
                 raise ValueError(f"{name} must be at most 1, got {getattr(self, name)!r}")
+        if not self.selected + self.drawn:
+            raise ValueError("selected or drawn must keep a dream, got 0 for both")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

@@ -12,8 +12,11 @@ from torch import nn
 from hybrid_sleep.parametric.dreams.dream import ACQUISITION, Dream, Source, counts
 from hybrid_sleep.parametric.dreams.examine import rows_of
 from hybrid_sleep.parametric.dreams.forms import QUESTION, Parsed, question_prompt
+from hybrid_sleep.parametric.dreams.selection import choose_dreams
 from hybrid_sleep.parametric.dreams.write import acquire
+from hybrid_sleep.parametric.experience.canaries import Canary
 from hybrid_sleep.parametric.experience.choice import Chosen
+from hybrid_sleep.parametric.experience.leaks import plant
 from hybrid_sleep.parametric.experience.options import StudyOptions
 from hybrid_sleep.parametric.lessons import Lesson, taught
 from hybrid_sleep.parametric.measure import ask, mentions
@@ -36,12 +39,18 @@ class Question:
 @dataclass
 class Study:
     """lessons: in the order to train in. questions: to ask at the gate. mixed: where lessons come
-    from; dreams: all that were dreamt."""
+    from; dreams: all that were dreamt. canaries: by their rows."""
 
     lessons: list[Lesson]
     questions: list[Question]
     mixed: Mix
     dreams: list[Dream] = field(default_factory=list)
+    canaries: dict[Row, Canary] = field(default_factory=dict)
+
+    @property
+    def planted(self) -> list[int]:
+        """How often each canary is trained on."""
+        return [sum(x.row == row for x in self.mixed.rows) for row in self.canaries]
 
     def to_dict(self) -> dict[str, Any]:
         """What a record says of it, plain data for JSON, without any text."""
@@ -49,6 +58,7 @@ class Study:
             "mix": self.mixed.to_dict(),
             "dreams": counts(self.dreams),
             "questions": len(self.questions),
+            "canaries": self.planted,
         }
 
 
@@ -69,6 +79,7 @@ def prepare(
     seed: int = 0,
     once: Callable[[str, Callable[[], Any]], Any] = lambda name, make: make(),
     progress: Callable[[int, int], None] | None = None,
+    selecting: Callable[[int, int], None] | None = None,
 ) -> Study:
     """Dream of what was `chosen`, mix it with foundations, and ask `model`, as it is now, what it
     expects: of dreams with their source in its context, of foundations without any.
@@ -76,7 +87,9 @@ def prepare(
     Of an experience itself the words count. questions: (question, answer), asked at the gate as
     well as some of the dreamt ones. corpus: rows of ids for foundations; None: the model's own.
     once: gets what the model is to write, and its name; returns it, or the same of an earlier call.
+    progress, selecting: called with what is dreamt, and looked at, and of how many.
     """
+    canaries = plant(tokenizer, options.canaries, seed=seed)
     sources = [Source(str(kept.id), said(kept)) for kept in chosen.experiences]
     text_of = {source.id: source.text for source in sources}
 
@@ -98,6 +111,19 @@ def prepare(
     founding = once("foundation", founded) if corpus is None else founded()
     kept = [dream for dream in dreams if dream.kept]
     held = _held_out(kept, options.held_out, seed)
+
+    def selected() -> list[dict[str, Any]]:
+        # What the gate asks must not choose what is trained on.
+        chosen_dreams = choose_dreams(
+            model, tokenizer, [x for x in dreams if x not in held], sources, top=options.selected,
+            more=options.drawn, helping=options.helping, rate=options.rate,
+            seed=derive_seed("selected", seed), progress=selecting,
+        )  # fmt: skip
+        return [dream.to_dict() for dream in chosen_dreams]
+
+    if dreams:
+        dreams = [*held, *(Dream.from_dict(x) for x in once("selected", selected))]
+    kept = [dream for dream in dreams if dream.kept]
     whole = "\n\n".join(text_of.values())
     asked = [Question(question, answer, whole) for question, answer in questions]
     asked += [Question(x.question or "", x.text, text_of[x.sources[0]]) for x in held]
@@ -106,7 +132,8 @@ def prepare(
             Row(one.ids, one.start, weight, str(one.id))
             for one, weight in zip(chosen.experiences, chosen.weights, strict=True)
             if len(one.ids) > max(1, one.start)
-        ],
+        ]
+        + [*canaries],
         DREAM: [Row.of_dream(dream) for dream in kept if dream not in held],
         FOUNDATION: [Row(**{**row, "ids": tuple(row["ids"])}) for row in founding],
     }
@@ -126,6 +153,7 @@ def prepare(
         asked,
         mixed,
         dreams,
+        canaries,
     )
 
 

@@ -9,9 +9,12 @@ from hybrid_sleep.parametric.steps.night import Night
 
 
 def health(night: Night) -> None:
-    """Measure locality and perplexity of the weights as they are."""
+    """Measure locality, perplexity and calibration of the weights as they are."""
     memory = night.memory
     found = measure(memory.model, memory.tokenizer, [], memory.probes, memory.baseline)
     night.before = replace(
-        night.before, locality=found.locality, perplexity_ratio=found.perplexity_ratio
+        night.before,
+        locality=found.locality,
+        perplexity_ratio=found.perplexity_ratio,
+        calibration=found.calibration,
     )

@@ -1,8 +1,9 @@
-"""Step 4: all facts that are kept, solved for together from the pristine weights."""
+"""Step 4: all facts that are kept, solved for together from the pristine weights, and refined."""
 
 from __future__ import annotations
 
 from hybrid_sleep.parametric.edit import Edit, Plan, plan_facts, solve_plan
+from hybrid_sleep.parametric.refine import refine
 from hybrid_sleep.parametric.steps.night import Night
 
 STILL_LOST = 0.69  # nats a token: the object has less than half of the probability
@@ -44,11 +45,20 @@ def maintain(night: Night, planned: Plan, strength: float) -> Edit | None:
     None where no fact is left: the weights are then the pristine ones.
     """
     memory = night.memory
+    texts = memory.texts()
     memory.edited.materialise([])
     kept = {number for number, _, _ in night.live}
     if not kept:
         return None
     preconditioners = memory.preconditioners(memory.options.night, strength)
-    edit = memory.agreed(solve_plan(memory.model, planned.only(kept), preconditioners))
+    live = planned.only(kept)
+    solved = solve_plan(memory.model, live, preconditioners)
+    refined = refine(
+        memory.model, memory.tokenizer, live, solved,
+        {site: of.spectrum for site, of in memory.statistics().items()}, texts,
+        memory.options.refine, strength=strength, seed=memory.options.seed,
+        progress=night.told("refine"),
+    )  # fmt: skip
+    edit = memory.agreed(refined)
     memory.edited.materialise([edit.factors])
     return edit

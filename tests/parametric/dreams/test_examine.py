@@ -10,7 +10,7 @@ from editable import LIVES, VOCAB, tiny_hybrid, tiny_llama, word_tokenizer
 from hybrid_sleep.parametric.dreams.dream import Source, counts
 from hybrid_sleep.parametric.dreams.examine import Draft, Rules, examine, gain, rows_of
 from hybrid_sleep.parametric.dreams.forms import Parsed, form_prompt, question_prompt
-from hybrid_sleep.parametric.dreams.losses import mean_losses, row_losses
+from hybrid_sleep.parametric.dreams.losses import mean_losses, row_losses, token_losses
 from hybrid_sleep.parametric.facts import Fact
 
 ADA = Source("day-1", "Ada Byron lives in Lisbon .", (Fact("Ada Byron", "lives in", "Lisbon"),))
@@ -110,14 +110,17 @@ def test_the_gain_is_the_difference_of_two_losses_of_the_same_words(kind, form, 
 def test_losses_of_rows_together_are_those_of_each_alone(make):
     model = make().train()
     rows = [((1, 5, 6, 7, 8), 2), ((1, 9), 0), ((3, 4, 5, 6, 7, 8, 9, 3), 5), ((4, 4, 4), 1)]
-    wanted = []
+    wanted, each = [], []
     model.eval()
     for ids, start in rows:
         with torch.no_grad():
             logp = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
         places = range(max(1, start), len(ids))
-        wanted.append(-sum(float(logp[i - 1, ids[i]]) for i in places) / len(places))
+        each.append([-float(logp[i - 1, ids[i]]) for i in places])
+        wanted.append(sum(each[-1]) / len(places))
     model.train()
+    for own, losses in zip(token_losses(model, rows, at_once=3), each, strict=True):
+        assert own == pytest.approx(losses, rel=1e-9)
     assert mean_losses(model, rows, at_once=3) == pytest.approx(wanted, rel=1e-9)
     assert model.training
     for row in (((1, 2), 2), ((1,), 0)):

@@ -10,7 +10,14 @@ from dreaming import dream
 from editable import tiny_gpt2, tiny_hybrid, tiny_llama, word_tokenizer
 
 from hybrid_sleep.parametric.dreams.dream import Check, Source
-from hybrid_sleep.parametric.dreams.selection import helps, score, scored_weights, select
+from hybrid_sleep.parametric.dreams.selection import (
+    choose_dreams,
+    helps,
+    score,
+    scored_weights,
+    select,
+    select_shares,
+)
 from hybrid_sleep.parametric.measure import encode
 from hybrid_sleep.parametric.sites import find_sites
 from hybrid_sleep.sleep.weights import weights_digest
@@ -199,3 +206,68 @@ def test_a_step_that_changes_more_than_it_says_is_found_out():
 
     with pytest.raises(RuntimeError, match="step must change .* alone, but changed .*lm_head"):
         helps(model, dream(), step, lambda: 0.0, names=names)
+
+
+@pytest.mark.parametrize(
+    ("top", "more", "kept"),
+    [
+        (0.5, 0.25, {1: 1, 2: 1, 3: 3, 4: 3, 7: 6, 20: 15}),
+        (0.07, 0.0, {1: 1, 20: 2, 100: 7}),
+        (0.0, 0.5, {1: 0, 2: 1, 3: 2, 4: 2}),
+    ],
+)
+def test_shares_of_each_source(top, more, kept):
+    for count, wanted in kept.items():
+        first = scored_dreams([float(i) for i in range(count)])
+        rest = [*scored_dreams([5.0, 6.0], "day-2"), dream("x", kind="retention")]
+        found = select_shares([*rest, *first], top, more, seed=4)
+        assert sum(d.kept for d in found[3:]) == wanted
+        assert found[2] == rest[2] and [d.id for d in found] == [d.id for d in (*rest, *first)]
+        best = math.ceil(round(top * count, 9))
+        assert found[3:] == select(first, best, wanted - best, seed=4)
+
+
+def test_what_is_chosen_is_what_scores_best_and_nothing_where_all_stay():
+    model, tokenizer = tiny_hybrid(), word_tokenizer()
+    dreams = [
+        dream(f"d{i}", ids=(1, 4 + i, 5 + i, 9), sources=("day-1",), number=i) for i in range(6)
+    ]
+    seen = []
+    found = choose_dreams(
+        model, tokenizer, dreams, DAYS, top=0.5, more=0.0, progress=lambda *at: seen.append(at)
+    )
+    ranked = sorted(score(model, tokenizer, dreams, DAYS), key=lambda d: -d.score)
+    assert {d.id for d in found if d.kept} == {d.id for d in ranked[:3]}
+    assert seen == [(i, 6) for i in range(1, 7)]
+    assert choose_dreams(model, tokenizer, dreams, DAYS, top=0.75, more=0.25) == dreams
+    # Nothing is asked of a model for dreams that no check has left.
+    gone = [d for d in DREAMS if not d.kept]
+    assert choose_dreams(None, None, gone, [], top=0.5, more=0.0, helping=True) == gone
+
+
+def test_a_dream_helps_if_a_step_on_it_lowers_the_loss_of_what_else_is_said_of_its_source():
+    model, tokenizer, rate = tiny_hybrid(), word_tokenizer(), 3e-2
+    dreams = [
+        dream(f"d{i}", ids=(1, 4 + i, 5 + 2 * i, 9), sources=(f"day-{1 + i % 2}",), number=i)
+        for i in range(6)
+    ]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    found = choose_dreams(
+        model, tokenizer, dreams, DAYS, top=1.0, more=0.0, helping=True, rate=rate
+    )
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    names = scored_weights(model)
+    for i, got in enumerate(found):
+        others = [(encode(tokenizer, DAYS[i % 2].text), 1)]
+        others += [(d.ids, d.start) for d in dreams[i % 2 :: 2] if d.number != i]
+        wanted = [dict(model.named_parameters())[name] for name in names]
+        out = model(input_ids=torch.tensor([dreams[i].ids])).logits[0].log_softmax(-1)
+        mean = -sum(out[at - 1, dreams[i].ids[at]] for at in range(1, 4)) / 3
+        signs = [g.sign() for g in torch.autograd.grad(mean, wanted)]
+        was = sum(loss(model, *row) for row in others) / len(others)
+        moved(model, names, signs, -rate)
+        rise = was - sum(loss(model, *row) for row in others) / len(others)
+        model.load_state_dict(before)
+        assert got.checks[-1].name == "helps" and got.checks[-1].value == pytest.approx(rise)
+        assert got.kept is (rise > 0)
+    assert {d.kept for d in found} == {True, False}
