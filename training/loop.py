@@ -101,7 +101,7 @@ def fit(
     weights as the last whole step left them, for a loss that is no finite scalar with a gradient
     and for batches that end too early.
     """
-    rate_of = _rate_factors(schedule, steps, warmup, cooldown)
+    rate_of = rate_factors(schedule, steps, warmup, cooldown)
     check_count("accumulate", accumulate)
     check_count("seed", seed, minimum=0)
     check_count("start", start, minimum=0)
@@ -123,7 +123,7 @@ def fit(
         raise ValueError("optimizer must be over parameters of model, got one over none of them")
     began, source = time.perf_counter(), iter(batches)
     record, rates = FitRecord(steps=start), [group["lr"] for group in groups]
-    with _training(model), torch.enable_grad():
+    with in_train_mode(model), torch.enable_grad():
         try:
             for step in range(start, steps):
                 done = StepRecord(step, None if policy is None else policy.draw(seed, step))
@@ -207,8 +207,8 @@ def _supervised_tokens(batches: list[Batch]) -> Tensor:
     return sum((batch["labels"][..., 1:] != -100).sum() for batch in batches)
 
 
-def _rate_factors(
-    schedule: str, steps: int, warmup: int, cooldown: float
+def rate_factors(
+    schedule: str, steps: int, warmup: int = 0, cooldown: float = 0.3
 ) -> Callable[[int], float]:
     """The factor of the learning rates at each step, from transformers' own schedule."""
     arguments = learning_rates(schedule, steps=steps, warmup=warmup, cooldown=cooldown)
@@ -224,7 +224,7 @@ def _rate_factors(
 
 
 @contextlib.contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
+def in_train_mode(model: nn.Module) -> Iterator[None]:
     """All of `model` in train mode; every module comes back to its own."""
     modes = {module: module.training for module in model.modules()}
     model.train()

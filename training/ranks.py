@@ -46,7 +46,8 @@ def of_all_ranks(value: Any) -> list[Any]:
 def of_first(work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """What `work(*args, **kwargs)` returns in the first process, in all of them; a collective call.
 
-    The others do nothing meanwhile. A ValueError or OSError that it raises is raised in all.
+    The others do nothing meanwhile. A ValueError, OSError or ImportError that it raises is raised
+    in all.
     """
     if ranks() == 1:
         return work(*args, **kwargs)
@@ -54,7 +55,7 @@ def of_first(work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     if torch.distributed.get_rank() == 0:
         try:
             answer[0] = work(*args, **kwargs)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:
             answer[1] = error
     torch.distributed.broadcast_object_list(answer)
     if answer[1] is not None:

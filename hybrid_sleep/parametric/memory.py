@@ -189,7 +189,8 @@ class Memory(Workspace):
             kind="correction" if rejected else "exchange" if prompt else "text",
             prompt=prompt, rejected=rejected, provenance=dict(provenance or {}), consent=consent,
         )  # fmt: skip
-        return self.buffer.add(one, mean_losses(self.model, [self.encoded(one)]))
+        losses = mean_losses(self.model, [self.encoded(one)])
+        return self.kept(lambda buffer: buffer.add(one, losses))
 
     def sleep(
         self,
@@ -217,9 +218,7 @@ class Memory(Workspace):
             raise ValueError(f"{name} must be left out for kind 'facts', got {kind!r}")
         if kind == "facts":
             return self.sleep_over_facts(progress)
-        first = consolidate(
-            self, self.buffer, questions=questions, dry_run=dry_run, progress=progress
-        )
+        first = consolidate(self, questions=questions, dry_run=dry_run, progress=progress)
         if kind == "experience":
             return first
         done = self.sleep_over_facts(progress)

@@ -35,7 +35,7 @@ from hybrid_sleep.parametric.statistics import (
 )
 from hybrid_sleep.parametric.store import FactStore, StoredFact
 from hybrid_sleep.support.io import read_json, write_json_atomic
-from hybrid_sleep.training.ranks import of_first, ranks
+from hybrid_sleep.training.ranks import of_first
 
 if TYPE_CHECKING:
     from hybrid_sleep.parametric.experience.buffer import Buffer
@@ -105,13 +105,11 @@ class Workspace:
 
     @property
     def buffer(self) -> Buffer:
-        """Experiences that wait for a sleep. Raises ValueError in several processes, and
+        """Experiences that wait for a sleep. Raises ValueError in all processes but the first, and
         ImportError, saying what to install, without the extra `memory`."""
         if self._buffer is None:
-            if ranks() > 1 or self.store is None:
-                raise ValueError(
-                    f"experience must be kept and slept over in one process, got {ranks()}"
-                )
+            if self.store is None:
+                raise ValueError("buffer must be asked for in the first process, got another one")
             from hybrid_sleep.parametric.experience.buffer import Buffer
 
             buffer = Buffer(self.store, self.encoded, seed=self.options.seed)
@@ -120,6 +118,10 @@ class Workspace:
                 buffer.erase(ids=slept)
             self._buffer = buffer
         return self._buffer
+
+    def kept(self, work: Callable[[Buffer], T]) -> T:
+        """What `work(buffer)` returns, in every process."""
+        return of_first(lambda: work(self.buffer))
 
     def encoded(self, experience: Experience) -> tuple[tuple[int, ...], int]:
         """Token ids of prompt and text, and where what is to be said begins."""

@@ -27,6 +27,7 @@ from hybrid_sleep.parametric.experience.duplicates import Index, signature
 from hybrid_sleep.parametric.experience.experience import IMPORTANCE, Experience, Kept, Limits
 from hybrid_sleep.parametric.experience.schema import SLEPT, WAITING
 from hybrid_sleep.parametric.experience.scrub import scrub, scrub_data
+from hybrid_sleep.parametric.experience.sealed import Sealed
 from hybrid_sleep.parametric.experience.summary import SCRUBBED, summary
 from hybrid_sleep.parametric.experience.vault import BODY, SIGNATURE, Vault, packed
 from hybrid_sleep.parametric.schema import now
@@ -250,6 +251,28 @@ class Buffer:
         source.
         """
         return erasure.register(self._vault, Path(path), source)
+
+    def sealed(self, path: str | os.PathLike, sources: Collection[str]) -> Sealed:
+        """A folder for what is made of several `sources`, encrypted by a key made of all of theirs.
+
+        It is registered as `derived` of each. Raises ValueError as that does.
+        """
+        with self._vault.transaction("derived"):
+            whole = [self.derived(path, source) for source in sorted(set(sources))]
+        keys = [self._vault.sources[source].key for source in set(sources)]
+        return Sealed(whole[0], self._vault.keys, self._vault.keys.joint(keys))
+
+    def doom(self, path: str | os.PathLike) -> None:
+        """Have what is `derived` at `path` erased by the next `clean`, or opening.
+
+        Within a transaction of the store it is part of that.
+        """
+        erasure.doom(self._vault, Path(path))
+
+    def clean(self) -> None:
+        """Take away what is to be erased; nothing happens where nothing is. Raises OSError where
+        the database cannot be rewritten at this moment."""
+        erasure.clean(self._vault)
 
     def proof(self, text: str) -> dict[str, Any]:
         """What can be shown of `text`, as it was given to `add`.

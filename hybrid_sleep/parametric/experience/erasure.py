@@ -139,6 +139,16 @@ def register(vault: Vault, path: Path, source: str) -> Path:
     return whole
 
 
+def doom(vault: Vault, path: Path) -> None:
+    """Mark the file or folder `path` to be erased; see `Buffer.doom`."""
+    with vault.transaction("doom"):
+        found = vault.db.execute(
+            "UPDATE derived SET doomed = TRUE WHERE path = ?", (path.as_posix(),)
+        )
+        if found.rowcount:
+            vault.set_progress("unclean", True)
+
+
 def _write_trail(
     vault: Vault, going: dict[int, Experience], whole: Collection[str], proof: bool
 ) -> None:

@@ -48,6 +48,15 @@ class Keys:
         durable.reached("after key")
         return name
 
+    def joint(self, names: Collection[str]) -> str:
+        """A key made of those of all `names`, by its name; it is never on the disk, and nobody has
+        it any more once one of them is gone."""
+        ordered = sorted(set(names))
+        name = f"joint:{'+'.join(ordered)}"
+        parts = b"".join(map(self._key, ordered))
+        self._read[name] = hmac.new(parts, b"joint", hashlib.sha256).digest()
+        return name
+
     def seal(self, name: str, plain: bytes, about: str) -> bytes:
         """`plain` encrypted by AES-256-GCM, to be opened by the same key and `about` alone."""
         with needed("cryptography"):

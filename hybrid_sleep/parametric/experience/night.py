@@ -6,13 +6,12 @@ has in its context what the model afterwards has not.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
@@ -22,27 +21,27 @@ from hybrid_sleep.parametric.experience.choice import Chosen
 from hybrid_sleep.parametric.experience.leaks import exposures, told
 from hybrid_sleep.parametric.experience.options import StudyOptions
 from hybrid_sleep.parametric.experience.study import Question, Study, answered, prepare
-from hybrid_sleep.parametric.fisher import covered
+from hybrid_sleep.parametric.experience.unfinished import FOLDER, Unfinished
+from hybrid_sleep.parametric.fisher import check_whole, covered
 from hybrid_sleep.parametric.gate import Measured, judge
-from hybrid_sleep.parametric.lessons import Lesson, lesson_loss
 from hybrid_sleep.parametric.probes import audit, measure
 from hybrid_sleep.parametric.record import Record
 from hybrid_sleep.parametric.schema import WRITTEN
-from hybrid_sleep.training.loop import fit
-from hybrid_sleep.training.optimizer import optimizer_for
+from hybrid_sleep.training.ranks import of_first
+from hybrid_sleep.training.zero import choose_accelerator
 
 if TYPE_CHECKING:
-    from hybrid_sleep.parametric.experience.buffer import Buffer
+    from hybrid_sleep.parametric.experience.course import Course
     from hybrid_sleep.parametric.memory import Memory
     from hybrid_sleep.parametric.store import FactStore
 
+T = TypeVar("T")
 GUARD = "guard.safetensors"
 Progress = Callable[[str, int, int], None]
 
 
 def consolidate(
     memory: Memory,
-    buffer: Buffer,
     *,
     questions: Sequence[tuple[str, str]] = (),
     dry_run: bool = False,
@@ -51,9 +50,12 @@ def consolidate(
     """What `Memory.sleep(kind="experience")` does."""
     began = time.perf_counter()
     options, model = memory.options.study, memory.model
+    check_whole(model)
     record = Record("experience")
-    chosen = buffer.chosen(
-        options.recent, seed=memory.options.seed, band=options.band, share=options.share
+    chosen = memory.kept(
+        lambda buffer: buffer.chosen(
+            options.recent, seed=memory.options.seed, band=options.band, share=options.share
+        )
     )
     record.read = {"experiences": len(chosen.experiences), "tokens": chosen.tokens}
     record.dropped = {why: f"{count} experiences" for why, count in chosen.left_out.items()}
@@ -64,13 +66,15 @@ def consolidate(
         return memory.committed(record)
     # Each sleep draws anew, and the same again if it is done again.
     seed = memory.options.seed + memory.asked(_commits)
+    unfinished = Unfinished(memory, chosen, options, questions, seed)
     study = prepare(
         model, memory.tokenizer, chosen, options, corpus=memory.corpus, questions=questions,
-        seed=seed, progress=_of(progress, "dream"), selecting=_of(progress, "select"),
+        seed=seed, once=unfinished.once, progress=_of(progress, "dream"),
+        selecting=_of(progress, "select"),
     )  # fmt: skip
     before = _look(memory, study, chosen)
     floor = before.acquired
-    ceiling = answered(model, memory.tokenizer, study.questions, with_source=True)
+    ceiling = _of_first(answered(model, memory.tokenizer, study.questions, with_source=True))
     bound = None
     if floor is not None and ceiling is not None and ceiling > floor:
         bound = floor + options.acquired * (ceiling - floor)
@@ -80,7 +84,7 @@ def consolidate(
         memory.asked(lambda store: store.save_pristine(new))
     with memory.trial() as change:
         guard = _guard(memory, study, options, seed)
-        trained = _train(memory, study.lessons, options, names, guard, seed, progress)
+        course, trained = _train(memory, study, names, guard, unfinished, seed, progress)
         held = guard.report()
         memory.learned(trained)
         memory.edited.materialise(memory.factors)
@@ -98,32 +102,42 @@ def consolidate(
             "with context": ceiling,
             "study": study.to_dict(),
             "guard": held,
+            "training": course.to_dict(),
             "canaries": [one.to_dict() for one in leaks],
         }
         record.notes += told(leaks, study.planted)
         record.ids = [kept.id for kept in chosen.experiences]
         if bound is None:
             record.notes.append(_unmeasured(study.questions, floor, ceiling))
+        if course.spent:
+            record.notes.append(
+                f"the {course.spent} of the training were spent at step {course.step} of "
+                f"{course.planned}"
+            )
+        if unfinished.found == "another night":
+            record.notes.append("what another night, interrupted, had left was erased")
         if verdict.passed and not dry_run:
             record.seconds = time.perf_counter() - began
             ids = list(record.ids)
 
-            def also(store: FactStore, commit: int) -> None:
-                buffer.slept(ids, commit)
+            def slept(store: FactStore, commit: int) -> None:
+                memory.buffer.slept(ids, commit)
+                memory.buffer.doom(FOLDER)
 
-            memory.committed(record, weights=trained, also=also)
+            memory.committed(record, weights=trained, also=slept)
             change.keep()
             if options.strength:
                 guard.consolidate(guard.measure(_rows(study, options), seed=seed))
-                guard.save(memory.folder / GUARD)
-            if options.erase:
-                buffer.erase(ids=ids)
+                of_first(guard.save, memory.folder / GUARD)
+            memory.kept(lambda x: x.erase(ids=ids) if options.erase else x.clean())
             return record
     record.outcome = "rolled back"
     record.why = "; ".join(verdict.failures) or "a dry run"
     record.changed = {}
     record.seconds = time.perf_counter() - began
-    return memory.committed(record)
+    memory.committed(record, also=lambda store, commit: memory.buffer.doom(FOLDER))
+    memory.kept(lambda buffer: buffer.clean())
+    return record
 
 
 def _commits(store: FactStore) -> int:
@@ -145,7 +159,12 @@ def _look(memory: Memory, study: Study, chosen: Chosen) -> Measured:
     losses = [loss for row in token_losses(model, rows) for loss in row]
     if losses:
         found = replace(found, mean_loss=fmean(losses), median_loss=median(losses))
-    return replace(found, acquired=answered(model, tokenizer, study.questions))
+    return _of_first(replace(found, acquired=answered(model, tokenizer, study.questions)))
+
+
+def _of_first(value: T) -> T:
+    """What the first process has measured: all of them have to come to one verdict."""
+    return of_first(lambda: value)
 
 
 def _unmeasured(
@@ -180,49 +199,31 @@ def _rows(study: Study, options: StudyOptions) -> list[tuple[int, ...]]:
 
 def _train(
     memory: Memory,
-    lessons: Sequence[Lesson],
-    options: StudyOptions,
+    study: Study,
     names: Sequence[str],
     guard: OnlineEWC,
+    unfinished: Unfinished,
     seed: int,
     progress: Progress | None,
-) -> dict[str, Tensor]:
-    """Train the parameters `names` on `lessons`; what takes the place of pristine weights then.
+) -> tuple[Course, dict[str, Tensor]]:
+    """Train the parameters `names`; how far it came, and what takes the place of pristine weights.
 
     Edits are in the weights that are trained, and what was trained is added to those below them.
     """
-    model = memory.model
+    choose_accelerator()
+    # Only who trains waits for Trainer.
+    from hybrid_sleep.parametric.experience.train import train
+
+    model, options = memory.model, memory.options.study
     parameters = dict(model.named_parameters())
     before = {name: parameters[name].detach().clone() for name in names}
-    steps = math.ceil(len(lessons) / options.rows)
-
-    def batches() -> Iterator[dict[str, Any]]:
-        for first in range(0, len(lessons), options.rows):
-            yield {"lessons": lessons[first : first + options.rows]}
-
-    def loss(model: Any, batch: Mapping[str, Any]) -> Tensor:
-        return lesson_loss(model, batch["lessons"])
-
-    def told(step: Any) -> None:
-        if progress is not None:
-            progress("train", step.step + 1, steps)
-
-    frozen = [p for name, p in parameters.items() if name not in before and p.requires_grad]
-    for p in frozen:
-        p.requires_grad_(False)
-    try:
-        optimizer = optimizer_for(model, None, options.rate)
-        with guard.guarding(optimizer):
-            fit(
-                model, batches(), loss, steps=steps, optimizer=optimizer, schedule="linear",
-                seed=seed, on_step=told,
-            )  # fmt: skip
-    finally:
-        for p in frozen:
-            p.requires_grad_(True)
+    course = train(
+        model, study.lessons, options, names, guard, unfinished, seed=seed,
+        progress=_of(progress, "train"),
+    )  # fmt: skip
     edited, now = memory.edited, {}
     for name, old in before.items():
         below = edited.learned.get(name, edited.pristine[name])
         step = parameters[name].detach().cpu().double() - old.cpu().double()
         now[name] = (below.double() + step).to(below.dtype)
-    return {**edited.learned, **now}
+    return course, {**edited.learned, **now}

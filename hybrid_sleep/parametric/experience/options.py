@@ -23,7 +23,10 @@ class StudyOptions:
         gate, the share that is kept by its gradient, and at random of the others; helping: of these
         only those are kept, a trial step on which helps (see `dreams/selection.py`; slow).
     shares: of tokens trained on, by where they come from. tokens: trained on in all; rows: of a
-        step. rate: of AdamW, falling linearly. foundation: tokens of text to stay the same on.
+        step, of all processes together. rate: of AdamW, falling linearly to 0 at the last step.
+        steps: at most; the rate falls faster then. seconds: of training after which no step
+        begins, those before an interruption among them; the rate falls as it would without.
+        foundation: tokens of text to stay the same on.
     strength, decay: of online EWC (see `Guard`); measured: rows its importance is of.
     held_out: the share of dreamt questions that are asked at the gate, not trained on.
     acquired: how far the model must have come with them at least, from what it answered before to
@@ -46,6 +49,8 @@ class StudyOptions:
     shares: Shares = field(default_factory=Shares)
     tokens: int = 16384
     rows: int = 8
+    steps: int | None = None
+    seconds: float | None = None
     rate: float = 1e-4
     foundation: int = 4096
     strength: float = 1.0
@@ -61,6 +66,10 @@ class StudyOptions:
             check_count(name, getattr(self, name))
         for name in ("dreams", "canaries"):
             check_count(name, getattr(self, name), minimum=0)
+        if self.steps is not None:
+            check_count("steps", self.steps)
+        if self.seconds is not None:
+            check_number("seconds", self.seconds, above=0)
         check_share(self.share)
         for form in self.forms:
             check_choice("forms", form, tuple(FORMS))

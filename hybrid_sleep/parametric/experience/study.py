@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
@@ -77,6 +77,7 @@ def prepare(
     corpus: Sequence[Sequence[int]] | None = None,
     questions: Sequence[tuple[str, str]] = (),
     seed: int = 0,
+    once: Callable[[str, Callable[[], Any]], Any] = lambda name, make: make(),
     progress: Callable[[int, int], None] | None = None,
     selecting: Callable[[int, int], None] | None = None,
 ) -> Study:
@@ -85,28 +86,43 @@ def prepare(
 
     Of an experience itself the words count. questions: (question, answer), asked at the gate as
     well as some of the dreamt ones. corpus: rows of ids for foundations; None: the model's own.
+    once: gets what the model is to write, and its name; returns it, or the same of an earlier call.
     progress, selecting: called with what is dreamt, and looked at, and of how many.
     """
     canaries = plant(tokenizer, options.canaries, seed=seed)
     sources = [Source(str(kept.id), said(kept)) for kept in chosen.experiences]
     text_of = {source.id: source.text for source in sources}
-    dreams = (
-        acquire(
+
+    def dreamt() -> list[dict[str, Any]]:
+        made = acquire(
             model, tokenizer, sources, seed=derive_seed("dreams", seed), forms=options.forms,
             each=options.dreams, tokens=options.length, progress=progress,
+        )  # fmt: skip
+        return [dream.to_dict() for dream in made]
+
+    def founded() -> list[dict[str, Any]]:
+        rows = foundation(
+            model, tokenizer, options.foundation, corpus, seed=derive_seed("foundation", seed)
         )
-        if options.dreams and options.forms
-        else []
-    )  # fmt: skip
+        return [asdict(row) for row in rows]
+
+    asleep = options.dreams and options.forms
+    dreams = [Dream.from_dict(x) for x in once("dreams", dreamt)] if asleep else []
+    founding = once("foundation", founded) if corpus is None else founded()
     kept = [dream for dream in dreams if dream.kept]
     held = _held_out(kept, options.held_out, seed)
-    # What the gate asks must not choose what is trained on.
-    others = choose_dreams(
-        model, tokenizer, [x for x in dreams if x not in held], sources, top=options.selected,
-        more=options.drawn, helping=options.helping, rate=options.rate,
-        seed=derive_seed("selected", seed), progress=selecting,
-    )  # fmt: skip
-    dreams = [*held, *others]
+
+    def selected() -> list[dict[str, Any]]:
+        # What the gate asks must not choose what is trained on.
+        chosen_dreams = choose_dreams(
+            model, tokenizer, [x for x in dreams if x not in held], sources, top=options.selected,
+            more=options.drawn, helping=options.helping, rate=options.rate,
+            seed=derive_seed("selected", seed), progress=selecting,
+        )  # fmt: skip
+        return [dream.to_dict() for dream in chosen_dreams]
+
+    if dreams:
+        dreams = [*held, *(Dream.from_dict(x) for x in once("selected", selected))]
     kept = [dream for dream in dreams if dream.kept]
     whole = "\n\n".join(text_of.values())
     asked = [Question(question, answer, whole) for question, answer in questions]
@@ -119,9 +135,7 @@ def prepare(
         ]
         + [*canaries],
         DREAM: [Row.of_dream(dream) for dream in kept if dream not in held],
-        FOUNDATION: foundation(
-            model, tokenizer, options.foundation, corpus, seed=derive_seed("foundation", seed)
-        ),
+        FOUNDATION: [Row(**{**row, "ids": tuple(row["ids"])}) for row in founding],
     }
     mixed = mix(material, options.tokens, options.shares, redistribute=True, seed=seed)
     by_id = {dream.id: dream for dream in kept}

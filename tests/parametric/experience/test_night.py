@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import signal
 from dataclasses import replace
 
@@ -13,6 +14,8 @@ from memories import OPEN, SURE, bits, options, same
 
 from hybrid_sleep import SleepCache
 from hybrid_sleep.parametric import durable
+from hybrid_sleep.parametric.experience import course as courses
+from hybrid_sleep.parametric.experience import study as study_of
 from hybrid_sleep.parametric.experience.options import StudyOptions
 from hybrid_sleep.parametric.gate import Thresholds
 from hybrid_sleep.parametric.measure import ask, chat_prompt, mentions
@@ -200,28 +203,97 @@ def test_what_cannot_be_is_refused(world, model, opened, call, message):
         assert same(before, bits(model)) and memory.asked(lambda s: s.head) is None
 
 
+SHORT = replace(
+    STUDY, tokens=300, measured=4, foundation=100, dreams=1, forms=("paraphrase",), length=8
+)
+
+
+def begun(world, opened, folder, study=SHORT):
+    """A folder with one experience in it that waits."""
+    with opened(copy.deepcopy(world[0]), folder=folder, options=asking(study)) as memory:
+        experienced(memory, told(world, 1))
+
+
+def press_at(step):
+    """A progress that interrupts training behind a step."""
+
+    def progress(what, done, of):
+        if what == "train" and done == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return progress
+
+
+def test_an_interrupted_night_leaves_the_old_model_and_goes_on_to_the_same_bits(
+    world, opened, tmp_path, monkeypatch
+):
+    folder, whole = tmp_path / "memory", copy.deepcopy(world[0])
+    begun(world, opened, folder)
+    shutil.copytree(folder, tmp_path / "whole")
+    with opened(whole, folder=tmp_path / "whole", options=None) as memory:
+        assert memory.sleep(kind="experience").outcome == "committed"
+    model = copy.deepcopy(world[0])
+    with opened(model, folder=folder, options=None) as memory:
+        with pytest.raises(KeyboardInterrupt, match="step 2 of"):
+            memory.sleep(kind="experience", progress=press_at(2))
+        assert same(bits(world[0]), bits(model)) and memory.asked(lambda s: s.head) is None
+        assert len(memory.buffer.ids("waiting")) == 1
+    assert {"about", "dreams", "state"} <= {x.name for x in (folder / "night").iterdir()}
+    ((question, answer),) = told(world, 1)
+    left = everything_under(folder / "night")
+    assert question.encode() not in left and answer.encode() not in left
+    fresh = copy.deepcopy(world[0])
+    with opened(fresh, folder=folder, options=None) as memory:
+        monkeypatch.setattr(study_of, "acquire", lambda *a, **k: pytest.fail("dreamt again"))
+        record = memory.sleep(kind="experience")
+        assert record.gate["training"]["resumed at"] == 2
+        assert record.gate["study"]["dreams"]["acquisition"]["made"] == 1
+    assert same(bits(whole), bits(fresh)) and not (folder / "night").exists()
+
+
+def test_a_gate_that_does_not_pass_leaves_nothing_of_the_night_and_another_starts_anew(
+    world, model, opened, tmp_path
+):
+    folder = tmp_path / "memory"
+    begun(world, opened, folder)
+    strict = replace(OPEN, perplexity_ratio=1.0)
+    brief = replace(SHORT, steps=2)
+    with opened(model, options=asking(SHORT, thresholds=strict)) as memory:
+        with pytest.raises(KeyboardInterrupt):
+            memory.sleep(kind="experience", progress=press_at(1))
+        memory.options = asking(brief, thresholds=strict)
+        record = memory.sleep(kind="experience", dry_run=True)
+        assert record.outcome == "rolled back"
+        assert record.gate["training"]["resumed at"] is None
+        assert any("spent at step 2 of" in x for x in record.notes)
+        assert any("another night" in x for x in record.notes)
+        assert not (folder / "night").exists() and len(memory.buffer.ids("waiting")) == 1
+
+
 @pytest.mark.slow
 def test_a_kill_at_any_write_of_a_night_leaves_the_old_model_or_the_new_one(
-    world, opened, tmp_path
+    world, opened, tmp_path, monkeypatch
 ):
-    pairs = told(world, 1)
-    small = replace(STUDY, tokens=300, measured=4, erase=True)
+    monkeypatch.setattr(courses, "KEEP_EVERY", 0.0)
+    monkeypatch.setattr(courses, "KEEP_SHARE", 0.0)
+    begun(world, opened, tmp_path / "begun", replace(SHORT, steps=2))
     writes = []
 
     def night(folder, seen):
-        with opened(copy.deepcopy(world[0]), folder=folder, options=asking(small)) as memory:
-            if not memory.buffer.ids():
-                experienced(memory, pairs)
+        with opened(copy.deepcopy(world[0]), folder=folder, options=None) as memory:
             durable.reached = seen
             return memory.sleep(kind="experience"), bits(memory.model)
 
     held = durable.reached
     try:
+        shutil.copytree(tmp_path / "begun", tmp_path / "whole")
         done, new = night(tmp_path / "whole", writes.append)
         assert done.outcome == "committed"
-        assert {"before commit", "within shred", "after vacuum"} <= set(writes)
+        expected = {"before commit", "within shred", "after vacuum", "within about"}
+        assert expected | {"within dreams", "after state"} <= set(writes)
         for last in range(len(writes)):
             folder, passed = tmp_path / f"{last}", []
+            shutil.copytree(tmp_path / "begun", folder)
 
             def die(point, passed=passed, last=last):
                 passed.append(point)
@@ -245,6 +317,10 @@ def test_a_kill_at_any_write_of_a_night_leaves_the_old_model_or_the_new_one(
                 else:
                     assert same(bits(world[0]), bits(fresh)), writes[last]
                     assert len(memory.buffer.ids("waiting")) == 1, writes[last]
+                    # What is left is of use, and in nobody's way.
+                    assert memory.sleep(kind="experience").outcome == "committed"
+                    assert same(new, bits(fresh)), writes[last]
+                assert not (folder / "night").exists(), writes[last]
     finally:
         durable.reached = held
 

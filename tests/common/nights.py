@@ -1,0 +1,58 @@
+"""What a night is trained on, small, and the folder that it leaves."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import experiences
+import torch
+from editable import VOCAB
+
+from hybrid_sleep.parametric.experience.choice import Chosen
+from hybrid_sleep.parametric.experience.options import StudyOptions
+from hybrid_sleep.parametric.experience.unfinished import Unfinished
+from hybrid_sleep.parametric.lessons import Lesson, taught
+from hybrid_sleep.parametric.mix import Row
+
+STUDY = StudyOptions(rows=3, rate=0.01, tokens=64)
+
+
+def lessons(model, count=11, seed=0):
+    """Rows of many lengths and two weights, every other one with the model as its teacher."""
+    g = torch.Generator().manual_seed(seed)
+    made = []
+    for i in range(count):
+        ids = torch.randint(3, VOCAB, (4 + i % 3,), generator=g).tolist()
+        made.append(Lesson("recent", Row(tuple(ids), 1 + i % 2, 1.5 if i % 4 == 0 else 1.0)))
+    asked = made[::2]
+    context = (5, 6, 7)
+    told = taught(model, asked, reads=[(*context, *x.ids) for x in asked])
+    made[::2] = told
+    return made
+
+
+class Folder:
+    """A buffer of experiences of two sources, and what nights over them leave in its folder."""
+
+    def __init__(self, path):
+        self.path = path
+        self.store, self.buffer = experiences.opened(path)
+        if not self.buffer.ids():
+            for source, words in (("ada", "The meeting moved."), ("bo", "Lisbon is by the sea.")):
+                self.buffer.add(experiences.text(words, source), [1.0])
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.store.close()
+
+    def night(self, *, options=STUDY, questions=(), seed=0, weights="w", corpus=None, ids=None):
+        kept = self.buffer.experiences()
+        kept = tuple(x for x in kept if ids is None or x.id in ids)
+        memory = SimpleNamespace(
+            folder=self.path, buffer=self.buffer, corpus=corpus,
+            edited=SimpleNamespace(digest=lambda: weights),
+        )  # fmt: skip
+        chosen = Chosen(kept, (1.0,) * len(kept), sum(len(x.ids) for x in kept))
+        return Unfinished(memory, chosen, options, questions, seed)
