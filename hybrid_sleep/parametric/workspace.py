@@ -49,6 +49,11 @@ BEGUN_LENGTH = 40
 OWN_TEXT = "statistics and perplexity are of the model's own samples where no text was given"
 
 
+def has_experience(store: FactStore) -> bool:
+    """Whether the store holds an experience, waiting or slept over."""
+    return bool(store.database.execute("SELECT EXISTS (SELECT 1 FROM experiences)").fetchone()[0])
+
+
 class Workspace:
     """The parts of a `Memory` that its steps use. With ZeRO-3 all processes call every method, and
     the first one alone has the store."""
@@ -106,10 +111,8 @@ class Workspace:
         """Experiences that wait for a sleep. Raises ValueError in several processes, and
         ImportError, saying what to install, without the extra `memory`."""
         if self._buffer is None:
-            if ranks() > 1 or self.store is None:
-                raise ValueError(
-                    f"experience must be kept and slept over in one process, got {ranks()}"
-                )
+            self.check_one_process()
+            assert self.store is not None
             from hybrid_sleep.parametric.experience.buffer import Buffer
 
             buffer = Buffer(self.store, self.encoded, seed=self.options.seed)
@@ -118,6 +121,13 @@ class Workspace:
                 buffer.erase(ids=slept)
             self._buffer = buffer
         return self._buffer
+
+    def check_one_process(self) -> None:
+        """Raise ValueError in several processes."""
+        if ranks() > 1 or self.store is None:
+            raise ValueError(
+                f"experience must be kept and slept over in one process, got {ranks()}"
+            )
 
     def encoded(self, experience: Experience) -> tuple[tuple[int, ...], int]:
         """Token ids of prompt and text, and where what is to be said begins."""

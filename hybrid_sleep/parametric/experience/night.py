@@ -1,7 +1,7 @@
 """A sleep over experience: choose, dream, train under a guard, measure, commit or roll back.
 
 Progress & Compress (arXiv 1805.06370) with the model before the sleep as the active column, which
-has in its context what the model afterwards has not.
+has in its context, or in the fast weights of a cache, what the model afterwards has not.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from hybrid_sleep.parametric.ewc import OnlineEWC
+from hybrid_sleep.parametric.experience.choice import Chosen
+from hybrid_sleep.parametric.experience.context import CachedContext, serving
 from hybrid_sleep.parametric.experience.options import StudyOptions
-from hybrid_sleep.parametric.experience.study import Question, Study, answered, prepare
+from hybrid_sleep.parametric.experience.questions import Question, answered
+from hybrid_sleep.parametric.experience.study import Study, prepare
 from hybrid_sleep.parametric.fisher import covered
 from hybrid_sleep.parametric.gate import Measured, judge
 from hybrid_sleep.parametric.lessons import Lesson, lesson_loss
@@ -38,22 +41,46 @@ Progress = Callable[[str, int, int], None]
 
 def consolidate(
     memory: Memory,
-    buffer: Buffer,
+    buffer: Buffer | None,
+    contexts: Sequence[CachedContext] = (),
+    **how: Any,
+) -> Record:
+    """What `Memory.sleep(kind="experience")` does; buffer: None where nothing was ever kept."""
+    with serving(memory.model, contexts):
+        return _consolidate(memory, buffer, contexts, **how)
+
+
+def _consolidate(
+    memory: Memory,
+    buffer: Buffer | None,
+    contexts: Sequence[CachedContext],
     *,
     questions: Sequence[tuple[str, str]] = (),
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Record:
-    """What `Memory.sleep(kind="experience")` does."""
     began = time.perf_counter()
     options, model = memory.options.study, memory.model
     record = Record("experience")
-    chosen = buffer.chosen(
-        options.recent, seed=memory.options.seed, band=options.band, share=options.share
-    )
+    chosen = Chosen((), (), 0)
+    if buffer is not None:
+        chosen = buffer.chosen(
+            options.recent, seed=memory.options.seed, band=options.band, share=options.share
+        )
+    if questions and contexts and not chosen.experiences:
+        raise ValueError(
+            "questions must be about experience, of which there is none to learn from, got "
+            f"{len(questions)}; those about a cache belong to its CachedContext"
+        )
     record.read = {"experiences": len(chosen.experiences), "tokens": chosen.tokens}
+    if contexts:
+        record.read |= {
+            "caches": len(contexts),
+            "tokens in caches": sum(int(one.cache.positions.sum()) for one in contexts),
+            "prompts": sum(len(one.prompts) for one in contexts),
+        }
     record.dropped = {why: f"{count} experiences" for why, count in chosen.left_out.items()}
-    if not chosen.experiences:
+    if not chosen.experiences and not contexts:
         record.outcome = "nothing to do"
         record.why = "there is no experience to learn from"
         record.seconds = time.perf_counter() - began
@@ -61,8 +88,8 @@ def consolidate(
     # Each sleep draws anew, and the same again if it is done again.
     seed = memory.options.seed + memory.asked(_commits)
     study = prepare(
-        model, memory.tokenizer, chosen, options, corpus=memory.corpus, questions=questions,
-        seed=seed, progress=_of(progress, "dream"),
+        model, memory.tokenizer, chosen, options, contexts=contexts, corpus=memory.corpus,
+        questions=questions, seed=seed, progress=_of(progress, "dream"),
     )  # fmt: skip
     before = _look(memory, study)
     floor = before.acquired
@@ -99,14 +126,15 @@ def consolidate(
             ids = list(record.ids)
 
             def also(store: FactStore, commit: int) -> None:
-                buffer.slept(ids, commit)
+                if buffer is not None and ids:
+                    buffer.slept(ids, commit)
 
             memory.committed(record, weights=trained, also=also)
             change.keep()
             if options.strength:
                 guard.consolidate(guard.measure(_rows(study, options), seed=seed))
                 guard.save(memory.folder / GUARD)
-            if options.erase:
+            if options.erase and buffer is not None and ids:
                 buffer.erase(ids=ids)
             return record
     record.outcome = "rolled back"
@@ -141,7 +169,7 @@ def _unmeasured(
         return "nothing was asked of the experience: no question was given, and none dreamt"
     return (
         f"what was acquired is not judged: {floor:.2f} of {len(questions)} questions were answered "
-        f"before, and no more, {ceiling:.2f}, with the text in the context"
+        f"before, and no more, {ceiling:.2f}, with the text in the context or the cache"
     )
 
 

@@ -19,6 +19,8 @@ class StudyOptions:
 
     recent: tokens of experience in one sleep at most; band, share: see `choice.choose`. forms,
         dreams: of each experience, so many dreams of each form; length: tokens of one at most.
+    samples: of a cache, so many texts that the model writes on from it, `length` tokens each at
+        most; one behind each prompt at least.
     shares: of tokens trained on, by where they come from. tokens: trained on in all; rows: of a
         step. rate: of AdamW, falling linearly. foundation: tokens of text to stay the same on.
     strength, decay: of online EWC (see `Guard`); measured: rows its importance is of.
@@ -34,6 +36,7 @@ class StudyOptions:
     forms: tuple[str, ...] = tuple(FORMS)
     dreams: int = 4
     length: int = 96
+    samples: int = 64
     shares: Shares = field(default_factory=Shares)
     tokens: int = 16384
     rows: int = 8
@@ -47,7 +50,7 @@ class StudyOptions:
     erase: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("recent", "length", "tokens", "rows", "foundation", "measured"):
+        for name in ("recent", "length", "samples", "tokens", "rows", "foundation", "measured"):
             check_count(name, getattr(self, name))
         check_count("dreams", self.dreams, minimum=0)
         check_share(self.share)
