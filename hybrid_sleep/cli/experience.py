@@ -76,6 +76,13 @@ def sleep(
         Path | None,
         typer.Option(help="JSON Lines, each with question and answer, asked at the gate."),
     ] = None,
+    caches: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--cache",
+            help="A folder with a SleepCache of this model, learned as well; may be repeated.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do and measure all of it, and take it back.")
     ] = False,
@@ -85,15 +92,23 @@ def sleep(
     """Train on what was kept, on dreams of it and on foundations, and keep that if the gate passes.
 
     Otherwise the weights are what they were, which is said; the exit code is 0 either way. What a
-    commit was over is erased.
+    commit was over is erased; the folders of caches stay, and are of no use then.
     """
+    from hybrid_sleep.parametric import CachedContext
+    from hybrid_sleep.sleep.cache import SleepCache
+
     given = _read(questions, {"question", "answer"}, set()) if questions else []
     asked = [(one["question"], one["answer"]) for one in given]
     with opened(folder, device=device, changes=changes) as memory:
+        days = [
+            CachedContext(SleepCache.from_pretrained(path, model=memory.model))
+            for path in caches or ()
+        ]
         with bars() as progress:
             record = memory.sleep(
-                progress, kind="full" if facts else "experience", questions=asked, dry_run=dry_run
-            )
+                progress, kind="full" if facts else "experience", caches=days, questions=asked,
+                dry_run=dry_run,
+            )  # fmt: skip
         say(record)
 
 

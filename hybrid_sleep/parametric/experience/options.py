@@ -26,7 +26,7 @@ class StudyOptions:
     strength, decay: of online EWC (see `Guard`); measured: rows its importance is of.
     held_out: the share of dreamt questions that are asked at the gate, not trained on.
     acquired: how far the model must have come with them at least, from what it answered before to
-        what it answered with the text in its context; of 1.
+        what it answered with the text in its context, or with the cache; of 1.
     erase: erase what was slept over, once the commit stands.
     """
 
