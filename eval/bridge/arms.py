@@ -148,14 +148,14 @@ class Sleep(Arm):
 class Unguarded(Sleep):
     """The same without EWC."""
 
-    label = "the same without EWC"
+    label = "sleep over the cache, no EWC"
     guarded = False
 
 
 class OwnText(Sleep):
     """The same without prompts: nobody says what will be asked."""
 
-    label = "the same without prompts"
+    label = "sleep over the cache, no prompts"
     prompted = False
 
 

@@ -18,6 +18,7 @@ from hybrid_sleep.parametric.experience.questions import Question, answered
 from hybrid_sleep.parametric.measure import greedy
 from hybrid_sleep.parametric.mix import Shares
 from hybrid_sleep.parametric.sampling import continuations
+from hybrid_sleep.training.data import derive_seed
 
 TOKENIZER = word_tokenizer()
 TEXT = [1, 5, 9, 6, 14, 20, 8, 25, 12, 7, 30]
@@ -190,6 +191,17 @@ def test_rows_follow_the_prompts_in_turn_and_end_where_a_text_ends(model):
         new = row.ids[row.start :]
         assert row.ids[: row.start] == (TOKENIZER.bos_token_id,)
         assert end not in new[:-1] and (len(new) == 12 or new[-1] == end)
+    # From a cache that still has the text in its window: what is written behind the text itself.
+    unslept = SleepCache(model.config)
+    with torch.no_grad():
+        model(torch.tensor([TEXT]), cache=unslept)
+    whole = continuations(
+        model, TOKENIZER, [[*TEXT, 4, 5]] * 7, 5, seed=derive_seed("cache 0", 1)
+    )
+    by_cache = rows_behind(model, TOKENIZER, CachedContext(unslept, [[4, 5]]), seed=1, **given)
+    assert [list(row.ids[2:]) for row in by_cache] == [
+        new[: len(row.ids) - 2] for new, row in zip(whole, by_cache, strict=True)
+    ]
     again = rows_behind(model, TOKENIZER, CachedContext(cache), seed=1, **given)
     assert again == rows_behind(model, TOKENIZER, CachedContext(cache), seed=1, **given)
     assert again != rows_behind(model, TOKENIZER, CachedContext(cache), seed=2, **given)
