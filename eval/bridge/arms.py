@@ -41,8 +41,8 @@ class Night:
     samples: int = 64
     recent: float = 0.2
     rate: float = 2.5e-3
-    own_recent: float = 0.6
-    own_rate: float = 5e-3
+    own_recent: float = 0.5
+    own_rate: float = 3e-3
     plain: float = 1e-3
     strength: float = 0.1
     measured: int = 64

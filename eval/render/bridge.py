@@ -75,7 +75,7 @@ def markdown(result: BridgeResult) -> str:
 
 def figure(result: BridgeResult) -> Figure:
     """What is answered of the days, and of other texts, by arm."""
-    picture, (left, right) = new_panels(
+    picture, (upper, lower) = new_panels(
         ["Questions about what was slept over", "Other texts, read in context"], height=3.9
     )
     named = _named(result)
@@ -91,24 +91,22 @@ def figure(result: BridgeResult) -> Figure:
             values = [mean(getattr(c, of)) for c in result.of(name)]
             at = place + (i - 1) * width
             shown = label if not place else None
-            left.barh([at], [mean(values)], color=colour, height=width, label=shown)
-            left.plot([min(values), max(values)], [at, at], color=GREY, linewidth=2)
+            upper.barh([at], [mean(values)], color=colour, height=width, label=shown)
+            upper.plot([min(values), max(values)], [at, at], color=GREY, linewidth=2)
     for place, name in enumerate(named):
         values = [c.unrelated[-1] for c in result.of(name)]
-        right.barh([place], [mean(values)], color=STYLES[0][0], height=0.6)
-        right.plot([min(values), max(values)], [place, place], color=GREY, linewidth=2)
+        lower.barh([place], [mean(values)], color=STYLES[0][0], height=0.6)
+        lower.plot([min(values), max(values)], [place, place], color=GREY, linewidth=2)
     before = [c.unrelated[0] for c in result.of(named[0])] if named else []
     if before:
-        right.axvline(mean(before), color=GREY, linestyle="--", label="before any night")
-    for axes in (left, right):
+        lower.axvline(mean(before), color=GREY, linestyle="--", label="before any night")
+    for axes in (upper, lower):
         axes.set_yticks(range(len(named)), [ARMS[name].label for name in named], fontsize=11)
         axes.invert_yaxis()
         axes.set_xlim(0, 1.02)
         axes.set_xlabel("accuracy (lines: lowest to highest seed)", fontsize=13)
         axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    left.legend(fontsize=9, loc="lower right", framealpha=0.9)
-    right.set_yticklabels([])
-    right.legend(fontsize=9, loc="lower right", framealpha=0.9)
+        axes.legend(fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)
     picture.set_size_inches(12.4, picture.get_size_inches()[1])
     return picture
 
