@@ -33,12 +33,15 @@ def answered(
     if not questions:
         return None
     right = 0
-    words = [x for x in questions if isinstance(x.source, str)]
+    words = [
+        (str(x.question), str(x.answer), x.source) for x in questions if isinstance(x.source, str)
+    ]
     prompts = [
-        question_prompt(tokenizer, x.question, x.source if with_source else "") for x in words
+        question_prompt(tokenizer, question, source if with_source else "")
+        for question, _, source in words
     ]
     replies = ask(model, tokenizer, prompts, tokens=ANSWER_TOKENS)
-    right += sum(mentions(reply, x.answer) for reply, x in zip(replies, words, strict=True))
+    right += sum(mentions(reply, of[1]) for reply, of in zip(replies, words, strict=True))
     for cache in dict.fromkeys(x.source for x in questions if not isinstance(x.source, str)):
         own = [x for x in questions if x.source is cache]
         for tokens, some in _by_length(own).items():
