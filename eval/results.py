@@ -57,6 +57,9 @@ KINDS = {
         "continual.png",
         "hybrid_sleep.eval.continual.bench:ContinualResult",
     ),
+    "bridge": Kind(
+        f"{RENDER}.bridge", "bridge.png", "hybrid_sleep.eval.bridge.bench:BridgeResult"
+    ),
     "harness": Kind(
         f"{RENDER}.harness", "accuracy.png", "hybrid_sleep.eval.harness.result:HarnessResult"
     ),

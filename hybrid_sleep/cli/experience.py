@@ -89,6 +89,13 @@ def sleep(
         Path | None,
         typer.Option(help="JSON Lines, each with question and answer, asked at the gate."),
     ] = None,
+    caches: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--cache",
+            help="A folder with a SleepCache of this model, learned as well; may be repeated.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do and measure all of it, and take it back.")
     ] = False,
@@ -103,17 +110,27 @@ def sleep(
     """Train on what was kept, on dreams of it and on foundations, and keep that if the gate passes.
 
     Otherwise the weights are what they were, which is said; the exit code is 0 either way. What a
-    commit was over is erased. With --when-due it is 3 where no sleep is due, or something else has
-    the folder open; no model is loaded for that, so that cron may ask as often as it likes.
+    commit was over is erased; the folders of caches stay, and are of no use then. With --when-due
+    it is 3 where no sleep is due, or something else has the folder open; no model is loaded for
+    that, so that cron may ask as often as it likes.
     """
+    from hybrid_sleep.parametric import CachedContext
+    from hybrid_sleep.sleep.cache import SleepCache
+
     given = _read(questions, {"question", "answer"}, set()) if questions else []
     asked = [(one["question"], one["answer"]) for one in given]
     kind = "full" if facts else "experience"
     if when_due:
         _only_when_due(folder, kind, changes, options)
     with opened(folder, device=device, changes=changes, file=options) as memory:
+        days = [
+            CachedContext(SleepCache.from_pretrained(path, model=memory.model))
+            for path in caches or ()
+        ]
         with bars() as progress:
-            record = memory.sleep(progress, kind=kind, questions=asked, dry_run=dry_run)
+            record = memory.sleep(
+                progress, kind=kind, caches=days, questions=asked, dry_run=dry_run
+            )
         say(record)
 
 

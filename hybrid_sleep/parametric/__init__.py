@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 # Names are loaded when asked for: a store of facts is read without torch.
 _exports = {
+    "CachedContext": "experience.context",
     "EditOptions": "edit",
     "Fact": "facts",
     "FactStore": "store",
@@ -26,6 +27,7 @@ __all__ = [*_exports]
 
 if TYPE_CHECKING:
     from hybrid_sleep.parametric.edit import EditOptions as EditOptions
+    from hybrid_sleep.parametric.experience.context import CachedContext as CachedContext
     from hybrid_sleep.parametric.experience.options import StudyOptions as StudyOptions
     from hybrid_sleep.parametric.facts import Fact as Fact
     from hybrid_sleep.parametric.facts import Relation as Relation

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybrid_sleep.parametric.measure import right_padded
+from hybrid_sleep.parametric.measure import repeated, right_padded
 from hybrid_sleep.parametric.mix import PARTS, Mixed, weighted_mean
 from hybrid_sleep.parametric.sites import frozen
 from hybrid_sleep.validation import check_choice
@@ -80,15 +80,12 @@ def taught(
     told: list[Lesson] = []
     with frozen(model):
         while len(told) < len(lessons):
-            # A cache takes no pads behind a row: the next call would go on from them.
-            first, count = len(told), at_once if cache is None else 1
-            part = rows[first : first + count]
+            first = len(told)
+            part = rows[first : first + at_once]
             ids, mask = right_padded(part, device)
-            if cache is None:
-                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            else:
-                logits = model(input_ids=ids, cache=cache.copy()).logits
-            taught_now = lessons[first : first + count]
+            past = {"use_cache": False} if cache is None else {"cache": repeated(cache, len(part))}
+            logits = model(input_ids=ids, attention_mask=mask, **past).logits
+            taught_now = lessons[first : first + at_once]
             for lesson, read, row in zip(taught_now, part, logits, strict=True):
                 said = _log_softmax(row[len(read) - 1 - lesson.tokens : len(read) - 1])
                 told.append(replace(lesson, teacher=said))

@@ -19,7 +19,6 @@ BINS = 15
 QUESTION = "Quo usque tandem?"
 
 
-@torch.no_grad()
 def ask(
     model: Any,
     tokenizer: Any,
@@ -31,21 +30,42 @@ def ask(
 ) -> list[str]:
     """The greedy continuation of each of `prompts`, in text, of at most `tokens` tokens.
 
-    Prompts that a chat template made (`chat_prompt`) are taken as they are. generate: further
+    Prompts that a chat template made (`chat_prompt`) are taken as they are. Other arguments are
+    those of `greedy`.
+    """
+    rows = [encode(tokenizer, prompt) for prompt in prompts]
+    answers = greedy(model, tokenizer, rows, tokens=tokens, at_once=at_once, **generate)
+    return list(tokenizer.batch_decode(answers, skip_special_tokens=True))
+
+
+@torch.no_grad()
+def greedy(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Sequence[int]],
+    *,
+    tokens: int = TOKENS,
+    at_once: int = AT_ONCE,
+    cache: Any = None,
+    **generate: Any,
+) -> list[list[int]]:
+    """The greedy continuation of each of `rows` (ids), of at most `tokens` tokens; pads may follow.
+
+    cache: of `model`, of one row, from which each goes on; left as it was. generate: further
     arguments of `model.generate`, such as `sleep_passes`.
     """
-    ids = [encode(tokenizer, prompt) for prompt in prompts]
+    ids = [list(row) for row in rows]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    answers: dict[int, str] = {}
+    answers: dict[int, list[int]] = {}
     device = next(model.parameters()).device
     pad = pad_token(tokenizer)
     with frozen(model):
         for first in range(0, len(order), at_once):
             part = order[first : first + at_once]
-            rows, mask = left_padded([ids[i] for i in part], pad, device)
+            begun, mask = left_padded([ids[i] for i in part], pad, device)
             out = model.generate(
-                rows,
-                attention_mask=mask,
+                begun,
+                **going_on(cache, mask),
                 max_new_tokens=tokens,
                 do_sample=False,
                 temperature=None,
@@ -54,9 +74,25 @@ def ask(
                 pad_token_id=pad,
                 **generate,
             )
-            texts = tokenizer.batch_decode(out[:, rows.shape[1] :], skip_special_tokens=True)
-            answers.update(zip(part, texts, strict=True))
+            answers.update(zip(part, out[:, begun.shape[1] :].tolist(), strict=True))
     return [answers[i] for i in range(len(ids))]
+
+
+def going_on(cache: Any, mask: Tensor) -> dict[str, Any]:
+    """Arguments of `model.generate` by which each row of `mask` goes on from `cache`, of one row,
+    which stays as it was; without one, the mask alone."""
+    if cache is None:
+        return {"attention_mask": mask}
+    # A mask that covers the past says that all of these tokens are new.
+    longer = torch.cat((torch.ones_like(mask[:, :1]), mask), 1)
+    return {"cache": repeated(cache, len(mask)), "attention_mask": longer}
+
+
+def repeated(cache: Any, rows: int) -> Any:
+    """A cache of `rows` rows, each as the one row of `cache`."""
+    held = cache.copy()
+    held.batch_repeat_interleave(rows)
+    return held
 
 
 def states(text: str, answer: str) -> bool:

@@ -18,6 +18,7 @@ from hybrid_sleep.parametric.awake import SLEEPS, awake, due_now
 from hybrid_sleep.parametric.calibrate import WEIGHTS, Calibration, calibrate
 from hybrid_sleep.parametric.dreams.losses import mean_losses
 from hybrid_sleep.parametric.edited import EditedWeights
+from hybrid_sleep.parametric.experience.context import CachedContext, check_contexts
 from hybrid_sleep.parametric.experience.experience import Experience
 from hybrid_sleep.parametric.experience.night import consolidate
 from hybrid_sleep.parametric.factors import merged
@@ -41,7 +42,7 @@ from hybrid_sleep.parametric.steps.report import report
 from hybrid_sleep.parametric.steps.validate import validate
 from hybrid_sleep.parametric.store import FactStore
 from hybrid_sleep.parametric.wake import learn, read_facts
-from hybrid_sleep.parametric.workspace import FRONT, SETTINGS, Workspace
+from hybrid_sleep.parametric.workspace import FRONT, SETTINGS, Workspace, has_experience
 from hybrid_sleep.sleep.weights import weights_digest
 from hybrid_sleep.training.ranks import of_first
 from hybrid_sleep.validation import check_choice
@@ -197,6 +198,7 @@ class Memory(Workspace):
         progress: Progress | None = None,
         *,
         kind: str = "facts",
+        caches: Sequence[CachedContext] = (),
         questions: Sequence[tuple[str, str]] = (),
         dry_run: bool = False,
     ) -> Record:
@@ -205,20 +207,29 @@ class Memory(Workspace):
         kind: "facts" solves for all facts together, see below. "experience" trains on what
         `experience` kept, on dreams of it and on foundations, see `StudyOptions`. "full": first
         experience, then facts, whose record is returned with the other one in its notes.
+        caches: what the model has in the fast weights of a `SleepCache`, learned along with the
+        experience or without any: the model with the cache says of each prompt what the model
+        without is to say (see `CachedContext`). Their contents stay; after a commit they are
+        refused as all caches of the weights before, otherwise they go on serving the model.
         questions: (question, answer) about the experience, asked at its gate besides those that
         the model dreams. dry_run: do and measure all of a sleep over experience, and take it back.
         progress: called with the step, what is done of it, and of how much.
 
-        Raises ValueError, before anything changes, for another kind, and for questions or a dry run
-        of facts.
+        Raises ValueError, before anything changes, for another kind, for caches, questions or a dry
+        run of facts, for a cache of other weights or several rows, and for questions about
+        experience where there are caches alone.
         """
         check_choice("kind", kind, SLEEPS)
-        if kind == "facts" and (questions or dry_run):
-            name = "questions" if questions else "dry_run"
-            raise ValueError(f"{name} must be left out for kind 'facts', got {kind!r}")
+        for name, given in (("caches", caches), ("questions", questions), ("dry_run", dry_run)):
+            if kind == "facts" and given:
+                raise ValueError(f"{name} must be left out for kind 'facts', got {kind!r}")
         if kind == "facts":
             return self.sleep_over_facts(progress)
-        first = consolidate(self, questions=questions, dry_run=dry_run, progress=progress)
+        caches = list(caches)
+        check_contexts(self.model, caches)
+        first = consolidate(
+            self, caches, questions=questions, dry_run=dry_run, progress=progress
+        )
         if kind == "experience":
             return first
         done = self.sleep_over_facts(progress)
@@ -341,7 +352,7 @@ class Memory(Workspace):
         head = store.head
         last = None if head is None else head.effective
         slept = any(x.id == last and x.kind == "experience" for x in store.history())
-        buffer = self.buffer if slept else None
+        buffer = self.buffer if slept and has_experience(store) else None
         with store.transaction("undo"):
             commit = store.undo()
             if buffer is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from hybrid_sleep.parametric.measure import left_padded, pad_token
+from hybrid_sleep.parametric.measure import going_on, left_padded, pad_token
 from hybrid_sleep.parametric.sites import frozen
 from hybrid_sleep.validation import check_count
 
@@ -22,12 +22,14 @@ def continuations(
     begun: Sequence[Sequence[int]],
     tokens: int,
     *,
+    cache: Any = None,
     seed: int = 0,
     at_once: int = SAMPLED_AT_ONCE,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
     """`tokens` ids behind each of `begun` (ids), at temperature 1, with every filter off.
 
+    cache: of `model`, of one row, from which each of them goes on; left as it was.
     Nothing ends a row but its length: a text that ends goes on. `model.generation_config` has no
     say. Rows are drawn `at_once` together, the shortest first, so what one row gets depends on the
     others as well as on `seed`. The global random state is left as it was. Raises ValueError for
@@ -52,9 +54,8 @@ def continuations(
         while len(found) < len(order):
             part = order[len(found) : len(found) + at_once]
             ids, mask = left_padded([begun[i] for i in part], pad_token(tokenizer), device)
-            out = model.generate(
-                ids, attention_mask=mask, max_new_tokens=tokens, do_sample=True, top_k=0
-            )
+            given = going_on(cache, mask)
+            out = model.generate(ids, **given, max_new_tokens=tokens, do_sample=True, top_k=0)
             found.update(zip(part, out[:, ids.shape[1] :].tolist(), strict=True))
             if progress is not None:
                 progress(len(found), len(order))

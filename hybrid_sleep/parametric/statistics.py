@@ -242,9 +242,7 @@ def own_samples(
     check_count("tokens", tokens)
     begun = [list(ids) for ids in behind]
     if not begun:
-        names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        firsts = (getattr(tokenizer, name, None) for name in names)
-        begun = [[next((token for token in firsts if token is not None), 0)]]
+        begun = [[first_token(tokenizer)]]
     new = length if behind else length - 1
     count = -(-tokens // length)
     rows = sorted((begun[i % len(begun)] for i in range(count)), key=len)
@@ -252,6 +250,13 @@ def own_samples(
         model, tokenizer, rows, new, seed=seed, at_once=at_once, progress=progress
     )
     return [[*row, *more] for row, more in zip(rows, written, strict=True)]
+
+
+def first_token(tokenizer: Any) -> int:
+    """What a text of the model's own begins with: the tokenizer's first token, or its last one."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    firsts = (getattr(tokenizer, name, None) for name in names)
+    return next((int(token) for token in firsts if token is not None), 0)
 
 
 def load_or_collect(

@@ -51,6 +51,11 @@ BEGUN_LENGTH = 40
 OWN_TEXT = "statistics and perplexity are of the model's own samples where no text was given"
 
 
+def has_experience(store: FactStore) -> bool:
+    """Whether the store holds an experience, waiting or slept over."""
+    return bool(store.database.execute("SELECT EXISTS (SELECT 1 FROM experiences)").fetchone()[0])
+
+
 class Workspace:
     """The parts of a `Memory` that its steps use. With ZeRO-3 all processes call every method, and
     the first one alone has the store."""

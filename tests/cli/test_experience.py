@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from hybrid_sleep import SleepCache
 from hybrid_sleep.cli import memories
 from hybrid_sleep.cli.app import app
-from hybrid_sleep.eval.facts.world import World
+from hybrid_sleep.eval.facts.world import World, load_world
 from hybrid_sleep.parametric.store import FactStore
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / "eval/facts/checkpoints/seed0"
@@ -45,11 +47,20 @@ def test_experience_is_kept_slept_over_and_erased(tmp_path):
     status = json.loads(call("status", folder).stdout)
     assert json.dumps(status).count("Faro") == 0 and "other" in json.dumps(status)
     assert "1 experiences of other erased" in call("erase", folder, "--source", "other").stdout
-    tried = call("sleep", folder, "--questions", questions, "--dry-run").stdout
+    model = load_world()[0]
+    cache = SleepCache(model.config)
+    model(torch.tensor([[5, 6, 7]]), cache=cache)
+    cache.save_pretrained(tmp_path / "cache")
+    given = "--questions", questions, "--cache", tmp_path / "cache"
+    tried = call("sleep", folder, *given, "--dry-run").stdout
     assert tried.startswith("experience: rolled back") and "a dry run" in tried
+    assert "1 caches, 3 tokens in caches" in tried
     done = call("sleep", folder, "--questions", questions).stdout
     assert done.startswith("experience: committed (commit 2)") and "acquired: " in done
     assert "nothing to do" in call("sleep", folder).stdout
+    # Of the weights before.
+    late = call("sleep", folder, "--cache", tmp_path / "cache", code=2).output
+    assert late.startswith("error: cache") and "version" in late
 
 
 @pytest.mark.parametrize(

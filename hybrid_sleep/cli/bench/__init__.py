@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hybrid_sleep.cli.bench import accuracy, continual, costs, facts, kernels
+from hybrid_sleep.cli.bench import accuracy, bridge, continual, costs, facts, kernels
 from hybrid_sleep.cli.commands import command
 
 bench = typer.Typer(
@@ -38,6 +38,7 @@ for _name, _run in {
     "ablate": accuracy.ablate,
     "facts": facts.facts,
     "continual": continual.continual,
+    "bridge": bridge.bridge,
     "generation": costs.generation,
     "sleep": costs.sleep,
     "cost": costs.cost,

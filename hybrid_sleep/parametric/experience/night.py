@@ -1,7 +1,7 @@
 """A sleep over experience: choose, dream, train under a guard, measure, commit or roll back.
 
 Progress & Compress (arXiv 1805.06370) with the model before the sleep as the active column, which
-has in its context what the model afterwards has not.
+has in its context, or in the fast weights of a cache, what the model afterwards has not.
 """
 
 from __future__ import annotations
@@ -11,22 +11,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from statistics import fmean, median
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
 from hybrid_sleep.parametric.dreams.losses import token_losses
 from hybrid_sleep.parametric.ewc import OnlineEWC
 from hybrid_sleep.parametric.experience.choice import Chosen
+from hybrid_sleep.parametric.experience.context import CachedContext, serving
 from hybrid_sleep.parametric.experience.leaks import exposures, told
 from hybrid_sleep.parametric.experience.options import StudyOptions
-from hybrid_sleep.parametric.experience.study import Question, Study, answered, prepare
+from hybrid_sleep.parametric.experience.questions import Question, answered
+from hybrid_sleep.parametric.experience.study import Study, prepare
 from hybrid_sleep.parametric.experience.unfinished import FOLDER, Unfinished
 from hybrid_sleep.parametric.fisher import check_whole, covered
 from hybrid_sleep.parametric.gate import Measured, judge
 from hybrid_sleep.parametric.probes import audit, measure
 from hybrid_sleep.parametric.record import Record
 from hybrid_sleep.parametric.schema import WRITTEN
+from hybrid_sleep.parametric.workspace import has_experience
 from hybrid_sleep.training.ranks import of_first
 from hybrid_sleep.training.zero import choose_accelerator
 
@@ -42,34 +45,59 @@ Progress = Callable[[str, int, int], None]
 
 def consolidate(
     memory: Memory,
+    contexts: Sequence[CachedContext] = (),
+    **how: Any,
+) -> Record:
+    """What `Memory.sleep(kind="experience")` does."""
+    with serving(memory.model, contexts):
+        return _consolidate(memory, contexts, **how)
+
+
+def _consolidate(
+    memory: Memory,
+    contexts: Sequence[CachedContext],
     *,
     questions: Sequence[tuple[str, str]] = (),
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Record:
-    """What `Memory.sleep(kind="experience")` does."""
     began = time.perf_counter()
     options, model = memory.options.study, memory.model
     check_whole(model)
     record = Record("experience")
-    chosen = memory.kept(
-        lambda buffer: buffer.chosen(
-            options.recent, seed=memory.options.seed, band=options.band, share=options.share
+    # Caches need none of the packages that keep experience.
+    keeping = not contexts or memory.asked(has_experience)
+    chosen = Chosen((), (), 0)
+    if keeping:
+        chosen = memory.kept(
+            lambda buffer: buffer.chosen(
+                options.recent, seed=memory.options.seed, band=options.band, share=options.share
+            )
         )
-    )
+    if questions and contexts and not chosen.experiences:
+        raise ValueError(
+            "questions must be about experience, of which there is none to learn from, got "
+            f"{len(questions)}; those about a cache belong to its CachedContext"
+        )
     record.read = {"experiences": len(chosen.experiences), "tokens": chosen.tokens}
+    if contexts:
+        record.read |= {
+            "caches": len(contexts),
+            "tokens in caches": sum(int(one.cache.positions.sum()) for one in contexts),
+            "prompts": sum(len(one.prompts) for one in contexts),
+        }
     record.dropped = {why: f"{count} experiences" for why, count in chosen.left_out.items()}
-    if not chosen.experiences:
+    if not chosen.experiences and not contexts:
         record.outcome = "nothing to do"
         record.why = "there is no experience to learn from"
         record.seconds = time.perf_counter() - began
         return memory.committed(record)
     # Each sleep draws anew, and the same again if it is done again.
     seed = memory.options.seed + memory.asked(_commits)
-    unfinished = Unfinished(memory, chosen, options, questions, seed)
+    unfinished = Unfinished(memory, chosen, options, questions, seed, keeps=not contexts)
     study = prepare(
-        model, memory.tokenizer, chosen, options, corpus=memory.corpus, questions=questions,
-        seed=seed, once=unfinished.once, progress=_of(progress, "dream"),
+        model, memory.tokenizer, chosen, options, contexts=contexts, corpus=memory.corpus,
+        questions=questions, seed=seed, once=unfinished.once, progress=_of(progress, "dream"),
         selecting=_of(progress, "select"),
     )  # fmt: skip
     before = _look(memory, study, chosen)
@@ -121,20 +149,24 @@ def consolidate(
             ids = list(record.ids)
 
             def slept(store: FactStore, commit: int) -> None:
-                memory.buffer.slept(ids, commit)
-                memory.buffer.doom(FOLDER)
+                if keeping:
+                    memory.buffer.slept(ids, commit)
+                    memory.buffer.doom(FOLDER)
 
             memory.committed(record, weights=trained, also=slept)
             change.keep()
             if options.strength:
                 guard.consolidate(guard.measure(_rows(study, options), seed=seed))
                 of_first(guard.save, memory.folder / GUARD)
-            memory.kept(lambda x: x.erase(ids=ids) if options.erase else x.clean())
+            if keeping:
+                memory.kept(lambda x: x.erase(ids=ids) if options.erase and ids else x.clean())
             return record
     record.outcome = "rolled back"
     record.why = "; ".join(verdict.failures) or "a dry run"
     record.changed = {}
     record.seconds = time.perf_counter() - began
+    if not keeping:
+        return memory.committed(record)
     memory.committed(record, also=lambda store, commit: memory.buffer.doom(FOLDER))
     memory.kept(lambda buffer: buffer.clean())
     return record
@@ -174,7 +206,7 @@ def _unmeasured(
         return "nothing was asked of the experience: no question was given, and none dreamt"
     return (
         f"what was acquired is not judged: {floor:.2f} of {len(questions)} questions were answered "
-        f"before, and no more, {ceiling:.2f}, with the text in the context"
+        f"before, and no more, {ceiling:.2f}, with the text in the context or the cache"
     )
 
 

@@ -22,6 +22,8 @@ class StudyOptions:
     selected, drawn: of the dreams of an experience that pass their checks and are not asked at the
         gate, the share that is kept by its gradient, and at random of the others; helping: of these
         only those are kept, a trial step on which helps (see `dreams/selection.py`; slow).
+    samples: of a cache, so many texts that the model writes on from it, `length` tokens each at
+        most; one behind each prompt at least.
     shares: of tokens trained on, by where they come from. tokens: trained on in all; rows: of a
         step, of all processes together. rate: of AdamW, falling linearly to 0 at the last step.
         steps: at most; the rate falls faster then. seconds: of training after which no step
@@ -30,7 +32,7 @@ class StudyOptions:
     strength, decay: of online EWC (see `Guard`); measured: rows its importance is of.
     held_out: the share of dreamt questions that are asked at the gate, not trained on.
     acquired: how far the model must have come with them at least, from what it answered before to
-        what it answered with the text in its context; of 1.
+        what it answered with the text in its context, or with the cache; of 1.
     erase: erase what was slept over, once the commit stands.
     canaries: secrets that are trained on beside the experience, so that the record can say what the
         weights give away of it; each stays in them, false as it is, and takes more than a thousand
@@ -46,6 +48,7 @@ class StudyOptions:
     selected: float = 0.5
     drawn: float = 0.25
     helping: bool = False
+    samples: int = 64
     shares: Shares = field(default_factory=Shares)
     tokens: int = 16384
     rows: int = 8
@@ -62,7 +65,7 @@ class StudyOptions:
     canaries: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("recent", "length", "tokens", "rows", "foundation", "measured"):
+        for name in ("recent", "length", "samples", "tokens", "rows", "foundation", "measured"):
             check_count(name, getattr(self, name))
         for name in ("dreams", "canaries"):
             check_count(name, getattr(self, name), minimum=0)

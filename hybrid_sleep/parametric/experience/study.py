@@ -1,4 +1,4 @@
-"""What a sleep over experience trains on: experiences, dreams of them, and foundations."""
+"""What a sleep over experience trains on: experiences, caches, dreams, and foundations."""
 
 from __future__ import annotations
 
@@ -11,29 +11,20 @@ from torch import nn
 
 from hybrid_sleep.parametric.dreams.dream import ACQUISITION, Dream, Source, counts
 from hybrid_sleep.parametric.dreams.examine import rows_of
-from hybrid_sleep.parametric.dreams.forms import QUESTION, Parsed, question_prompt
+from hybrid_sleep.parametric.dreams.forms import QUESTION, Parsed
 from hybrid_sleep.parametric.dreams.selection import choose_dreams
 from hybrid_sleep.parametric.dreams.write import acquire
 from hybrid_sleep.parametric.experience.canaries import Canary
 from hybrid_sleep.parametric.experience.choice import Chosen
+from hybrid_sleep.parametric.experience.context import CachedContext, rows_behind
 from hybrid_sleep.parametric.experience.leaks import plant
 from hybrid_sleep.parametric.experience.options import StudyOptions
+from hybrid_sleep.parametric.experience.questions import Question
 from hybrid_sleep.parametric.lessons import Lesson, taught
-from hybrid_sleep.parametric.measure import ask, mentions
 from hybrid_sleep.parametric.mix import Mix, Row, foundation, mix
 from hybrid_sleep.training.data import derive_seed
 
-ANSWER_TOKENS = 24
 RECENT, DREAM, FOUNDATION = "recent", "dream", "foundation"
-
-
-@dataclass(frozen=True)
-class Question:
-    """Something to be asked about an experience; source: the text that has the answer."""
-
-    question: str
-    answer: str
-    source: str
 
 
 @dataclass
@@ -74,6 +65,7 @@ def prepare(
     chosen: Chosen,
     options: StudyOptions,
     *,
+    contexts: Sequence[CachedContext] = (),
     corpus: Sequence[Sequence[int]] | None = None,
     questions: Sequence[tuple[str, str]] = (),
     seed: int = 0,
@@ -81,13 +73,15 @@ def prepare(
     progress: Callable[[int, int], None] | None = None,
     selecting: Callable[[int, int], None] | None = None,
 ) -> Study:
-    """Dream of what was `chosen`, mix it with foundations, and ask `model`, as it is now, what it
-    expects: of dreams with their source in its context, of foundations without any.
+    """Dream of what was `chosen`, write on from caches, mix both with foundations,
+    and ask `model`, as it is now, what it expects: of dreams with their source in its context, of
+    what was written on from a cache with that cache, of foundations without either.
 
-    Of an experience itself the words count. questions: (question, answer), asked at the gate as
-    well as some of the dreamt ones. corpus: rows of ids for foundations; None: the model's own.
-    once: gets what the model is to write, and its name; returns it, or the same of an earlier call.
-    progress, selecting: called with what is dreamt, and looked at, and of how many.
+    Of an experience itself the words count; rows of a cache are recent as well. questions:
+    (question, answer), asked at the gate as well as some of the dreamt ones. corpus: rows of ids
+    for foundations; None: the model's own. once: gets what the model is to write, and its name;
+    returns it, or the same of an earlier call. progress, selecting: called with what is dreamt, and
+    looked at, and of how many.
     """
     canaries = plant(tokenizer, options.canaries, seed=seed)
     sources = [Source(str(kept.id), said(kept)) for kept in chosen.experiences]
@@ -127,13 +121,23 @@ def prepare(
     whole = "\n\n".join(text_of.values())
     asked = [Question(question, answer, whole) for question, answer in questions]
     asked += [Question(x.question or "", x.text, text_of[x.sources[0]]) for x in held]
+    asked += [Question(*pair, one.cache) for one in contexts for pair in one.questions]
+    cache_of = {f"cache {i}": one.cache for i, one in enumerate(contexts)}
     material = {
         RECENT: [
             Row(one.ids, one.start, weight, str(one.id))
             for one, weight in zip(chosen.experiences, chosen.weights, strict=True)
             if len(one.ids) > max(1, one.start)
         ]
-        + [*canaries],
+        + [*canaries]
+        + [
+            row
+            for name, one in zip(cache_of, contexts, strict=True)
+            for row in rows_behind(
+                model, tokenizer, one, samples=options.samples, length=options.length,
+                origin=name, seed=seed,
+            )
+        ],
         DREAM: [Row.of_dream(dream) for dream in kept if dream not in held],
         FOUNDATION: [Row(**{**row, "ids": tuple(row["ids"])}) for row in founding],
     }
@@ -148,6 +152,10 @@ def prepare(
             reads = [_read(tokenizer, x, by_id[x.row.origin], text_of) for x in lessons]
         for lesson in taught(model, lessons, reads=reads):
             told[part, lesson.row] = lesson
+    for name, cache in cache_of.items():
+        lessons = [Lesson(x.part, x.row) for x in dict.fromkeys(mixed.rows) if x.row.origin == name]
+        for lesson in taught(model, lessons, cache=cache):
+            told[RECENT, lesson.row] = lesson
     return Study(
         [told.get((x.part, x.row), Lesson(x.part, x.row)) for x in mixed.rows],
         asked,
@@ -174,17 +182,3 @@ def _held_out(dreams: Sequence[Dream], share: float, seed: int) -> list[Dream]:
     if share and asked:
         count = max(1, count)
     return random.Random(derive_seed("held out", seed)).sample(asked, count)
-
-
-def answered(
-    model: nn.Module, tokenizer: Any, questions: Sequence[Question], *, with_source: bool = False
-) -> float | None:
-    """The share of `questions` whose answer is in what `model` replies, greedily; None of none."""
-    if not questions:
-        return None
-    prompts = [
-        question_prompt(tokenizer, x.question, x.source if with_source else "") for x in questions
-    ]
-    replies = ask(model, tokenizer, prompts, tokens=ANSWER_TOKENS)
-    right = [mentions(reply, x.answer) for reply, x in zip(replies, questions, strict=True)]
-    return sum(right) / len(right)

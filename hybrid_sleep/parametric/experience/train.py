@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -85,8 +86,10 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(_alone(model, trained))
         stack.enter_context(stop.listening())
+        # Trainer makes its folder, and has nothing to put into it.
+        unused = stack.enter_context(TemporaryDirectory())
         trainer = NightTrainer(
-            model, _arguments(model, unfinished.folder, course, options, seed), course=course,
+            model, _arguments(model, unused, course, options, seed), course=course,
             lessons=lessons, rows=options.rows, trained=trained, moments=moments,
             unfinished=unfinished, seed=seed,
         )  # fmt: skip
@@ -97,10 +100,13 @@ def train(
         finally:
             released(trainer.model_wrapped, trained)
     if stop.requested:
-        raise KeyboardInterrupt(
-            f"step {course.step} of {course.steps} is kept in {unfinished.folder}; the next sleep "
-            "over the same experience goes on from there"
+        what = (
+            f"is kept in {unfinished.folder}; the next sleep over the same experience goes on from "
+            "there"
+            if unfinished.keeps
+            else "is lost; a night over caches begins anew"
         )
+        raise KeyboardInterrupt(f"step {course.step} of {course.steps} {what}")
     return course
 
 

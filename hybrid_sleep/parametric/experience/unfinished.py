@@ -34,7 +34,8 @@ class Unfinished:
     make every call.
 
     Leftovers of another night are erased: of other experiences, weights, options, or another seed.
-    found: "this night", "another night" or None, where there were none.
+    found: "this night", "another night" or None, where there were none. keeps: whether anything is
+    kept; not of a night over caches, of which nothing is on the disk.
     """
 
     def __init__(
@@ -44,12 +45,17 @@ class Unfinished:
         options: StudyOptions,
         questions: Sequence[tuple[str, str]],
         seed: int,
+        *,
+        keeps: bool = True,
     ):
-        self.folder = str(memory.folder / FOLDER)
+        self.folder, self.keeps = str(memory.folder / FOLDER), keeps
         self._sealed: Sealed | None = None
+        self.found: str | None = None
+        if not keeps:
+            return
         self._about = _digest(memory, chosen, options, questions, seed)
         sources = {kept.experience.source for kept in chosen.experiences}
-        self.found: str | None = of_first(self._open, memory, sources)
+        self.found = of_first(self._open, memory, sources)
 
     def _open(self, memory: Workspace, sources: set[str]) -> str | None:
         sealed = self._sealed = memory.buffer.sealed(FOLDER, sources)
@@ -73,6 +79,9 @@ class Unfinished:
 
         It is made again where what was kept of it is damaged.
         """
+
+        if not self.keeps:
+            return make()
 
         def read() -> Any:
             assert self._sealed is not None
@@ -99,7 +108,8 @@ class Unfinished:
             assert self._sealed is not None
             self._sealed.write_tensors(STATE, tensors, told, self._about)
 
-        of_first(write)
+        if self.keeps:
+            of_first(write)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What `save` kept last; None where it did not yet, or that is damaged."""
@@ -110,7 +120,7 @@ class Unfinished:
                 return self._sealed.read_tensors(STATE, self._about)
             return None
 
-        return of_first(read)
+        return of_first(read) if self.keeps else None
 
 
 def _digest(

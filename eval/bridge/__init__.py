@@ -1,0 +1,1 @@
+"""Fast weights into slow weights: what is kept of a text that was slept over."""
