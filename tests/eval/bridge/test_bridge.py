@@ -22,6 +22,7 @@ from hybrid_sleep.eval.bridge.model import (
 )
 from hybrid_sleep.eval.bridge.texts import Day, Texts
 from hybrid_sleep.eval.render.bridge import markdown
+from hybrid_sleep.support.provenance import provenance
 
 TEXTS = Texts(24, 2)
 LITTLE = Training(steps=2, rows=4, answers=1, hidden=16)
@@ -168,7 +169,7 @@ def test_the_table_says_what_was_reached():
         )  # fmt: skip
 
     def shown(*rows):
-        return markdown(BridgeResult(rows=list(rows), provenance={}))
+        return markdown(BridgeResult(rows=list(rows), provenance=provenance("cpu")))
 
     assert "in 2 of 2 seeds, unrelated texts within 2 points in 2: the aim is reached" in shown(
         row(0, 0.5, 0.89), row(1, 1.0, 0.95)
