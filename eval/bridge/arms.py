@@ -63,6 +63,7 @@ class Arm(ABC):
     def learn(self, day: Day, cache: SleepCache) -> str:
         """Learn of `day` from its text, or from the `cache` that it was read into; the outcome."""
 
+
 class NoSleep(Arm):
     """Nothing is learned: what the cache had goes with it."""
 
