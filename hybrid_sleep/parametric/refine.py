@@ -27,10 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_sleep.parametric.contexts import Context, context, spaced
+from hybrid_sleep.parametric.dreams.losses import row_losses
 from hybrid_sleep.parametric.edit import Edit, Plan
 from hybrid_sleep.parametric.facts import SLOT
 from hybrid_sleep.parametric.lessons import Lesson, lesson_loss, taught
-from hybrid_sleep.parametric.measure import right_padded
 from hybrid_sleep.parametric.mix import Row
 from hybrid_sleep.parametric.sites import Site, added, frozen
 from hybrid_sleep.parametric.solve import Spectrum
@@ -179,12 +179,8 @@ def _denials(tokenizer: Any, plan: Plan) -> list[Context]:
 
 def _likelihoods(model: nn.Module, contexts: Sequence[Context]) -> Tensor:
     """`[n]`, the probability of the whole object in each, with gradient."""
-    ids, mask = right_padded([c.ids for c in contexts], next(model.parameters()).device)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    picked = logp[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
-    parts = zip(picked, contexts, strict=True)
-    return torch.stack([row[c.object - 1 : len(c.ids) - 1].sum().exp() for row, c in parts])
+    losses = row_losses(model, [(c.ids, c.object) for c in contexts])
+    return (-losses * losses.new_tensor([len(c.ids) - c.object for c in contexts])).exp()
 
 
 def _energy(left: Tensor, reads: Tensor) -> Tensor:

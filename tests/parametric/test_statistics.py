@@ -11,7 +11,6 @@ import torch
 from editable import VOCAB, tiny_hybrid, tiny_llama, word_tokenizer
 from small import small_ids, small_model
 
-from hybrid_sleep.parametric import statistics
 from hybrid_sleep.parametric.sites import find_sites, site_at
 from hybrid_sleep.parametric.solve import Spectrum
 from hybrid_sleep.parametric.statistics import (
@@ -218,20 +217,19 @@ def test_they_are_saved_whole_and_refused_for_another_model_or_site(tmp_path):
         KeyStatistics.load(tmp_path / "none")
 
 
-def test_what_is_missing_is_collected_and_what_is_there_is_not(tmp_path, monkeypatch):
+def test_what_is_missing_is_collected_and_what_is_there_is_not(tmp_path):
     model = tiny_llama()
     first, second, _ = find_sites(model)
-    asked, corpus, collect = [], [rows_of([30])], statistics.collect
-    monkeypatch.setattr(
-        statistics,
-        "collect",
-        lambda model, sites, *rest, **given: asked.append(sites)
-        or collect(model, sites, *rest, **given),
-    )
+    asked = []
+
+    def corpus():
+        asked.append(1)
+        return [rows_of([30])]
+
     one = load_or_collect(tmp_path, model, [first], "digest", corpus)
     two = load_or_collect(tmp_path, model, [first, second], "digest", corpus)
     again = load_or_collect(tmp_path, model, [first, second], "digest", corpus)
-    assert asked == [[first], [second]] and list(again) == [first, second]
+    assert len(asked) == 2 and list(again) == [first, second]
     assert torch.equal(one[first].spectrum.vectors, two[first].spectrum.vectors)
     with pytest.raises(ValueError, match="of this model"):
         load_or_collect(tmp_path, model, [first], "other", corpus)
