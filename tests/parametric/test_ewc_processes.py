@@ -2,41 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from two_processes import COMMON, imported, run_in_two
 
-HERE = Path(__file__).resolve().parent
-COMMON = str(HERE.parent / "common")
+WORKER = Path(__file__).resolve().parent / "guard_worker.py"
 
 
 @pytest.mark.slow
 def test_o7_two_processes_under_zero_2_do_what_one_does(tmp_path):
     pytest.importorskip("deepspeed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launch, f"--master-port={port}", str(HERE / "guard_worker.py"), str(tmp_path), COMMON],
-        env={**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=1500,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_in_two(WORKER, tmp_path)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
-    sys.path.insert(0, str(HERE))
-    try:
-        from guard_worker import alone, made
-    finally:
-        sys.path.remove(str(HERE))
-    wanted, start = alone(COMMON), dict(made(COMMON)[0].named_parameters())
+    worker = imported(WORKER)
+    wanted, start = worker.alone(str(COMMON)), dict(worker.made(str(COMMON))[0].named_parameters())
     assert wanted.keys() == first.keys() == second.keys()
     moved = 0.0
     for name, value in wanted.items():
