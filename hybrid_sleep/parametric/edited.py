@@ -25,6 +25,7 @@ class EditedWeights:
     """The weights of a model's sites, of which the pristine ones are kept.
 
     learned: those that were trained since, in the place of pristine ones, by parameter name.
+    materialised: the factors that are in the weights, or beside them, now.
     pristine: by parameter name, where the model comes with edits already (see `check`); sites that
     are edited later are copied from the model. A quantised site keeps its factors as a side branch,
     which no `save_pretrained` writes.
@@ -35,6 +36,7 @@ class EditedWeights:
         self.sites = {site.name: site for site in find_sites(model)}
         self.pristine = dict(pristine or {})
         self.learned: dict[str, Tensor] = {}
+        self.materialised: list[Mapping[str, Factors]] = []
         self._branches: dict[str, Any] = {}
         self.base = self._pristine_digest()
 
@@ -155,6 +157,7 @@ class EditedWeights:
                 changed |= self._branch(site, by_site.get(site.name, []))
         if changed:
             bump_version(self.model)
+        self.materialised = list(factors)
         return changed
 
     def _check(self, name: str, parts: Sequence[Factors]) -> None:

@@ -264,7 +264,7 @@ def load_or_collect(
     model: nn.Module,
     sites: Sequence[Site],
     digest: str,
-    corpora: Sequence[Sequence[Sequence[int]]],
+    corpora: Callable[[], Sequence[Sequence[Sequence[int]]]],
     **options: Any,
 ) -> dict[Site, KeyStatistics]:
     """Those in `folder`, of these sites and this model; what is missing is collected and kept."""
@@ -275,7 +275,7 @@ def load_or_collect(
             found[site].check(digest, site)
     missing = [site for site in sites if site not in found]
     if missing:
-        new: Mapping[Site, KeyStatistics] = collect(model, missing, corpora, digest, **options)
+        new: Mapping[Site, KeyStatistics] = collect(model, missing, corpora(), digest, **options)
         for site, statistics in new.items():
             statistics.save(folder / f"{site.name}.safetensors")
             found[site] = statistics

@@ -166,9 +166,10 @@ class Workspace:
             digest, folder = self.edited.unedited(), self.folder / STATISTICS
             if digest != self.edited.base:
                 folder /= digest[:16]
-            texts = self.texts()
             with self.unedited():
-                self._statistics |= load_or_collect(folder, self.model, missing, digest, texts)
+                self._statistics |= load_or_collect(
+                    folder, self.model, missing, digest, self.texts
+                )
         return self._statistics
 
     def texts(self) -> list[Sequence[Sequence[int]]]:
@@ -347,8 +348,11 @@ class Workspace:
 
     @contextmanager
     def unedited(self, *, pristine: bool = False) -> Iterator[None]:
-        """The model without any edit inside of the block, and if `pristine` as it was at first."""
-        before, learned = self.factors, self.edited.learned
+        """The model without any edit inside of the block, and if `pristine` as it was at first.
+
+        Blocks may be nested, and stand in the middle of a trial.
+        """
+        before, learned = self.edited.materialised, self.edited.learned
         if pristine:
             self.edited.learn({})
         self.edited.materialise([])

@@ -226,6 +226,36 @@ def test_keys_are_counted_on_plain_words_of_a_relation_too(world, model, opened,
     assert wanted and behind[-len(wanted) :] == wanted
 
 
+def test_a_model_is_unedited_in_the_middle_of_a_trial_too(world, model, opened):
+    first, second = world[2].unseen_facts(2)
+    with opened(model) as memory:
+        pristine = bits(model)
+        memory.learn(first)
+        edited = bits(model)
+        with memory.trial():
+            memory.edited.materialise([])
+            with memory.unedited(), memory.unedited(pristine=True):
+                assert same(pristine, bits(model))
+            # What the trial had put there, not what the memory holds.
+            assert same(pristine, bits(model))
+        assert same(edited, bits(model))
+        with memory.unedited():
+            with memory.unedited(pristine=True):
+                pass
+            assert same(pristine, bits(model))
+        assert same(edited, bits(model))
+
+
+def test_what_is_counted_already_is_not_written_again(world, model, opened, monkeypatch):
+    first, second = world[2].unseen_facts(2)
+    with opened(model) as memory:
+        memory.learn(first)
+        (memory.folder / "statistics/texts.json").unlink()
+    monkeypatch.setattr(workspace, "own_samples", lambda *a, **k: pytest.fail("drew samples"))
+    with opened(model) as memory:
+        assert memory.learn(second).outcome == "committed"
+
+
 def test_deep_models_share_a_change_among_layers():
     for depth, wanted in ((4, (3,)), (19, (3,)), (20, (2, 3)), (30, (1, 2, 3)), (60, (0, 1, 2, 3))):
         assert spread(tiny_llama(num_hidden_layers=depth), 3) == wanted

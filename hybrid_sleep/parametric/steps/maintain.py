@@ -45,7 +45,6 @@ def maintain(night: Night, planned: Plan, strength: float) -> Edit | None:
     None where no fact is left: the weights are then the pristine ones.
     """
     memory = night.memory
-    texts = memory.texts()
     memory.edited.materialise([])
     kept = {number for number, _, _ in night.live}
     if not kept:
@@ -55,7 +54,7 @@ def maintain(night: Night, planned: Plan, strength: float) -> Edit | None:
     solved = solve_plan(memory.model, live, preconditioners)
     refined = refine(
         memory.model, memory.tokenizer, live, solved,
-        {site: of.spectrum for site, of in memory.statistics().items()}, texts,
+        {site: of.spectrum for site, of in memory.statistics().items()}, memory.texts(),
         memory.options.refine, strength=strength, seed=memory.options.seed,
         progress=night.told("refine"),
     )  # fmt: skip
