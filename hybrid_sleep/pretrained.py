@@ -46,9 +46,7 @@ class HybridSleepPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, StateSpaceMixer):
-            gates = (module.A_log, module.dt_bias, module.q_conv, module.kv_conv)
-            if not all(getattr(p, "_is_hf_initialized", False) for p in gates):
-                module.reset_gates()
+            module.init_own_weights()
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from transformers import initialization as init
 
 from hybrid_sleep.configuration import HybridSleepConfig
 from hybrid_sleep.kernels.mamba2 import mamba2
@@ -22,10 +23,10 @@ class Mamba2(StateSpaceMixer):
         self.skip = nn.Parameter(torch.ones(self.value_heads))
 
     @torch.no_grad()
-    def reset_gates(self) -> None:
+    def init_own_weights(self) -> None:
         """As the base class; the skip connection starts at one."""
-        super().reset_gates()
-        self.skip.fill_(1.0)
+        super().init_own_weights()
+        init.ones_(self.skip)
 
     def mix(self, h, q, kv, **carried):
         return mamba2(

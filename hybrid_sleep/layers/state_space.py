@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import initialization as init
 
 from hybrid_sleep.configuration import HybridSleepConfig
 from hybrid_sleep.kernels.common.mixers import Mixed
@@ -24,8 +25,11 @@ DECAY_RATE = (1.0, 16.0)
 TIME_STEP = (1e-3, 1e-1)
 
 
-class GatedNorm(nn.Module):
-    """`rms_norm(o) * silu(gate)`, o, gate: `[B, T, H, V]`, with one weight of V for all heads."""
+class GatedRMSNorm(nn.Module):
+    """`rms_norm(o) * silu(gate)`, o, gate: `[B, T, H, V]`, with one weight of V for all heads.
+
+    transformers fills the weight of what is called RMSNorm when a checkpoint lacks it.
+    """
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -69,7 +73,7 @@ class StateSpaceMixer(nn.Module, ABC):
         promoted = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.A_log = nn.Parameter(torch.empty(self.value_heads, dtype=promoted))
         self.dt_bias = nn.Parameter(torch.empty(self.value_heads, dtype=promoted))
-        self.o_norm = GatedNorm(self.value_dim, eps=config.rms_norm_eps)
+        self.o_norm = GatedRMSNorm(self.value_dim, eps=config.rms_norm_eps)
 
     def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> StateSpaceMixer:
         # Decays are powers over the length of a text: rounded to 8 bits they forget at another
@@ -86,19 +90,20 @@ class StateSpaceMixer(nn.Module, ABC):
         return super()._apply(convert, recurse)
 
     @torch.no_grad()
-    def reset_gates(self) -> None:
-        """Draw decay rates uniformly in 1..16, time steps log-uniformly in 1e-3..1e-1, taps small.
+    def init_own_weights(self) -> None:
+        """Decay rates uniform in 1..16, time steps log-uniform in 1e-3..1e-1, taps small.
 
-        The ranges are those of Mamba-2 (arXiv 2405.21060) and of the Gated DeltaNet code.
+        The ranges are those of Mamba-2 (arXiv 2405.21060) and of the Gated DeltaNet code. What a
+        checkpoint has filled (transformers marks it) stays.
         """
-        self.A_log.uniform_(*DECAY_RATE).log_()
+        init.copy_(self.A_log, torch.empty_like(self.A_log).uniform_(*DECAY_RATE).log_())
         low, high = map(math.log, TIME_STEP)
-        step = self.dt_bias.uniform_(low, high).exp_()
+        step = torch.empty_like(self.dt_bias).uniform_(low, high).exp_()
         # softplus(dt_bias) is the time step while the projection is zero.
-        self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
+        init.copy_(self.dt_bias, step + torch.log(-torch.expm1(-step)))
         bound = self.q_conv.shape[1] ** -0.5
-        self.q_conv.uniform_(-bound, bound)
-        self.kv_conv.uniform_(-bound, bound)
+        init.uniform_(self.q_conv, -bound, bound)
+        init.uniform_(self.kv_conv, -bound, bound)
 
     def forward(
         self,
