@@ -30,6 +30,8 @@ class MemoryOptions:
     strengths: multiples of the night's weight, tried in order while locality, negation or
         perplexity misses its threshold.
     naps: facts that a nap audits. seed: of all that is drawn. study: a sleep over experience.
+    undos: the newest commits that can be taken back; for each of them that trained weights, these
+        are on the disk, as large as the model. None: all of them.
     schedule: when to sleep, which is asked for, not acted on by itself (see `Memory.due`).
     """
 
@@ -42,6 +44,7 @@ class MemoryOptions:
     cap: int = 1000
     strengths: tuple[float, ...] = (1.0, 4.0, 16.0)
     naps: int = 8
+    undos: int | None = 30
     seed: int = 0
     study: StudyOptions = field(default_factory=StudyOptions)
     schedule: Schedule = field(default_factory=Schedule)
@@ -50,6 +53,8 @@ class MemoryOptions:
         for name in ("cap", "naps"):
             check_count(name, getattr(self, name))
         check_count("seed", self.seed, minimum=0)
+        if self.undos is not None:
+            check_count("undos", self.undos, minimum=0)
         if not self.strengths:
             raise ValueError("strengths must be one or more, got none")
         for strength in self.strengths:

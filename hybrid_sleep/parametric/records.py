@@ -100,6 +100,31 @@ def read_commits(db: sqlite3.Connection, where: str, values: Sequence[Any] = ())
     ]  # fmt: skip
 
 
+def read_commit(db: sqlite3.Connection, number: int) -> Commit:
+    """The commit with this id; ValueError if there is none."""
+    found = read_commits(db, "id = ?", (number,))
+    if not found:
+        raise ValueError(f"commit must be the id of one in the store, got {number!r}")
+    return found[0]
+
+
+def commit_before(db: sqlite3.Connection, at: Commit | None) -> Commit | None:
+    """The commit whose weights an undo behind `at` brings back; None for pristine ones."""
+    if at is None or at.effective is None:
+        return None
+    parent = read_commit(db, at.effective).parent
+    return None if parent is None else read_commit(db, parent)
+
+
+def names_at(db: sqlite3.Connection, at: Commit | None) -> set[str]:
+    """The names of all files that make the weights after `at`."""
+    if at is None:
+        return set()
+    names = {name for name, _ in read_files(db, at.effective)}
+    trained = None if at.learned is None else read_commit(db, at.learned).weights
+    return names | ({trained[0]} if trained else set())
+
+
 def read_files(db: sqlite3.Connection, commit: int | None) -> list[File]:
     """Of the factors that make the weights after `commit`, one in effect (None: no edit), in order.
 

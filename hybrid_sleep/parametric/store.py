@@ -38,7 +38,10 @@ from hybrid_sleep.parametric.records import (
     Commit,
     File,
     StoredFact,
+    commit_before,
     explain,
+    names_at,
+    read_commit,
     read_commits,
     read_fact,
     read_facts,
@@ -56,7 +59,7 @@ from hybrid_sleep.parametric.schema import (
 )
 from hybrid_sleep.parametric.states import check_states, settled
 from hybrid_sleep.support.io import sole_writer, unreadable
-from hybrid_sleep.validation import check_choice
+from hybrid_sleep.validation import check_choice, check_count
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -307,13 +310,19 @@ class FactStore:
         be written again. As in an editor, another undo goes further back, and one behind a new
         commit takes that back first.
 
-        Raises ValueError where there is no commit to take back.
+        Raises ValueError, before anything changes, where there is no commit to take back, and where
+        `trim` removed what was before it.
         """
         head = self.head
         if head is None or head.effective is None:
             raise ValueError(f"{self.folder} must have a commit to take back, got none in effect")
-        undone = self._commit(head.effective)
-        target = None if undone.parent is None else self._commit(undone.parent)
+        undone, target = self._commit(head.effective), commit_before(self._db, head)
+        for name in sorted(names_at(self._db, target)):
+            if not (self.folder / name).is_file():
+                raise ValueError(
+                    f"{self.folder} must have the files from before commit {undone.id} to take it "
+                    f"back, got no {name}; the option undos says how many commits are kept for that"
+                )
         digest = target.digest if target else self.base
         effective = target.effective if target else None
         text = _json({"undone": undone.id, **(report or {})})
@@ -330,6 +339,16 @@ class FactStore:
                 states,
             )
         return self._commit(head.id + 1)
+
+    def trim(self, undos: int) -> None:
+        """Remove the files that not even `undos` undos in a row would bring back into effect."""
+        check_count("undos", undos, minimum=0)
+        self._check_writable()
+        at, used = self.head, names_at(self._db, self.head)
+        for _ in range(undos):
+            at = commit_before(self._db, at)
+            used |= names_at(self._db, at)
+        remove_orphans(self.folder, used)
 
     def record_audit(
         self,
@@ -376,10 +395,7 @@ class FactStore:
         )
 
     def _commit(self, number: int) -> Commit:
-        found = read_commits(self._db, "id = ?", (number,))
-        if not found:
-            raise ValueError(f"commit must be the id of one in the store, got {number!r}")
-        return found[0]
+        return read_commit(self._db, number)
 
     # Tensors
 

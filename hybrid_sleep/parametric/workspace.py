@@ -240,6 +240,9 @@ class Workspace:
             return number
 
         new = self.asked(commit)
+        if digest is not None and self.options.undos is not None:
+            undos = self.options.undos
+            self.asked(lambda store: store.trim(undos))
         self._factors = [*before, factors] if factors else before
         record.commit, self.last = new, record
         return record

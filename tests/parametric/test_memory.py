@@ -74,6 +74,23 @@ def test_facts_are_learned_updated_forgotten_and_survive_sleep_and_restart(world
             memory.undo()
 
 
+def test_commits_are_taken_back_as_far_as_the_options_keep_them(world, model, opened, tmp_path):
+    first, second = world[2].unseen_facts(2, 7)
+    with opened(model, options=replace(options(), undos=1)) as memory:
+        memory.learn(first)
+        memory.forget(first.subject)
+        forgotten = bits(model)
+        assert len([*(tmp_path / "memory").glob("commit-*")]) == 1
+        memory.learn(second)
+        assert [x.name[-18:-12] for x in (tmp_path / "memory").glob("commit-*")] == ["000003"]
+        memory.undo()
+        now = bits(model)
+        assert same(now, forgotten)
+        with pytest.raises(ValueError, match="files from before commit 2 .* option undos"):
+            memory.undo()
+        assert same(now, bits(model)) and memory.status()["commits"] == 4
+
+
 def test_a_gate_that_does_not_pass_rolls_back_bit_for_bit(world, model, opened):
     facts = world[2].unseen_facts(2, 3)
     # Hasty edits: whatever the sleep does, what must not get worse does.
