@@ -1,4 +1,4 @@
-"""What a sleep trains on: recent experience, dreams and foundations, by shares of tokens.
+"""What a sleep trains on: experience, dreams, foundations and facts, by shares of tokens.
 
 Recent and dreamed text alone would push out what the model could do before. A few percent of
 foundations prevent most of that, of a corpus or, nearly as well, of what the model itself wrote
@@ -20,7 +20,7 @@ from hybrid_sleep.parametric.statistics import SAMPLE_LENGTH, own_samples
 from hybrid_sleep.training.data import derive_seed
 from hybrid_sleep.validation import check_count, check_number
 
-PARTS = ("recent", "dream", "foundation")
+PARTS = ("recent", "dream", "foundation", "fact")
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Shares:
     recent: float = 0.45
     dream: float = 0.45
     foundation: float = 0.10
+    fact: float = 0.0
 
     def __post_init__(self) -> None:
         total = sum(check_number(f.name, getattr(self, f.name), least=0) for f in fields(self))

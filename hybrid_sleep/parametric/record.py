@@ -35,6 +35,11 @@ class Record:
     seconds: float = 0.0
     time: float = field(default_factory=time.time)
 
+    @property
+    def ended(self) -> str:
+        """The outcome, and why where that is said."""
+        return f"{self.outcome}: {self.why}" if self.why else self.outcome
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return asdict(self)

@@ -24,18 +24,22 @@ def rows_of(lengths, part="recent"):
     ]
 
 
+def parts(*numbers):
+    return dict(zip(PARTS, (*numbers, 0), strict=True))
+
+
 LENGTHS = st.lists(st.integers(2, 40), min_size=1, max_size=8)
-WEIGHTS = st.tuples(*[st.integers(0, 20)] * 3).filter(any)
+WEIGHTS = st.tuples(*[st.integers(0, 20)] * 4).filter(any)
 
 
 @settings(max_examples=60, deadline=None)
-@given(LENGTHS, LENGTHS, LENGTHS, WEIGHTS, st.integers(100, 3000), st.integers(0, 5))
-def test_shares_are_kept_to_within_a_row(recent, dreams, foundations, weights, tokens, seed):
-    given_ = zip(PARTS, (recent, dreams, foundations), strict=True)
+@given(st.tuples(*[LENGTHS] * 4), WEIGHTS, st.integers(100, 3000), st.integers(0, 5))
+def test_shares_are_kept_to_within_a_row(lengths, weights, tokens, seed):
+    given_ = zip(PARTS, lengths, strict=True)
     material = {part: rows_of(own, part) for part, own in given_}
     shares = Shares(*(w / sum(weights) for w in weights))
     got = mix(material, tokens, shares, seed=seed)
-    longest = max(*recent, *dreams, *foundations)
+    longest = max(map(max, lengths))
     total = sum(got.tokens.values())
     for part in PARTS:
         own = [mixed.row for mixed in got.rows if mixed.part == part]
@@ -60,7 +64,7 @@ def test_shares_are_kept_to_within_a_row(recent, dreams, foundations, weights, t
 def test_the_order_is_shuffled_by_the_seed():
     material = {part: rows_of([5] * 400, part) for part in PARTS}
     one, two = (mix(material, 1000, seed=seed) for seed in (0, 1))
-    assert one.rows_of == two.rows_of == {"recent": 90, "dream": 90, "foundation": 20}
+    assert one.rows_of == two.rows_of == parts(90, 90, 20)
     for got in (one, two):
         for half in (got.rows[:100], got.rows[100:]):
             assert 30 < sum(mixed.part == "recent" for mixed in half) < 60
@@ -70,8 +74,8 @@ def test_the_order_is_shuffled_by_the_seed():
     drawn = [{m.row.origin for m in got.rows} for got in (one, two)]
     assert drawn[0] != drawn[1] and all(len(names) == 200 for names in drawn)
     data = json.loads(json.dumps(one.to_dict()))
-    assert data["tokens"] == {"recent": 450, "dream": 450, "foundation": 100}
-    assert data["shares"] == {"recent": 0.45, "dream": 0.45, "foundation": 0.1}
+    assert data["tokens"] == parts(450, 450, 100)
+    assert data["shares"] == parts(0.45, 0.45, 0.1)
     assert "rows" not in data
 
 
@@ -81,14 +85,14 @@ def test_a_share_without_material_is_refused_or_reported():
         mix(material, 300)
     got = mix(material, 300, redistribute=True)
     assert got.missing == ("dream", "foundation") and got.to_dict()["missing"] == [*got.missing]
-    assert got.tokens == {"recent": 300, "dream": 0, "foundation": 0}
+    assert got.tokens == parts(300, 0, 0)
     material["foundation"] = rows_of([10] * 9)
     got = mix(material, 550, redistribute=True)
-    assert got.asked == pytest.approx({"recent": 450, "dream": 0, "foundation": 100})
-    assert got.tokens == {"recent": 450, "dream": 0, "foundation": 100}
+    assert got.asked == pytest.approx(parts(450, 0, 100))
+    assert got.tokens == parts(450, 0, 100)
     # A share of 0 needs nothing.
     got = mix(material, 100, Shares(0.5, 0.0, 0.5))
-    assert got.missing == () and got.tokens == {"recent": 50, "dream": 0, "foundation": 50}
+    assert got.missing == () and got.tokens == parts(50, 0, 50)
     with pytest.raises(ValueError, match="rows of a part with a share"):
         mix({}, 300, redistribute=True)
 

@@ -35,6 +35,7 @@ from hybrid_sleep.training.zero import choose_accelerator
 
 if TYPE_CHECKING:
     from hybrid_sleep.parametric.experience.course import Course
+    from hybrid_sleep.parametric.facts import Fact, Relation
     from hybrid_sleep.parametric.memory import Memory
     from hybrid_sleep.parametric.store import FactStore
 
@@ -97,6 +98,7 @@ def _consolidate(
     unfinished = Unfinished(memory, chosen, options, questions, seed, keeps=not contexts)
     study = prepare(
         model, memory.tokenizer, chosen, options, contexts=contexts, corpus=memory.corpus,
+        facts=_facts(memory),
         questions=questions, seed=seed, once=unfinished.once, progress=_of(progress, "dream"),
         selecting=_of(progress, "select"),
     )  # fmt: skip
@@ -181,10 +183,15 @@ def _of(progress: Progress | None, step: str) -> Callable[[int, int], None] | No
     return None if progress is None else partial(progress, step)
 
 
+def _facts(memory: Memory) -> list[tuple[Fact, Relation]]:
+    """Those in the weights, with their words."""
+    return [(x.fact, memory.relation(x.fact.relation)) for x in memory.facts(WRITTEN)]
+
+
 def _look(memory: Memory, study: Study, chosen: Chosen) -> Measured:
     """What the gate looks at, and what the record says beside it."""
     model, tokenizer = memory.model, memory.tokenizer
-    facts = [(x.fact, memory.relation(x.fact.relation)) for x in memory.facts(WRITTEN)]
+    facts = _facts(memory)
     results = audit(model, tokenizer, facts) if facts else []
     found = measure(model, tokenizer, results, memory.probes, memory.baseline)
     rows = [(x.ids, x.start) for x in chosen.experiences if len(x.ids) > max(1, x.start)]

@@ -28,7 +28,8 @@ class StudyOptions:
         step, of all processes together. rate: of AdamW, falling linearly to 0 at the last step.
         steps: at most; the rate falls faster then. seconds: of training after which no step
         begins, those before an interruption among them; the rate falls as it would without.
-        foundation: tokens of text to stay the same on.
+        foundation: tokens of text to stay the same on; rehearsed: the share of its part that
+        what facts in the weights say gets, in the words they are written in, if there are any.
     strength, decay: of online EWC (see `Guard`); measured: rows its importance is of.
     held_out: the share of dreamt questions that are asked at the gate, not trained on.
     acquired: how far the model must have come with them at least, from what it answered before to
@@ -56,6 +57,7 @@ class StudyOptions:
     seconds: float | None = None
     rate: float = 1e-4
     foundation: int = 4096
+    rehearsed: float = 0.5
     strength: float = 1.0
     decay: float = 0.95
     measured: int = 64
@@ -80,7 +82,7 @@ class StudyOptions:
         check_number("strength", self.strength, least=0)
         check_flag("erase", self.erase)
         check_flag("helping", self.helping)
-        for name in ("decay", "held_out", "acquired", "selected", "drawn"):
+        for name in ("decay", "held_out", "acquired", "selected", "drawn", "rehearsed"):
             if check_number(name, getattr(self, name), least=0) > 1:
                 raise ValueError(f"{name} must be at most 1, got {getattr(self, name)!r}")
         if not self.selected + self.drawn:

@@ -1,14 +1,15 @@
-"""What a sleep over experience trains on: experiences, caches, dreams, and foundations."""
+"""What a sleep over experience trains on: experiences, caches, dreams, foundations, and facts."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
+from hybrid_sleep.parametric.contexts import edit_contexts
 from hybrid_sleep.parametric.dreams.dream import ACQUISITION, Dream, Source, counts
 from hybrid_sleep.parametric.dreams.examine import rows_of
 from hybrid_sleep.parametric.dreams.forms import QUESTION, Parsed
@@ -20,11 +21,12 @@ from hybrid_sleep.parametric.experience.context import CachedContext, rows_behin
 from hybrid_sleep.parametric.experience.leaks import plant
 from hybrid_sleep.parametric.experience.options import StudyOptions
 from hybrid_sleep.parametric.experience.questions import Question
+from hybrid_sleep.parametric.facts import Fact, Relation
 from hybrid_sleep.parametric.lessons import Lesson, taught
-from hybrid_sleep.parametric.mix import Mix, Row, foundation, mix
+from hybrid_sleep.parametric.mix import PARTS, Mix, Row, foundation, mix
 from hybrid_sleep.training.data import derive_seed
 
-RECENT, DREAM, FOUNDATION = "recent", "dream", "foundation"
+RECENT, DREAM, FOUNDATION, FACT = PARTS
 
 
 @dataclass
@@ -66,6 +68,7 @@ def prepare(
     options: StudyOptions,
     *,
     contexts: Sequence[CachedContext] = (),
+    facts: Sequence[tuple[Fact, Relation]] = (),
     corpus: Sequence[Sequence[int]] | None = None,
     questions: Sequence[tuple[str, str]] = (),
     seed: int = 0,
@@ -73,9 +76,10 @@ def prepare(
     progress: Callable[[int, int], None] | None = None,
     selecting: Callable[[int, int], None] | None = None,
 ) -> Study:
-    """Dream of what was `chosen`, write on from caches, mix both with foundations,
-    and ask `model`, as it is now, what it expects: of dreams with their source in its context, of
-    what was written on from a cache with that cache, of foundations without either.
+    """Dream of what was `chosen`, write on from caches, mix both with foundations and with what
+    `facts` in the weights say, and ask `model`, as it is now, what it expects: of dreams with their
+    source in its context, of what was written on from a cache with that cache, of foundations and
+    facts without either.
 
     Of an experience itself the words count; rows of a cache are recent as well. questions:
     (question, answer), asked at the gate as well as some of the dreamt ones. corpus: rows of ids
@@ -140,12 +144,23 @@ def prepare(
         ],
         DREAM: [Row.of_dream(dream) for dream in kept if dream not in held],
         FOUNDATION: [Row(**{**row, "ids": tuple(row["ids"])}) for row in founding],
+        FACT: [
+            Row(said.ids, said.target, origin=str(fact))
+            for fact, relation in facts
+            for said in edit_contexts(tokenizer, fact, relation)
+        ],
     }
-    mixed = mix(material, options.tokens, options.shares, redistribute=True, seed=seed)
+    shares = options.shares
+    if facts:
+        rehearsed = options.rehearsed * shares.foundation
+        shares = replace(
+            shares, foundation=shares.foundation - rehearsed, fact=shares.fact + rehearsed
+        )
+    mixed = mix(material, options.tokens, shares, redistribute=True, seed=seed)
     by_id = {dream.id: dream for dream in kept}
     # What is gone through more than once is asked of the teacher once.
     told: dict[tuple[str, Row], Lesson] = {}
-    for part in (DREAM, FOUNDATION):
+    for part in (DREAM, FOUNDATION, FACT):
         lessons = [Lesson(x.part, x.row) for x in dict.fromkeys(mixed.rows) if x.part == part]
         reads = None
         if part == DREAM:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hybrid_sleep.parametric.experience.choice import Chosen
 from hybrid_sleep.parametric.experience.options import StudyOptions
+from hybrid_sleep.parametric.schema import WRITTEN
 from hybrid_sleep.training.ranks import of_first
 
 if TYPE_CHECKING:
@@ -136,8 +137,9 @@ def _digest(
         for kept, weight in zip(chosen.experiences, chosen.weights, strict=True)
     ]
     corpus = None if memory.corpus is None else [list(map(int, row)) for row in memory.corpus]
+    words = [memory.relation(x.fact.relation).to_dict() for x in memory.facts(WRITTEN)]
     content = [
         memory.edited.digest(), options.to_dict(), seed, experiences, list(map(list, questions)),
-        corpus,
+        corpus, words,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

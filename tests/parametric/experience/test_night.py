@@ -15,6 +15,7 @@ from memories import OPEN, SURE, bits, options, same
 from hybrid_sleep import SleepCache
 from hybrid_sleep.parametric import durable
 from hybrid_sleep.parametric.experience import course as courses
+from hybrid_sleep.parametric.experience import night as nights
 from hybrid_sleep.parametric.experience import study as study_of
 from hybrid_sleep.parametric.experience.options import StudyOptions
 from hybrid_sleep.parametric.gate import Thresholds
@@ -167,6 +168,44 @@ def test_a_full_sleep_is_over_both(world, model, opened):
         assert all(right(memory, pairs))
         found = audit(model, world[1], [(f, small.relations[f.relation]) for f in facts])
         assert all(map(is_healthy, found))
+
+
+def test_facts_in_the_weights_are_said_again_by_the_model_that_has_them(
+    world, model, opened, monkeypatch
+):
+    _, tokenizer, small = world
+    fact = small.unseen_facts(1, 3)[0]
+    relation = small.relations[fact.relation]
+    made, prepare = [], nights.prepare
+
+    def preparing(*given, **how):
+        made.append(prepare(*given, **how))
+        return made[-1]
+
+    monkeypatch.setattr(nights, "prepare", preparing)
+    some = replace(STUDY, tokens=400, foundation=200, shares=Shares(0.5, 0.0, 0.5), rehearsed=0.4)
+    with opened(model, options=asking(some)) as memory:
+        experienced(memory, told(world, 1))
+        memory.sleep(kind="experience", dry_run=True)
+        memory.learn(fact)
+        before = copy.deepcopy(model)
+        memory.sleep(kind="experience", dry_run=True)
+    without, study = made
+    assert without.mixed.rows_of["fact"] == 0 and "fact" not in without.mixed.missing
+    longest = max(len(x.ids) for x in study.lessons)
+    for part, share in (("recent", 0.5), ("foundation", 0.3), ("fact", 0.2)):
+        assert abs(study.mixed.tokens[part] - share * 400) <= longest / 2
+    lessons = [x for x in study.lessons if x.part == "fact"]
+    texts = {tokenizer.decode(x.ids) for x in lessons}
+    said = [text.replace("{}", fact.subject) for text in relation.statements]
+    assert {f"{text} {fact.object}" for text in said} <= texts
+    # A statement, or a question with it as the reply, is said of the object alone or of all of it.
+    assert all(fact.object.split()[-1] in text for text in texts) and len(texts) == 4
+    for lesson in lessons[:6]:
+        with torch.no_grad():
+            logits = before(torch.tensor([lesson.ids]), use_cache=False).logits[0, :-1]
+        wanted = logits[lesson.row.start - 1 :].float().log_softmax(-1)
+        assert (lesson.teacher - wanted).abs().max() < 1e-4
 
 
 def test_no_byte_of_what_was_slept_over_is_left(world, model, opened, tmp_path):
