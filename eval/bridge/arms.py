@@ -143,7 +143,7 @@ class Sleep(Arm):
         context = CachedContext(cache, prompts, day.questions)
         with self.opened() as memory:
             record = memory.sleep(kind="experience", caches=[context])
-        return f"{record.outcome}: {record.why}" if record.why else record.outcome
+        return record.ended
 
 
 class Unguarded(Sleep):

@@ -132,6 +132,8 @@ ARMS = {
 BASELINES = {
     "fine-tuning": "fine-tuning",
     "lora": "LoRA",
+    "page": "fine-tuning on a page of them",
+    "night": "a night over that page",
     "prompt": "all facts in the prompt",
     "retrieval": "retrieved facts in the prompt",
 }

@@ -50,6 +50,11 @@ class Method(ABC):
     def learn(self, facts: Sequence[Fact]) -> None:
         """Know `facts` as well from now on; one whose key is known already replaces it."""
 
+    @property
+    def outcome(self) -> str:
+        """What else there is to say of how it learned."""
+        return ""
+
     def prompt(self, text: str, chat: bool) -> str:
         """What the model is given for `text`: a user's turn if `chat`, else a text to complete."""
         return chat_prompt(self.tokenizer, text) if chat else text
@@ -215,7 +220,7 @@ class Trained(Method):
         """
         if not self._entered:
             raise RuntimeError(f"{self.name} must learn in a with block, which restores the model")
-        with_object = [row for fact in facts for row in self.rows(fact)]
+        with_object = self.texts(facts)
         if not with_object:
             return
         options = self.training
@@ -247,6 +252,10 @@ class Trained(Method):
             p.requires_grad_(False)
         for p in parameters:
             p.requires_grad_(True)
+
+    def texts(self, facts: Sequence[Fact]) -> list[tuple[list[int], int]]:
+        """The `rows` of all of them."""
+        return [row for fact in facts for row in self.rows(fact)]
 
     def rows(self, fact: Fact) -> list[tuple[list[int], int]]:
         """Texts with `fact` in ids, each with the index at which what is to be learned begins."""

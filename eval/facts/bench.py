@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 from hybrid_sleep.eval.facts.arms import ARMS, BASELINES
-from hybrid_sleep.eval.facts.course import Course, baseline_row
+from hybrid_sleep.eval.facts.course import Course, baseline_row, night_options
 from hybrid_sleep.eval.facts.measured import Change, Point
 from hybrid_sleep.eval.facts.subjects import WORLD, digest_of, settings_of, subject_of
 from hybrid_sleep.eval.results import Result
@@ -171,7 +171,10 @@ def _settings(model: str, arm: str) -> dict[str, Any]:
     settings = settings_of(model)
     if arm in ARMS:
         return ARMS[arm].options(settings).to_dict()
-    rates = {"fine-tuning": settings.fine_tuning, "lora": settings.lora}
+    if arm == "night":
+        return night_options(settings).to_dict()
+    fine_tuning = settings.fine_tuning
+    rates = {"fine-tuning": fine_tuning, "page": fine_tuning, "lora": settings.lora}
     return {"rate": rates[arm]} if arm in rates else {}
 
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,11 +143,9 @@ class Course:
         began = time.perf_counter()
         for record in cycles(self.memory):
             seconds = time.perf_counter() - began
-            outcome = f"{record.outcome}: {record.why}" if record.why else record.outcome
             if record.outcome != "nothing to do" or not points:
-                points.append(
-                    self._look(stage, seconds, self.live, len(self.live), outcome=outcome)
-                )
+                taught = len(self.live)
+                points.append(self._look(stage, seconds, self.live, taught, outcome=record.ended))
             began = time.perf_counter()
         return points
 
@@ -229,9 +227,14 @@ class Course:
             shutil.rmtree(partial)
 
 
+def night_options(settings: Settings) -> MemoryOptions:
+    """Of the memory that studies a page of facts."""
+    return replace(settings.memory, study=settings.page)
+
+
 def baseline_row(key: Row, subject: Subject, settings: Settings) -> Row:
     """What a `FactsRow` of a baseline, which learns all facts at once, says beside its key."""
-    from hybrid_sleep.eval.facts import baselines
+    from hybrid_sleep.eval.facts import baselines, page
 
     model, given = subject.load(), (subject.tokenizer, subject.relations)
     whole = settings.whole_replies
@@ -244,6 +247,10 @@ def baseline_row(key: Row, subject: Subject, settings: Settings) -> Row:
         "lora": lambda: baselines.LoRA(
             model, *given, baselines.Training(rate=settings.lora, whole_replies=whole)
         ),
+        "page": lambda: page.PageTuning(
+            model, *given, baselines.Training(rate=settings.fine_tuning)
+        ),
+        "night": lambda: page.Night(model, subject, night_options(settings)),
         "prompt": lambda: baselines.Prompt(model, *given),
         "retrieval": lambda: baselines.Retrieval(model, *given),
     }
@@ -266,6 +273,7 @@ def baseline_row(key: Row, subject: Subject, settings: Settings) -> Row:
             method.prompt,
             taught=len(facts),
             seconds=seconds / len(facts),
+            outcome=method.outcome,
         )
     return {
         "known": len(knowledge.baseline.answered),

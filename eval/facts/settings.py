@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hybrid_sleep.parametric.edit import EditOptions
+from hybrid_sleep.parametric.experience.options import StudyOptions
 from hybrid_sleep.parametric.gate import Thresholds
+from hybrid_sleep.parametric.mix import Shares
 from hybrid_sleep.parametric.options import MemoryOptions
 from hybrid_sleep.parametric.refine import Refinement
 from hybrid_sleep.parametric.targets import TargetOptions
@@ -17,7 +19,8 @@ class Settings:
 
     memory: of weight edits. alike_weight: in the place of its weight where directions are not told
     apart, in the null space and without statistics. fine_tuning, lora: learning rates of these
-    baselines. whole_replies: whether they are taught to reply by a statement.
+    baselines. whole_replies: whether they are taught to reply by a statement. page: how a sleep
+    studies a page of facts.
     """
 
     memory: MemoryOptions
@@ -25,6 +28,7 @@ class Settings:
     fine_tuning: float
     lora: float
     whole_replies: bool
+    page: StudyOptions
 
 
 # What is tried by a gate after the settings' own weight: a little more of it costs little recall.
@@ -47,6 +51,15 @@ SETTINGS = {
         lora=1e-2,
         alike_weight=4.0,
         whole_replies=False,
+        # These models write nothing that parses as a dream.
+        page=StudyOptions(
+            band=(0, 100),
+            dreams=0,
+            shares=Shares(0.3, 0.0, 0.7),
+            tokens=16384,
+            rate=1e-3,
+            strength=0.1,
+        ),
     ),
     "real": Settings(
         memory=MemoryOptions(
@@ -62,5 +75,6 @@ SETTINGS = {
         lora=1e-3,
         alike_weight=300.0,
         whole_replies=True,
+        page=StudyOptions(band=(0, 100), rate=3e-5),
     ),
 }

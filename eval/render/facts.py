@@ -176,6 +176,7 @@ def _costs(result: FactsResult) -> list[str]:
                 for row in found
                 if row.sleeps
             }
+            | {p.outcome for p in last if p.outcome}
         )
         rows.append(
             [

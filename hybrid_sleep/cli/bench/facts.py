@@ -38,7 +38,7 @@ def facts(
         typer.Option(
             metavar="NAME,NAME",
             help="All or some of accumulate, unprotected, null, none, few, earlier, fine-tuning, "
-            "lora, prompt, retrieval.",
+            "lora, page, night, prompt, retrieval.",
         ),
     ] = "all",
     points: Annotated[
