@@ -60,6 +60,9 @@ KINDS = {
     "bridge": Kind(
         f"{RENDER}.bridge", "bridge.png", "hybrid_sleep.eval.bridge.bench:BridgeResult"
     ),
+    "nights": Kind(
+        f"{RENDER}.nights", "nights.png", "hybrid_sleep.eval.nights.bench:NightsResult"
+    ),
     "harness": Kind(
         f"{RENDER}.harness", "accuracy.png", "hybrid_sleep.eval.harness.result:HarnessResult"
     ),

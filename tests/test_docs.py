@@ -94,7 +94,7 @@ SLOW = (
     "hybrid-sleep train out/my_text/run.yaml",
     "hybrid-sleep bench cost --model", "hybrid-sleep bench sleep",
     "hybrid-sleep bench generation", "hybrid-sleep bench train",
-    "hybrid-sleep bench kernels", "hybrid-sleep eval", "deepspeed",
+    "hybrid-sleep bench kernels", "hybrid-sleep bench nights", "hybrid-sleep eval", "deepspeed",
     "hybrid-sleep facts sleep", "hybrid-sleep facts save", "hybrid-sleep facts calibrate",
 )  # fmt: skip
 # Figures of the Python blocks that make them long.

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hybrid_sleep.cli.bench import accuracy, bridge, continual, costs, facts, kernels
+from hybrid_sleep.cli.bench import accuracy, bridge, continual, costs, facts, kernels, nights
 from hybrid_sleep.cli.commands import command
 
 bench = typer.Typer(
@@ -39,6 +39,7 @@ for _name, _run in {
     "facts": facts.facts,
     "continual": continual.continual,
     "bridge": bridge.bridge,
+    "nights": nights.nights,
     "generation": costs.generation,
     "sleep": costs.sleep,
     "cost": costs.cost,

@@ -1,0 +1,1 @@
+"""Night after night on one memory: what is kept, what drifts, what it costs."""
