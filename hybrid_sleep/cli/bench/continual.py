@@ -43,13 +43,12 @@ def continual(
     versions and settings, is kept.
     """
     from hybrid_sleep.eval.continual import bench
+    from hybrid_sleep.eval.continual.automata import RuleStream
     from hybrid_sleep.eval.continual.methods import METHODS, Training
 
     def run(**how: Any) -> Any:
         return bench.run(
-            rules=parse_counts("rules", rules, minimum=0),
-            width=width,
-            tags=tags,
+            RuleStream(tuple(parse_counts("rules", rules, minimum=0)), width, tags),
             methods=parse_names("methods", methods, tuple(METHODS)),
             seeds=parse_counts("seeds", seeds, minimum=0),
             training=Training() if steps is None else Training(steps=steps),

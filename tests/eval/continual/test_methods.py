@@ -102,11 +102,8 @@ def test_joint_training_sees_all_tasks_for_as_many_steps(monkeypatch):
 
 
 def test_a_row_of_the_result_is_the_same_again_and_is_shown(tmp_path):
-    key = {
-        "method": "fine-tuning", "seed": 1, "rules": [110, 30], "width": 4, "tags": True,
-        "settings": asdict(FEW),
-    }  # fmt: skip
-    one, two = measure_row(key), measure_row(key)
+    key = {"method": "fine-tuning", "seed": 1, "settings": asdict(FEW)}
+    one, two = measure_row(key, STREAM), measure_row(key, STREAM)
     assert one["matrix"] == two["matrix"] and len(one["matrix"]) == 3
     assert one["tokens"] == 2 * FEW.steps * FEW.rows * STREAM.length
     assert [len(x) for x in one["during"]] == [2, 2]
@@ -114,13 +111,16 @@ def test_a_row_of_the_result_is_the_same_again_and_is_shown(tmp_path):
 
 def result(matrices):
     return ContinualResult(
-        rules=[110, 30],
+        stream="rules",
+        tasks=STREAM.tasks,
+        measured=STREAM.measured,
+        about=STREAM.about,
         provenance=provenance("cpu"),
         rows=[
             ContinualRow(
-                method=name, seed=seed, rules=[110, 30], width=4, tags=True, settings=asdict(FEW),
-                matrix=matrix, during=[[[0.5, 0.0]], [[lowest, 0.1]]], floors=[0.1, 0.2],
-                tokens=100, seconds=1.0,
+                method=name, seed=seed, stream="rules", stream_settings=STREAM.settings,
+                settings=asdict(FEW), matrix=matrix, apart=[{}] * 3,
+                during=[[[0.5, 0.0]], [[lowest, 0.1]]], floors=[0.1, 0.2], tokens=100, seconds=1.0,
             )
             for name, seed, matrix, lowest in matrices
         ],
@@ -152,18 +152,20 @@ def test_the_table_says_how_far_a_sleep_goes():
 def test_a_run_goes_on_where_it_was(tmp_path, monkeypatch):
     made = []
 
-    def scripted(key):
+    def scripted(key, stream):
         made.append(key["method"])
         return {
             "matrix": [[0.0, 0.0], [1.0, 0.0], [0.5, 1.0]], "during": [[], []],
-            "floors": [0.1, 0.1], "tokens": 1, "seconds": 0.0,
+            "apart": [{}, {}, {}], "floors": [0.1, 0.1], "tokens": 1, "seconds": 0.0,
         }  # fmt: skip
 
     monkeypatch.setattr(bench, "measure_row", scripted)
-    given = {"rules": (110, 30), "width": 4, "seeds": (0,), "out": tmp_path}
-    bench.run(methods=("none", "ewc"), **given)
-    found = bench.run(methods=("none", "ewc", "joint"), **given)
+    given = {"seeds": (0,), "out": tmp_path}
+    bench.run(STREAM, methods=("none", "ewc"), **given)
+    found = bench.run(STREAM, methods=("none", "ewc", "joint"), **given)
     assert made == ["none", "ewc", "joint"]
     assert [row.method for row in found.rows] == made
     with pytest.raises(ValueError, match="methods must be one of"):
-        bench.run(methods=("luck",), **given)
+        bench.run(STREAM, methods=("luck",), **given)
+    with pytest.raises(ValueError, match=r"stream must be of at least 2 tasks, got \['rule 110'\]"):
+        bench.run(RuleStream((110,)), **given)
