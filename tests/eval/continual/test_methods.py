@@ -20,9 +20,9 @@ STREAM = RuleStream((110, 30), width=4)
 FEW = Training(steps=2, rows=8, measured=4)
 
 
-def learned(name, training=FEW, tasks=2, monkeypatch=None, seen=None):
-    model = new_model(STREAM, 0)
-    method = METHODS[name](model, STREAM, training, 0)
+def learned(name, training=FEW, tasks=2, monkeypatch=None, seen=None, stream=STREAM):
+    model = new_model(stream, 0)
+    method = METHODS[name](model, stream, training, 0)
     if seen is not None:
         plain = methods.fit
 
@@ -99,6 +99,37 @@ def test_joint_training_sees_all_tasks_for_as_many_steps(monkeypatch):
     assert [len(part) for part in seen] == [2, 4]
     tags = torch.cat([batch["input_ids"][:, 1] for batch in seen[1]])
     assert set(tags.tolist()) == {4, 5} and len(tags) == 32
+
+
+class Noted(RuleStream):
+    """Says which rows it was asked for."""
+
+    def batch(self, task, count, source, *, progress=1.0, after=None):
+        self.__dict__.setdefault("asked", []).append((task, count, progress, after))
+        return super().batch(task, count, source)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("fine-tuning", [(task, 8, at, None) for task in (0, 1) for at in (0.0, 0.5)]),
+        # Stored rows are of the whole task, true or not.
+        (
+            "replay",
+            [(0, 8, 0.0, None), (0, 8, 0.5, None)]
+            + [x for at in (0.0, 0.5) for x in ((1, 6, at, None), (0, 2, None, None))],
+        ),
+        # What is protected is what holds behind the task.
+        ("ewc", [(0, 8, 0.0, None), (0, 8, 0.5, None), (0, 4, 1.0, None)]),
+        # The copy, then the model, then what is protected.
+        ("compress", 2 * [(0, 8, 0.0, None), (0, 8, 0.5, None)] + [(0, 4, 1.0, None)]),
+        ("joint", 2 * [(0, 8, 1.0, 1)] + 4 * [(0, 8, 1.0, 2), (1, 8, 1.0, 2)]),
+    ],
+)
+def test_rows_come_in_the_order_of_their_task_and_joint_training_gets_what_is_true(name, asked):
+    stream = Noted((110, 30), width=4)
+    learned(name, stream=stream)
+    assert stream.asked[: len(asked)] == asked
 
 
 def test_a_row_of_the_result_is_the_same_again_and_is_shown(tmp_path):
