@@ -127,13 +127,13 @@ def run(
         check_choice("methods", method, tuple(METHODS))
     for seed in seeds:
         check_count("seeds", seed, minimum=0)
-    training = training or Training()
+    training, settings = training or Training(), stream.settings
     planned = [
         {
             "method": method,
             "seed": seed,
             "stream": stream.name,
-            "stream_settings": stream.settings,
+            "stream_settings": settings,
             "settings": asdict(training),
         }
         for seed in seeds
