@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hybrid_sleep.eval.continual.stream import TaskStream, answered
 from hybrid_sleep.eval.tasks.sampling import TEST_SHARE, Stream, mix
-from hybrid_sleep.validation import check_count
+from hybrid_sleep.validation import check_count, check_flag
 
 ZERO, ONE, SEPARATOR, BEGIN, TAG = range(5)
 
@@ -44,6 +44,9 @@ class RuleStream(TaskStream):
 
     def __post_init__(self) -> None:
         check_count("width", self.width, 3, 16)
+        check_flag("tags", self.tags)
+        if not isinstance(self.rules, tuple):
+            raise ValueError(f"rules must be a tuple of integers, got {self.rules!r}")
         for rule in self.rules:
             check_count("rules", rule, 0, 255)
         if not self.rules or len(set(self.rules)) < len(self.rules):

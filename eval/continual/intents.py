@@ -70,6 +70,10 @@ class IntentStream(TaskStream):
     tokenizer: str = BYTES
 
     def __post_init__(self) -> None:
+        if not isinstance(self.data, (str, Path)):
+            raise ValueError(f"data must be the path of a folder, got {self.data!r}")
+        if not isinstance(self.tokenizer, str):
+            raise ValueError(f"tokenizer must be a name, got {self.tokenizer!r}")
         check_choice("scope", self.scope, SCOPES)
         check_count("text_length", self.text_length)
         if self.shuffled is not None:
@@ -85,7 +89,7 @@ class IntentStream(TaskStream):
 
     @abstractmethod
     def published(self) -> dict[str, tuple[str, ...]]:
-        """Names of intents by what makes up a task, where no number of intents is given."""
+        """Names of intents by what makes up a task where `intents` is None."""
 
     @cached_property
     def groups(self) -> dict[str, tuple[int, ...]]:
@@ -284,6 +288,10 @@ class Banking77(IntentStream):
     names: ClassVar[tuple[str, ...]] = BANKING77
 
     intents: int | None = 11
+
+    def __post_init__(self) -> None:
+        check_count("intents", self.intents)
+        super().__post_init__()
 
     def published(self) -> dict[str, tuple[str, ...]]:
         """All in one."""

@@ -132,6 +132,62 @@ def test_rows_come_in_the_order_of_their_task_and_joint_training_gets_what_is_tr
     assert stream.asked[: len(asked)] == asked
 
 
+class Padded(RuleStream):
+    """Rows of half the rings, behind which two pads stand, and one behind the others."""
+
+    pad = 7
+
+    @property
+    def vocab_size(self):
+        return 8
+
+    @property
+    def length(self):
+        return super().length + 2
+
+    def batch(self, task, count, source, *, progress=1.0, after=None):
+        rows = super().batch(task, count, source)
+        short = torch.cat((rows[::2], torch.full((len(rows[::2]), 2), 7)), dim=1)
+        long = torch.cat((rows[1::2], torch.full((len(rows[1::2]), 2), 7)), dim=1)
+        long[:, -2] = 0
+        return torch.stack((short, long), dim=1).flatten(0, 1)
+
+
+def test_what_stands_behind_the_end_of_a_row_is_not_learned(monkeypatch):
+    stream, seen, measured = Padded((110, 30), width=4), [], []
+    method = METHODS["sleep"](new_model(stream, 0), stream, FEW, 0)
+    measure = method.guard.measure
+    monkeypatch.setattr(
+        method.guard, "measure", lambda rows, **how: measured.append(rows) or measure(rows, **how)
+    )
+    plain = methods.fit
+
+    def noted(model, batches, **how):
+        kept = []
+        done = plain(model, (kept.append(b) or b for b in batches), **how)
+        seen.append(kept)
+        return done
+
+    monkeypatch.setattr(methods, "fit", noted)
+    method.learn(0)
+    method.learn(1)
+    # Short rows have 11 tokens and an end, long ones 12.
+    labels = torch.cat([batch["labels"] for batch in seen[0]])
+    assert (labels != -100).sum(dim=1).tolist() == [12, 13] * 8
+    assert (labels == 7).sum(dim=1).tolist() == [1] * 16
+    lessons = [x for batch in seen[3] for x in batch["lessons"]]
+    ids = [x.ids for x in lessons if x.part == "recent"] + list(map(tuple, measured[1]))
+    assert {len(x) for x in ids} == {12, 13} and all(x.index(7) == len(x) - 1 for x in ids)
+    # What the model itself writes ends at its first pad as well.
+    own = [x.ids for x in lessons if x.part == "foundation"]
+    assert any(7 in x for x in own) and all(7 not in x[:-1] for x in own)
+    assert all(len(x) == 13 for x in own if 7 not in x)
+    trained = sum(len(x.ids) for part in seen[1::2] for b in part for x in b["lessons"])
+    assert method.tokens == 2 * int((labels != -100).sum()) + trained
+    context = METHODS["in-context"](new_model(stream, 0), stream, FEW, 0).context(0)
+    assert context.count(7) == 4 and len(context) == 2 * 12 + 2 * 13
+
+
 def test_a_row_of_the_result_is_the_same_again_and_is_shown(tmp_path):
     key = {"method": "fine-tuning", "seed": 1, "settings": asdict(FEW)}
     one, two = measure_row(key, STREAM), measure_row(key, STREAM)
