@@ -254,7 +254,7 @@ class FactStream(TaskStream):
             facts += told
             said += self._said(model, told, list(map(self.asked, told)), front)
             each = [(x, form) for x in told for form in self.told_in(x)]
-            answers = self._said(model, *map(list, zip(*each, strict=True)), front)
+            answers = self._said(model, [x for x, _ in each], [form for _, form in each], front)
             as_told += [a == x.object for a, (x, _) in zip(answers, each, strict=True)]
 
         def share(
