@@ -116,7 +116,9 @@ class FactStream(TaskStream):
             f"{self.objects} possible objects; each contradicts {self.contradictions} of its own, "
             f"the later holds, and from the second on updates {self.updates} of earlier ones. "
             f"Controls: the {self.controls * self.relations} facts about subjects of which nothing "
-            f"changes. Facts of seed {self.seed}."
+            "changes. Apart from the tests: of facts that were updated, or contradicted, how many "
+            "are answered with the one object and the other; and how many of all that hold are "
+            f"known in the forms in which they were told. Facts of seed {self.seed}."
         )
 
     @property

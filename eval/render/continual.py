@@ -41,28 +41,29 @@ def markdown(result: ContinualResult) -> str:
     ]
     first = result.rows[0] if result.rows else None
     seeds = ", ".join(sorted({str(row.seed) for row in result.rows}))
-    lines = [
-        *table(["", *(name for name, _ in MEASURES)], rows),
-        "",
-        f"Accuracy: the share of {result.measured}; means over seeds {seeds}, lowest to highest in "
-        "brackets. Average: of all tasks at the end; learning: of each right behind it; minimum: "
-        "the lowest that earlier tasks had at any time in later training; worst case: that, and "
-        "the last task.",
-        "",
+    blocks = [
+        table(["", *(name for name, _ in MEASURES)], rows),
+        [
+            f"Accuracy: the share of {result.measured}; means over seeds {seeds}, lowest to "
+            "highest in brackets. Average: of all tasks at the end; learning: of each right behind "
+            "it; minimum: the lowest that earlier tasks had at any time in later training; worst "
+            "case: that, and the last task."
+        ],
         *_by_task(result, named),
-        "",
-        *_apart(result, named),
-        *_words(result),
+        _apart(result, named),
+        _words(result),
     ]
     if first is not None:
         floors = ", ".join(f"{x:.3f}" for x in first.floors)
         told = ", ".join(f"{name} {value:g}" for name, value in first.settings.items())
-        lines += ["", f"{result.about} Floors: {floors}. Training: {told}."]
-    return "\n".join([*lines, *result.footer()]) + "\n"
+        blocks.append([f"{result.about} Floors: {floors}. Training: {told}."])
+    lines = [line for block in blocks if block for line in ("", *block)]
+    return "\n".join([*lines[1:], *result.footer()]) + "\n"
 
 
-def _by_task(result: ContinualResult, named: list[str]) -> list[str]:
-    """Each task right behind it and at the end, and what learning cost: methods or tasks down."""
+def _by_task(result: ContinualResult, named: list[str]) -> list[list[str]]:
+    """Each task right behind it and at the end, and what learning cost, a method or a task a line:
+    blocks of lines."""
     costs = ["tokens trained on", "seconds"]
     spent = {
         name: [
@@ -76,25 +77,20 @@ def _by_task(result: ContinualResult, named: list[str]) -> list[str]:
     last = {n: [[row.matrix[-1][j] for row in result.of(n)] for j in tasks] for n in named}
     if len(tasks) <= MOST_ACROSS:
         head = [f"{x}, {when}" for when in ("learned", "at the end") for x in result.tasks]
-        return table(
-            ["", *head, *costs],
-            [
-                [METHODS[n].label, *map(_told, learned[n]), *map(_told, last[n]), *spent[n]]
-                for n in named
-            ],
-        )
+        rows = [
+            [METHODS[n].label, *map(_told, learned[n]), *map(_told, last[n]), *spent[n]]
+            for n in named
+        ]
+        return [table(["", *head, *costs], rows)]
+    labels = [METHODS[n].label for n in named]
+    rows = [
+        [x, *(f"{mean(learned[n][j]):.3f} to {mean(last[n][j]):.3f}" for n in named)]
+        for j, x in enumerate(result.tasks)
+    ]
     return [
-        *table(
-            ["", *(METHODS[n].label for n in named)],
-            [
-                [x, *(f"{mean(learned[n][j]):.3f} to {mean(last[n][j]):.3f}" for n in named)]
-                for j, x in enumerate(result.tasks)
-            ],
-        ),
-        "",
-        "Of each task: right behind it, and at the end.",
-        "",
-        *table(["", *costs], [[METHODS[n].label, *spent[n]] for n in named]),
+        table(["", *labels], rows),
+        ["Of each task: right behind it, and at the end."],
+        table(["", *costs], [[METHODS[n].label, *spent[n]] for n in named]),
     ]
 
 
@@ -107,7 +103,7 @@ def _apart(result: ContinualResult, named: list[str]) -> list[str]:
         [METHODS[n].label, *(_told_if(row.apart[-1][x] for row in result.of(n)) for x in names)]
         for n in named
     ]
-    return [*table(["at the end", *names], cells), ""]
+    return table(["at the end", *names], cells)
 
 
 def figure(result: ContinualResult) -> Figure:
@@ -138,7 +134,7 @@ def figure(result: ContinualResult) -> Figure:
     for axes in (left, right):
         of = axes.yaxis if axes is left else axes.xaxis
         of.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    left.legend(fontsize=9, loc="center right", framealpha=0.9)
+    left.legend(fontsize=9, loc="best", framealpha=0.9)
     picture.set_size_inches(12.4, picture.get_size_inches()[1])
     return picture
 

@@ -76,6 +76,8 @@ def continual(
     from hybrid_sleep.eval.continual.streams import new_stream
     from hybrid_sleep.training.parsing import parse_overrides
 
+    # A list without any is written none, which here is the name of a method.
+    chosen = [methods] if methods in METHODS else parse_names("methods", methods, tuple(METHODS))
     numbers = None if rules is None else tuple(parse_counts("rules", rules, minimum=0))
     given = {"data": data, "rules": numbers, "width": width, "tags": tags}
     settings = {key: value for key, value in given.items() if value is not None}
@@ -84,7 +86,7 @@ def continual(
     def run(**how: Any) -> Any:
         return bench.run(
             new_stream(stream, settings),
-            methods=parse_names("methods", methods, tuple(METHODS)),
+            methods=chosen,
             seeds=parse_counts("seeds", seeds, minimum=0),
             training=Training() if steps is None else Training(steps=steps),
             jobs=jobs,

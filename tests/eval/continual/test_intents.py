@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
+from dataclasses import asdict
 
 import pytest
 import torch
 from torch import nn
 
+from hybrid_sleep.eval.continual.bench import measure_row
 from hybrid_sleep.eval.continual.intent_names import BANKING77, CLINC150, CLINC150_DOMAINS
 from hybrid_sleep.eval.continual.intents import Banking77, Clinc150
+from hybrid_sleep.eval.continual.methods import Training
 from hybrid_sleep.eval.tasks.sampling import Stream
 
 datasets = pytest.importorskip("datasets")
@@ -200,6 +203,16 @@ def test_accuracy_among_all_intents_or_those_of_the_task(tmp_path):
         "test texts whose intent is the likeliest of the 150 of all tasks",
         "test texts whose intent is the likeliest of those of its task",
     )
+
+
+def test_intents_are_learned(tmp_path):
+    stream = Clinc150(published(tmp_path / "data", each=1), intents=75, text_length=7)
+    settings = asdict(Training(steps=1, rows=8))
+    row = measure_row({"method": "fine-tuning", "seed": 0, "settings": settings}, stream)
+    assert [len(x) for x in row["matrix"]] == [2, 2, 2] and row["floors"] == [1 / 75] * 2
+    # A row begins, has seven bytes at most, a separator, its intent and an end.
+    assert row["tokens"] == 2 * 8 * 11
+    assert "than 7, 150 for training and 150 for tests" in stream.about
 
 
 def test_a_tokenizer_that_is_given(tmp_path):

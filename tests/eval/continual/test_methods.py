@@ -236,6 +236,24 @@ def test_the_table_says_how_far_a_sleep_goes():
     assert shown.figure(found).axes
 
 
+def test_many_tasks_have_a_line_each_and_no_two_lines_are_empty():
+    names = [f"intents {i}" for i in range(6)]
+    matrix = [[round(0.1 * i * (j < i), 2) for j in range(6)] for i in range(7)]
+    row = ContinualRow(
+        method="ewc", seed=0, stream="x", stream_settings={}, settings=asdict(FEW), matrix=matrix,
+        during=[[]] * 6, apart=[{"told": None, "held": x / 10} for x in range(7)],
+        floors=[0.0] * 6, tokens=1234, seconds=2.0,
+    )  # fmt: skip
+    given = {"stream": "x", "tasks": names, "measured": "all", "about": "Six.", "rows": [row]}
+    found = ContinualResult(**given, provenance=provenance("cpu"))
+    text = shown.markdown(found)
+    assert "| intents 1 | 0.200 to 0.600 |" in text and "| EWC | 1,234 | 2 |" in text
+    assert "| at the end | told | held |" in text and "| EWC | - | 0.600 |" in text
+    assert "share of all;" in text and "Six. Floors: 0.000" in text and "\n\n\n" not in text
+    assert shown.figure(found).axes
+    assert ContinualResult.from_content(found.content()) == found
+
+
 def test_a_run_goes_on_where_it_was(tmp_path, monkeypatch):
     made = []
 
