@@ -85,6 +85,8 @@ SHORT = {
     ],
     "hybrid-sleep bench continual": ["--steps", "2", "--methods", "ewc", "--seeds", "0",
                                      "--width", "4"],
+    "hybrid-sleep bench continual --stream facts": ["--steps", "2", "--methods", "none",
+                                                    "--seeds", "0", "--set", "objects=4"],
     "hybrid-sleep bench bridge": ["--steps", "2", "--arms", "none,fine-tuning", "--seeds", "0",
                                   "--days", "1"],
     "hybrid-sleep eval": ["--limit", "2"],

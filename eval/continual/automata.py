@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hybrid_sleep.eval.continual.stream import TaskStream, answered
 from hybrid_sleep.eval.tasks.sampling import TEST_SHARE, Stream, mix
-from hybrid_sleep.parametric.sites import frozen
-from hybrid_sleep.validation import check_count
+from hybrid_sleep.validation import check_count, check_flag
 
 ZERO, ONE, SEPARATOR, BEGIN, TAG = range(5)
 
@@ -29,11 +30,13 @@ def step(cells: np.ndarray, rule: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class RuleStream:
+class RuleStream(TaskStream):
     """Tasks 0, 1, ... of `rules`; rings of `width` cells; tags: whether a row says its task.
 
     Raises ValueError for rules out of range or given twice, and a width below 3 or above 16.
     """
+
+    name: ClassVar[str] = "rules"
 
     rules: tuple[int, ...] = (110, 30, 90)
     width: int = 10
@@ -41,10 +44,34 @@ class RuleStream:
 
     def __post_init__(self) -> None:
         check_count("width", self.width, 3, 16)
+        check_flag("tags", self.tags)
+        if not isinstance(self.rules, tuple):
+            raise ValueError(f"rules must be a tuple of integers, got {self.rules!r}")
         for rule in self.rules:
             check_count("rules", rule, 0, 255)
         if not self.rules or len(set(self.rules)) < len(self.rules):
             raise ValueError(f"rules must be one or more, each once, got {list(self.rules)}")
+
+    @property
+    def tasks(self) -> list[str]:
+        """The rules."""
+        return [f"rule {rule}" for rule in self.rules]
+
+    @property
+    def measured(self) -> str:
+        """A ring counts if all of it is right."""
+        return "test rings of which every cell one step later is right"
+
+    @property
+    def about(self) -> str:
+        """Rules and rings, in words."""
+        tags = "each row says its rule" if self.tags else "no row says its rule"
+        return f"Rules {', '.join(map(str, self.rules))} on rings of {self.width} cells; {tags}."
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All fields."""
+        return {"rules": list(self.rules), "width": self.width, "tags": self.tags}
 
     @property
     def vocab_size(self) -> int:
@@ -55,6 +82,11 @@ class RuleStream:
     def length(self) -> int:
         """Tokens of a row."""
         return 2 * self.width + 3
+
+    @property
+    def begin(self) -> int:
+        """The first token."""
+        return BEGIN
 
     def states(self, test: bool) -> np.ndarray:
         """All states for tests, or all for training: `[count, width]`, in a fixed order."""
@@ -77,10 +109,18 @@ class RuleStream:
         )
         return torch.from_numpy(np.concatenate(parts, axis=1))
 
-    def batch(self, task: int, count: int, stream: Stream) -> Tensor:
-        """`count` rows for training, drawn with replacement."""
+    def batch(
+        self,
+        task: int,
+        count: int,
+        source: Stream,
+        *,
+        progress: float | None = 1.0,
+        after: int | None = None,
+    ) -> Tensor:
+        """`count` rows for training, drawn with replacement; they are in no order, and all true."""
         states = self.states(test=False)
-        drawn = np.array([stream.below(len(states)) for _ in range(count)])
+        drawn = np.array([source.below(len(states)) for _ in range(count)])
         return self.rows(task, states[drawn])
 
     @property
@@ -88,19 +128,15 @@ class RuleStream:
         """Where the cells one step later begin in a row."""
         return self.width + 3
 
-    @torch.no_grad()
     def accuracy(self, model: nn.Module, task: int, *, context: Sequence[int] = ()) -> float:
         """The share of test states of which every cell one step later is the likeliest token.
 
         That is what greedy decoding answers exactly. context: ids in front of each row.
         """
         rows = self.rows(task, self.states(test=True))
-        device = next(model.parameters()).device
-        front = torch.tensor(list(context), dtype=torch.long).expand(len(rows), -1)
-        ids = torch.cat((front, rows), dim=1).to(device)
-        with frozen(model):
-            logits = model(input_ids=ids, use_cache=False).logits[:, -self.width - 1 : -1]
-        return float((logits.argmax(-1) == ids[:, -self.width :]).all(-1).double().mean())
+        cells = slice(-self.width - 1, -1)
+        said = answered(model, rows, context, lambda logits: logits[:, cells].argmax(-1))
+        return float((said == rows[:, -self.width :]).all(-1).double().mean())
 
     def floor(self, task: int) -> float:
         """The share that the best row for all states alike gets right."""

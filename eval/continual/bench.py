@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-from hybrid_sleep.eval.continual.automata import RuleStream
 from hybrid_sleep.eval.continual.methods import METHODS, Training
 from hybrid_sleep.eval.continual.metrics import Scores
+from hybrid_sleep.eval.continual.stream import TaskStream
 from hybrid_sleep.eval.results import Result
 from hybrid_sleep.support.provenance import provenance
 from hybrid_sleep.support.resume import Row, collect
@@ -27,18 +28,20 @@ LOOKS = 8
 class ContinualRow:
     """One method on one seed.
 
-    matrix: accuracy on every task, before any was learned and after each. during: for each task
-    that was learned, accuracy on all of them on the way. tokens: trained on. settings: of training.
+    stream, stream_settings: what was learned, see `TaskStream`. settings: of training. matrix:
+    accuracy on every task, before any was learned and after each. during: for each task that was
+    learned, accuracy on all of them on the way. apart: what else was measured before any task and
+    after each, see `TaskStream.apart`. tokens: trained on.
     """
 
     method: str
     seed: int
-    rules: list[int]
-    width: int
-    tags: bool
+    stream: str
+    stream_settings: dict[str, Any]
     settings: dict[str, Any]
     matrix: list[list[float]]
     during: list[list[list[float]]]
+    apart: list[dict[str, float | None]]
     floors: list[float]
     tokens: int
     seconds: float
@@ -52,16 +55,20 @@ class ContinualRow:
     def later(self) -> list[list[float]]:
         """Of each task, what it scored while later ones were learned."""
         return [
-            [at[j] for seen in self.during[j + 1 :] for at in seen] for j in range(len(self.rules))
+            [at[j] for seen in self.during[j + 1 :] for at in seen]
+            for j in range(len(self.during))
         ]
 
 
 @dataclass(kw_only=True)
 class ContinualResult(Result):
-    """All methods on all seeds."""
+    """All methods on all seeds; of the stream what a table says of it, see `TaskStream`."""
 
     benchmark: ClassVar[str] = "continual"
-    rules: list[int]
+    stream: str
+    tasks: list[str]
+    measured: str
+    about: str
     rows: list[ContinualRow]
 
     def of(self, method: str) -> list[ContinualRow]:
@@ -87,7 +94,7 @@ def backbone(vocab_size: int, length: int) -> dict[str, Any]:
     }
 
 
-def new_model(stream: RuleStream, seed: int) -> Any:
+def new_model(stream: TaskStream, seed: int) -> Any:
     """A model of ours, randomly initialised by `seed`."""
     from hybrid_sleep import HybridSleepConfig, HybridSleepForCausalLM
 
@@ -98,10 +105,8 @@ def new_model(stream: RuleStream, seed: int) -> Any:
 
 
 def run(
+    stream: TaskStream,
     *,
-    rules: Sequence[int] = (110, 30, 90),
-    width: int = 10,
-    tags: bool = True,
     methods: Sequence[str] = tuple(METHODS),
     seeds: Sequence[int] = (0, 1, 2),
     training: Training | None = None,
@@ -111,53 +116,59 @@ def run(
     command: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ContinualResult:
-    """Learn `rules` one after the other by every one of `methods`, from models of all `seeds`.
+    """Learn the tasks of `stream` in order by every one of `methods`, from models of all `seeds`.
 
-    A later call with the same `out` goes on. Other arguments as in `RuleStream` and
-    `resume.collect`. Raises ValueError for numbers or methods that cannot be.
+    A later call with the same `out` goes on. Other arguments as in `resume.collect`. Raises
+    ValueError for numbers or methods that cannot be, and for a stream of less than 2 tasks.
     """
-    RuleStream(tuple(rules), width, tags)
+    if len(stream.tasks) < 2:
+        raise ValueError(f"stream must be of at least 2 tasks, got {stream.tasks}")
     for method in methods:
         check_choice("methods", method, tuple(METHODS))
     for seed in seeds:
         check_count("seeds", seed, minimum=0)
-    training = training or Training()
+    training, settings = training or Training(), stream.settings
     planned = [
         {
             "method": method,
             "seed": seed,
-            "rules": list(rules),
-            "width": width,
-            "tags": tags,
+            "stream": stream.name,
+            "stream_settings": settings,
             "settings": asdict(training),
         }
         for seed in seeds
         for method in methods
     ]
     header = ContinualResult(
-        rules=list(rules), rows=[], command=command, provenance=provenance("cpu")
+        stream=stream.name,
+        tasks=stream.tasks,
+        measured=stream.measured,
+        about=stream.about,
+        rows=[],
+        command=command,
+        provenance=provenance("cpu"),
     )
     content = collect(
-        header.content(), planned, measure_row, jobs=jobs, minutes=minutes, out=out,
-        progress=progress,
+        header.content(), planned, partial(measure_row, stream=stream), jobs=jobs,
+        minutes=minutes, out=out, progress=progress,
     )  # fmt: skip
     return ContinualResult.from_content(content)
 
 
-def measure_row(key: Row) -> Row:
-    """What a `ContinualRow` says beside its key."""
+def measure_row(key: Row, stream: TaskStream) -> Row:
+    """What a `ContinualRow` of `stream` says beside its key."""
     began = time.perf_counter()
-    stream = RuleStream(tuple(key["rules"]), key["width"], key["tags"])
     training = Training(**key["settings"])
     method = METHODS[key["method"]](
         new_model(stream, key["seed"]), stream, training, key["seed"]
     )
-    tasks = range(len(stream.rules))
+    tasks = range(len(stream.tasks))
 
     def measured() -> list[float]:
         return [stream.accuracy(method.model, i, context=method.context(i)) for i in tasks]
 
     matrix, during = [measured()], []
+    apart = [stream.apart(method.model, 0, method.context)]
     for task in tasks:
         seen: list[list[float]] = []
 
@@ -168,9 +179,11 @@ def measure_row(key: Row) -> Row:
         method.learn(task, look)
         during.append(seen)
         matrix.append(measured())
+        apart.append(stream.apart(method.model, task + 1, method.context))
     return {
         "matrix": matrix,
         "during": during,
+        "apart": apart,
         "floors": [stream.floor(i) for i in tasks],
         "tokens": method.tokens,
         "seconds": time.perf_counter() - began,

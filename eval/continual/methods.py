@@ -10,12 +10,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from hybrid_sleep.eval.continual.automata import BEGIN, RuleStream
+from hybrid_sleep.eval.continual.stream import IGNORED, TaskStream
 from hybrid_sleep.eval.tasks.sampling import Stream
 from hybrid_sleep.parametric.ewc import OnlineEWC
 from hybrid_sleep.parametric.lessons import Lesson, lesson_loss, taught
@@ -51,7 +52,7 @@ class Method(ABC):
 
     label: ClassVar[str]
 
-    def __init__(self, model: nn.Module, stream: RuleStream, training: Training, seed: int):
+    def __init__(self, model: nn.Module, stream: TaskStream, training: Training, seed: int):
         self.model, self.stream, self.training, self.seed = model, stream, training, seed
         self.tokens = 0
 
@@ -63,11 +64,28 @@ class Method(ABC):
         """Ids in front of every test row."""
         return []
 
-    def drawn(self, task: int, rows: int, *purpose: int) -> Iterator[Tensor]:
-        """Batches of rows of a task, the same for all methods of a seed."""
+    def drawn(
+        self,
+        task: int,
+        rows: int,
+        *purpose: int,
+        over: int | None = None,
+        progress: float | None = 1.0,
+        after: int | None = None,
+    ) -> Iterator[Tensor]:
+        """Batches of rows of a task, the same for all methods of a seed.
+
+        over: batches in which they come from the task's first rows to its last; None: all at one
+        `progress`. That and `after` as in `TaskStream.batch`.
+        """
         source = Stream(self.seed, task, *purpose)
-        while True:
-            yield self.stream.batch(task, rows, source)
+        for i in count():
+            at = progress if over is None else min(1.0, i / over)
+            yield self.stream.batch(task, rows, source, progress=at, after=after)
+
+    def labelled(self, rows: Tensor) -> dict[str, Tensor]:
+        """A batch in which every token is to be predicted."""
+        return {"input_ids": rows, "labels": self.stream.labels(rows)}
 
     def fit(
         self, model: nn.Module, batches: Iterator[Any], on_step: OnStep | None, **how: Any
@@ -79,15 +97,18 @@ class Method(ABC):
         guard = how.pop("guard", None)
         with guard.guarding(optimizer) if guard else nullcontext():
             fit(
-                model, batches, optimizer=optimizer, on_step=on_step, schedule="trapezoid",
-                warmup=how["steps"] // 20, seed=self.seed, **how,
+                model, self._counted(batches), optimizer=optimizer, on_step=on_step,
+                schedule="trapezoid", warmup=how["steps"] // 20, seed=self.seed, **how,
             )  # fmt: skip
-        self.tokens += how["steps"] * t.rows * self.stream.length
 
-
-def labelled(rows: Tensor) -> dict[str, Tensor]:
-    """A batch in which every token is to be predicted."""
-    return {"input_ids": rows, "labels": rows.clone()}
+    def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """`batches`, whose tokens are counted as trained on."""
+        for batch in batches:
+            if "lessons" in batch:
+                self.tokens += sum(len(lesson.ids) for lesson in batch["lessons"])
+            else:
+                self.tokens += int((batch["labels"] != IGNORED).sum())
+            yield batch
 
 
 class NoSleep(Method):
@@ -107,7 +128,8 @@ class InContext(NoSleep):
 
     def context(self, task: int) -> list[int]:
         """Rows of the task that are for training."""
-        return next(self.drawn(task, self.EXAMPLES, 2)).flatten().tolist()
+        rows = next(self.drawn(task, self.EXAMPLES, 2)).tolist()
+        return [i for row in self.stream.without_pads(rows) for i in row]
 
 
 class FineTuning(Method):
@@ -117,29 +139,32 @@ class FineTuning(Method):
 
     def learn(self, task: int, on_step: OnStep | None = None) -> None:
         """Train on rows of `task`."""
-        rows = self.drawn(task, self.training.rows)
-        self.fit(self.model, map(labelled, rows), on_step)
+        rows = self.drawn(task, self.training.rows, over=self.training.steps)
+        self.fit(self.model, map(self.labelled, rows), on_step)
 
 
 class Replay(Method):
-    """Stored rows of earlier tasks in the place of some of the task's."""
+    """Stored rows of earlier tasks in the place of some of the task's.
+
+    They are what was said then, even where it is no longer true.
+    """
 
     label = "replay of stored rows"
 
     def learn(self, task: int, on_step: OnStep | None = None) -> None:
         """Train on rows of `task` and of those before."""
         own, others = _shares(self.training, task)
-        earlier = [self.drawn(i, others, 1) for i in range(task)]
+        earlier = [self.drawn(i, others, 1, progress=None) for i in range(task)]
 
         def batches() -> Iterator[dict[str, Tensor]]:
             chosen = Stream(self.seed, task, 3)
-            for rows in self.drawn(task, own):
+            for rows in self.drawn(task, own, over=self.training.steps):
                 if not others:
-                    yield labelled(rows)
+                    yield self.labelled(rows)
                     continue
                 mixed = torch.cat([next(source) for source in earlier])
                 picked = torch.tensor(chosen.distinct(len(mixed), others))
-                yield labelled(torch.cat((rows, mixed[picked])))
+                yield self.labelled(torch.cat((rows, mixed[picked])))
 
         self.fit(self.model, batches(), on_step)
 
@@ -149,20 +174,21 @@ class EWC(Method):
 
     label = "EWC"
 
-    def __init__(self, model: nn.Module, stream: RuleStream, training: Training, seed: int):
+    def __init__(self, model: nn.Module, stream: TaskStream, training: Training, seed: int):
         super().__init__(model, stream, training, seed)
         self.guard = OnlineEWC(model, training.strength, decay=training.decay)
 
     def learn(self, task: int, on_step: OnStep | None = None) -> None:
         """Train on rows of `task`, then protect what they need."""
-        rows = self.drawn(task, self.training.rows)
-        self.fit(self.model, map(labelled, rows), on_step, guard=self.guard)
+        rows = self.drawn(task, self.training.rows, over=self.training.steps)
+        self.fit(self.model, map(self.labelled, rows), on_step, guard=self.guard)
         self.consolidate(task)
 
     def consolidate(self, task: int) -> None:
         """Add the task to what the guard protects."""
         rows = next(self.drawn(task, self.training.measured, 4))
-        self.guard.consolidate(self.guard.measure(rows.tolist(), seed=self.seed))
+        measured = self.stream.without_pads(rows.tolist())
+        self.guard.consolidate(self.guard.measure(measured, seed=self.seed))
 
 
 class ProgressCompress(EWC):
@@ -179,17 +205,20 @@ class ProgressCompress(EWC):
         """Train a copy on the task, then the model on what copy and former self say."""
         t = self.training
         active, before = copy.deepcopy(self.model), copy.deepcopy(self.model)
-        self.fit(active, map(labelled, self.drawn(task, t.rows)), None)
+        new = self.drawn(task, t.rows, over=t.steps)
+        self.fit(active, map(self.labelled, new), None)
         own, others = _shares(t, task if self.own_replay else 0)
-        begun = [[BEGIN]] * (t.steps * others)
-        samples = continuations(before, None, begun, self.stream.length - 1, seed=self.seed + task)
+        begun = [[self.stream.begin]] * (t.steps * others)
+        written = continuations(before, None, begun, self.stream.length - 1, seed=self.seed + task)
+        samples = self.stream.without_pads([[self.stream.begin, *ids] for ids in written])
 
         def batches() -> Iterator[dict[str, list[Lesson]]]:
-            source = self.drawn(task, own, 5)
+            source = self.drawn(task, own, 5, over=t.steps)
             for step in range(t.steps):
-                rows = [Lesson("recent", Row(tuple(ids))) for ids in next(source).tolist()]
+                recent = self.stream.without_pads(next(source).tolist())
+                rows = [Lesson("recent", Row(tuple(ids))) for ids in recent]
                 own_rows = [
-                    Lesson("foundation", Row((BEGIN, *ids)))
+                    Lesson("foundation", Row(tuple(ids)))
                     for ids in samples[step * others : (step + 1) * others]
                 ]
                 yield {
@@ -215,24 +244,29 @@ class Compress(ProgressCompress):
 
 
 class Joint(Method):
-    """All tasks so far at once, from the model before any: the upper bound."""
+    """All tasks so far at once, from the model before any: the upper bound.
+
+    Without what is no longer true.
+    """
 
     label = "joint training"
 
-    def __init__(self, model: nn.Module, stream: RuleStream, training: Training, seed: int):
+    def __init__(self, model: nn.Module, stream: TaskStream, training: Training, seed: int):
         super().__init__(model, stream, training, seed)
         self.first = copy.deepcopy(model.state_dict())
 
     def learn(self, task: int, on_step: OnStep | None = None) -> None:
         """Train anew on all tasks up to `task`, for as many steps as they had one by one."""
         self.model.load_state_dict(self.first)
-        sources = [self.drawn(i, self.training.rows) for i in range(task + 1)]
+        learned = range(task + 1)
+        sources = [self.drawn(i, self.training.rows, after=task + 1) for i in learned]
 
         def batches() -> Iterator[dict[str, Tensor]]:
             chosen = Stream(self.seed, task, 6)
             while True:
                 rows = torch.cat([next(source) for source in sources])
-                yield labelled(rows[torch.tensor(chosen.distinct(len(rows), self.training.rows))])
+                picked = torch.tensor(chosen.distinct(len(rows), self.training.rows))
+                yield self.labelled(rows[picked])
 
         self.fit(self.model, batches(), on_step, steps=self.training.steps * (task + 1))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from statistics import mean
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from hybrid_sleep.eval.continual.bench import ContinualResult, ContinualRow
 
+# Tasks that a table has side by side.
+MOST_ACROSS = 4
 MEASURES: tuple[tuple[str, Callable[[ContinualRow], float]], ...] = (
     ("average", lambda row: row.scores.average),
     ("learning", lambda row: row.scores.learning),
@@ -37,46 +39,71 @@ def markdown(result: ContinualResult) -> str:
         ]
         for name in named
     ]
-    tasks = range(len(result.rules))
-    by_task = [
+    first = result.rows[0] if result.rows else None
+    seeds = ", ".join(sorted({str(row.seed) for row in result.rows}))
+    blocks = [
+        table(["", *(name for name, _ in MEASURES)], rows),
         [
-            METHODS[name].label,
-            *(_told([row.matrix[j + 1][j] for row in result.of(name)]) for j in tasks),
-            *(_told([row.matrix[-1][j] for row in result.of(name)]) for j in tasks),
+            f"Accuracy: the share of {result.measured}; means over seeds {seeds}, lowest to "
+            "highest in brackets. Average: of all tasks at the end; learning: of each right behind "
+            "it; minimum: the lowest that earlier tasks had at any time in later training; worst "
+            "case: that, and the last task."
+        ],
+        *_by_task(result, named),
+        _apart(result, named),
+        _words(result),
+    ]
+    if first is not None:
+        floors = ", ".join(f"{x:.3f}" for x in first.floors)
+        told = ", ".join(f"{name} {value:g}" for name, value in first.settings.items())
+        blocks.append([f"{result.about} Floors: {floors}. Training: {told}."])
+    lines = [line for block in blocks if block for line in ("", *block)]
+    return "\n".join([*lines[1:], *result.footer()]) + "\n"
+
+
+def _by_task(result: ContinualResult, named: list[str]) -> list[list[str]]:
+    """Each task right behind it and at the end, and what learning cost, a method or a task a line:
+    blocks of lines."""
+    costs = ["tokens trained on", "seconds"]
+    spent = {
+        name: [
             f"{mean(row.tokens for row in result.of(name)):,.0f}",
             f"{mean(row.seconds for row in result.of(name)):.0f}",
         ]
         for name in named
-    ]
-    first = result.rows[0] if result.rows else None
-    seeds = ", ".join(sorted({str(row.seed) for row in result.rows}))
-    rules = [f"rule {rule}" for rule in result.rules]
-    lines = [
-        *table(["", *(name for name, _ in MEASURES)], rows),
-        "",
-        "Accuracy: the share of test rings of which every cell one step later is right; means "
-        f"over seeds {seeds}, lowest to highest in brackets. Average: of all tasks at the end; "
-        "learning: of each right behind it; minimum: the lowest that earlier tasks had at any time "
-        "in later training; worst case: that, and the last task.",
-        "",
-        *table(
-            ["", *(f"{x}, learned" for x in rules), *(f"{x}, at the end" for x in rules),
-             "tokens trained on", "seconds"],
-            by_task,
-        ),
-        "",
-        *_words(result),
-    ]  # fmt: skip
-    if first is not None:
-        floors = ", ".join(f"{x:.3f}" for x in first.floors)
-        tags = "each row says its rule" if first.tags else "no row says its rule"
-        told = ", ".join(f"{name} {value:g}" for name, value in first.settings.items())
-        lines += [
-            "",
-            f"Rules {', '.join(map(str, result.rules))} on rings of {first.width} cells; {tags}. "
-            f"Floors: {floors}. Training: {told}.",
+    }
+    tasks = range(len(result.tasks))
+    learned = {n: [[row.matrix[j + 1][j] for row in result.of(n)] for j in tasks] for n in named}
+    last = {n: [[row.matrix[-1][j] for row in result.of(n)] for j in tasks] for n in named}
+    if len(tasks) <= MOST_ACROSS:
+        head = [f"{x}, {when}" for when in ("learned", "at the end") for x in result.tasks]
+        rows = [
+            [METHODS[n].label, *map(_told, learned[n]), *map(_told, last[n]), *spent[n]]
+            for n in named
         ]
-    return "\n".join([*lines, *result.footer()]) + "\n"
+        return [table(["", *head, *costs], rows)]
+    labels = [METHODS[n].label for n in named]
+    rows = [
+        [x, *(f"{mean(learned[n][j]):.3f} to {mean(last[n][j]):.3f}" for n in named)]
+        for j, x in enumerate(result.tasks)
+    ]
+    return [
+        table(["", *labels], rows),
+        ["Of each task: right behind it, and at the end."],
+        table(["", *costs], [[METHODS[n].label, *spent[n]] for n in named]),
+    ]
+
+
+def _apart(result: ContinualResult, named: list[str]) -> list[str]:
+    """What was measured beside the tasks, at the end."""
+    names = list(result.rows[0].apart[-1]) if result.rows else []
+    if not names:
+        return []
+    cells = [
+        [METHODS[n].label, *(_told_if(row.apart[-1][x] for row in result.of(n)) for x in names)]
+        for n in named
+    ]
+    return table(["at the end", *names], cells)
 
 
 def figure(result: ContinualResult) -> Figure:
@@ -97,7 +124,7 @@ def figure(result: ContinualResult) -> Figure:
         right.barh([index], [mean(values)], color=colour, height=0.7)
         right.plot([min(values), max(values)], [index, index], color=GREY, linewidth=2)
     left.set_xlabel("tasks learned", fontsize=13)
-    left.set_xticks(range(len(result.rules) + 1))
+    left.set_xticks(range(len(result.tasks) + 1))
     right.set_yticks(range(len(named)), [METHODS[name].label for name in named], fontsize=11)
     right.invert_yaxis()
     right.set_xlabel("mean accuracy (lines: lowest to highest seed)", fontsize=13)
@@ -107,7 +134,7 @@ def figure(result: ContinualResult) -> Figure:
     for axes in (left, right):
         of = axes.yaxis if axes is left else axes.xaxis
         of.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    left.legend(fontsize=9, loc="center right", framealpha=0.9)
+    left.legend(fontsize=9, loc="best", framealpha=0.9)
     picture.set_size_inches(12.4, picture.get_size_inches()[1])
     return picture
 
@@ -131,6 +158,11 @@ def _told(values: list[float]) -> str:
     shown = f"{mean(values):.3f}"
     low, high = f"{min(values):.3f}", f"{max(values):.3f}"
     return shown if low == high else f"{shown} ({low} to {high})"
+
+
+def _told_if(values: Iterable[float | None]) -> str:
+    found = [value for value in values if value is not None]
+    return _told(found) if found else "-"
 
 
 def _words(result: ContinualResult) -> list[str]:

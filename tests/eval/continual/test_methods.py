@@ -20,9 +20,9 @@ STREAM = RuleStream((110, 30), width=4)
 FEW = Training(steps=2, rows=8, measured=4)
 
 
-def learned(name, training=FEW, tasks=2, monkeypatch=None, seen=None):
-    model = new_model(STREAM, 0)
-    method = METHODS[name](model, STREAM, training, 0)
+def learned(name, training=FEW, tasks=2, monkeypatch=None, seen=None, stream=STREAM):
+    model = new_model(stream, 0)
+    method = METHODS[name](model, stream, training, 0)
     if seen is not None:
         plain = methods.fit
 
@@ -101,12 +101,96 @@ def test_joint_training_sees_all_tasks_for_as_many_steps(monkeypatch):
     assert set(tags.tolist()) == {4, 5} and len(tags) == 32
 
 
+class Noted(RuleStream):
+    """Says which rows it was asked for."""
+
+    def batch(self, task, count, source, *, progress=1.0, after=None):
+        self.__dict__.setdefault("asked", []).append((task, count, progress, after))
+        return super().batch(task, count, source)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("fine-tuning", [(task, 8, at, None) for task in (0, 1) for at in (0.0, 0.5)]),
+        # Stored rows are of the whole task, true or not.
+        (
+            "replay",
+            [(0, 8, 0.0, None), (0, 8, 0.5, None)]
+            + [x for at in (0.0, 0.5) for x in ((1, 6, at, None), (0, 2, None, None))],
+        ),
+        # What is protected is what holds behind the task.
+        ("ewc", [(0, 8, 0.0, None), (0, 8, 0.5, None), (0, 4, 1.0, None)]),
+        # The copy, then the model, then what is protected.
+        ("compress", 2 * [(0, 8, 0.0, None), (0, 8, 0.5, None)] + [(0, 4, 1.0, None)]),
+        ("joint", 2 * [(0, 8, 1.0, 1)] + 4 * [(0, 8, 1.0, 2), (1, 8, 1.0, 2)]),
+    ],
+)
+def test_rows_come_in_the_order_of_their_task_and_joint_training_gets_what_is_true(name, asked):
+    stream = Noted((110, 30), width=4)
+    learned(name, stream=stream)
+    assert stream.asked[: len(asked)] == asked
+
+
+class Padded(RuleStream):
+    """Rows of half the rings, behind which two pads stand, and one behind the others."""
+
+    pad = 7
+
+    @property
+    def vocab_size(self):
+        return 8
+
+    @property
+    def length(self):
+        return super().length + 2
+
+    def batch(self, task, count, source, *, progress=1.0, after=None):
+        rows = super().batch(task, count, source)
+        short = torch.cat((rows[::2], torch.full((len(rows[::2]), 2), 7)), dim=1)
+        long = torch.cat((rows[1::2], torch.full((len(rows[1::2]), 2), 7)), dim=1)
+        long[:, -2] = 0
+        return torch.stack((short, long), dim=1).flatten(0, 1)
+
+
+def test_what_stands_behind_the_end_of_a_row_is_not_learned(monkeypatch):
+    stream, seen, measured = Padded((110, 30), width=4), [], []
+    method = METHODS["sleep"](new_model(stream, 0), stream, FEW, 0)
+    measure = method.guard.measure
+    monkeypatch.setattr(
+        method.guard, "measure", lambda rows, **how: measured.append(rows) or measure(rows, **how)
+    )
+    plain = methods.fit
+
+    def noted(model, batches, **how):
+        kept = []
+        done = plain(model, (kept.append(b) or b for b in batches), **how)
+        seen.append(kept)
+        return done
+
+    monkeypatch.setattr(methods, "fit", noted)
+    method.learn(0)
+    method.learn(1)
+    # Short rows have 11 tokens and an end, long ones 12.
+    labels = torch.cat([batch["labels"] for batch in seen[0]])
+    assert (labels != -100).sum(dim=1).tolist() == [12, 13] * 8
+    assert (labels == 7).sum(dim=1).tolist() == [1] * 16
+    lessons = [x for batch in seen[3] for x in batch["lessons"]]
+    ids = [x.ids for x in lessons if x.part == "recent"] + list(map(tuple, measured[1]))
+    assert {len(x) for x in ids} == {12, 13} and all(x.index(7) == len(x) - 1 for x in ids)
+    # What the model itself writes ends at its first pad as well.
+    own = [x.ids for x in lessons if x.part == "foundation"]
+    assert any(7 in x for x in own) and all(7 not in x[:-1] for x in own)
+    assert all(len(x) == 13 for x in own if 7 not in x)
+    trained = sum(len(x.ids) for part in seen[1::2] for b in part for x in b["lessons"])
+    assert method.tokens == 2 * int((labels != -100).sum()) + trained
+    context = METHODS["in-context"](new_model(stream, 0), stream, FEW, 0).context(0)
+    assert context.count(7) == 4 and len(context) == 2 * 12 + 2 * 13
+
+
 def test_a_row_of_the_result_is_the_same_again_and_is_shown(tmp_path):
-    key = {
-        "method": "fine-tuning", "seed": 1, "rules": [110, 30], "width": 4, "tags": True,
-        "settings": asdict(FEW),
-    }  # fmt: skip
-    one, two = measure_row(key), measure_row(key)
+    key = {"method": "fine-tuning", "seed": 1, "settings": asdict(FEW)}
+    one, two = measure_row(key, STREAM), measure_row(key, STREAM)
     assert one["matrix"] == two["matrix"] and len(one["matrix"]) == 3
     assert one["tokens"] == 2 * FEW.steps * FEW.rows * STREAM.length
     assert [len(x) for x in one["during"]] == [2, 2]
@@ -114,13 +198,16 @@ def test_a_row_of_the_result_is_the_same_again_and_is_shown(tmp_path):
 
 def result(matrices):
     return ContinualResult(
-        rules=[110, 30],
+        stream="rules",
+        tasks=STREAM.tasks,
+        measured=STREAM.measured,
+        about=STREAM.about,
         provenance=provenance("cpu"),
         rows=[
             ContinualRow(
-                method=name, seed=seed, rules=[110, 30], width=4, tags=True, settings=asdict(FEW),
-                matrix=matrix, during=[[[0.5, 0.0]], [[lowest, 0.1]]], floors=[0.1, 0.2],
-                tokens=100, seconds=1.0,
+                method=name, seed=seed, stream="rules", stream_settings=STREAM.settings,
+                settings=asdict(FEW), matrix=matrix, apart=[{}] * 3,
+                during=[[[0.5, 0.0]], [[lowest, 0.1]]], floors=[0.1, 0.2], tokens=100, seconds=1.0,
             )
             for name, seed, matrix, lowest in matrices
         ],
@@ -149,21 +236,41 @@ def test_the_table_says_how_far_a_sleep_goes():
     assert shown.figure(found).axes
 
 
+def test_many_tasks_have_a_line_each_and_no_two_lines_are_empty():
+    names = [f"intents {i}" for i in range(6)]
+    matrix = [[round(0.1 * i * (j < i), 2) for j in range(6)] for i in range(7)]
+    row = ContinualRow(
+        method="ewc", seed=0, stream="x", stream_settings={}, settings=asdict(FEW), matrix=matrix,
+        during=[[]] * 6, apart=[{"told": None, "held": x / 10} for x in range(7)],
+        floors=[0.0] * 6, tokens=1234, seconds=2.0,
+    )  # fmt: skip
+    given = {"stream": "x", "tasks": names, "measured": "all", "about": "Six.", "rows": [row]}
+    found = ContinualResult(**given, provenance=provenance("cpu"))
+    text = shown.markdown(found)
+    assert "| intents 1 | 0.200 to 0.600 |" in text and "| EWC | 1,234 | 2 |" in text
+    assert "| at the end | told | held |" in text and "| EWC | - | 0.600 |" in text
+    assert "share of all;" in text and "Six. Floors: 0.000" in text and "\n\n\n" not in text
+    assert shown.figure(found).axes
+    assert ContinualResult.from_content(found.content()) == found
+
+
 def test_a_run_goes_on_where_it_was(tmp_path, monkeypatch):
     made = []
 
-    def scripted(key):
+    def scripted(key, stream):
         made.append(key["method"])
         return {
             "matrix": [[0.0, 0.0], [1.0, 0.0], [0.5, 1.0]], "during": [[], []],
-            "floors": [0.1, 0.1], "tokens": 1, "seconds": 0.0,
+            "apart": [{}, {}, {}], "floors": [0.1, 0.1], "tokens": 1, "seconds": 0.0,
         }  # fmt: skip
 
     monkeypatch.setattr(bench, "measure_row", scripted)
-    given = {"rules": (110, 30), "width": 4, "seeds": (0,), "out": tmp_path}
-    bench.run(methods=("none", "ewc"), **given)
-    found = bench.run(methods=("none", "ewc", "joint"), **given)
+    given = {"seeds": (0,), "out": tmp_path}
+    bench.run(STREAM, methods=("none", "ewc"), **given)
+    found = bench.run(STREAM, methods=("none", "ewc", "joint"), **given)
     assert made == ["none", "ewc", "joint"]
     assert [row.method for row in found.rows] == made
     with pytest.raises(ValueError, match="methods must be one of"):
-        bench.run(methods=("luck",), **given)
+        bench.run(STREAM, methods=("luck",), **given)
+    with pytest.raises(ValueError, match=r"stream must be of at least 2 tasks, got \['rule 110'\]"):
+        bench.run(RuleStream((110,)), **given)
