@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from types import SimpleNamespace
 
 import experiences
 import torch
 from editable import VOCAB
 
+from hybrid_sleep.parametric.ewc import L2
 from hybrid_sleep.parametric.experience.choice import Chosen
 from hybrid_sleep.parametric.experience.options import StudyOptions
 from hybrid_sleep.parametric.experience.unfinished import Unfinished
@@ -29,6 +32,27 @@ def lessons(model, count=11, seed=0):
     told = taught(model, asked, reads=[(*context, *x.ids) for x in asked])
     made[::2] = told
     return made
+
+
+def guard_of(model, strength=30.0):
+    guard = L2(model, strength)
+    guard.consolidate()
+    return guard
+
+
+def press_at(number):
+    """A progress that interrupts behind a step."""
+
+    def progress(step, steps):
+        if step == number:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return progress
+
+
+def close(one, other):
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-9, atol=1e-11, msg=name)
 
 
 class Folder:

@@ -24,6 +24,7 @@ class Course:
     """How far a training is: `step` of `steps`, out of `planned` without a budget of steps.
 
     seconds: spent on it, in earlier processes too. resumed: the step that this one began with.
+    experts: the rank of those that were trained, None without any; parameters: how many numbers.
     """
 
     planned: int
@@ -32,6 +33,8 @@ class Course:
     step: int = 0
     seconds: float = 0.0
     resumed: int = 0
+    experts: int | None = None
+    parameters: int = 0
 
     @property
     def spent(self) -> str | None:
@@ -53,6 +56,8 @@ class Course:
             "budget spent": self.spent,
             "resumed at": self.resumed or None,
             "seconds": self.seconds,
+            "experts": self.experts,
+            "parameters": self.parameters,
         }
 
 

@@ -30,6 +30,8 @@ class StudyOptions:
         begins, those before an interruption among them; the rate falls as it would without.
         foundation: tokens of text to stay the same on; rehearsed: the share of its part that
         what facts in the weights say gets, in the words they are written in, if there are any.
+    experts: rank of the low-rank expert that is trained beside every matrix, and merged into it
+        (see `experts.py`; the paper's have 64); None: the weights themselves are trained.
     strength, decay: of online EWC (see `Guard`); measured: rows its importance is of.
     held_out: the share of dreamt questions that are asked at the gate, not trained on.
     acquired: how far the model must have come with them at least, from what it answered before to
@@ -61,6 +63,7 @@ class StudyOptions:
     strength: float = 1.0
     decay: float = 0.95
     measured: int = 64
+    experts: int | None = None
     held_out: float = 0.25
     acquired: float = 0.5
     erase: bool = True
@@ -71,8 +74,9 @@ class StudyOptions:
             check_count(name, getattr(self, name))
         for name in ("dreams", "canaries"):
             check_count(name, getattr(self, name), minimum=0)
-        if self.steps is not None:
-            check_count("steps", self.steps)
+        for name in ("steps", "experts"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
         if self.seconds is not None:
             check_number("seconds", self.seconds, above=0)
         check_share(self.share)

@@ -7,17 +7,21 @@ import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import cached
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hybrid_sleep.parametric.experience.course import Clock, Course, Steps
+from hybrid_sleep.parametric.experience.experts import grown
+from hybrid_sleep.parametric.experience.nearness import NearnessCallback
 from hybrid_sleep.parametric.experience.zero import (
     ZERO_2,
     Moments,
@@ -55,19 +59,47 @@ def train(
 ) -> Course:
     """Train the parameters `names` of `model` on `lessons`, in their order, `options.rows` a step.
 
-    AdamW, its rate falling linearly; gradients are clipped to norm 1. In several
+    AdamW, its rate falling linearly; gradients are clipped to norm 1. With `options.experts` it is
+    experts beside the matrices among them that are trained, and merged at the end. In several
     processes, which all call this with the same, each has its share of every step, and the result
     is that of one but for rounding. The state is kept in `unfinished` about every minute, and at
     SIGINT and SIGTERM, which raise KeyboardInterrupt after the current step; another call goes on
     from there, on a CPU in one process to the same bits. Modes, the global random state and
     gradients stay as they were.
 
-    Raises ValueError for a loss that is not finite, with weights as the steps before left them.
+    Raises ValueError, before anything changes, for a guard that is anchored elsewhere than the
+    matrices of experts; and for a loss that is not finite, with weights as the steps before left
+    them, or as they were before the night where it is experts that were trained.
     """
     planned = math.ceil(len(lessons) / options.rows)
     course = Course(planned, min(planned, options.steps or planned), options.seconds)
     parameters = dict(model.named_parameters())
     trained = {name: parameters[name] for name in names}
+    holding = GuardCallback(guard)
+    with ExitStack() as stack:
+        experts = None
+        if options.experts is not None:
+            experts = stack.enter_context(grown(model, names, options.experts, seed=seed))
+            trained, holding = experts.factors, NearnessCallback(guard, experts)
+            course.experts = options.experts
+        course.parameters = sum(p.numel() for p in trained.values())
+        moments = _resumed(course, trained, unfinished)
+        if course.step < course.steps and not course.late:
+            trainer_of = partial(
+                NightTrainer, course=course, lessons=lessons, rows=options.rows, trained=trained,
+                moments=moments, unfinished=unfinished, seed=seed,
+            )  # fmt: skip
+            callbacks = [holding, Clock(course, progress)]
+            _run(model, trainer_of, callbacks, course, options, trained, unfinished, seed)
+        if experts is not None:
+            experts.merge()
+    return course
+
+
+def _resumed(
+    course: Course, trained: Mapping[str, nn.Parameter], unfinished: Unfinished
+) -> Moments:
+    """Put `course` and `trained` where an interrupted training was; the moments that it had."""
     moments: Moments = {}
     held = unfinished.state()
     if held is not None:
@@ -80,20 +112,28 @@ def train(
         with torch.no_grad():
             for name, p in trained.items():
                 p.copy_(moments[name].pop(WEIGHT))
-    if course.step >= course.steps or course.late:
-        return course
+    return moments
+
+
+def _run(
+    model: nn.Module,
+    trainer_of: Callable[..., NightTrainer],
+    callbacks: Sequence[TrainerCallback],
+    course: Course,
+    options: StudyOptions,
+    trained: Mapping[str, nn.Parameter],
+    unfinished: Unfinished,
+    seed: int,
+) -> None:
+    """All steps that are left."""
     stop = StopOnSignal()
     with ExitStack() as stack:
         stack.enter_context(_alone(model, trained))
         stack.enter_context(stop.listening())
         # Trainer makes its folder, and has nothing to put into it.
         unused = stack.enter_context(TemporaryDirectory())
-        trainer = NightTrainer(
-            model, _arguments(model, unused, course, options, seed), course=course,
-            lessons=lessons, rows=options.rows, trained=trained, moments=moments,
-            unfinished=unfinished, seed=seed,
-        )  # fmt: skip
-        for callback in (GuardCallback(guard), Clock(course, progress), stop):
+        trainer = trainer_of(model, _arguments(model, unused, course, options, seed))
+        for callback in (*callbacks, stop):
             trainer.add_callback(callback)
         try:
             trainer.train()
@@ -107,7 +147,6 @@ def train(
             else "is lost; a night over caches begins anew"
         )
         raise KeyboardInterrupt(f"step {course.step} of {course.steps} {what}")
-    return course
 
 
 class NightTrainer(Trainer):
@@ -169,7 +208,9 @@ class NightTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any) -> Tensor:
         seed_step(self.seed, self.state.global_step, 0, self.args.process_index)
-        loss = super().training_step(model, inputs, *args)
+        # A weight with an expert is put together once a step.
+        with cached():
+            loss = super().training_step(model, inputs, *args)
         wrong = torch.tensor([not bool(torch.isfinite(loss))], dtype=torch.float64)
         if bool(over_ranks(wrong, "MAX")):
             raise ValueError(
@@ -242,7 +283,8 @@ def _alone(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> Iterator[No
     a GPU of its own choice.
     """
     device = next(model.parameters()).device
-    frozen = [p for name, p in model.named_parameters() if name not in trained and p.requires_grad]
+    own = {id(p) for p in trained.values()}
+    frozen = [p for p in model.parameters() if id(p) not in own and p.requires_grad]
     with ExitStack() as stack:
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))
