@@ -9,7 +9,7 @@ neither, so what they say of the tokens has to move into its weights.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,11 +26,14 @@ class Lesson(Mixed):
     """A row of a mix, and what a teacher expects in it.
 
     teacher: log probabilities `[tokens, vocabulary]`, fp32 or more, of the tokens that are taught;
-    None: these tokens themselves count as what is to be said. Raises ValueError for a teacher of
-    another number of tokens.
+    None: these tokens themselves count as what is to be said. front: what it had in front of them,
+    in the place of the row's own beginning; cache: what it went on from. Raises ValueError for a
+    teacher of another number of tokens.
     """
 
     teacher: Tensor | None = None
+    front: tuple[int, ...] | None = None
+    cache: Any = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_choice("part", self.part, PARTS)
@@ -88,7 +91,8 @@ def taught(
             taught_now = lessons[first : first + at_once]
             for lesson, read, row in zip(taught_now, part, logits, strict=True):
                 said = _log_softmax(row[len(read) - 1 - lesson.tokens : len(read) - 1])
-                told.append(replace(lesson, teacher=said))
+                front = None if reads is None else read[: -lesson.tokens]
+                told.append(replace(lesson, teacher=said, front=front, cache=cache))
     return told
 
 

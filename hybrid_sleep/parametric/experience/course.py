@@ -25,6 +25,7 @@ class Course:
 
     seconds: spent on it, in earlier processes too. resumed: the step that this one began with.
     experts: the rank of those that were trained, None without any; parameters: how many numbers.
+    on_policy: rows of the steps taken that the student wrote.
     """
 
     planned: int
@@ -35,6 +36,7 @@ class Course:
     resumed: int = 0
     experts: int | None = None
     parameters: int = 0
+    on_policy: int = 0
 
     @property
     def spent(self) -> str | None:
@@ -58,6 +60,7 @@ class Course:
             "seconds": self.seconds,
             "experts": self.experts,
             "parameters": self.parameters,
+            "rows on policy": self.on_policy,
         }
 
 
@@ -116,13 +119,17 @@ class Steps(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         begin = (self.first + index) * self.rows
-        members = self.lessons[begin : begin + self.rows]
-        if self.world == 1:
-            return {"lessons": members, "share": 1.0}
-        mine = members[self.rank :: self.world]
-        share = self.world * _weight(mine) / _weight(members)
-        # A process without any still has to take part when gradients are summed.
-        return {"lessons": mine or members[:1], "share": share}
+        return share_of(self.lessons[begin : begin + self.rows], self.rank, self.world)
+
+
+def share_of(members: Sequence[Lesson], rank: int, world: int) -> dict[str, Any]:
+    """What a process has of the lessons of a step (see `Steps`)."""
+    if world == 1:
+        return {"lessons": members, "share": 1.0}
+    mine = members[rank::world]
+    share = world * _weight(mine) / _weight(members)
+    # A process without any still has to take part when gradients are summed.
+    return {"lessons": mine or members[:1], "share": share}
 
 
 def _weight(lessons: Sequence[Lesson]) -> float:

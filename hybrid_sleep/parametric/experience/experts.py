@@ -15,10 +15,10 @@ is frozen. In the paper's terms:
 Expanding the model is thus for the night alone. The paper keeps its experts, behind a router, until
 their block is consolidated itself; slow weights have no slower block to go to.
 
-Left open there and chosen here: the divergence, KL(teacher || student); and the start, A ~ N(0, 1 /
-rank) and B = 0, without a scale behind them. So the student is the teacher at first, and the first
-step of AdamW moves an entry of W by about one learning rate, whatever the rank: a rate means about
-what it means without experts.
+Left open there and chosen here: the divergence, KL(teacher || student); the share on policy, none
+unless asked for (`on_policy.py`); and the start, A ~ N(0, 1 / rank) and B = 0, without a scale
+behind them. So the student is the teacher at first, and the first step of AdamW moves an entry of W
+by about one learning rate, whatever the rank: a rate means about what it means without experts.
 """
 
 from __future__ import annotations

@@ -257,8 +257,8 @@ def _train(
     parameters = dict(model.named_parameters())
     before = {name: parameters[name].detach().clone() for name in names}
     course = train(
-        model, study.lessons, options, names, guard, unfinished, seed=seed,
-        progress=_of(progress, "train"),
+        model, study.lessons, options, names, guard, unfinished, tokenizer=memory.tokenizer,
+        seed=seed, progress=_of(progress, "train"),
     )  # fmt: skip
     edited, now = memory.edited, {}
     for name, old in before.items():

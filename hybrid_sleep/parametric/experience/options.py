@@ -32,6 +32,8 @@ class StudyOptions:
         what facts in the weights say gets, in the words they are written in, if there are any.
     experts: rank of the low-rank expert that is trained beside every matrix, and merged into it
         (see `experts.py`; the paper's have 64); None: the weights themselves are trained.
+    on_policy: of the rows that the teacher speaks of, the share that the student writes anew when
+        their step comes (see `on_policy.py`).
     strength, decay: of online EWC (see `Guard`); measured: rows its importance is of.
     held_out: the share of dreamt questions that are asked at the gate, not trained on.
     acquired: how far the model must have come with them at least, from what it answered before to
@@ -64,6 +66,7 @@ class StudyOptions:
     decay: float = 0.95
     measured: int = 64
     experts: int | None = None
+    on_policy: float = 0.0
     held_out: float = 0.25
     acquired: float = 0.5
     erase: bool = True
@@ -86,7 +89,8 @@ class StudyOptions:
         check_number("strength", self.strength, least=0)
         check_flag("erase", self.erase)
         check_flag("helping", self.helping)
-        for name in ("decay", "held_out", "acquired", "selected", "drawn", "rehearsed"):
+        shares = ("decay", "held_out", "acquired", "selected", "drawn", "rehearsed", "on_policy")
+        for name in shares:
             if check_number(name, getattr(self, name), least=0) > 1:
                 raise ValueError(f"{name} must be at most 1, got {getattr(self, name)!r}")
         if not self.selected + self.drawn:

@@ -19,9 +19,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from hybrid_sleep.parametric.experience.course import Clock, Course, Steps
+from hybrid_sleep.parametric.experience.course import Clock, Course, Steps, share_of
 from hybrid_sleep.parametric.experience.experts import grown
 from hybrid_sleep.parametric.experience.nearness import NearnessCallback
+from hybrid_sleep.parametric.experience.on_policy import OnPolicy
 from hybrid_sleep.parametric.experience.zero import (
     ZERO_2,
     Moments,
@@ -54,13 +55,16 @@ def train(
     guard: Guard,
     unfinished: Unfinished,
     *,
+    tokenizer: Any = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Course:
     """Train the parameters `names` of `model` on `lessons`, in their order, `options.rows` a step.
 
     AdamW, its rate falling linearly; gradients are clipped to norm 1. With `options.experts` it is
-    experts beside the matrices among them that are trained, and merged at the end. In several
+    experts beside the matrices among them that are trained, and merged at the end; with
+    `options.on_policy` a part of the rows is written by `model` when their step comes, where
+    `tokenizer` has a last token up to it. In several
     processes, which all call this with the same, each has its share of every step, and the result
     is that of one but for rounding. The state is kept in `unfinished` about every minute, and at
     SIGINT and SIGTERM, which raise KeyboardInterrupt after the current step; another call goes on
@@ -83,14 +87,16 @@ def train(
             trained, holding = experts.factors, NearnessCallback(guard, experts)
             course.experts = options.experts
         course.parameters = sum(p.numel() for p in trained.values())
+        writer = OnPolicy(model, tokenizer, lessons, options, trained, seed=seed)
         moments = _resumed(course, trained, unfinished)
         if course.step < course.steps and not course.late:
             trainer_of = partial(
                 NightTrainer, course=course, lessons=lessons, rows=options.rows, trained=trained,
-                moments=moments, unfinished=unfinished, seed=seed,
+                moments=moments, unfinished=unfinished, writer=writer, seed=seed,
             )  # fmt: skip
             callbacks = [holding, Clock(course, progress)]
             _run(model, trainer_of, callbacks, course, options, trained, unfinished, seed)
+        course.on_policy = writer.count(course.step)
         if experts is not None:
             experts.merge()
     return course
@@ -166,9 +172,10 @@ class NightTrainer(Trainer):
         trained: Mapping[str, nn.Parameter],
         moments: Moments,
         unfinished: Unfinished,
+        writer: OnPolicy,
         seed: int,
     ):
-        self.seed = seed
+        self.seed, self.writer = seed, writer
         self.course, self.trained, self.unfinished = course, trained, unfinished
         self._moments = moments
         data = Steps(lessons, rows, course.step, course.steps, args.process_index, args.world_size)
@@ -207,7 +214,11 @@ class NightTrainer(Trainer):
         return found
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any) -> Tensor:
-        seed_step(self.seed, self.state.global_step, 0, self.args.process_index)
+        step, rank = self.state.global_step, self.args.process_index
+        if self.writer.chosen:
+            # Not where Trainer fetches it: that is a step ahead, before the student's last one.
+            inputs = share_of(self.writer.step(step), rank, self.args.world_size)
+        seed_step(self.seed, step, 0, rank)
         # A weight with an expert is put together once a step.
         with cached():
             loss = super().training_step(model, inputs, *args)
