@@ -25,7 +25,7 @@ class Course:
 
     seconds: spent on it, in earlier processes too. resumed: the step that this one began with.
     experts: the rank of those that were trained, None without any; parameters: how many numbers.
-    on_policy: rows of the steps taken that the student wrote.
+    on_policy: rows of the steps taken that the student wrote; rewards: the sum of theirs.
     """
 
     planned: int
@@ -37,6 +37,7 @@ class Course:
     experts: int | None = None
     parameters: int = 0
     on_policy: int = 0
+    rewards: float | None = None
 
     @property
     def spent(self) -> str | None:
@@ -52,6 +53,7 @@ class Course:
 
     def to_dict(self) -> dict[str, Any]:
         """What a record says of it, plain data for JSON."""
+        rewarded = self.rewards is not None and self.on_policy
         return {
             "steps": self.step,
             "planned": self.planned,
@@ -61,6 +63,7 @@ class Course:
             "experts": self.experts,
             "parameters": self.parameters,
             "rows on policy": self.on_policy,
+            "mean reward": (self.rewards or 0.0) / self.on_policy if rewarded else None,
         }
 
 

@@ -22,6 +22,12 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import cached
 
+from hybrid_sleep.parametric.experience.imitation import (
+    Semantic,
+    advantages,
+    prefixed,
+    reward,
+)
 from hybrid_sleep.parametric.lessons import Lesson, taught
 from hybrid_sleep.parametric.sampling import continuations
 from hybrid_sleep.sleep.weights import Owner
@@ -37,7 +43,8 @@ class OnPolicy:
 
     trained: the parameters that are trained, by name; as they are now they make the teacher.
     chosen: the places of these rows, `options.on_policy` of those that a teacher speaks of, drawn
-    by `seed`; where words count as they are, there is nobody to judge others.
+    by `seed`; where words count as they are, there is nobody to judge others. semantic: see
+    `imitation.reward`; `options.imitation` says whether rows are rewarded.
 
     A row costs its tokens one after another, and a forward pass of the teacher, once for every time
     it comes; the teacher takes a copy of `trained`.
@@ -51,8 +58,10 @@ class OnPolicy:
         options: StudyOptions,
         trained: Mapping[str, nn.Parameter],
         *,
+        semantic: Semantic | None = None,
         seed: int = 0,
     ):
+        self.imitation, self.semantic = options.imitation, semantic
         self.model, self.tokenizer, self.lessons = model, tokenizer, lessons
         self.rows, self.seed, self.trained = options.rows, seed, trained
         told = [i for i, lesson in enumerate(lessons) if lesson.teacher is not None]
@@ -66,8 +75,9 @@ class OnPolicy:
         """How many of the rows of the first `steps` steps the student writes."""
         return sum(i < steps * self.rows for i in self.chosen)
 
-    def step(self, number: int) -> list[Lesson]:
-        """The lessons of step `number`, written by the model as it is now where they are chosen.
+    def step(self, number: int) -> tuple[list[Lesson], list[float]]:
+        """The lessons of step `number`, written by the model as it is now where they are chosen;
+        and the rewards of these.
 
         The same call with the same weights gives the same rows; in several processes it is
         collective, and the first one's rows count.
@@ -75,15 +85,36 @@ class OnPolicy:
         begin = number * self.rows
         members = list(self.lessons[begin : begin + self.rows])
         mine = [i for i in range(len(members)) if begin + i in self.chosen]
-        if mine:
-            seed = derive_seed("on policy", self.seed, number)
-            # By all, as nobody waits for long; rounding may differ from one to another.
-            made = self._written([members[i] for i in mine], seed)
-            rows = of_first(lambda: made)
-            again = self._taught([members[i] for i in mine], rows)
-            for i, lesson in zip(mine, again, strict=True):
-                members[i] = lesson
-        return members
+        if not mine:
+            return members, []
+        seed = derive_seed("on policy", self.seed, number)
+        chosen = [members[i] for i in mine]
+        if self.imitation is not None:
+            draws = random.Random(seed)
+            chosen = [prefixed(lesson, draws) for lesson in chosen]
+        # By all, as nobody waits for long; rounding may differ from one to another.
+        made = self._written(chosen, seed)
+        rows = of_first(lambda: made)
+        rewards = of_first(self._rewards, chosen, rows)
+        again = self._taught(chosen, rows)
+        if self.imitation is not None:
+            alpha = self.imitation.alpha
+            again = [
+                replace(lesson, divergence=alpha, policy=(1 - alpha) * gain)
+                for lesson, gain in zip(again, advantages(rewards), strict=True)
+            ]
+        for i, lesson in zip(mine, again, strict=True):
+            members[i] = lesson
+        return members, rewards
+
+    def _rewards(self, lessons: Sequence[Lesson], rows: Sequence[Sequence[int]]) -> list[float]:
+        """Of `rows` in the place of what `lessons` teach; none unless they are to imitate it."""
+        if self.imitation is None:
+            return []
+        return [
+            reward(self.imitation, self.tokenizer, new, old.ids[-old.tokens :], self.semantic)
+            for old, new in zip(lessons, rows, strict=True)
+        ]
 
     def _written(self, lessons: Sequence[Lesson], seed: int) -> list[list[int]]:
         """What the model writes in the place of the tokens that are taught, as many at most."""

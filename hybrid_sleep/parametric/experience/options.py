@@ -9,6 +9,7 @@ from typing import Any
 from hybrid_sleep.parametric.dreams.forms import FORMS
 from hybrid_sleep.parametric.experience.choice import BAND
 from hybrid_sleep.parametric.experience.experience import check_share
+from hybrid_sleep.parametric.experience.imitation import Imitation
 from hybrid_sleep.parametric.mix import Shares
 from hybrid_sleep.validation import check_choice, check_count, check_flag, check_number
 
@@ -33,7 +34,8 @@ class StudyOptions:
     experts: rank of the low-rank expert that is trained beside every matrix, and merged into it
         (see `experts.py`; the paper's have 64); None: the weights themselves are trained.
     on_policy: of the rows that the teacher speaks of, the share that the student writes anew when
-        their step comes (see `on_policy.py`).
+        their step comes (see `on_policy.py`). imitation: reward them for coming near to what they
+        take the place of (see `imitation.py`); None: do not.
     strength, decay: of online EWC (see `Guard`); measured: rows its importance is of.
     held_out: the share of dreamt questions that are asked at the gate, not trained on.
     acquired: how far the model must have come with them at least, from what it answered before to
@@ -67,6 +69,7 @@ class StudyOptions:
     measured: int = 64
     experts: int | None = None
     on_policy: float = 0.0
+    imitation: Imitation | None = None
     held_out: float = 0.25
     acquired: float = 0.5
     erase: bool = True
@@ -93,6 +96,8 @@ class StudyOptions:
         for name in shares:
             if check_number(name, getattr(self, name), least=0) > 1:
                 raise ValueError(f"{name} must be at most 1, got {getattr(self, name)!r}")
+        if self.imitation is not None and not self.on_policy:
+            raise ValueError("on_policy must be above 0 for imitation, got 0")
         if not self.selected + self.drawn:
             raise ValueError("selected or drawn must keep a dream, got 0 for both")
 
@@ -108,5 +113,6 @@ class StudyOptions:
             "band": (float(low), float(high)),
             "forms": tuple(data["forms"]),
             "shares": Shares(**data["shares"]),
+            "imitation": Imitation(**data["imitation"]) if data.get("imitation") else None,
         }
         return cls(**{**data, **parts})

@@ -21,6 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from hybrid_sleep.parametric.experience.course import Clock, Course, Steps, share_of
 from hybrid_sleep.parametric.experience.experts import grown
+from hybrid_sleep.parametric.experience.imitation import Semantic
 from hybrid_sleep.parametric.experience.nearness import NearnessCallback
 from hybrid_sleep.parametric.experience.on_policy import OnPolicy
 from hybrid_sleep.parametric.experience.zero import (
@@ -56,20 +57,21 @@ def train(
     unfinished: Unfinished,
     *,
     tokenizer: Any = None,
+    semantic: Semantic | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Course:
     """Train the parameters `names` of `model` on `lessons`, in their order, `options.rows` a step.
 
     AdamW, its rate falling linearly; gradients are clipped to norm 1. With `options.experts` it is
-    experts beside the matrices among them that are trained, and merged at the end; with
-    `options.on_policy` a part of the rows is written by `model` when their step comes, where
-    `tokenizer` has a last token up to it. In several
-    processes, which all call this with the same, each has its share of every step, and the result
-    is that of one but for rounding. The state is kept in `unfinished` about every minute, and at
-    SIGINT and SIGTERM, which raise KeyboardInterrupt after the current step; another call goes on
-    from there, on a CPU in one process to the same bits. Modes, the global random state and
-    gradients stay as they were.
+    experts beside the matrices among them that are trained, and merged at the end. tokenizer,
+    semantic: for rows on policy, where a text ends, and see `imitation.reward`.
+
+    In several processes, which all call this with the same, each has its share of every step, and
+    the result is that of one but for rounding. The state is kept in `unfinished` about every
+    minute, and at SIGINT and SIGTERM, which raise KeyboardInterrupt after the current step; another
+    call goes on from there, on a CPU in one process to the same bits. Modes, the global random
+    state and gradients stay as they were.
 
     Raises ValueError, before anything changes, for a guard that is anchored elsewhere than the
     matrices of experts; and for a loss that is not finite, with weights as the steps before left
@@ -87,7 +89,10 @@ def train(
             trained, holding = experts.factors, NearnessCallback(guard, experts)
             course.experts = options.experts
         course.parameters = sum(p.numel() for p in trained.values())
-        writer = OnPolicy(model, tokenizer, lessons, options, trained, seed=seed)
+        writer = OnPolicy(
+            model, tokenizer, lessons, options, trained, semantic=semantic, seed=seed
+        )
+        course.rewards = None if options.imitation is None else 0.0
         moments = _resumed(course, trained, unfinished)
         if course.step < course.steps and not course.late:
             trainer_of = partial(
@@ -111,7 +116,7 @@ def _resumed(
     if held is not None:
         tensors, told = held
         course.step, course.seconds = told["step"], told["seconds"]
-        course.resumed = course.step
+        course.resumed, course.rewards = course.step, told["rewards"]
         for key, value in tensors.items():
             kind, _, name = key.partition("/")
             moments.setdefault(name, {})[kind] = value
@@ -217,7 +222,10 @@ class NightTrainer(Trainer):
         step, rank = self.state.global_step, self.args.process_index
         if self.writer.chosen:
             # Not where Trainer fetches it: that is a step ahead, before the student's last one.
-            inputs = share_of(self.writer.step(step), rank, self.args.world_size)
+            lessons, rewards = self.writer.step(step)
+            inputs = share_of(lessons, rank, self.args.world_size)
+            if self.course.rewards is not None:
+                self.course.rewards += sum(rewards)
         seed_step(self.seed, step, 0, rank)
         # A weight with an expert is put together once a step.
         with cached():
@@ -247,7 +255,8 @@ class NightTrainer(Trainer):
         tensors = {f"{WEIGHT}/{name}": p.detach() for name, p in self.trained.items()}
         for name, moments in of(self.optimizer, self.trained).items():
             tensors |= {f"{kind}/{name}": value for kind, value in moments.items()}
-        told = {"step": self.course.step, "seconds": self.course.seconds}
+        course = self.course
+        told = {"step": course.step, "seconds": course.seconds, "rewards": course.rewards}
         self.unfinished.save(tensors, told)
 
 

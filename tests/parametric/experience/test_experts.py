@@ -112,9 +112,11 @@ def test_a_sum_in_half_precision_is_made_in_fp32_and_rounded_once():
     expert = Expert(weight, 9, seed=0)
     assert expert.A.shape == (4, 6) and expert.B.shape == (4, 4)
     assert expert.A.dtype == expert.B.dtype == torch.float32
+    weight = torch.randn(64, 96, generator=g).bfloat16()
+    expert = Expert(weight, 4, seed=0)
     assert torch.equal(expert(weight), weight)
     with torch.no_grad():
-        expert.B.copy_(0.01 * torch.randn(4, 4, generator=g))
+        expert.B.copy_(0.1 * torch.randn(64, 4, generator=g))
         want = (weight.float() + expert.B @ expert.A).bfloat16()
         assert torch.equal(expert(weight), want) and not torch.equal(want, weight)
     # A entries of variance 1 / rank.

@@ -9,11 +9,22 @@ import pytest
 import torch
 from editable import VOCAB, tiny_hybrid, tiny_llama, word_tokenizer
 from memories import bits, same
-from nights import STUDY, Folder, close, guard_of, lessons, press_at
+from nights import (
+    CONTEXT,
+    STUDY,
+    Folder,
+    close,
+    expected,
+    guard_of,
+    lessons,
+    press_at,
+    says,
+)
 from torch import nn
 
 from hybrid_sleep import SleepCache
 from hybrid_sleep.parametric.experience.experts import grown
+from hybrid_sleep.parametric.experience.imitation import Imitation
 from hybrid_sleep.parametric.experience.on_policy import OnPolicy
 from hybrid_sleep.parametric.experience.options import StudyOptions
 from hybrid_sleep.parametric.experience.train import train
@@ -26,7 +37,6 @@ TOKENIZER = word_tokenizer()
 END = TOKENIZER.eos_token_id
 ALL = replace(STUDY, on_policy=1.0)
 SOME = replace(STUDY, on_policy=0.5)
-CONTEXT = (5, 6, 7)
 
 
 @pytest.fixture(scope="module")
@@ -44,31 +54,13 @@ def writer_of(model, course, options=ALL, **given):
     return OnPolicy(model, TOKENIZER, course, options, dict(model.named_parameters()), **given)
 
 
-@torch.no_grad()
-def says(model, token):
-    """Make `model` say `token` and nothing else, whatever it reads."""
-    model.model.embed_tokens.weight.fill_(1.0)
-    for layer in model.model.layers:
-        layer.self_attn.o_proj.weight.zero_()
-        layer.mlp.down_proj.weight.zero_()
-    model.model.norm.weight.fill_(1.0)
-    model.lm_head.weight.zero_()[token] = 100.0
-
-
-def expected(model, ids, tokens, cache=None):
-    """Log probabilities of the last `tokens` of `ids`, behind `cache`."""
-    past = {"use_cache": False} if cache is None else {"cache": cache.copy()}
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([ids]), **past).logits[0]
-    return logits.log_softmax(-1)[-tokens - 1 : -1]
-
-
 def test_rows_are_the_students_and_the_teacher_is_the_model_before(llama):
     model, course = copy.deepcopy(llama), lessons(llama)
     writer = writer_of(model, course)
     says(model, 17)
     now = bits(model)
-    rows = writer.step(1)
+    rows, rewards = writer.step(1)
+    assert rewards == []
     assert same(now, bits(model)) and all(p.requires_grad for p in model.parameters())
     assert len(rows) == 3
     for old, new in zip(course[3:6], rows, strict=True):
@@ -90,7 +82,7 @@ def test_a_row_ends_where_its_text_does_and_a_foundation_goes_on(llama):
     made = [Lesson(part, Row((4, 5, 6, 8, 9), 2)) for part in ("dream", "foundation")]
     writer = writer_of(model, taught(model, made))
     says(model, END)
-    dream, foundation = writer.step(0)
+    dream, foundation = writer.step(0)[0]
     assert dream.ids == (4, 5, END) and len(dream.teacher) == 1
     assert foundation.ids == (4, 5, END, END, END)
     # Without anything in front, the row's own beginning is what the teacher reads.
@@ -107,7 +99,7 @@ def test_experts_are_switched_off_for_the_teacher(llama):
             for factor in experts.factors.values():
                 factor.copy_(torch.randn(factor.shape, generator=g))
         kept = {name: p.detach().clone() for name, p in experts.factors.items()}
-        rows = writer.step(0)
+        rows, _ = writer.step(0)
         assert all(torch.equal(p, kept[name]) for name, p in experts.factors.items())
         for new in (x for x in rows if x.teacher is not None):
             want = expected(llama, [*CONTEXT, *new.ids], new.tokens)
@@ -128,7 +120,7 @@ def test_a_cache_serves_the_teacher_though_the_weights_have_moved():
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3)
-    rows = writer.step(0)
+    rows, _ = writer.step(0)
     old.owner = type(cache.owner).of(fresh)
     for new, held in zip(rows, (old, old, None), strict=True):
         want = expected(fresh, new.ids, new.tokens, held)
@@ -143,11 +135,11 @@ def test_rows_are_drawn_again_the_same_and_anew_for_each_step_and_seed(llama):
     made = [Lesson("dream", Row((4, *[3] * 20), 1)) for _ in range(6)]
     writer = writer_of(model, taught(model, made))
     state = torch.get_rng_state()
-    first = [x.ids for x in writer.step(0)]
-    assert [x.ids for x in writer.step(0)] == first
-    assert [x.ids for x in writer.step(1)] != first
+    first = [x.ids for x in writer.step(0)[0]]
+    assert [x.ids for x in writer.step(0)[0]] == first
+    assert [x.ids for x in writer.step(1)[0]] != first
     other = writer_of(model, taught(model, made), seed=1)
-    assert [x.ids for x in other.step(0)] != first
+    assert [x.ids for x in other.step(0)[0]] != first
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -166,26 +158,30 @@ def test_a_share_is_of_the_rows_that_a_teacher_speaks_of(llama):
         assert some.count(steps) == len([i for i in some.chosen if i < 3 * steps])
     with pytest.raises(ValueError, match="on_policy must be at most 1, got 1.5"):
         StudyOptions(on_policy=1.5)
-    assert max(max(x.ids) for x in writer_of(llama, course).step(0)) < VOCAB
+    assert max(max(x.ids) for x in writer_of(llama, course).step(0)[0]) < VOCAB
 
 
 @pytest.mark.parametrize("experts", [None, 2])
 def test_training_takes_the_rows_of_each_step_from_the_student_of_that_step(
     llama, folder, experts
 ):
-    options, course = replace(SOME, experts=experts), lessons(llama)
+    imitation = Imitation(alpha=0.5, gamma=0.5) if experts else None
+    options, course = replace(SOME, experts=experts, imitation=imitation), lessons(llama)
     names = list(covered(llama)[0])
 
     def trained(model, unfinished, **given):
         guard = guard_of(model, 0.0)
         return train(
-            model, course, options, names, guard, unfinished, tokenizer=TOKENIZER, **given
-        )
+            model, course, options, names, guard, unfinished, tokenizer=TOKENIZER,
+            semantic=lambda *_: 0.25, **given,
+        )  # fmt: skip
 
     model = copy.deepcopy(llama)
     done = trained(model, folder.night(options=options, seed=1))
     count = writer_of(llama, course, SOME).count(4)
     assert done.on_policy == count == 3 == done.to_dict()["rows on policy"]
+    rewards = done.to_dict()["mean reward"]
+    assert rewards >= 0.125 if experts else rewards is None
 
     again = copy.deepcopy(llama)
     with pytest.raises(KeyboardInterrupt, match="step 2 of 4"):
@@ -193,6 +189,7 @@ def test_training_takes_the_rows_of_each_step_from_the_student_of_that_step(
     again = copy.deepcopy(llama)
     done = trained(again, folder.night(options=options))
     assert done.resumed == 2 and done.on_policy == count and same(bits(model), bits(again))
+    assert done.to_dict()["mean reward"] == rewards
     if experts:
         return
 
@@ -208,7 +205,7 @@ def test_training_takes_the_rows_of_each_step_from_the_student_of_that_step(
             for group in optimizer.param_groups:
                 group["lr"] = options.rate * (4 - step) / 4
             optimizer.zero_grad()
-            rows = writer.step(step)
+            rows, _ = writer.step(step)
             seed_step(0, step, 0)
             lesson_loss(plain, rows).backward()
             nn.utils.clip_grad_norm_(parameters.values(), 1.0)

@@ -10,7 +10,7 @@ from editable import tiny_hybrid, word_tokenizer
 from memories import OPEN, bits, same
 
 from hybrid_sleep import SleepCache
-from hybrid_sleep.parametric import CachedContext, Memory, MemoryOptions
+from hybrid_sleep.parametric import CachedContext, Imitation, Memory, MemoryOptions
 from hybrid_sleep.parametric.experience.options import StudyOptions
 from hybrid_sleep.parametric.fisher import covered
 from hybrid_sleep.parametric.mix import Shares
@@ -19,6 +19,7 @@ TOKENIZER = word_tokenizer()
 STUDY = StudyOptions(
     tokens=200, samples=6, length=3, shares=Shares(0.8, 0.0, 0.2), foundation=40, measured=4,
     rate=1e-2, strength=0.1, experts=2, on_policy=0.5,
+    imitation=Imitation(z0=2),
 )  # fmt: skip
 ROWS = {"corpus": [[1, 4, 5, 6, 7], [1, 9, 8, 7, 6]], "ordinary": [[1, 10, 11, 12], [1, 3, 5]]}
 
@@ -54,6 +55,7 @@ def test_a_night_of_experts_is_committed_and_undone_bit_for_bit(opened):
         # All rows have a teacher, the cache or the model itself.
         rows = sum(record.gate["study"]["mix"]["rows_of"].values())
         assert training["rows on policy"] == round(0.5 * rows) > 5
+        assert 0 <= training["mean reward"] < 1
         assert record.gate["guard"]["penalty"] > 0
         after = bits(model)
         assert list(after) == names
@@ -78,7 +80,7 @@ def test_a_night_of_experts_is_committed_and_undone_bit_for_bit(opened):
 
 def test_the_record_of_a_night_without_experts_says_so(opened):
     model = tiny_hybrid()
-    with opened(model, experts=None, on_policy=0.0, tokens=60) as memory:
+    with opened(model, experts=None, on_policy=0.0, imitation=None, tokens=60) as memory:
         training = memory.sleep(kind="experience", caches=[read(model)]).gate["training"]
     assert training["experts"] is None and training["rows on policy"] == 0
     assert training["parameters"] == sum(p.numel() for p in covered(model)[0].values())
