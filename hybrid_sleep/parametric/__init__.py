@@ -11,6 +11,7 @@ _exports = {
     "EditOptions": "edit",
     "Fact": "facts",
     "FactStore": "store",
+    "Imitation": "experience.imitation",
     "Limits": "pressure",
     "Memory": "memory",
     "MemoryOptions": "options",
@@ -28,6 +29,7 @@ __all__ = [*_exports]
 if TYPE_CHECKING:
     from hybrid_sleep.parametric.edit import EditOptions as EditOptions
     from hybrid_sleep.parametric.experience.context import CachedContext as CachedContext
+    from hybrid_sleep.parametric.experience.imitation import Imitation as Imitation
     from hybrid_sleep.parametric.experience.options import StudyOptions as StudyOptions
     from hybrid_sleep.parametric.facts import Fact as Fact
     from hybrid_sleep.parametric.facts import Relation as Relation

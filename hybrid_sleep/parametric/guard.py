@@ -129,7 +129,7 @@ class Guard(ABC):
                 name = names.get(id(p))
                 if name is not None:
                     pull = self.importance[name] * (float(group["lr"]) * self.strength)
-                    _write(p, _pulled(p, self.anchors[name], pull))
+                    write_parameter(p, _pulled(p, self.anchors[name], pull))
 
     def measure(self, rows: Sequence[Sequence[int]], **options: Any) -> Fisher | None:
         """What `consolidate` needs to know of a task, of which `rows` of ids are examples.
@@ -342,7 +342,8 @@ def _pulled(p: Tensor, anchor: Tensor, pull: Tensor) -> Tensor:
     return torch.where(pull > 0, pulled, p)
 
 
-def _write(p: nn.Parameter, value: Tensor) -> None:
+def write_parameter(p: nn.Parameter, value: Tensor) -> None:
+    """Set `p` to `value`, and the copy that DeepSpeed keeps of it."""
     p.copy_(value)
     # ZeRO 1 and 2 step a copy of their own, from which they overwrite the parameter.
     if getattr(p, "_hp_mapping", None) is not None:

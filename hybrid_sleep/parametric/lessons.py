@@ -9,7 +9,7 @@ neither, so what they say of the tokens has to move into its weights.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,11 +26,18 @@ class Lesson(Mixed):
     """A row of a mix, and what a teacher expects in it.
 
     teacher: log probabilities `[tokens, vocabulary]`, fp32 or more, of the tokens that are taught;
-    None: these tokens themselves count as what is to be said. Raises ValueError for a teacher of
-    another number of tokens.
+    None: these tokens themselves count as what is to be said. front: what it had in front of them,
+    in the place of the row's own beginning; cache: what it went on from. divergence, policy: what
+    in the loss the divergence from it counts, and the cross entropy of the tokens themselves beside
+    that, negative for what is not to be said. Raises ValueError for a teacher of another number of
+    tokens.
     """
 
     teacher: Tensor | None = None
+    front: tuple[int, ...] | None = None
+    cache: Any = field(default=None, compare=False, repr=False)
+    divergence: float = 1.0
+    policy: float = 0.0
 
     def __post_init__(self) -> None:
         check_choice("part", self.part, PARTS)
@@ -88,13 +95,17 @@ def taught(
             taught_now = lessons[first : first + at_once]
             for lesson, read, row in zip(taught_now, part, logits, strict=True):
                 said = _log_softmax(row[len(read) - 1 - lesson.tokens : len(read) - 1])
-                told.append(replace(lesson, teacher=said))
+                front = None if reads is None else read[: -lesson.tokens]
+                told.append(replace(lesson, teacher=said, front=front, cache=cache))
     return told
 
 
 def lesson_loss(model: nn.Module, lessons: Sequence[Lesson], **forward: Any) -> Tensor:
     """The mean over the taught tokens of `lessons`, each by its row's weight, of the divergence
-    `KL(teacher || model)`, or of cross entropy where there is no teacher, in nats."""
+    `KL(teacher || model)`, or of cross entropy where there is no teacher, in nats.
+
+    Where a row says so, of `divergence * KL + policy * cross entropy`.
+    """
     if not lessons:
         raise ValueError("lessons must be one or more, got none")
     device = next(model.parameters()).device
@@ -104,14 +115,19 @@ def lesson_loss(model: nn.Module, lessons: Sequence[Lesson], **forward: Any) -> 
     for row, lesson in zip(logits, lessons, strict=True):
         end = len(lesson.ids)
         said = _log_softmax(row[end - 1 - lesson.tokens : end - 1])
-        if lesson.teacher is None:
+        if lesson.teacher is None or lesson.policy:
             told = torch.tensor(lesson.ids[-lesson.tokens :], device=device)
-            losses.append(nn.functional.nll_loss(said, told, reduction="none"))
+            entropy = nn.functional.nll_loss(said, told, reduction="none")
+        if lesson.teacher is None:
+            losses.append(entropy)
         else:
             expected = lesson.teacher.to(said)
             # 0 log 0 is 0, where a teacher excludes a token.
             parts = torch.where(expected.isneginf(), 0.0, expected.exp() * (expected - said))
-            losses.append(parts.sum(-1))
+            loss = parts.sum(-1)
+            if lesson.divergence != 1:
+                loss = lesson.divergence * loss
+            losses.append(loss + lesson.policy * entropy if lesson.policy else loss)
         weights.append(said.new_full((lesson.tokens,), lesson.row.weight))
     return weighted_mean(torch.cat(losses), torch.cat(weights))
 

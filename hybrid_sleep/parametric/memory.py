@@ -20,6 +20,7 @@ from hybrid_sleep.parametric.dreams.losses import mean_losses
 from hybrid_sleep.parametric.edited import EditedWeights
 from hybrid_sleep.parametric.experience.context import CachedContext, check_contexts
 from hybrid_sleep.parametric.experience.experience import Experience
+from hybrid_sleep.parametric.experience.imitation import Semantic
 from hybrid_sleep.parametric.experience.night import consolidate
 from hybrid_sleep.parametric.factors import merged
 from hybrid_sleep.parametric.facts import Fact, Relation
@@ -200,6 +201,7 @@ class Memory(Workspace):
         kind: str = "facts",
         caches: Sequence[CachedContext] = (),
         questions: Sequence[tuple[str, str]] = (),
+        semantic: Semantic | None = None,
         dry_run: bool = False,
     ) -> Record:
         """Move what was learned into the weights, for good, if the gate passes.
@@ -212,15 +214,21 @@ class Memory(Workspace):
         without is to say (see `CachedContext`). Their contents stay; after a commit they are
         refused as all caches of the weights before, otherwise they go on serving the model.
         questions: (question, answer) about the experience, asked at its gate besides those that
-        the model dreams. dry_run: do and measure all of a sleep over experience, and take it back.
+        the model dreams. semantic: of what the model wrote and the text it imitates, whether they
+        mean the same, from 0 to 1 (see `imitation.py`; only where its gamma is above 0).
+        dry_run: do and measure all of a sleep over experience, and take it back.
         progress: called with the step, what is done of it, and of how much.
 
-        Raises ValueError, before anything changes, for another kind, for caches, questions or a dry
-        run of facts, for a cache of other weights or several rows, and for questions about
-        experience where there are caches alone.
+        Raises ValueError, before anything changes, for another kind, for caches, questions, a
+        semantic reward or a dry run of facts, for a cache of other weights or several rows, for
+        questions about experience where there are caches alone, and for a semantic reward that is
+        missing or that nothing asks for.
         """
         check_choice("kind", kind, SLEEPS)
-        for name, given in (("caches", caches), ("questions", questions), ("dry_run", dry_run)):
+        for name, given in (
+            ("caches", caches), ("questions", questions), ("semantic", semantic),
+            ("dry_run", dry_run),
+        ):  # fmt: skip
             if kind == "facts" and given:
                 raise ValueError(f"{name} must be left out for kind 'facts', got {kind!r}")
         if kind == "facts":
@@ -228,7 +236,7 @@ class Memory(Workspace):
         caches = list(caches)
         check_contexts(self.model, caches)
         first = consolidate(
-            self, caches, questions=questions, dry_run=dry_run, progress=progress
+            self, caches, questions=questions, semantic=semantic, dry_run=dry_run, progress=progress
         )
         if kind == "experience":
             return first

@@ -38,6 +38,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.nn.utils.parametrize import is_parametrized
 from transformers.utils import logging
 
 from hybrid_sleep.sleep.backbone import Backbone
@@ -304,6 +305,9 @@ def _inspect(backbone: Backbone, device: torch.device) -> tuple[str | None, Hash
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             # Replays run no Python: who hooks in to record or to fetch weights would be skipped.
             return f"a {type(module).__name__} has forward hooks, which a graph would skip", None
+        if is_parametrized(module):
+            # It may be held for a while (`parametrize.cached`), and then be somewhere else.
+            return f"a {type(module).__name__} has a weight that is computed", None
         if (adapters := adapter_state(module)) is not None:
             # A graph goes on with those that were at work when it was captured.
             places.append(adapters)

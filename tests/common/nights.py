@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from types import SimpleNamespace
 
 import experiences
 import torch
 from editable import VOCAB
 
+from hybrid_sleep.parametric.ewc import L2
 from hybrid_sleep.parametric.experience.choice import Chosen
 from hybrid_sleep.parametric.experience.options import StudyOptions
 from hybrid_sleep.parametric.experience.unfinished import Unfinished
@@ -15,6 +18,7 @@ from hybrid_sleep.parametric.lessons import Lesson, taught
 from hybrid_sleep.parametric.mix import Row
 
 STUDY = StudyOptions(rows=3, rate=0.01, tokens=64)
+CONTEXT = (5, 6, 7)
 
 
 def lessons(model, count=11, seed=0):
@@ -25,10 +29,49 @@ def lessons(model, count=11, seed=0):
         ids = torch.randint(3, VOCAB, (4 + i % 3,), generator=g).tolist()
         made.append(Lesson("recent", Row(tuple(ids), 1 + i % 2, 1.5 if i % 4 == 0 else 1.0)))
     asked = made[::2]
-    context = (5, 6, 7)
-    told = taught(model, asked, reads=[(*context, *x.ids) for x in asked])
+    told = taught(model, asked, reads=[(*CONTEXT, *x.ids) for x in asked])
     made[::2] = told
     return made
+
+
+def guard_of(model, strength=30.0):
+    guard = L2(model, strength)
+    guard.consolidate()
+    return guard
+
+
+def press_at(number):
+    """A progress that interrupts behind a step."""
+
+    def progress(step, steps):
+        if step == number:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return progress
+
+
+def close(one, other):
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-9, atol=1e-11, msg=name)
+
+
+@torch.no_grad()
+def says(model, token):
+    """Make `model` say `token` and nothing else, whatever it reads."""
+    model.model.embed_tokens.weight.fill_(1.0)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    model.model.norm.weight.fill_(1.0)
+    model.lm_head.weight.zero_()[token] = 100.0
+
+
+def expected(model, ids, tokens, cache=None):
+    """Log probabilities of the last `tokens` of `ids`, behind `cache`."""
+    past = {"use_cache": False} if cache is None else {"cache": cache.copy()}
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids]), **past).logits[0]
+    return logits.log_softmax(-1)[-tokens - 1 : -1]
 
 
 class Folder:

@@ -170,6 +170,13 @@ def of_another_type(model):
     norm.weight = torch.nn.Parameter(norm.weight.detach().as_subclass(Special))
 
 
+def parametrized(model):
+    mlp = model.model.layers[0].mlp
+    torch.nn.utils.parametrize.register_parametrization(
+        mlp.up_proj, "weight", torch.nn.Identity()
+    )
+
+
 def turned_off(model):
     model.model.engine = None
 
@@ -186,6 +193,7 @@ def no_gpu(model):
         (wrapped, "a SwiGLU has forward hooks, which a graph would skip"),
         (dropping, "attention_dropout=0.1 in training mode"),
         (of_another_type, "weights are of type Special, not plain tensors"),
+        (parametrized, "a ParametrizedLinear has a weight that is computed"),
         (turned_off, "turned off"),
         pytest.param(
             no_gpu, "no CUDA device",

@@ -24,6 +24,8 @@ class Course:
     """How far a training is: `step` of `steps`, out of `planned` without a budget of steps.
 
     seconds: spent on it, in earlier processes too. resumed: the step that this one began with.
+    experts: the rank of those that were trained, None without any; parameters: how many numbers.
+    on_policy: rows of the steps taken that the student wrote; rewards: the sum of theirs.
     """
 
     planned: int
@@ -32,6 +34,10 @@ class Course:
     step: int = 0
     seconds: float = 0.0
     resumed: int = 0
+    experts: int | None = None
+    parameters: int = 0
+    on_policy: int = 0
+    rewards: float | None = None
 
     @property
     def spent(self) -> str | None:
@@ -47,12 +53,17 @@ class Course:
 
     def to_dict(self) -> dict[str, Any]:
         """What a record says of it, plain data for JSON."""
+        rewarded = self.rewards is not None and self.on_policy
         return {
             "steps": self.step,
             "planned": self.planned,
             "budget spent": self.spent,
             "resumed at": self.resumed or None,
             "seconds": self.seconds,
+            "experts": self.experts,
+            "parameters": self.parameters,
+            "rows on policy": self.on_policy,
+            "mean reward": (self.rewards or 0.0) / self.on_policy if rewarded else None,
         }
 
 
@@ -111,13 +122,17 @@ class Steps(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         begin = (self.first + index) * self.rows
-        members = self.lessons[begin : begin + self.rows]
-        if self.world == 1:
-            return {"lessons": members, "share": 1.0}
-        mine = members[self.rank :: self.world]
-        share = self.world * _weight(mine) / _weight(members)
-        # A process without any still has to take part when gradients are summed.
-        return {"lessons": mine or members[:1], "share": share}
+        return share_of(self.lessons[begin : begin + self.rows], self.rank, self.world)
+
+
+def share_of(members: Sequence[Lesson], rank: int, world: int) -> dict[str, Any]:
+    """What a process has of the lessons of a step (see `Steps`)."""
+    if world == 1:
+        return {"lessons": members, "share": 1.0}
+    mine = members[rank::world]
+    share = world * _weight(mine) / _weight(members)
+    # A process without any still has to take part when gradients are summed.
+    return {"lessons": mine or members[:1], "share": share}
 
 
 def _weight(lessons: Sequence[Lesson]) -> float:

@@ -19,6 +19,7 @@ from hybrid_sleep.parametric.dreams.losses import token_losses
 from hybrid_sleep.parametric.ewc import OnlineEWC
 from hybrid_sleep.parametric.experience.choice import Chosen
 from hybrid_sleep.parametric.experience.context import CachedContext, serving
+from hybrid_sleep.parametric.experience.imitation import Semantic
 from hybrid_sleep.parametric.experience.leaks import exposures, told
 from hybrid_sleep.parametric.experience.options import StudyOptions
 from hybrid_sleep.parametric.experience.questions import Question, answered
@@ -59,12 +60,19 @@ def _consolidate(
     contexts: Sequence[CachedContext],
     *,
     questions: Sequence[tuple[str, str]] = (),
+    semantic: Semantic | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Record:
     began = time.perf_counter()
     options, model = memory.options.study, memory.model
     check_whole(model)
+    asked = options.imitation is not None and options.imitation.gamma > 0
+    if asked is not (semantic is not None):
+        raise ValueError(
+            "semantic must be a function where StudyOptions.imitation has a gamma above 0, and "
+            f"left out elsewhere, got {semantic!r}"
+        )
     record = Record("experience")
     # Caches need none of the packages that keep experience.
     keeping = not contexts or memory.asked(has_experience)
@@ -114,7 +122,9 @@ def _consolidate(
         memory.asked(lambda store: store.save_pristine(new))
     with memory.trial() as change:
         guard = _guard(memory, study, options, seed)
-        course, trained = _train(memory, study, names, guard, unfinished, seed, progress)
+        course, trained = _train(
+            memory, study, names, guard, unfinished, seed, progress, semantic
+        )
         held = guard.report()
         memory.learned(trained)
         memory.edited.materialise(memory.factors)
@@ -244,6 +254,7 @@ def _train(
     unfinished: Unfinished,
     seed: int,
     progress: Progress | None,
+    semantic: Semantic | None,
 ) -> tuple[Course, dict[str, Tensor]]:
     """Train the parameters `names`; how far it came, and what takes the place of pristine weights.
 
@@ -257,8 +268,8 @@ def _train(
     parameters = dict(model.named_parameters())
     before = {name: parameters[name].detach().clone() for name in names}
     course = train(
-        model, study.lessons, options, names, guard, unfinished, seed=seed,
-        progress=_of(progress, "train"),
+        model, study.lessons, options, names, guard, unfinished, tokenizer=memory.tokenizer,
+        semantic=semantic, seed=seed, progress=_of(progress, "train"),
     )  # fmt: skip
     edited, now = memory.edited, {}
     for name, old in before.items():

@@ -9,6 +9,7 @@ from typing import Any
 from hybrid_sleep.parametric.dreams.forms import FORMS
 from hybrid_sleep.parametric.experience.choice import BAND
 from hybrid_sleep.parametric.experience.experience import check_share
+from hybrid_sleep.parametric.experience.imitation import Imitation
 from hybrid_sleep.parametric.mix import Shares
 from hybrid_sleep.validation import check_choice, check_count, check_flag, check_number
 
@@ -30,6 +31,11 @@ class StudyOptions:
         begins, those before an interruption among them; the rate falls as it would without.
         foundation: tokens of text to stay the same on; rehearsed: the share of its part that
         what facts in the weights say gets, in the words they are written in, if there are any.
+    experts: rank of the low-rank expert that is trained beside every matrix, and merged into it
+        (see `experts.py`; the paper's have 64); None: the weights themselves are trained.
+    on_policy: of the rows that the teacher speaks of, the share that the student writes anew when
+        their step comes (see `on_policy.py`). imitation: reward them for coming near to what they
+        take the place of (see `imitation.py`); None: do not.
     strength, decay: of online EWC (see `Guard`); measured: rows its importance is of.
     held_out: the share of dreamt questions that are asked at the gate, not trained on.
     acquired: how far the model must have come with them at least, from what it answered before to
@@ -61,6 +67,9 @@ class StudyOptions:
     strength: float = 1.0
     decay: float = 0.95
     measured: int = 64
+    experts: int | None = None
+    on_policy: float = 0.0
+    imitation: Imitation | None = None
     held_out: float = 0.25
     acquired: float = 0.5
     erase: bool = True
@@ -71,8 +80,9 @@ class StudyOptions:
             check_count(name, getattr(self, name))
         for name in ("dreams", "canaries"):
             check_count(name, getattr(self, name), minimum=0)
-        if self.steps is not None:
-            check_count("steps", self.steps)
+        for name in ("steps", "experts"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
         if self.seconds is not None:
             check_number("seconds", self.seconds, above=0)
         check_share(self.share)
@@ -82,9 +92,12 @@ class StudyOptions:
         check_number("strength", self.strength, least=0)
         check_flag("erase", self.erase)
         check_flag("helping", self.helping)
-        for name in ("decay", "held_out", "acquired", "selected", "drawn", "rehearsed"):
+        shares = ("decay", "held_out", "acquired", "selected", "drawn", "rehearsed", "on_policy")
+        for name in shares:
             if check_number(name, getattr(self, name), least=0) > 1:
                 raise ValueError(f"{name} must be at most 1, got {getattr(self, name)!r}")
+        if self.imitation is not None and not self.on_policy:
+            raise ValueError("on_policy must be above 0 for imitation, got 0")
         if not self.selected + self.drawn:
             raise ValueError("selected or drawn must keep a dream, got 0 for both")
 
@@ -100,5 +113,6 @@ class StudyOptions:
             "band": (float(low), float(high)),
             "forms": tuple(data["forms"]),
             "shares": Shares(**data["shares"]),
+            "imitation": Imitation(**data["imitation"]) if data.get("imitation") else None,
         }
         return cls(**{**data, **parts})

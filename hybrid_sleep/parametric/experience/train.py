@@ -7,17 +7,23 @@ import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import cached
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from hybrid_sleep.parametric.experience.course import Clock, Course, Steps
+from hybrid_sleep.parametric.experience.course import Clock, Course, Steps, share_of
+from hybrid_sleep.parametric.experience.experts import grown
+from hybrid_sleep.parametric.experience.imitation import Semantic
+from hybrid_sleep.parametric.experience.nearness import NearnessCallback
+from hybrid_sleep.parametric.experience.on_policy import OnPolicy
 from hybrid_sleep.parametric.experience.zero import (
     ZERO_2,
     Moments,
@@ -50,50 +56,95 @@ def train(
     guard: Guard,
     unfinished: Unfinished,
     *,
+    tokenizer: Any = None,
+    semantic: Semantic | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Course:
     """Train the parameters `names` of `model` on `lessons`, in their order, `options.rows` a step.
 
-    AdamW, its rate falling linearly; gradients are clipped to norm 1. In several
-    processes, which all call this with the same, each has its share of every step, and the result
-    is that of one but for rounding. The state is kept in `unfinished` about every minute, and at
-    SIGINT and SIGTERM, which raise KeyboardInterrupt after the current step; another call goes on
-    from there, on a CPU in one process to the same bits. Modes, the global random state and
-    gradients stay as they were.
+    AdamW, its rate falling linearly; gradients are clipped to norm 1. With `options.experts` it is
+    experts beside the matrices among them that are trained, and merged at the end. tokenizer,
+    semantic: for rows on policy, where a text ends, and see `imitation.reward`.
 
-    Raises ValueError for a loss that is not finite, with weights as the steps before left them.
+    In several processes, which all call this with the same, each has its share of every step, and
+    the result is that of one but for rounding. The state is kept in `unfinished` about every
+    minute, and at SIGINT and SIGTERM, which raise KeyboardInterrupt after the current step; another
+    call goes on from there, on a CPU in one process to the same bits. Modes, the global random
+    state and gradients stay as they were.
+
+    Raises ValueError, before anything changes, for a guard that is anchored elsewhere than the
+    matrices of experts; and for a loss that is not finite, with weights as the steps before left
+    them, or as they were before the night where it is experts that were trained.
     """
     planned = math.ceil(len(lessons) / options.rows)
     course = Course(planned, min(planned, options.steps or planned), options.seconds)
     parameters = dict(model.named_parameters())
     trained = {name: parameters[name] for name in names}
+    holding = GuardCallback(guard)
+    with ExitStack() as stack:
+        experts = None
+        if options.experts is not None:
+            experts = stack.enter_context(grown(model, names, options.experts, seed=seed))
+            trained, holding = experts.factors, NearnessCallback(guard, experts)
+            course.experts = options.experts
+        course.parameters = sum(p.numel() for p in trained.values())
+        writer = OnPolicy(
+            model, tokenizer, lessons, options, trained, semantic=semantic, seed=seed
+        )
+        course.rewards = None if options.imitation is None else 0.0
+        moments = _resumed(course, trained, unfinished)
+        if course.step < course.steps and not course.late:
+            trainer_of = partial(
+                NightTrainer, course=course, lessons=lessons, rows=options.rows, trained=trained,
+                moments=moments, unfinished=unfinished, writer=writer, seed=seed,
+            )  # fmt: skip
+            callbacks = [holding, Clock(course, progress)]
+            _run(model, trainer_of, callbacks, course, options, trained, unfinished, seed)
+        course.on_policy = writer.count(course.step)
+        if experts is not None:
+            experts.merge()
+    return course
+
+
+def _resumed(
+    course: Course, trained: Mapping[str, nn.Parameter], unfinished: Unfinished
+) -> Moments:
+    """Put `course` and `trained` where an interrupted training was; the moments that it had."""
     moments: Moments = {}
     held = unfinished.state()
     if held is not None:
         tensors, told = held
         course.step, course.seconds = told["step"], told["seconds"]
-        course.resumed = course.step
+        course.resumed, course.rewards = course.step, told["rewards"]
         for key, value in tensors.items():
             kind, _, name = key.partition("/")
             moments.setdefault(name, {})[kind] = value
         with torch.no_grad():
             for name, p in trained.items():
                 p.copy_(moments[name].pop(WEIGHT))
-    if course.step >= course.steps or course.late:
-        return course
+    return moments
+
+
+def _run(
+    model: nn.Module,
+    trainer_of: Callable[..., NightTrainer],
+    callbacks: Sequence[TrainerCallback],
+    course: Course,
+    options: StudyOptions,
+    trained: Mapping[str, nn.Parameter],
+    unfinished: Unfinished,
+    seed: int,
+) -> None:
+    """All steps that are left."""
     stop = StopOnSignal()
     with ExitStack() as stack:
         stack.enter_context(_alone(model, trained))
         stack.enter_context(stop.listening())
         # Trainer makes its folder, and has nothing to put into it.
         unused = stack.enter_context(TemporaryDirectory())
-        trainer = NightTrainer(
-            model, _arguments(model, unused, course, options, seed), course=course,
-            lessons=lessons, rows=options.rows, trained=trained, moments=moments,
-            unfinished=unfinished, seed=seed,
-        )  # fmt: skip
-        for callback in (GuardCallback(guard), Clock(course, progress), stop):
+        trainer = trainer_of(model, _arguments(model, unused, course, options, seed))
+        for callback in (*callbacks, stop):
             trainer.add_callback(callback)
         try:
             trainer.train()
@@ -107,7 +158,6 @@ def train(
             else "is lost; a night over caches begins anew"
         )
         raise KeyboardInterrupt(f"step {course.step} of {course.steps} {what}")
-    return course
 
 
 class NightTrainer(Trainer):
@@ -127,9 +177,10 @@ class NightTrainer(Trainer):
         trained: Mapping[str, nn.Parameter],
         moments: Moments,
         unfinished: Unfinished,
+        writer: OnPolicy,
         seed: int,
     ):
-        self.seed = seed
+        self.seed, self.writer = seed, writer
         self.course, self.trained, self.unfinished = course, trained, unfinished
         self._moments = moments
         data = Steps(lessons, rows, course.step, course.steps, args.process_index, args.world_size)
@@ -168,8 +219,17 @@ class NightTrainer(Trainer):
         return found
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any) -> Tensor:
-        seed_step(self.seed, self.state.global_step, 0, self.args.process_index)
-        loss = super().training_step(model, inputs, *args)
+        step, rank = self.state.global_step, self.args.process_index
+        if self.writer.chosen:
+            # Not where Trainer fetches it: that is a step ahead, before the student's last one.
+            lessons, rewards = self.writer.step(step)
+            inputs = share_of(lessons, rank, self.args.world_size)
+            if self.course.rewards is not None:
+                self.course.rewards += sum(rewards)
+        seed_step(self.seed, step, 0, rank)
+        # A weight with an expert is put together once a step.
+        with cached():
+            loss = super().training_step(model, inputs, *args)
         wrong = torch.tensor([not bool(torch.isfinite(loss))], dtype=torch.float64)
         if bool(over_ranks(wrong, "MAX")):
             raise ValueError(
@@ -195,7 +255,8 @@ class NightTrainer(Trainer):
         tensors = {f"{WEIGHT}/{name}": p.detach() for name, p in self.trained.items()}
         for name, moments in of(self.optimizer, self.trained).items():
             tensors |= {f"{kind}/{name}": value for kind, value in moments.items()}
-        told = {"step": self.course.step, "seconds": self.course.seconds}
+        course = self.course
+        told = {"step": course.step, "seconds": course.seconds, "rewards": course.rewards}
         self.unfinished.save(tensors, told)
 
 
@@ -242,7 +303,8 @@ def _alone(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> Iterator[No
     a GPU of its own choice.
     """
     device = next(model.parameters()).device
-    frozen = [p for name, p in model.named_parameters() if name not in trained and p.requires_grad]
+    own = {id(p) for p in trained.values()}
+    frozen = [p for p in model.parameters() if id(p) not in own and p.requires_grad]
     with ExitStack() as stack:
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import random
-import signal
 from dataclasses import replace
 
 import numpy
@@ -13,10 +12,9 @@ import pytest
 import torch
 from editable import tiny_llama
 from memories import bits, same
-from nights import STUDY, Folder, lessons
+from nights import STUDY, Folder, close, guard_of, lessons, press_at
 from torch import nn
 
-from hybrid_sleep.parametric.ewc import L2
 from hybrid_sleep.parametric.experience import course as courses
 from hybrid_sleep.parametric.experience.course import Course, Steps
 from hybrid_sleep.parametric.experience.train import train
@@ -46,25 +44,9 @@ def folder(tmp_path):
         yield opened
 
 
-def guard_of(model, strength=30.0):
-    guard = L2(model, strength)
-    guard.consolidate()
-    return guard
-
-
 def trained(model, course, unfinished, options=STUDY, guard=None, **given):
     guard = guard or guard_of(model)
     return train(model, course, options, list(covered(model)[0]), guard, unfinished, **given)
-
-
-def press_at(number):
-    """A progress that interrupts behind a step."""
-
-    def progress(step, steps):
-        if step == number:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    return progress
 
 
 def by_hand(model, course, options=STUDY, steps=None):
@@ -88,11 +70,6 @@ def by_hand(model, course, options=STUDY, steps=None):
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
     return bits(model)
-
-
-def close(one, other):
-    for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=1e-9, atol=1e-11, msg=name)
 
 
 def test_it_takes_the_steps_of_a_loop_by_hand(llama, model, course, folder):
