@@ -14,6 +14,7 @@ from hybrid_sleep.parametric.ewc import L2
 from hybrid_sleep.parametric.experience.choice import Chosen
 from hybrid_sleep.parametric.experience.options import StudyOptions
 from hybrid_sleep.parametric.experience.unfinished import Unfinished
+from hybrid_sleep.parametric.facts import Fact
 from hybrid_sleep.parametric.lessons import Lesson, taught
 from hybrid_sleep.parametric.mix import Row
 
@@ -90,12 +91,16 @@ class Folder:
     def __exit__(self, *error):
         self.store.close()
 
-    def night(self, *, options=STUDY, questions=(), seed=0, weights="w", corpus=None, ids=None):
+    def night(
+        self, *, options=STUDY, questions=(), seed=0, weights="w", corpus=None, ids=None, words=()
+    ):
         kept = self.buffer.experiences()
         kept = tuple(x for x in kept if ids is None or x.id in ids)
         memory = SimpleNamespace(
             folder=self.path, buffer=self.buffer, corpus=corpus,
             edited=SimpleNamespace(digest=lambda: weights),
+            facts=lambda states: [SimpleNamespace(fact=Fact("Ada", x.name, "Rome")) for x in words],
+            relation=lambda name: next(x for x in words if x.name == name),
         )  # fmt: skip
         chosen = Chosen(kept, (1.0,) * len(kept), sum(len(x.ids) for x in kept))
         return Unfinished(memory, chosen, options, questions, seed)

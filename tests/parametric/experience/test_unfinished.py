@@ -12,6 +12,7 @@ from nights import STUDY, Folder
 from hybrid_sleep.parametric.experience import sealed as files
 from hybrid_sleep.parametric.experience.keys import Keys
 from hybrid_sleep.parametric.experience.sealed import Sealed
+from hybrid_sleep.parametric.facts import Relation
 
 SECRET = b"wintergreen" * 20
 
@@ -147,6 +148,7 @@ def test_what_was_made_once_is_not_made_again(tmp_path):
         {"corpus": [[1, 2, 3]]},
         {"ids": [1]},
         {"ids": [2]},
+        {"words": [Relation.plain("lives in")]},
     ],
 )
 def test_leftovers_of_another_night_are_erased(folder, other):
