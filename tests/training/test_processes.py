@@ -146,6 +146,7 @@ def test_two_processes_killed_at_a_random_step_are_one(tmp_path, tiny, alone, st
     assert_near(weights(fewer), weights(tmp_path / "whole"), 1e-5)
 
 
+@pytest.mark.slow
 def test_a_signal_ends_all_processes_after_the_same_step(tmp_path, tiny):
     out = tmp_path / "out"
     running = start(tiny.run(out, steps=4000), 2, torchrun=True)
@@ -193,6 +194,7 @@ def text(tmp_path):
     return {"files": [str(tmp_path / "corpus.txt")], "separator": "|", "length": 24}
 
 
+@pytest.mark.slow
 def test_text_in_two_processes_goes_on_where_it_was(tmp_path, tiny, text):
     """One process is two, and a run of two goes on in one from its first checkpoint."""
     settings = {"lr_muon": None, "model": {"window": 8}, "text": text}

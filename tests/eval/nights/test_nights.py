@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from hybrid_sleep.eval.facts import subjects
 from hybrid_sleep.eval.facts.measured import Point
 from hybrid_sleep.eval.nights.bench import NightsResult, NightsRow, run
 from hybrid_sleep.eval.nights.course import STUDY, Evening, options, subject, told_facts
@@ -99,7 +100,9 @@ def test_what_cannot_be_is_refused():
         run(nights=1000)
 
 
-def test_nights_are_run_measured_and_go_on(tmp_path):
+def test_nights_are_run_measured_and_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(subjects, "WORLD_KNOWN", 16)
+    monkeypatch.setattr(subjects, "WORLD_LINES", 60)
     study = replace(STUDY, tokens=800, foundation=500, measured=8)
     given = {"nights": 1, "facts": 2, "told": 1, "seeds": [0], "study": study, "out": tmp_path}
     result = run(**given)
