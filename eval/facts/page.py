@@ -13,6 +13,7 @@ from typing import Any, Self
 from hybrid_sleep.eval.facts.baselines import FineTuning, Method
 from hybrid_sleep.eval.facts.measured import known_pairs
 from hybrid_sleep.eval.facts.subjects import Subject
+from hybrid_sleep.parametric.dreams.dream import ACQUISITION
 from hybrid_sleep.parametric.facts import Fact
 from hybrid_sleep.parametric.memory import Memory
 from hybrid_sleep.parametric.options import MemoryOptions
@@ -75,8 +76,11 @@ class Night(Method):
     def outcome(self) -> str:
         """How the night ended, and what it took."""
         record = self.record
-        mixed = record.gate["study"]["mix"]["tokens"]
-        dreams = record.gate["study"]["dreams"].get("acquisition", {"made": 0, "kept": 0})
+        study = record.gate.get("study")
+        if study is None:
+            return record.ended
+        mixed = study["mix"]["tokens"]
+        dreams = study["dreams"].get(ACQUISITION, {"made": 0, "kept": 0})
         return (
             f"{record.ended}; trained on {sum(mixed.values()):,} tokens, "
             f"{dreams['kept']} of {dreams['made']} dreams kept"

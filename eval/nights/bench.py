@@ -14,7 +14,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
-from hybrid_sleep.eval.nights.course import Course, Evening, options, subject, told_facts
+from hybrid_sleep.eval.nights.course import (
+    STUDY,
+    Course,
+    Evening,
+    options,
+    subject,
+    told_facts,
+)
 from hybrid_sleep.eval.results import Result
 from hybrid_sleep.parametric.experience.options import StudyOptions
 from hybrid_sleep.support.provenance import provenance
@@ -22,7 +29,7 @@ from hybrid_sleep.support.resume import Row, collect
 from hybrid_sleep.validation import check_count
 
 # What a record says, beside what was measured independently.
-COMPARED = {"locality": "locality", "perplexity_ratio": "perplexity_ratio"}
+COMPARED = ("locality", "perplexity_ratio")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +50,10 @@ class NightsRow:
         and as it was measured afterwards."""
         gaps = [0.0]
         for evening in self.evenings:
-            for name, of in COMPARED.items():
+            for name in COMPARED:
                 said = evening.reported.get(name)
                 if said is not None:
-                    gaps.append(abs(said - getattr(evening.facts, of)))
+                    gaps.append(abs(said - getattr(evening.facts, name)))
         return max(gaps)
 
 
@@ -64,7 +71,7 @@ def run(
     facts: int = 2,
     told: int = 3,
     seeds: Sequence[int] = (0, 1, 2),
-    study: StudyOptions | None = None,
+    study: StudyOptions = STUDY,
     jobs: int = 1,
     minutes: float | None = None,
     out: Path | None = None,
@@ -87,7 +94,7 @@ def run(
             "nights": nights,
             "facts": facts,
             "told": told,
-            "settings": (options(study, seed) if study else options(seed=seed)).to_dict(),
+            "settings": options(study, seed).to_dict(),
         }
         for seed in seeds
     ]

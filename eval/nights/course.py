@@ -51,7 +51,7 @@ class Evening:
     learned: float
 
 
-def options(study: StudyOptions = STUDY, seed: int = 0) -> MemoryOptions:
+def options(study: StudyOptions, seed: int = 0) -> MemoryOptions:
     """Of the small world's memory."""
     return replace(SETTINGS["world"].memory, study=study, seed=seed)
 
@@ -67,6 +67,17 @@ def told_facts(found: Subject, count: int) -> list[Fact]:
     taken = {fact.subject for fact in (*found.facts, *found.more)}
     spare = found.world.unseen_facts(count + len(taken), seed=1)
     return [fact for fact in spare if fact.subject not in taken][:count]
+
+
+def said_of_the_end(*records: Record) -> dict[str, float | None]:
+    """What the records of a night, the first one first, say of the weights that it ended with.
+
+    What was measured of a sleep that was taken back is of weights that are gone.
+    """
+    found: dict[str, float | None] = {}
+    for record in records:
+        found = record.gate.get("after" if record.outcome == "committed" else "before", found)
+    return found
 
 
 class Course:
@@ -134,7 +145,7 @@ class Course:
         if records is not None:
             first, last = records
             experience, outcome = first.ended, last.ended
-            reported = (last if last.gate else first).gate.get("after", {})
+            reported = said_of_the_end(first, last)
         point = look(
             f"night {night}" if night else "before",
             memory.model,

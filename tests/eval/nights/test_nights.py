@@ -7,9 +7,17 @@ import pytest
 from hybrid_sleep.eval.facts import subjects
 from hybrid_sleep.eval.facts.measured import Point
 from hybrid_sleep.eval.nights.bench import NightsResult, NightsRow, run
-from hybrid_sleep.eval.nights.course import STUDY, Evening, options, subject, told_facts
+from hybrid_sleep.eval.nights.course import (
+    STUDY,
+    Evening,
+    options,
+    said_of_the_end,
+    subject,
+    told_facts,
+)
 from hybrid_sleep.eval.render.nights import figure, markdown
 from hybrid_sleep.parametric.options import MemoryOptions
+from hybrid_sleep.parametric.record import Record
 from hybrid_sleep.support.provenance import provenance
 
 
@@ -50,6 +58,25 @@ def test_what_a_record_did_not_say_is_the_largest_gap(result):
     # 1.02 was measured in the second night and 1.0225 is said; all else agrees.
     assert result.rows[0].unreported == pytest.approx(0.0025)
     assert result.rows[1].unreported == 0
+
+
+@pytest.mark.parametrize(
+    "ended, locality",
+    [
+        (("committed", "committed"), 0.7),
+        # What a sleep that was taken back would have done is not what is there.
+        (("committed", "rolled back"), 0.8),
+        (("rolled back", "nothing to do"), 0.9),
+    ],
+)
+def test_what_is_said_of_a_night_is_of_the_weights_that_are_there(ended, locality):
+    first, last = (
+        Record("sleep", outcome, gate={"before": {"locality": old}, "after": {"locality": new}})
+        for outcome, old, new in zip(ended, (0.9, 0.8), (0.8, 0.7), strict=True)
+    )
+    if last.outcome == "nothing to do":
+        last.gate = {}
+    assert said_of_the_end(first, last) == {"locality": locality}
 
 
 def test_the_table_has_what_was_measured(result):
