@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import os
 import pkgutil
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
@@ -73,6 +74,16 @@ KINDS = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class AnswersRow:
+    """A row of a benchmark of answers, which may be of several machines (`collect`'s `anywhere`).
+
+    machine: where it was measured; None: where the result's provenance says.
+    """
+
+    machine: str | None = None
+
+
 @dataclass(kw_only=True)
 class Result:
     """What every kind has; a subclass is a dataclass with a `benchmark` and fields of its own.
@@ -114,8 +125,15 @@ class Result:
 
     def footer(self, versions: str = "") -> list[str]:
         """The last lines of a results.md; see `support.markdown.footer`."""
+        rows: list[Any] = getattr(self, "rows", [])
+        machines = Counter(row.machine for row in rows if getattr(row, "machine", None))
+        others = [f"{n} of {len(rows)} rows on {name}" for name, n in sorted(machines.items())]
         return footer_of(
-            self.provenance, self.command, self.ended, versions, continues=self.continues
+            self.provenance,
+            self.command,
+            self.ended,
+            "; ".join([*([versions] if versions else []), *others]),
+            continues=self.continues,
         )
 
 

@@ -21,7 +21,7 @@ import torch
 from hybrid_sleep.eval.bridge.arms import ARMS, Night
 from hybrid_sleep.eval.bridge.model import Training, accuracy, answered, trained_model
 from hybrid_sleep.eval.bridge.texts import Day, Texts
-from hybrid_sleep.eval.results import Result
+from hybrid_sleep.eval.results import AnswersRow, Result
 from hybrid_sleep.sleep.cache import SleepCache
 from hybrid_sleep.support.provenance import provenance
 from hybrid_sleep.support.resume import Row, collect
@@ -58,7 +58,7 @@ class Course:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BridgeRow:
+class BridgeRow(AnswersRow):
     """All arms on the model of one seed. parameters: how many it has; training_seconds: its own."""
 
     seed: int
@@ -136,7 +136,7 @@ def run(
     with TemporaryDirectory() as folder:
         content = collect(
             header.content(), planned, partial(measure_row, Path(folder)), jobs=jobs,
-            minutes=minutes, out=out, progress=progress,
+            minutes=minutes, out=out, anywhere=True, progress=progress,
         )  # fmt: skip
     return BridgeResult.from_content(content)
 

@@ -14,7 +14,7 @@ import torch
 from hybrid_sleep.eval.continual.methods import METHODS, Training
 from hybrid_sleep.eval.continual.metrics import Scores
 from hybrid_sleep.eval.continual.stream import TaskStream
-from hybrid_sleep.eval.results import Result
+from hybrid_sleep.eval.results import AnswersRow, Result
 from hybrid_sleep.support.provenance import provenance
 from hybrid_sleep.support.resume import Row, collect
 from hybrid_sleep.training.loop import StepRecord
@@ -25,7 +25,7 @@ LOOKS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContinualRow:
+class ContinualRow(AnswersRow):
     """One method on one seed.
 
     stream, stream_settings: what was learned, see `TaskStream`. settings: of training. matrix:
@@ -150,7 +150,7 @@ def run(
     )
     content = collect(
         header.content(), planned, partial(measure_row, stream=stream), jobs=jobs,
-        minutes=minutes, out=out, progress=progress,
+        minutes=minutes, out=out, anywhere=True, progress=progress,
     )  # fmt: skip
     return ContinualResult.from_content(content)
 

@@ -17,7 +17,7 @@ from hybrid_sleep.eval.facts.arms import ARMS, BASELINES
 from hybrid_sleep.eval.facts.course import Course, baseline_row, night_options
 from hybrid_sleep.eval.facts.measured import Change, Point
 from hybrid_sleep.eval.facts.subjects import WORLD, digest_of, settings_of, subject_of
-from hybrid_sleep.eval.results import Result
+from hybrid_sleep.eval.results import AnswersRow, Result
 from hybrid_sleep.support.provenance import provenance
 from hybrid_sleep.support.resume import Row, collect
 from hybrid_sleep.validation import check_choice, check_count
@@ -35,7 +35,7 @@ class Slept:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FactsRow:
+class FactsRow(AnswersRow):
     """One arm on one seed and order of facts.
 
     settings: what it was run with. known: things that the pristine model knows, of `asked`.
@@ -162,6 +162,7 @@ def run(
             jobs=jobs,
             minutes=minutes,
             out=out,
+            anywhere=True,
             progress=progress,
         )
     return FactsResult.from_content(content)

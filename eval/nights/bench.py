@@ -22,7 +22,7 @@ from hybrid_sleep.eval.nights.course import (
     subject,
     told_facts,
 )
-from hybrid_sleep.eval.results import Result
+from hybrid_sleep.eval.results import AnswersRow, Result
 from hybrid_sleep.parametric.experience.options import StudyOptions
 from hybrid_sleep.support.provenance import provenance
 from hybrid_sleep.support.resume import Row, collect
@@ -33,7 +33,7 @@ COMPARED = ("locality", "perplexity_ratio")
 
 
 @dataclass(frozen=True, kw_only=True)
-class NightsRow:
+class NightsRow(AnswersRow):
     """All nights of one seed. facts, told: a day. settings: of the memory."""
 
     seed: int
@@ -102,7 +102,7 @@ def run(
     with TemporaryDirectory() as folder:
         content = collect(
             header.content(), planned, partial(measure_row, Path(folder)), jobs=jobs,
-            minutes=minutes, out=out, progress=progress,
+            minutes=minutes, out=out, anywhere=True, progress=progress,
         )  # fmt: skip
     return NightsResult.from_content(content)
 

@@ -189,7 +189,13 @@ def _costs(result: FactsResult) -> list[str]:
                 f"{mean(row.setup_seconds for row in found):.1f}",
             ]
         )
-    return ["", *table(head, rows, "lrrrrlr")]
+    elsewhere = [
+        f"Seconds of {label}: on {machine}."
+        for name, label in LABELS.items()
+        for machine in sorted({row.machine for row in result.of(name) if row.machine})
+    ]
+    notes = ["", " ".join(elsewhere)] if elsewhere else []
+    return ["", *table(head, rows, "lrrrrlr"), *notes]
 
 
 def _changes(result: FactsResult) -> list[str]:

@@ -18,6 +18,8 @@ from typing import Any
 VERSIONS = ("torch", "transformers", "numpy")
 # Kernels come from these; those that are not installed are not named.
 KERNEL_PACKAGES = ("triton", "flash-linear-attention", "fla-core", "mamba-ssm", "causal-conv1d")
+# On these times depend, and answers only by rounding.
+MACHINE = ("device", "threads")
 # What only shows numbers cannot change one: modules, and packages with all that is in them.
 PRESENTATION = (
     "cli",
@@ -135,10 +137,15 @@ def describe(record: dict[str, Any]) -> str:
         f"hybrid_sleep {record['hybrid_sleep']}" + (f" ({commit})" if commit else ""),
         f"Python {record['python']}",
         *(f"{name} {record[name]}" for name in VERSIONS),
-        f"{record['device']}, {record['threads']} threads",
+        machine(record),
         record["date"],
     ]
     return "; ".join(parts)
+
+
+def machine(record: dict[str, Any]) -> str:
+    """The machine of a `provenance` record, in words."""
+    return f"{record['device']}, {record['threads']} threads"
 
 
 def _commit(root: Path) -> str | None:

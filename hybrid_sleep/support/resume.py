@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_sleep.support.io import unreadable
+from hybrid_sleep.support.provenance import MACHINE, machine
 from hybrid_sleep.support.records import read_records, write_records
 from hybrid_sleep.validation import check_count, check_number
 
@@ -31,6 +32,7 @@ def collect(
     minutes: float | None = None,
     jobs: int = 1,
     out: Path | None = None,
+    anywhere: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Fill `result["rows"]` with `{**key, **measure(key)}` for each key of `planned`.
@@ -42,11 +44,12 @@ def collect(
     `Budget`). Interrupted, it returns what it has, and raises if that is nothing. `ended` says how
     it was: "done", "time is up" or "interrupted". jobs: rows measured side by side, each in a
     process of its own if more than one; `measure` and what it returns must then be picklable.
+    anywhere: rows of another machine are kept as well, for benchmarks of answers, not of times.
     """
     check_count("jobs", jobs)
     budget = Budget(minutes)
     planned = [json.loads(json.dumps(key)) for key in planned]
-    before = finished_rows(out, result["benchmark"], result["provenance"])
+    before = finished_rows(out, result["benchmark"], result["provenance"], anywhere=anywhere)
     there = {_text(key): row for key in planned for row in before if _has(row, key)}
 
     def update(ended: str) -> None:
@@ -74,10 +77,13 @@ def collect(
     return result
 
 
-def finished_rows(out: Path | None, benchmark: str, now: dict[str, Any]) -> list[Row]:
+def finished_rows(
+    out: Path | None, benchmark: str, now: dict[str, Any], *, anywhere: bool = False
+) -> list[Row]:
     """Rows in `out`/results.json that were measured under the same provenance as `now`, or none.
 
     The same but for date and commit: `source` says whether code changed that can change a number.
+    anywhere: and but for the machine; its name is the `machine` of a row that is not of this one.
     A warning says that rows of another provenance, an earlier version's among them, count for
     nothing. Raises OSError or ValueError if the file is damaged: a new one would take its place.
     """
@@ -92,6 +98,10 @@ def finished_rows(out: Path | None, benchmark: str, now: dict[str, Any]) -> list
         raise unreadable(path, "it has no rows and provenance; remove it to measure anew")
     names = sorted((before.keys() | now.keys()) - set(NO_KEY))
     differ = [name for name in names if before.get(name) != now.get(name)]
+    if anywhere:
+        differ = [name for name in differ if name not in MACHINE]
+    if anywhere and not differ:
+        rows = [_with_machine(row, machine(before), machine(now)) for row in rows]
     if differ and rows:
         warnings.warn(
             f"{path}: its {len(rows)} rows were measured with another {', '.join(differ)}; all "
@@ -99,6 +109,12 @@ def finished_rows(out: Path | None, benchmark: str, now: dict[str, Any]) -> list
             stacklevel=3,
         )
     return [] if differ else rows
+
+
+def _with_machine(row: Row, written: str, here: str) -> Row:
+    """`row` as a result of the machine `here` has it, from a result that `written` wrote last."""
+    measured = row.get("machine") or written
+    return {**row, "machine": None if measured == here else measured}
 
 
 class Budget:

@@ -50,6 +50,31 @@ def test_rows_are_kept_only_where_nothing_has_changed_that_counts(tmp_path):
         assert kept(seen=1) == []
 
 
+def test_rows_of_another_machine_are_kept_where_answers_count_and_say_whose_they_are(tmp_path):
+    """A file goes from one machine to a second one, and back."""
+    first = {"device": "cpu A", "threads": 1, "source": "s"}
+    second = {**first, "device": "cpu B", "threads": 4}
+    measured = []
+
+    def on(now, *wanted, anywhere=True):
+        result = {"benchmark": "b", "provenance": now, "rows": []}
+        done = collect(
+            result, [{"n": n} for n in wanted], lambda key: measured.append(key["n"]) or {},
+            out=tmp_path, anywhere=anywhere,
+        )  # fmt: skip
+        return {row["n"]: row.get("machine") for row in done["rows"]}
+
+    assert on(first, 1) == {1: None}
+    assert on(second, 1, 2) == {1: "cpu A, 1 threads", 2: None}
+    assert on(first, 1, 2, 3) == {1: None, 2: "cpu B, 4 threads", 3: None}
+    assert measured == [1, 2, 3]
+    with pytest.warns(UserWarning, match="measured with another source"):
+        assert on({**second, "source": "t"}, 1) == {1: None}
+    with pytest.warns(UserWarning, match="measured with another device, threads"):
+        on({**first, "source": "t"}, 1, anywhere=False)
+    assert measured == [1, 2, 3, 1, 1]
+
+
 def test_what_is_no_file_of_this_benchmark_keeps_nothing(tmp_path):
     assert finished_rows(None, "b", {}) == []
     assert finished_rows(tmp_path, "b", {}) == []

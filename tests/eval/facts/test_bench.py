@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from hybrid_sleep.eval.facts import bench, course, subjects
 from hybrid_sleep.eval.facts.settings import SETTINGS
 from hybrid_sleep.eval.results import read, render, save
-from hybrid_sleep.support.records import read_records
+from hybrid_sleep.support.records import read_records, write_records
 
+COMMITTED = Path(bench.__file__).parents[1] / "results" / "facts_world" / "results.json"
 TIMES = ("seconds", "setup_seconds", "learn_seconds")
 
 
@@ -74,3 +76,15 @@ def test_a_run_that_is_continued_is_the_same_and_shows_what_its_file_has(tmp_pat
     for words in ("accumulation", "all facts in the prompt", "second sleep", "the same"):
         assert words in text
     assert json.loads(json.dumps(second.content())) == read_records(paths[0])
+
+
+def test_arms_of_another_machine_are_named(tmp_path):
+    content = read_records(COMMITTED)
+    assert "Seconds of" not in COMMITTED.with_name("results.md").read_text()
+    for row in content["rows"]:
+        if row["arm"] == "lora":
+            row["machine"] = "cpu B, 4 threads"
+    write_records(tmp_path / "results.json", content)
+    text = render(tmp_path / "results.json")[0].read_text()
+    assert "Seconds of LoRA: on cpu B, 4 threads.\n" in text
+    assert f"; 3 of {len(content['rows'])} rows on cpu B, 4 threads\n" in text
