@@ -92,8 +92,9 @@ class Folder:
         self.store.close()
 
     def night(
-        self, *, options=STUDY, questions=(), seed=0, weights="w", corpus=None, ids=None, words=()
-    ):
+        self, *, options=STUDY, questions=(), seed=0, weights="w", corpus=None, ids=None, words=(),
+        semantic=None,
+    ):  # fmt: skip
         kept = self.buffer.experiences()
         kept = tuple(x for x in kept if ids is None or x.id in ids)
         memory = SimpleNamespace(
@@ -103,4 +104,4 @@ class Folder:
             relation=lambda name: next(x for x in words if x.name == name),
         )  # fmt: skip
         chosen = Chosen(kept, (1.0,) * len(kept), sum(len(x.ids) for x in kept))
-        return Unfinished(memory, chosen, options, questions, seed)
+        return Unfinished(memory, chosen, options, questions, seed, semantic=semantic)

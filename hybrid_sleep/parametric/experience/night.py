@@ -103,7 +103,9 @@ def _consolidate(
         return memory.committed(record)
     # Each sleep draws anew, and the same again if it is done again.
     seed = memory.options.seed + memory.asked(_commits)
-    unfinished = Unfinished(memory, chosen, options, questions, seed, keeps=not contexts)
+    unfinished = Unfinished(
+        memory, chosen, options, questions, seed, semantic=semantic, keeps=not contexts
+    )
     study = prepare(
         model, memory.tokenizer, chosen, options, contexts=contexts, corpus=memory.corpus,
         facts=_facts(memory),

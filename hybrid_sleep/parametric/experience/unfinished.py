@@ -34,7 +34,8 @@ class Unfinished:
     """The folder of the night over `chosen`; in several processes the first one has it, and all
     make every call.
 
-    Leftovers of another night are erased: of other experiences, weights, options, or another seed.
+    Leftovers of another night are erased: of other experiences, weights, options, another seed or
+    reward (`semantic`).
     found: "this night", "another night" or None, where there were none. keeps: whether anything is
     kept; not of a night over caches, of which nothing is on the disk.
     """
@@ -47,6 +48,7 @@ class Unfinished:
         questions: Sequence[tuple[str, str]],
         seed: int,
         *,
+        semantic: Callable[..., float] | None = None,
         keeps: bool = True,
     ):
         self.folder, self.keeps = str(memory.folder / FOLDER), keeps
@@ -54,7 +56,7 @@ class Unfinished:
         self.found: str | None = None
         if not keeps:
             return
-        self._about = _digest(memory, chosen, options, questions, seed)
+        self._about = _digest(memory, chosen, options, questions, seed, semantic)
         sources = {kept.experience.source for kept in chosen.experiences}
         self.found = of_first(self._open, memory, sources)
 
@@ -130,8 +132,9 @@ def _digest(
     options: StudyOptions,
     questions: Sequence[tuple[str, str]],
     seed: int,
+    semantic: Callable[..., float] | None,
 ) -> str:
-    """Of all that decides what a night comes to."""
+    """Of all that decides what a night comes to, a function by its name."""
     experiences = [
         (kept.id, kept.ids, kept.start, weight)
         for kept, weight in zip(chosen.experiences, chosen.weights, strict=True)
@@ -140,6 +143,14 @@ def _digest(
     words = [memory.relation(x.fact.relation).to_dict() for x in memory.facts(WRITTEN)]
     content = [
         memory.edited.digest(), options.to_dict(), seed, experiences, list(map(list, questions)),
-        corpus, words,
+        corpus, words, _name(semantic),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _name(function: Callable[..., float] | None) -> str | None:
+    if function is None:
+        return None
+    # An object that is called has the name of its class.
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
