@@ -14,6 +14,10 @@ JOBS ?= 2
 TEST_ARGS ?=
 DEMO_ARGS ?=
 
+# Where it is set, as in many containers, every process that a test starts compiles torch and
+# transformers anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 VENV := .venv
 # Where mypy finds the folders that install inside hybrid_sleep/.
 BESIDE := .mypy_cache/beside/hybrid_sleep
