@@ -36,11 +36,11 @@ class Night:
     rows its importance is of. locality and perplexity: what the gate asks for on other texts.
     """
 
-    tokens: int = 4000
+    tokens: int = 6000
     rows: int = 8
     samples: int = 64
     recent: float = 0.2
-    rate: float = 2.5e-3
+    rate: float = 1.5e-3
     own_recent: float = 0.5
     own_rate: float = 3e-3
     plain: float = 1e-3

@@ -24,7 +24,7 @@ REPLY = 24  # tokens
 # The small world's models write nothing that parses as a dream: what was said is repeated instead.
 STUDY = StudyOptions(
     band=(0, 100), share=1.0, dreams=0, shares=Shares(0.1, 0.0, 0.9), tokens=16000, rate=2.5e-4,
-    rehearsed=0.15, strength=0.1,
+    rehearsed=0.15, strength=10.0,
 )  # fmt: skip
 
 

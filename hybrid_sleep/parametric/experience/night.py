@@ -115,9 +115,8 @@ def _consolidate(
     before = _look(memory, study, chosen)
     floor = before.acquired
     ceiling = _of_first(answered(model, memory.tokenizer, study.questions, with_source=True))
-    bound = None
-    if floor is not None and ceiling is not None and ceiling > floor:
-        bound = floor + options.acquired * (ceiling - floor)
+    given = len(questions) + sum(len(one.questions) for one in contexts)
+    bound = _bound(options.acquired, floor, ceiling, given, len(study.questions))
     names = list(covered(model)[0])
     new = memory.edited.keep_parameters(names)
     if new:
@@ -149,8 +148,8 @@ def _consolidate(
         }
         record.notes += told(leaks, study.planted)
         record.ids = [kept.id for kept in chosen.experiences]
-        if bound is None:
-            record.notes.append(_unmeasured(study.questions, floor, ceiling))
+        if floor is None or ceiling is None or ceiling <= floor:
+            record.notes.append(_unmeasured(study.questions, floor, ceiling, bound))
         if course.spent:
             record.notes.append(
                 f"the {course.spent} of the training were spent at step {course.step} of "
@@ -218,14 +217,37 @@ def _of_first(value: T) -> T:
     return of_first(lambda: value)
 
 
+def _bound(
+    share: float, floor: float | None, ceiling: float | None, given: int, asked: int
+) -> float | None:
+    """How many of `asked` questions must be answered: `share` of the way from `floor` up.
+
+    Up to what the model answers with the text. Where it reads none of it, up to the `given`
+    questions, whose answers somebody vouches for, as a sleep that taught it nothing would pass and
+    erase what it was to learn; None where all were dreamt, whose answers may be wrong.
+    """
+    if floor is None or ceiling is None:
+        return None
+    most = ceiling if ceiling > floor else given / asked
+    return floor + share * (most - floor) if most > floor else None
+
+
 def _unmeasured(
-    questions: Sequence[Question], floor: float | None, ceiling: float | None
+    questions: Sequence[Question],
+    floor: float | None,
+    ceiling: float | None,
+    bound: float | None,
 ) -> str:
     if not questions:
         return "nothing was asked of the experience: no question was given, and none dreamt"
+    judged = (
+        "what was acquired is not judged"
+        if bound is None
+        else f"{bound:.2f} of the questions must be answered, as answers were given to them"
+    )
     return (
-        f"what was acquired is not judged: {floor:.2f} of {len(questions)} questions were answered "
-        f"before, and no more, {ceiling:.2f}, with the text in the context or the cache"
+        f"{judged}: {floor:.2f} of {len(questions)} were answered before, and no more, "
+        f"{ceiling:.2f}, with the text in the context or the cache"
     )
 
 

@@ -141,17 +141,30 @@ def test_what_is_not_acquired_is_not_committed(world, model, opened):
     lazy = replace(STUDY, tokens=200, rate=1e-7)
     with opened(model, options=asking(lazy)) as memory:
         experienced(memory, pairs)
-        # In context the answer is there to be copied; whether this model does is not asked here.
-        with pytest.MonkeyPatch.context() as patch:
-            from hybrid_sleep.parametric.experience import night
-
-            answered = night.answered
-            patch.setattr(
-                night, "answered",
-                lambda *a, with_source=False: 1.0 if with_source else answered(*a),
-            )  # fmt: skip
-            record = memory.sleep(kind="experience", questions=pairs)
+        # This model copies no answer from its context: what was given to the question counts.
+        record = memory.sleep(kind="experience", questions=pairs)
+        assert record.gate["with context"] == 0 and len(memory.buffer.ids("waiting")) == 1
+        assert any("0.50 of the questions must be answered, as" in x for x in record.notes)
     assert record.outcome == "rolled back" and "acquired 0.000 is below 0.5" in record.why
+
+
+@pytest.mark.parametrize(
+    ("floor", "ceiling", "given", "asked", "bound"),
+    [
+        (0.2, 0.6, 0, 5, 0.4),  # Half-way to what reading gives, whoever asks.
+        (0.2, 0.6, 5, 5, 0.4),
+        (0.0, 0.0, 4, 4, 0.5),  # Half-way to what was given,
+        (0.5, 0.25, 4, 4, 0.75),  # from what is answered already,
+        (0.0, 0.0, 2, 8, 0.125),  # of those given alone.
+        (0.0, 0.0, 0, 8, None),
+        (1.0, 1.0, 3, 3, None),
+        (None, None, 0, 0, None),
+    ],
+)
+def test_what_must_be_acquired_lies_half_way_to_what_can_be(floor, ceiling, given, asked, bound):
+    assert nights._bound(0.5, floor, ceiling, given, asked) == (
+        None if bound is None else pytest.approx(bound)
+    )
 
 
 def test_a_full_sleep_is_over_both(world, model, opened):
