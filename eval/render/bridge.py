@@ -45,6 +45,7 @@ def markdown(result: BridgeResult) -> str:
              "after all nights", "share of the gain kept", "and after all nights",
              "unrelated, change", "nights", "seconds a night"],
             rows,
+            "lrrrrrrrlr",
         ),
         "",
         "Accuracy of questions about texts that were slept over, each key asked alone; means over "

@@ -42,7 +42,7 @@ def markdown(result: ContinualResult) -> str:
     first = result.rows[0] if result.rows else None
     seeds = ", ".join(sorted({str(row.seed) for row in result.rows}))
     blocks = [
-        table(["", *(name for name, _ in MEASURES)], rows),
+        table(["", *(name for name, _ in MEASURES)], rows, "lr"),
         [
             f"Accuracy: the share of {result.measured}; means over seeds {seeds}, lowest to "
             "highest in brackets. Average: of all tasks at the end; learning: of each right behind "
@@ -81,16 +81,16 @@ def _by_task(result: ContinualResult, named: list[str]) -> list[list[str]]:
             [METHODS[n].label, *map(_told, learned[n]), *map(_told, last[n]), *spent[n]]
             for n in named
         ]
-        return [table(["", *head, *costs], rows)]
+        return [table(["", *head, *costs], rows, "lr")]
     labels = [METHODS[n].label for n in named]
     rows = [
         [x, *(f"{mean(learned[n][j]):.3f} to {mean(last[n][j]):.3f}" for n in named)]
         for j, x in enumerate(result.tasks)
     ]
     return [
-        table(["", *labels], rows),
+        table(["", *labels], rows, "lr"),
         ["Of each task: right behind it, and at the end."],
-        table(["", *costs], [[METHODS[n].label, *spent[n]] for n in named]),
+        table(["", *costs], [[METHODS[n].label, *spent[n]] for n in named], "lr"),
     ]
 
 
@@ -103,7 +103,7 @@ def _apart(result: ContinualResult, named: list[str]) -> list[str]:
         [METHODS[n].label, *(_told_if(row.apart[-1][x] for row in result.of(n)) for x in names)]
         for n in named
     ]
-    return table(["at the end", *names], cells)
+    return table(["at the end", *names], cells, "lr")
 
 
 def figure(result: ContinualResult) -> Figure:
@@ -134,7 +134,8 @@ def figure(result: ContinualResult) -> Figure:
     for axes in (left, right):
         of = axes.yaxis if axes is left else axes.xaxis
         of.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    left.legend(fontsize=9, loc="best", framealpha=0.9)
+    handles, labels = left.get_legend_handles_labels()
+    picture.legend(handles, labels, fontsize=11, frameon=False, loc="outside lower center", ncols=4)
     picture.set_size_inches(12.4, picture.get_size_inches()[1])
     return picture
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, SKY, ORANGE, VERMILLION, GREEN = "#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73"
+PURPLE = "#CC79A7"
 INK, GREY, PALE = "#222222", "#6E6E6E", "#DDDDDD"
 STYLES = (
     (BLUE, "o", "-"),
@@ -23,8 +24,8 @@ STYLES = (
     (SKY, "v", "-"),
     (INK, "P", "--"),
     (GREY, "X", "-."),
+    (PURPLE, "*", ":"),
 )
-
 
 DPI = 110
 
