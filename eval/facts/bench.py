@@ -172,7 +172,7 @@ def _settings(model: str, arm: str) -> dict[str, Any]:
     settings = settings_of(model)
     if arm in ARMS:
         return ARMS[arm].options(settings).to_dict()
-    if arm == "night":
+    if arm in ("night", "asked"):
         return night_options(settings).to_dict()
     fine_tuning = settings.fine_tuning
     rates = {"fine-tuning": fine_tuning, "page": fine_tuning, "lora": settings.lora}

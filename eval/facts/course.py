@@ -251,6 +251,7 @@ def baseline_row(key: Row, subject: Subject, settings: Settings) -> Row:
             model, *given, baselines.Training(rate=settings.fine_tuning)
         ),
         "night": lambda: page.Night(model, subject, night_options(settings)),
+        "asked": lambda: page.AskedNight(model, subject, night_options(settings)),
         "prompt": lambda: baselines.Prompt(model, *given),
         "retrieval": lambda: baselines.Retrieval(model, *given),
     }

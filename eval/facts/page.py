@@ -1,6 +1,6 @@
-"""Facts that were only read, on a page of plain sentences: a night over it, and plain training.
+"""Facts that were only read, on a page of plain sentences: nights over it, and plain training.
 
-Nobody says which facts the page has, or in which words they will be asked.
+Nobody says which facts the page has. In which words they will be asked is told to one night alone.
 """
 
 from __future__ import annotations
@@ -14,28 +14,25 @@ from hybrid_sleep.eval.facts.baselines import FineTuning, Method
 from hybrid_sleep.eval.facts.measured import known_pairs
 from hybrid_sleep.eval.facts.subjects import Subject
 from hybrid_sleep.parametric.dreams.dream import ACQUISITION
-from hybrid_sleep.parametric.facts import Fact
+from hybrid_sleep.parametric.facts import SLOT, Fact
 from hybrid_sleep.parametric.memory import Memory
 from hybrid_sleep.parametric.options import MemoryOptions
 from hybrid_sleep.sleep.weights import rollback, snapshot
 
-PARAGRAPH = 3  # sentences
 
-
-def paragraphs(method: Method, facts: Sequence[Fact]) -> list[str]:
-    """The page: each fact in the first statement of its relation, a few to a paragraph."""
-    said = [method.sentence(fact) for fact in facts]
-    return [" ".join(said[i : i + PARAGRAPH]) for i in range(0, len(said), PARAGRAPH)]
+def lines(method: Method, facts: Sequence[Fact]) -> list[str]:
+    """The page: each fact in the first statement of its relation, on a line of its own."""
+    return [method.sentence(fact) for fact in facts]
 
 
 class PageTuning(FineTuning):
-    """Gradient steps on all parameters over the page's paragraphs, until they are known."""
+    """Gradient steps on all parameters over the page's lines, until they are known."""
 
     name = "fine-tuning on the page"
 
     def texts(self, facts: Sequence[Fact]) -> list[tuple[list[int], int]]:
-        """Every token of every paragraph is to be learned."""
-        return [self._row("", text) for text in paragraphs(self, facts)]
+        """Every token of every line is to be learned."""
+        return [self._row("", text) for text in lines(self, facts)]
 
 
 class Night(Method):
@@ -68,9 +65,18 @@ class Night(Method):
             ordinary=subject.ordinary,
             options=self.options,
         ) as memory:
-            for text in paragraphs(self, facts):
-                memory.experience(text, consent=True)
-            self.record = memory.sleep(kind="experience")
+            prompts: dict[int, list[str]] = {}
+            for fact, text in zip(facts, lines(self, facts), strict=True):
+                kept = memory.experience(text, consent=True)
+                if kept.id is not None:
+                    prompts[kept.id] = self.asked(fact)
+            self.record = memory.sleep(
+                kind="experience", prompts={i: given for i, given in prompts.items() if given}
+            )
+
+    def asked(self, fact: Fact) -> list[str]:
+        """What the model is asked about a line, with it in its context, to learn from."""
+        return []
 
     @property
     def outcome(self) -> str:
@@ -83,5 +89,18 @@ class Night(Method):
         dreams = study["dreams"].get(ACQUISITION, {"made": 0, "kept": 0})
         return (
             f"{record.ended}; trained on {sum(mixed.values()):,} tokens, "
-            f"{dreams['kept']} of {dreams['made']} dreams kept"
+            f"{dreams['kept']} of {dreams['made']} dreams kept, {study['answers']} answers"
         )
+
+
+class AskedNight(Night):
+    """The same, and the model is told what it will be asked, in the words that edits see, too.
+
+    No answer is told: it answers by itself, right or wrong, with the line in its context.
+    """
+
+    name = "a night over the page, asked"
+
+    def asked(self, fact: Fact) -> list[str]:
+        """The questions of its relation but for those held out."""
+        return [text.replace(SLOT, fact.subject) for text in self.relation(fact).questions]

@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -201,6 +202,7 @@ class Memory(Workspace):
         kind: str = "facts",
         caches: Sequence[CachedContext] = (),
         questions: Sequence[tuple[str, str]] = (),
+        prompts: Mapping[int, Sequence[str]] = MappingProxyType({}),
         semantic: Semantic | None = None,
         dry_run: bool = False,
     ) -> Record:
@@ -214,20 +216,22 @@ class Memory(Workspace):
         without is to say (see `CachedContext`). Their contents stay; after a commit they are
         refused as all caches of the weights before, otherwise they go on serving the model.
         questions: (question, answer) about the experience, asked at its gate besides those that
-        the model dreams. semantic: of what the model wrote and the text it imitates, whether they
+        the model dreams. prompts: by the id of an experience (`Added.id`), what the model is asked
+        about it to learn from: it answers with the experience in its context, and learns to say
+        the same without. semantic: of what the model wrote and the text it imitates, whether they
         mean the same, from 0 to 1 (see `imitation.py`; only where its gamma is above 0).
         dry_run: do and measure all of a sleep over experience, and take it back.
         progress: called with the step, what is done of it, and of how much.
 
-        Raises ValueError, before anything changes, for another kind, for caches, questions, a
-        semantic reward or a dry run of facts, for a cache of other weights or several rows, for
-        questions about experience where there are caches alone, and for a semantic reward that is
-        missing or that nothing asks for.
+        Raises ValueError, before anything changes, for another kind, for caches, questions,
+        prompts, a semantic reward or a dry run of facts, for a cache of other weights or several
+        rows, for prompts about what does not wait, for questions about experience where there are
+        caches alone, and for a semantic reward that is missing or that nothing asks for.
         """
         check_choice("kind", kind, SLEEPS)
         for name, given in (
-            ("caches", caches), ("questions", questions), ("semantic", semantic),
-            ("dry_run", dry_run),
+            ("caches", caches), ("questions", questions), ("prompts", prompts),
+            ("semantic", semantic), ("dry_run", dry_run),
         ):  # fmt: skip
             if kind == "facts" and given:
                 raise ValueError(f"{name} must be left out for kind 'facts', got {kind!r}")
@@ -236,8 +240,9 @@ class Memory(Workspace):
         caches = list(caches)
         check_contexts(self.model, caches)
         first = consolidate(
-            self, caches, questions=questions, semantic=semantic, dry_run=dry_run, progress=progress
-        )
+            self, caches, questions=questions, prompts=prompts, semantic=semantic, dry_run=dry_run,
+            progress=progress,
+        )  # fmt: skip
         if kind == "experience":
             return first
         done = self.sleep_over_facts(progress)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import experiences
 import torch
@@ -93,7 +93,7 @@ class Folder:
 
     def night(
         self, *, options=STUDY, questions=(), seed=0, weights="w", corpus=None, ids=None, words=(),
-        semantic=None,
+        prompts=MappingProxyType({}), semantic=None,
     ):  # fmt: skip
         kept = self.buffer.experiences()
         kept = tuple(x for x in kept if ids is None or x.id in ids)
@@ -104,4 +104,6 @@ class Folder:
             relation=lambda name: next(x for x in words if x.name == name),
         )  # fmt: skip
         chosen = Chosen(kept, (1.0,) * len(kept), sum(len(x.ids) for x in kept))
-        return Unfinished(memory, chosen, options, questions, seed, semantic=semantic)
+        return Unfinished(
+            memory, chosen, options, questions, seed, prompts=prompts, semantic=semantic
+        )

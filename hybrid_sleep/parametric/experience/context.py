@@ -1,8 +1,8 @@
-"""What a model has in a cache in the place of a text: what it is asked, and what it then says."""
+"""What a model is asked with a text in its context, or in a cache in its place, and then says."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from hybrid_sleep.parametric.dreams.forms import question_prompt
-from hybrid_sleep.parametric.measure import encode
+from hybrid_sleep.parametric.measure import encode, greedy
 from hybrid_sleep.parametric.mix import Row
 from hybrid_sleep.parametric.sampling import continuations
 from hybrid_sleep.parametric.statistics import first_token
@@ -65,6 +65,20 @@ def _check_prompt(name: str, one: Prompt) -> None:
         raise ValueError(f"{name} must be of at least a word or a token, got {one!r}")
     for token in () if isinstance(one, str) else one:
         check_count(f"token id in {name}", token, minimum=0)
+
+
+def check_prompts(prompts: Mapping[int, Sequence[str]], waiting: Collection[int]) -> None:
+    """Raise ValueError unless each is of words, and of an experience that waits for a sleep."""
+    for number, given in prompts.items():
+        if number not in waiting:
+            raise ValueError(
+                f"prompts must be of experiences that wait, {sorted(waiting)}, got {number!r}"
+            )
+        if isinstance(given, str):
+            raise ValueError(f"prompts must be a sequence of prompts, got the text {given!r}")
+        for one in given:
+            if not isinstance(one, str) or not one.strip():
+                raise ValueError(f"prompts must be of at least a word, got {one!r}")
 
 
 def check_contexts(model: Any, contexts: Sequence[CachedContext]) -> None:
@@ -134,8 +148,60 @@ def rows_behind(
         model, tokenizer, asked, length, cache=context.cache, seed=derive_seed(origin, seed)
     )
     end = getattr(tokenizer, "eos_token_id", None)
-    rows = []
-    for prompt, new in zip(asked, written, strict=True):
-        cut = new[: new.index(end) + 1] if end in new else new
-        rows.append(Row((*prompt, *cut), len(prompt), origin=origin))
-    return rows
+    return [
+        Row((*prompt, *_ended(new, end)), len(prompt), origin=origin)
+        for prompt, new in zip(asked, written, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model answered about a text: `row` without it; reads: the same row with it."""
+
+    row: Row
+    reads: tuple[int, ...]
+
+
+def answers_about(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Mapping[str, str],
+    prompts: Mapping[str, Sequence[str]],
+    *,
+    samples: int,
+    length: int,
+    seed: int = 0,
+) -> list[Answer]:
+    """What `model` answers to `prompts`, each with the text of its name in front of it.
+
+    Of each prompt first the likeliest answer, token by token, then others at temperature 1 with
+    every filter off. samples: answers in all, at least one for each prompt; of prompts each has as
+    many as another, within one. length: tokens of one at most; it ends behind the tokenizer's last
+    token. An answer's origin is the name of its text.
+    """
+    asked = [(name, prompt) for name, given in prompts.items() for prompt in given]
+    if not asked:
+        return []
+    alone = [ids_of(tokenizer, prompt) for _, prompt in asked]
+    behind = [
+        tuple(encode(tokenizer, question_prompt(tokenizer, prompt, texts[name])))
+        for name, prompt in asked
+    ]
+    count = max(samples, len(asked))
+    places = [i % len(asked) for i in range(count)]
+    written = greedy(model, tokenizer, behind, tokens=length)
+    more = [behind[i] for i in places[len(asked) :]]
+    if more:
+        written += continuations(model, tokenizer, more, length, seed=derive_seed("answers", seed))
+    end = getattr(tokenizer, "eos_token_id", None)
+    found = []
+    for i, new in zip(places, written, strict=True):
+        said = tuple(_ended(new, end))
+        row = Row((*alone[i], *said), len(alone[i]), origin=asked[i][0])
+        found.append(Answer(row, (*behind[i], *said)))
+    return found
+
+
+def _ended(new: Sequence[int], end: int | None) -> Sequence[int]:
+    """Up to the first `end`, that included."""
+    return new if end is None or end not in new else new[: list(new).index(end) + 1]

@@ -7,10 +7,11 @@ has in its context, or in the fast weights of a cache, what the model afterwards
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from statistics import fmean, median
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
@@ -18,11 +19,12 @@ from torch import Tensor
 from hybrid_sleep.parametric.dreams.losses import token_losses
 from hybrid_sleep.parametric.ewc import OnlineEWC
 from hybrid_sleep.parametric.experience.choice import Chosen
-from hybrid_sleep.parametric.experience.context import CachedContext, serving
+from hybrid_sleep.parametric.experience.context import CachedContext, check_prompts, serving
 from hybrid_sleep.parametric.experience.imitation import Semantic
 from hybrid_sleep.parametric.experience.leaks import exposures, told
 from hybrid_sleep.parametric.experience.options import StudyOptions
 from hybrid_sleep.parametric.experience.questions import Question, answered
+from hybrid_sleep.parametric.experience.schema import WAITING
 from hybrid_sleep.parametric.experience.study import Study, prepare
 from hybrid_sleep.parametric.experience.unfinished import FOLDER, Unfinished
 from hybrid_sleep.parametric.fisher import check_whole, covered
@@ -60,6 +62,7 @@ def _consolidate(
     contexts: Sequence[CachedContext],
     *,
     questions: Sequence[tuple[str, str]] = (),
+    prompts: Mapping[int, Sequence[str]] = MappingProxyType({}),
     semantic: Semantic | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -77,6 +80,7 @@ def _consolidate(
     # Caches need none of the packages that keep experience.
     keeping = not contexts or memory.asked(has_experience)
     chosen = Chosen((), (), 0)
+    check_prompts(prompts, memory.kept(lambda x: x.ids(WAITING)) if keeping and prompts else ())
     if keeping:
         chosen = memory.kept(
             lambda buffer: buffer.chosen(
@@ -89,6 +93,9 @@ def _consolidate(
             f"{len(questions)}; those about a cache belong to its CachedContext"
         )
     record.read = {"experiences": len(chosen.experiences), "tokens": chosen.tokens}
+    if prompts:
+        asked_of = [prompts.get(kept.id, ()) for kept in chosen.experiences]
+        record.read["prompts about them"] = sum(map(len, asked_of))
     if contexts:
         record.read |= {
             "caches": len(contexts),
@@ -104,12 +111,13 @@ def _consolidate(
     # Each sleep draws anew, and the same again if it is done again.
     seed = memory.options.seed + memory.asked(_commits)
     unfinished = Unfinished(
-        memory, chosen, options, questions, seed, semantic=semantic, keeps=not contexts
-    )
+        memory, chosen, options, questions, seed, prompts=prompts, semantic=semantic,
+        keeps=not contexts,
+    )  # fmt: skip
     study = prepare(
         model, memory.tokenizer, chosen, options, contexts=contexts, corpus=memory.corpus,
-        facts=_facts(memory),
-        questions=questions, seed=seed, once=unfinished.once, progress=_of(progress, "dream"),
+        facts=_facts(memory), questions=questions, prompts=prompts, seed=seed,
+        once=unfinished.once, progress=_of(progress, "dream"),
         selecting=_of(progress, "select"),
     )  # fmt: skip
     before = _look(memory, study, chosen)

@@ -23,8 +23,8 @@ class StudyOptions:
     selected, drawn: of the dreams of an experience that pass their checks and are not asked at the
         gate, the share that is kept by its gradient, and at random of the others; helping: of these
         only those are kept, a trial step on which helps (see `dreams/selection.py`; slow).
-    samples: of a cache, so many texts that the model writes on from it, `length` tokens each at
-        most; one behind each prompt at least.
+    samples: of a cache, so many texts that the model writes on from it, and so many answers about
+        experiences, `length` tokens each at most; one behind each prompt at least.
     shares: of tokens trained on, by where they come from. tokens: trained on in all; rows: of a
         step, of all processes together. rate: of AdamW, falling linearly to 0 at the last step.
         steps: at most; the rate falls faster then. seconds: of training after which no step

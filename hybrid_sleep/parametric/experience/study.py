@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -17,7 +18,12 @@ from hybrid_sleep.parametric.dreams.selection import choose_dreams
 from hybrid_sleep.parametric.dreams.write import acquire
 from hybrid_sleep.parametric.experience.canaries import Canary
 from hybrid_sleep.parametric.experience.choice import Chosen
-from hybrid_sleep.parametric.experience.context import CachedContext, rows_behind
+from hybrid_sleep.parametric.experience.context import (
+    Answer,
+    CachedContext,
+    answers_about,
+    rows_behind,
+)
 from hybrid_sleep.parametric.experience.leaks import plant
 from hybrid_sleep.parametric.experience.options import StudyOptions
 from hybrid_sleep.parametric.experience.questions import Question
@@ -38,6 +44,7 @@ class Study:
     questions: list[Question]
     mixed: Mix
     dreams: list[Dream] = field(default_factory=list)
+    answers: int = 0
     canaries: dict[Row, Canary] = field(default_factory=dict)
 
     @property
@@ -50,6 +57,7 @@ class Study:
         return {
             "mix": self.mixed.to_dict(),
             "dreams": counts(self.dreams),
+            "answers": self.answers,
             "questions": len(self.questions),
             "canaries": self.planted,
         }
@@ -71,18 +79,20 @@ def prepare(
     facts: Sequence[tuple[Fact, Relation]] = (),
     corpus: Sequence[Sequence[int]] | None = None,
     questions: Sequence[tuple[str, str]] = (),
+    prompts: Mapping[int, Sequence[str]] = MappingProxyType({}),
     seed: int = 0,
     once: Callable[[str, Callable[[], Any]], Any] = lambda name, make: make(),
     progress: Callable[[int, int], None] | None = None,
     selecting: Callable[[int, int], None] | None = None,
 ) -> Study:
-    """Dream of what was `chosen`, write on from caches, mix both with foundations and with what
-    `facts` in the weights say, and ask `model`, as it is now, what it expects: of dreams with their
-    source in its context, of what was written on from a cache with that cache, of foundations and
-    facts without either.
+    """Dream of what was `chosen`, answer `prompts` about it, write on from caches, mix all with
+    foundations and with what `facts` in the weights say, and ask `model`, as it is now, what it
+    expects: of dreams and answers with their source in its context, of what was written on from a
+    cache with that cache, of foundations and facts without either.
 
-    Of an experience itself the words count; rows of a cache are recent as well. questions:
-    (question, answer), asked at the gate as well as some of the dreamt ones. corpus: rows of ids
+    Of an experience itself the words count; answers and rows of a cache are recent as well.
+    questions: (question, answer), asked at the gate as well as some of the dreamt ones. prompts: by
+    the id of an experience; those of one that was not chosen wait with it. corpus: rows of ids
     for foundations; None: the model's own. once: gets what the model is to write, and its name;
     returns it, or the same of an earlier call. progress, selecting: called with what is dreamt, and
     looked at, and of how many.
@@ -123,6 +133,17 @@ def prepare(
         dreams = [*held, *(Dream.from_dict(x) for x in once("selected", selected))]
     kept = [dream for dream in dreams if dream.kept]
     whole = "\n\n".join(text_of.values())
+    about = {str(i): of for i, of in prompts.items() if str(i) in text_of}
+
+    def said_about() -> list[dict[str, Any]]:
+        made = answers_about(
+            model, tokenizer, text_of, about, samples=options.samples, length=options.length,
+            seed=seed,
+        )  # fmt: skip
+        return [asdict(answer) for answer in made]
+
+    given = once("answers", said_about) if about else []
+    answers = [Answer(_row(x["row"]), tuple(x["reads"])) for x in given]
     asked = [Question(question, answer, whole) for question, answer in questions]
     asked += [Question(x.question or "", x.text, text_of[x.sources[0]]) for x in held]
     asked += [Question(*pair, one.cache) for one in contexts for pair in one.questions]
@@ -134,6 +155,7 @@ def prepare(
             if len(one.ids) > max(1, one.start)
         ]
         + [*canaries]
+        + [answer.row for answer in answers]
         + [
             row
             for name, one in zip(cache_of, contexts, strict=True)
@@ -143,7 +165,7 @@ def prepare(
             )
         ],
         DREAM: [Row.of_dream(dream) for dream in kept if dream not in held],
-        FOUNDATION: [Row(**{**row, "ids": tuple(row["ids"])}) for row in founding],
+        FOUNDATION: [_row(row) for row in founding],
         FACT: [
             Row(said.ids, said.target, origin=str(fact))
             for fact, relation in facts
@@ -167,6 +189,10 @@ def prepare(
             reads = [_read(tokenizer, x, by_id[x.row.origin], text_of) for x in lessons]
         for lesson in taught(model, lessons, reads=reads):
             told[part, lesson.row] = lesson
+    reads_of = {answer.row: answer.reads for answer in answers}
+    lessons = [Lesson(x.part, x.row) for x in dict.fromkeys(mixed.rows) if x.row in reads_of]
+    for lesson in taught(model, lessons, reads=[reads_of[x.row] for x in lessons]):
+        told[RECENT, lesson.row] = lesson
     for name, cache in cache_of.items():
         lessons = [Lesson(x.part, x.row) for x in dict.fromkeys(mixed.rows) if x.row.origin == name]
         for lesson in taught(model, lessons, cache=cache):
@@ -176,8 +202,14 @@ def prepare(
         asked,
         mixed,
         dreams,
+        len(answers),
         canaries,
     )
+
+
+def _row(data: Mapping[str, Any]) -> Row:
+    """The row of `asdict`, which has been JSON since."""
+    return Row(**{**data, "ids": tuple(data["ids"])})
 
 
 def _read(

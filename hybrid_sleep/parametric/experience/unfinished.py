@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -48,6 +49,7 @@ class Unfinished:
         questions: Sequence[tuple[str, str]],
         seed: int,
         *,
+        prompts: Mapping[int, Sequence[str]] = MappingProxyType({}),
         semantic: Callable[..., float] | None = None,
         keeps: bool = True,
     ):
@@ -56,7 +58,7 @@ class Unfinished:
         self.found: str | None = None
         if not keeps:
             return
-        self._about = _digest(memory, chosen, options, questions, seed, semantic)
+        self._about = _digest(memory, chosen, options, questions, seed, prompts, semantic)
         sources = {kept.experience.source for kept in chosen.experiences}
         self.found = of_first(self._open, memory, sources)
 
@@ -132,6 +134,7 @@ def _digest(
     options: StudyOptions,
     questions: Sequence[tuple[str, str]],
     seed: int,
+    prompts: Mapping[int, Sequence[str]],
     semantic: Callable[..., float] | None,
 ) -> str:
     """Of all that decides what a night comes to, a function by its name."""
@@ -143,7 +146,7 @@ def _digest(
     words = [memory.relation(x.fact.relation).to_dict() for x in memory.facts(WRITTEN)]
     content = [
         memory.edited.digest(), options.to_dict(), seed, experiences, list(map(list, questions)),
-        corpus, words, _name(semantic),
+        corpus, words, sorted((i, list(x)) for i, x in prompts.items()), _name(semantic),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

@@ -149,6 +149,7 @@ def test_what_was_made_once_is_not_made_again(tmp_path):
         {"ids": [1]},
         {"ids": [2]},
         {"words": [Relation.plain("lives in")]},
+        {"prompts": {1: ["Where?"]}},
         {"semantic": max},
     ],
 )
