@@ -62,9 +62,12 @@ class Record:
                 old = before.get(name)
                 was = "" if old is None else f"{old:.3f} -> "
                 lines.append(f"{name.replace('_', ' ')}: {was}{new:.3f}")
+        # A sleep over facts tries its weight of preserved keys, one over experience its change.
         lines += [
-            f"failed at {tried['strength']:g} times the weight: {failure}"
+            f"failed at {tried[name]:g} times the {what}: {failure}"
             for tried in self.gate.get("tried", [])
+            for name, what in (("strength", "weight"), ("scale", "change"))
+            if name in tried
             for failure in tried["failures"]
         ]
         lines += [f"left out: {fact}: {why}" for fact, why in self.dropped.items()]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean, median
 from types import MappingProxyType
@@ -28,7 +28,7 @@ from hybrid_sleep.parametric.experience.schema import WAITING
 from hybrid_sleep.parametric.experience.study import Study, prepare
 from hybrid_sleep.parametric.experience.unfinished import FOLDER, Unfinished
 from hybrid_sleep.parametric.fisher import check_whole, covered
-from hybrid_sleep.parametric.gate import Measured, judge
+from hybrid_sleep.parametric.gate import Measured, Verdict, judge
 from hybrid_sleep.parametric.probes import audit, measure
 from hybrid_sleep.parametric.record import Record
 from hybrid_sleep.parametric.schema import WRITTEN
@@ -131,22 +131,30 @@ def _consolidate(
         memory.asked(lambda store: store.save_pristine(new))
     with memory.trial() as change:
         guard = _guard(memory, study, options, seed)
-        course, trained = _train(
+        course, made = _train(
             memory, study, names, guard, unfinished, seed, progress, semantic
         )
         held = guard.report()
-        memory.learned(trained)
-        memory.edited.materialise(memory.factors)
-        after = _look(memory, study, chosen)
+        thresholds = replace(memory.options.thresholds, acquired=bound)
+        tried: list[tuple[float, Verdict]] = []
+        for scale in options.scales:
+            trained = made.at(scale)
+            memory.learned(trained)
+            memory.edited.materialise(memory.factors)
+            verdict = judge(before, _look(memory, study, chosen), thresholds)
+            tried.append((scale, verdict))
+            # Of less of it less is acquired.
+            if verdict.passed or "acquired" in verdict.missed:
+                break
         leaks = exposures(
             model, memory.tokenizer, list(study.canaries.values()), seed=seed,
             progress=_of(progress, "canaries"),
         )  # fmt: skip
-        verdict = judge(before, after, replace(memory.options.thresholds, acquired=bound))
         guard.anchor()
         record.changed = memory.edited.change()
         record.gate = {
             **verdict.to_dict(),
+            "tried": [{"scale": x, "failures": list(of.failures)} for x, of in tried],
             "without context": floor,
             "with context": ceiling,
             "study": study.to_dict(),
@@ -166,6 +174,7 @@ def _consolidate(
         if unfinished.found == "another night":
             record.notes.append("what another night, interrupted, had left was erased")
         if verdict.passed and not dry_run:
+            record.why = "" if scale == 1 else f"at {scale:g} times the change"
             record.seconds = time.perf_counter() - began
             ids = list(record.ids)
 
@@ -183,7 +192,12 @@ def _consolidate(
                 memory.kept(lambda x: x.erase(ids=ids) if options.erase and ids else x.clean())
             return record
     record.outcome = "rolled back"
-    record.why = "; ".join(verdict.failures) or "a dry run"
+    failures = [
+        failure if x == 1 else f"at {x:g} times the change {failure}"
+        for x, of in tried
+        for failure in of.failures
+    ]
+    record.why = "a dry run" if verdict.passed else "; ".join(failures)
     record.changed = {}
     record.seconds = time.perf_counter() - began
     if not keeping:
@@ -287,11 +301,8 @@ def _train(
     seed: int,
     progress: Progress | None,
     semantic: Semantic | None,
-) -> tuple[Course, dict[str, Tensor]]:
-    """Train the parameters `names`; how far it came, and what takes the place of pristine weights.
-
-    Edits are in the weights that are trained, and what was trained is added to those below them.
-    """
+) -> tuple[Course, Made]:
+    """Train the parameters `names`; how far it came, and what came of it."""
     choose_accelerator()
     # Only who trains waits for Trainer.
     from hybrid_sleep.parametric.experience.train import train
@@ -303,9 +314,29 @@ def _train(
         model, study.lessons, options, names, guard, unfinished, tokenizer=memory.tokenizer,
         semantic=semantic, seed=seed, progress=_of(progress, "train"),
     )  # fmt: skip
-    edited, now = memory.edited, {}
-    for name, old in before.items():
-        below = edited.learned.get(name, edited.pristine[name])
-        step = parameters[name].detach().cpu().double() - old.cpu().double()
-        now[name] = (below.double() + step).to(below.dtype)
-    return course, {**edited.learned, **now}
+    edited = memory.edited
+    below = {**edited.learned, **{x: edited.learned.get(x, edited.pristine[x]) for x in names}}
+    after = {name: parameters[name].detach().clone() for name in names}
+    return course, Made(below, before, after)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What training made of parameters: `before` and `after`, with edits in them; below: those
+    under the edits, and whatever else earlier nights trained."""
+
+    below: dict[str, Tensor]
+    before: dict[str, Tensor]
+    after: dict[str, Tensor]
+
+    def at(self, scale: float) -> dict[str, Tensor]:
+        """What takes the place of those below the edits, with `scale` times the change.
+
+        Between the weights before and after training, much of what was learned may be there
+        already, and little of what it cost (arXiv 2109.01903, Eq. 1).
+        """
+        now = dict(self.below)
+        for name, old in self.before.items():
+            step = self.after[name].cpu().double() - old.cpu().double()
+            now[name] = (now[name].double() + scale * step).to(now[name].dtype)
+        return now

@@ -40,6 +40,8 @@ class StudyOptions:
     held_out: the share of dreamt questions that are asked at the gate, not trained on.
     acquired: how far the model must have come with them at least, from what it answered before to
         what it answered with the text in its context, or with the cache; of 1.
+    scales: what of the change that was trained the gate is asked about, the largest first, until
+        one passes; no less than what acquires too little.
     erase: erase what was slept over, once the commit stands.
     canaries: secrets that are trained on beside the experience, so that the record can say what the
         weights give away of it; each stays in them, false as it is, and takes more than a thousand
@@ -72,6 +74,7 @@ class StudyOptions:
     imitation: Imitation | None = None
     held_out: float = 0.25
     acquired: float = 0.5
+    scales: tuple[float, ...] = (1.0, 0.75, 0.5)
     erase: bool = True
     canaries: int = 0
 
@@ -96,6 +99,11 @@ class StudyOptions:
         for name in shares:
             if check_number(name, getattr(self, name), least=0) > 1:
                 raise ValueError(f"{name} must be at most 1, got {getattr(self, name)!r}")
+        if not self.scales or list(self.scales) != sorted({*self.scales}, reverse=True):
+            raise ValueError(f"scales must be one or more, falling, got {self.scales!r}")
+        for scale in self.scales:
+            if check_number("scales", scale, above=0) > 1:
+                raise ValueError(f"scales must be at most 1, got {scale!r}")
         if self.imitation is not None and not self.on_policy:
             raise ValueError("on_policy must be above 0 for imitation, got 0")
         if not self.selected + self.drawn:
@@ -112,6 +120,7 @@ class StudyOptions:
         parts = {
             "band": (float(low), float(high)),
             "forms": tuple(data["forms"]),
+            "scales": tuple(map(float, data.get("scales", cls.scales))),
             "shares": Shares(**data["shares"]),
             "imitation": Imitation(**data["imitation"]) if data.get("imitation") else None,
         }

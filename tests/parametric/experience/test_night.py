@@ -145,6 +145,8 @@ def test_what_is_not_acquired_is_not_committed(world, model, opened):
         record = memory.sleep(kind="experience", questions=pairs)
         assert record.gate["with context"] == 0 and len(memory.buffer.ids("waiting")) == 1
         assert any("0.50 of the questions must be answered, as" in x for x in record.notes)
+        # Of a part of the change less would be acquired.
+        assert [x["scale"] for x in record.gate["tried"]] == [1.0]
     assert record.outcome == "rolled back" and "acquired 0.000 is below 0.5" in record.why
 
 
