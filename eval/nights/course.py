@@ -23,8 +23,8 @@ REPLY = 24  # tokens
 
 # The small world's models write nothing that parses as a dream: what was said is repeated instead.
 STUDY = StudyOptions(
-    band=(0, 100), share=1.0, dreams=0, shares=Shares(0.1, 0.0, 0.9), tokens=16000, rate=2.5e-4,
-    rehearsed=0.15, strength=10.0,
+    band=(0, 100), share=1.0, dreams=0, shares=Shares(0.1, 0.0, 0.9), tokens=64000, passes=45.0,
+    rate=2.5e-4, rehearsed=0.15, strength=10.0,
 )  # fmt: skip
 
 
@@ -87,6 +87,7 @@ class Course:
         self.key, self.folder = key, folder
         self.subject = subject(key["seed"], key["nights"] * key["facts"])
         self.told = told_facts(self.subject, key["nights"] * key["told"])
+        self.waiting: list[Fact] = []
         self.relations = {relation.name: relation for relation in self.subject.relations}
 
     def run(self) -> Row:
@@ -119,8 +120,12 @@ class Course:
             memory.experience(fact.object, prompt=self._asked(fact), consent=True)
         learned = time.perf_counter() - began
         began = time.perf_counter()
-        questions = [(self._asked(fact), fact.object) for fact in heard]
+        # With what an earlier night was over and did not keep.
+        self.waiting += heard
+        questions = [(self._asked(fact), fact.object) for fact in self.waiting]
         first = memory.sleep(kind="experience", questions=questions)
+        if first.outcome == "committed":
+            self.waiting = []
         done = memory.sleep()
         return self._evening(night, learned, time.perf_counter() - began, (first, done))
 

@@ -25,10 +25,12 @@ class StudyOptions:
         only those are kept, a trial step on which helps (see `dreams/selection.py`; slow).
     samples: of a cache, so many texts that the model writes on from it, and so many answers about
         experiences, `length` tokens each at most; one behind each prompt at least.
-    shares: of tokens trained on, by where they come from. tokens: trained on in all; rows: of a
-        step, of all processes together. rate: of AdamW, falling linearly to 0 at the last step.
-        steps: at most; the rate falls faster then. seconds: of training after which no step
-        begins, those before an interruption among them; the rate falls as it would without.
+    shares: of tokens trained on, by where they come from. tokens: trained on at most. passes: how
+        often what is recent is gone through; None: as often as the tokens allow, which of a single
+        line may be hundreds of times. rows: of a step, of all processes together. rate: of AdamW,
+        falling linearly to 0 at the last step. steps: at most; the rate falls faster then. seconds:
+        of training after which no step begins, those before an interruption among them; the rate
+        falls as it would without.
         foundation: tokens of text to stay the same on; rehearsed: the share of its part that
         what facts in the weights say gets, in the words they are written in, if there are any.
     experts: rank of the low-rank expert that is trained beside every matrix, and merged into it
@@ -60,6 +62,7 @@ class StudyOptions:
     samples: int = 64
     shares: Shares = field(default_factory=Shares)
     tokens: int = 16384
+    passes: float | None = None
     rows: int = 8
     steps: int | None = None
     seconds: float | None = None
@@ -86,8 +89,9 @@ class StudyOptions:
         for name in ("steps", "experts"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
-        if self.seconds is not None:
-            check_number("seconds", self.seconds, above=0)
+        for name in ("seconds", "passes"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), above=0)
         check_share(self.share)
         for form in self.forms:
             check_choice("forms", form, tuple(FORMS))

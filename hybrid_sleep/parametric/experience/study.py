@@ -29,7 +29,7 @@ from hybrid_sleep.parametric.experience.options import StudyOptions
 from hybrid_sleep.parametric.experience.questions import Question
 from hybrid_sleep.parametric.facts import Fact, Relation
 from hybrid_sleep.parametric.lessons import Lesson, taught
-from hybrid_sleep.parametric.mix import PARTS, Mix, Row, foundation, mix
+from hybrid_sleep.parametric.mix import PARTS, Mix, Row, Shares, foundation, mix
 from hybrid_sleep.training.data import derive_seed
 
 RECENT, DREAM, FOUNDATION, FACT = PARTS
@@ -178,7 +178,8 @@ def prepare(
         shares = replace(
             shares, foundation=shares.foundation - rehearsed, fact=shares.fact + rehearsed
         )
-    mixed = mix(material, options.tokens, shares, redistribute=True, seed=seed)
+    tokens = _tokens(material, shares, options)
+    mixed = mix(material, tokens, shares, redistribute=True, seed=seed)
     by_id = {dream.id: dream for dream in kept}
     # What is gone through more than once is asked of the teacher once.
     told: dict[tuple[str, Row], Lesson] = {}
@@ -205,6 +206,17 @@ def prepare(
         len(answers),
         canaries,
     )
+
+
+def _tokens(
+    material: Mapping[str, Sequence[Row]], shares: Shares, options: StudyOptions
+) -> int:
+    """How many to train on, so that what is recent is gone through as often as is asked."""
+    present = sum(getattr(shares, part) for part in PARTS if material.get(part))
+    recent = sum(len(row.ids) for row in material[RECENT])
+    if options.passes is None or not recent or not shares.recent:
+        return options.tokens
+    return min(options.tokens, max(1, round(options.passes * recent * present / shares.recent)))
 
 
 def _row(data: Mapping[str, Any]) -> Row:

@@ -130,7 +130,7 @@ def test_what_cannot_be_is_refused():
 def test_nights_are_run_measured_and_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(subjects, "WORLD_KNOWN", 16)
     monkeypatch.setattr(subjects, "WORLD_LINES", 60)
-    study = replace(STUDY, tokens=800, foundation=500, measured=8)
+    study = replace(STUDY, tokens=800, foundation=500, measured=8, acquired=0.0)
     given = {"nights": 1, "facts": 2, "told": 1, "seeds": [0], "study": study, "out": tmp_path}
     result = run(**given)
     before, after = result.rows[0].evenings

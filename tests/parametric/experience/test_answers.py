@@ -132,3 +132,23 @@ def test_prompts_that_cannot_be_are_refused_before_anything_changes(
             memory.sleep(prompts={1: ["Where ?"]})
         assert same(before, bits(model))
         assert len(memory.asked(lambda s: s.history())) == commits
+
+
+@pytest.mark.parametrize(
+    ("study", "trained"),
+    [
+        # 6 tokens of experience 10 times, of which 8 of 10 tokens are.
+        ({"passes": 10.0}, 75),
+        ({"passes": 10.0, "shares": Shares(0.4, 0.4, 0.2)}, 90),  # No dream: 2 of 3 tokens.
+        ({"passes": 10.0, "tokens": 40}, 40),
+        ({"passes": None, "tokens": 120}, 120),
+    ],
+)
+def test_experience_is_gone_through_as_often_as_is_asked(model, opened, study, trained):
+    with opened(model, **study) as memory:
+        memory.experience(SAID["7"], consent=True)
+        record = memory.sleep(kind="experience", dry_run=True)
+    mixed = record.gate["study"]["mix"]
+    assert sum(mixed["asked"].values()) == pytest.approx(trained)
+    if study["passes"] and "tokens" not in study:
+        assert mixed["passes"]["recent"] == pytest.approx(10, abs=0.5)
