@@ -9,7 +9,14 @@ from typing import Any
 from torch import nn
 
 from hybrid_sleep.parametric.contexts import shared, spaced
-from hybrid_sleep.parametric.dreams.claims import contradicts, negation_differs, unsupported
+from hybrid_sleep.parametric.dreams.claims import (
+    contradicts,
+    names,
+    negation_differs,
+    numbers,
+    order_of_claims,
+    unsupported,
+)
 from hybrid_sleep.parametric.dreams.dream import ACQUISITION, Check, Dream, Source, check_sources
 from hybrid_sleep.parametric.dreams.forms import Parsed, form_prompt, parse, question_prompt
 from hybrid_sleep.parametric.dreams.losses import mean_losses
@@ -119,9 +126,10 @@ def examine(
 
     The checks, each made if those before it passed:
         form: it parses; length: in tokens; words: no name, number or quote that the source has
-        not, and no negation more or less; facts: none of the source's facts with another object;
-        novel: no copy of the source; grounded: more likely with the source in context; unique:
-        no near-duplicate of a dream kept before it, here or in `earlier`.
+        not, one of its names or numbers if it has any, and no negation more or less; facts: none
+        of the source's facts with another object; novel: no copy of the source; grounded: more
+        likely with the source in context; unique: no near-duplicate of a dream kept before it, here
+        or in `earlier`.
     relations: the words of the facts' relations; plain ones where a relation is not among them.
     seed: that the drafts were made with. Raises ValueError, before the model runs, for a source
     that is a dream.
@@ -196,8 +204,10 @@ def _by_words(
 
     def exact_words() -> Check:
         missing = unsupported(words, source)
-        differs = negation_differs(words, source)
-        says = f"{', '.join(missing)} not in its source" if missing else differs or ""
+        says = f"{', '.join(missing)} not in its source" if missing else ""
+        if not says and (names(source) or numbers(source)) and not order_of_claims(words, source):
+            says = "no name and no number of its source"
+        says = says or negation_differs(words, source) or ""
         return Check("words", not says, len(missing), says)
 
     def facts() -> Check:

@@ -41,6 +41,7 @@ def judged(*written, source=ADA, form="paraphrase", tokenizer=None, model=None, 
         ("implication", "Ada Byron is 30 .", "words: 30 not in its source"),
         ("question", "Where does Bo Chan live ?\nAnswer: Lisbon", "words: bo chan not"),
         # Of no use.
+        ("implication", "It is a home of children .", "words: no name and no number of its source"),
         ("paraphrase", "Ada Byron lives in Lisbon .", "novel: 1.00 of it is copied"),
         ("paraphrase", "", "form: no whole line"),
         ("paraphrase", "Lisbon", "length: 1 tokens"),
