@@ -114,7 +114,8 @@ def finished_rows(
 def _with_machine(row: Row, written: str, here: str) -> Row:
     """`row` as a result of the machine `here` has it, from a result that `written` wrote last."""
     measured = row.get("machine") or written
-    return {**row, "machine": None if measured == here else measured}
+    rest = {name: value for name, value in row.items() if name != "machine"}
+    return rest if measured == here else {**rest, "machine": measured}
 
 
 class Budget:

@@ -19,8 +19,8 @@ CHECKPOINT = Path(__file__).resolve().parents[2] / "eval/facts/checkpoints/seed0
 STUDY = (
     "study.dreams=0", "study.shares.recent=1.0", "study.shares.dream=0.0",
     "study.shares.foundation=0.0", "study.tokens=200", "study.foundation=64", "study.rate=1e-3",
-    "study.band=[0,100]", "study.share=1.0", "study.measured=2", "study.erase=true",
-    "thresholds.locality=null", "thresholds.perplexity_ratio=null",
+    "study.band=[0,100]", "study.share=1.0", "study.measured=2", "study.acquired=0.0",
+    "study.erase=true", "thresholds.locality=null", "thresholds.perplexity_ratio=null",
 )  # fmt: skip
 WITH_MODEL = [
     "--model", CHECKPOINT, "--dtype", "float32", *(x for c in STUDY for x in ("--set", c)),

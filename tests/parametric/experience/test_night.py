@@ -122,7 +122,8 @@ def test_weights_that_were_saved_after_a_sleep_are_taken_for_the_same_memory(
 def test_a_gate_that_does_not_pass_and_a_dry_run_roll_back_bit_for_bit(world, model, opened):
     pairs = told(world, 2)
     strict = replace(OPEN, perplexity_ratio=1.0)
-    with opened(model, options=asking(thresholds=strict)) as memory:
+    whole = replace(STUDY, scales=(1.0,))
+    with opened(model, options=asking(whole, thresholds=strict)) as memory:
         experienced(memory, pairs)
         before = bits(model)
         record = memory.sleep(kind="experience", questions=pairs)
