@@ -134,7 +134,7 @@ BASELINES = {
     "lora": "LoRA",
     "page": "fine-tuning on a page of them",
     "night": "a night over that page",
-    "asked": "the same, told what is asked",
+    "asked": "a night over the page, asked",
     "prompt": "all facts in the prompt",
     "retrieval": "retrieved facts in the prompt",
 }

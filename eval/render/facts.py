@@ -88,6 +88,7 @@ def figure(result: FactsResult) -> Figure:
                 axes.plot([slept], [mean(after)], color=colour, marker=marker, markersize=10)
         ticks = sorted({p.facts for row in result.rows for p in row.wake if p.facts})
         shown = [k for k in ticks if k == last or k <= 0.85 * last and k >= last / 8] or ticks
+        axes.set_xlim(-0.05 * last, 1.3 * last)
         axes.set_xticks([0, *shown, slept, later], ["0", *map(str, shown), "sleep", "at once"])
         for label in axes.get_xticklabels()[-2:]:
             label.set(rotation=30, ha="right", fontsize=10)
