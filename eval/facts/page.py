@@ -67,12 +67,10 @@ class Night(Method):
         ) as memory:
             prompts: dict[int, list[str]] = {}
             for fact, text in zip(facts, lines(self, facts), strict=True):
-                kept = memory.experience(text, consent=True)
-                if kept.id is not None:
-                    prompts[kept.id] = self.asked(fact)
-            self.record = memory.sleep(
-                kind="experience", prompts={i: given for i, given in prompts.items() if given}
-            )
+                kept, asked = memory.experience(text, consent=True), self.asked(fact)
+                if kept.id is not None and asked:
+                    prompts[kept.id] = asked
+            self.record = memory.sleep(kind="experience", prompts=prompts)
 
     def asked(self, fact: Fact) -> list[str]:
         """What the model is asked about a line, with it in its context, to learn from."""

@@ -8,6 +8,7 @@ import torch
 
 from hybrid_sleep.parametric.edit import EditOptions
 from hybrid_sleep.parametric.gate import Thresholds
+from hybrid_sleep.parametric.memory import Memory
 from hybrid_sleep.parametric.options import MemoryOptions
 from hybrid_sleep.parametric.refine import Refinement
 from hybrid_sleep.parametric.targets import TargetOptions
@@ -33,6 +34,17 @@ def options(target=HASTY, **changes):
             **changes,
         }
     )  # fmt: skip
+
+
+def opener(folder, tokenizer, study, **texts):
+    """`open(model, **changes)`: the memory in `folder`, of nights of `study` with the changes and a
+    gate that asks for nothing."""
+
+    def make(model, **changes):
+        chosen = MemoryOptions(thresholds=OPEN, study=replace(study, **changes))
+        return Memory.open(folder, model, tokenizer, options=chosen, **texts)
+
+    return make
 
 
 def bits(model):

@@ -48,8 +48,7 @@ class CachedContext:
             ("prompts", self.prompts),
             ("questions", [x for pair in self.questions for x in pair]),
         ):
-            if isinstance(given, str):
-                raise ValueError(f"{name} must be a sequence of prompts, got the text {given!r}")
+            _check_sequence(name, given)
             for one in given:
                 _check_prompt(name, one)
         for question, answer in self.questions:
@@ -58,6 +57,11 @@ class CachedContext:
                     "questions must have question and answer both in words or both in ids, got "
                     f"{(question, answer)!r}"
                 )
+
+
+def _check_sequence(name: str, given: Sequence[Prompt]) -> None:
+    if isinstance(given, str):
+        raise ValueError(f"{name} must be a sequence of prompts, got the text {given!r}")
 
 
 def _check_prompt(name: str, one: Prompt) -> None:
@@ -74,8 +78,7 @@ def check_prompts(prompts: Mapping[int, Sequence[str]], waiting: Collection[int]
             raise ValueError(
                 f"prompts must be of experiences that wait, {sorted(waiting)}, got {number!r}"
             )
-        if isinstance(given, str):
-            raise ValueError(f"prompts must be a sequence of prompts, got the text {given!r}")
+        _check_sequence("prompts", given)
         for one in given:
             if not isinstance(one, str) or not one.strip():
                 raise ValueError(f"prompts must be of at least a word, got {one!r}")

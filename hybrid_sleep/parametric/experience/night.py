@@ -314,8 +314,7 @@ def _train(
         model, study.lessons, options, names, guard, unfinished, tokenizer=memory.tokenizer,
         semantic=semantic, seed=seed, progress=_of(progress, "train"),
     )  # fmt: skip
-    edited = memory.edited
-    below = {**edited.learned, **{x: edited.learned.get(x, edited.pristine[x]) for x in names}}
+    below = {**{name: memory.edited.pristine[name] for name in names}, **memory.edited.learned}
     after = {name: parameters[name].detach().clone() for name in names}
     return course, Made(below, before, after)
 

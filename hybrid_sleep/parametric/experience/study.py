@@ -208,9 +208,7 @@ def prepare(
     )
 
 
-def _tokens(
-    material: Mapping[str, Sequence[Row]], shares: Shares, options: StudyOptions
-) -> int:
+def _tokens(material: Mapping[str, Sequence[Row]], shares: Shares, options: StudyOptions) -> int:
     """How many to train on, so that what is recent is gone through as often as is asked."""
     present = sum(getattr(shares, part) for part in PARTS if material.get(part))
     recent = sum(len(row.ids) for row in material[RECENT])

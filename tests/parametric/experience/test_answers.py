@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from editable import tiny_hybrid, word_tokenizer
-from memories import OPEN, bits, same
+from memories import bits, opener, same
 
-from hybrid_sleep.parametric import Memory, MemoryOptions, StudyOptions
+from hybrid_sleep.parametric import StudyOptions
 from hybrid_sleep.parametric.dreams.forms import question_prompt
 from hybrid_sleep.parametric.experience import night
 from hybrid_sleep.parametric.experience.context import answers_about, ids_of
@@ -34,11 +32,7 @@ def model():
 
 @pytest.fixture
 def opened(tmp_path):
-    def make(model, **study):
-        options = MemoryOptions(thresholds=OPEN, study=replace(STUDY, **study))
-        return Memory.open(tmp_path / "memory", model, TOKENIZER, options=options, **ROWS)
-
-    return make
+    return opener(tmp_path / "memory", TOKENIZER, STUDY, **ROWS)
 
 
 def reply(model, question, text=""):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from editable import tiny_hybrid, word_tokenizer
-from memories import OPEN, bits, same
+from memories import bits, opener, same
 
 from hybrid_sleep import SleepCache
-from hybrid_sleep.parametric import CachedContext, Imitation, Memory, MemoryOptions
+from hybrid_sleep.parametric import CachedContext, Imitation
 from hybrid_sleep.parametric.experience.options import StudyOptions
 from hybrid_sleep.parametric.fisher import covered
 from hybrid_sleep.parametric.mix import Shares
@@ -34,11 +32,7 @@ def read(model):
 
 @pytest.fixture
 def opened(tmp_path):
-    def make(model, **changes):
-        options = MemoryOptions(thresholds=OPEN, study=replace(STUDY, **changes))
-        return Memory.open(tmp_path / "memory", model, TOKENIZER, options=options, **ROWS)
-
-    return make
+    return opener(tmp_path / "memory", TOKENIZER, STUDY, **ROWS)
 
 
 def test_a_night_of_experts_is_committed_and_undone_bit_for_bit(opened):
