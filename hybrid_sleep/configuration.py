@@ -76,6 +76,8 @@ class HybridSleepConfig(PreTrainedConfig):
         sleep_schedule: with labels, `context_windows` lets only windows without a supervised token
             sleep; `every_window` lets every full window sleep after it has predicted.
         sleep_attention: attention in passes 2..N, `causal` or `bidirectional` within the window.
+        sleep_carry: what a pass takes over from the one before, `both` (hidden states and fast
+            weights), `hidden_states` or `fast_weights`; see `SleepOptions`.
 
     Numbers:
         rms_norm_eps: above 0. initializer_range: of at least 0. attention_dropout: in [0, 1).
@@ -122,6 +124,7 @@ class HybridSleepConfig(PreTrainedConfig):
     eviction: Literal["hard", "sliding"] = "hard"
     sleep_schedule: Literal["context_windows", "every_window"] = "context_windows"
     sleep_attention: Literal["causal", "bidirectional"] = "causal"
+    sleep_carry: Literal["both", "hidden_states", "fast_weights"] = "both"
     weights_version: int = 0
 
     @classmethod
@@ -267,6 +270,7 @@ class HybridSleepConfig(PreTrainedConfig):
             self.eviction,
             self.sleep_schedule,
             self.sleep_attention,
+            self.sleep_carry,
             prefix="sleep_",
         )
         if self.loop is not None:
@@ -282,6 +286,7 @@ class HybridSleepConfig(PreTrainedConfig):
             self.eviction,
             self.sleep_schedule,
             self.sleep_attention,
+            self.sleep_carry,
         )
 
     @property

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hybrid_sleep import HybridSleepForCausalLM
     from hybrid_sleep.training import RunConfig
 
-SLEEP_OPTIONS = ("window", "loop", "eviction", "sleep_attention")
+SLEEP_OPTIONS = ("window", "loop", "eviction", "sleep_attention", "sleep_carry")
 DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
 
 

@@ -42,7 +42,7 @@ class SleepRequests:
 
     pretrained: a folder with a saved model of this package, or the model itself. sleep_passes:
         depth N of every sleep, or "auto"; None takes the config's. It may be set between calls.
-    window, loop, eviction, sleep_attention: in place of the config's (folders only).
+    window, loop, eviction, sleep_attention, sleep_carry: in place of the config's (folders only).
     tokenizer: in place of the folder's (see `load_tokenizer`); needed with a model.
     device, dtype: where and in what to compute (folders only); "auto" is the dtype saved.
     batch_size: rows of a batch, or "auto": as many, up to `max_batch_size`, as fit in memory.

@@ -58,9 +58,9 @@ def run(
         reads text those that have text.
     limit: documents of each task; None takes all, and 2000 of ours. sleep_passes: depths, such as
         "1,2,4"; None takes the config's. sleep_options: `window`, `loop`, `eviction` or
-        `sleep_attention` in place of the config's. task_params: of ours, by name without prefix;
-        what is not given is as the checkpoint was trained. seed: which examples of ours, which
-        few-shot examples, and what is sampled. batch_size, dtype: see `SleepRequests`.
+        `sleep_attention`, `sleep_carry` in place of the config's. task_params: of ours, by name
+        without prefix; what is not given is as the checkpoint was trained. seed: which examples of
+        ours, which few-shot examples, and what is sampled. batch_size, dtype: see `SleepRequests`.
 
     `progress(done, total)` counts pairs of task and depth. Interrupted after the first one it
     returns what it has; those that `out`/results.json has of the same code,

@@ -200,7 +200,8 @@ def cache_bytes(
 
     Fast weights (fp32), keys and values of the window and of `past` tokens before it (sliding
     eviction), pass-1 hidden states, convolution tails, and, once the row has `slept`, what the coda
-    (and under sliding eviction every looped layer) started the window from. itemsize: bytes of an
+    (and, under sliding eviction or where `sleep_carry` leaves out fast weights, every looped layer)
+    started the window from. itemsize: bytes of an
     element of the model's dtype, at most 4. At `tokens` = 0 it is what stays behind a boundary.
     """
     check_count("tokens", tokens, minimum=0)
@@ -214,7 +215,8 @@ def cache_bytes(
     size += (tokens + past) * kv_bytes(config, itemsize)
     size += itemsize * tokens * config.hidden_size
     if slept:
-        size += state * sum(i >= end for i in spaces)
+        opened = start if config.sleep_carry == "hidden_states" else end
+        size += state * sum(i >= opened for i in spaces)
         size += tail * sum(i >= start for i in spaces) * sliding
     return size
 

@@ -9,6 +9,7 @@ import inspect
 from typing import Any
 
 from hybrid_sleep.eval.tasks.base import IGNORED, LONGEST_EXAMPLE, SPLITS, Task
+from hybrid_sleep.eval.tasks.circuit import Circuit
 from hybrid_sleep.eval.tasks.depo import Depo
 from hybrid_sleep.eval.tasks.gsm_infinite import GsmInfinite, GsmSymbolic
 from hybrid_sleep.eval.tasks.mqar import Mqar
@@ -19,13 +20,14 @@ from hybrid_sleep.validation import check_choice
 
 TASKS: dict[str, type[Task]] = {
     task.name: task
-    for task in (Depo, GsmInfinite, GsmSymbolic, Mqar, Parity, Rule110, WordProblem)
+    for task in (Circuit, Depo, GsmInfinite, GsmSymbolic, Mqar, Parity, Rule110, WordProblem)
 }
 
 __all__ = [
     "IGNORED",
     "SPLITS",
     "TASKS",
+    "Circuit",
     "Depo",
     "GsmInfinite",
     "GsmSymbolic",

@@ -94,12 +94,12 @@ def _repeat_passes(
 
 def looped_pass(backbone: Backbone, carry: Carry, *, last: int | None, measure: bool) -> Carry:
     """`h, S <- LoopedBlocks(h, S)`, up to the block `last` if it is given."""
-    # S continues from the last pass; keys and tails are short-term, and this pass's own.
-    states = carry.start | {
-        i: carry.start.get(i, LayerState())._replace(S=S) for i, S in carry.S.items()
-    }
+    # Keys and tails are short-term, and this pass's own.
+    states = carry.start
+    if backbone.options.carry != "hidden_states":
+        states = states | {i: states.get(i, LayerState())._replace(S=S) for i, S in carry.S.items()}
     looped = range(*backbone.options.loop)
-    h, after = backbone.run_blocks(looped, carry.h, states, carry.context, last_writer=last)
+    h, after = backbone.run_blocks(looped, carry.entering, states, carry.context, last_writer=last)
     new = {"h": carry.h if h is None else h, "S": {i: after[i].S for i in carry.S}}
     if backbone.options.is_sliding:
         new["left"] = carry.left | {i: state._replace(S=None) for i, state in after.items()}

@@ -36,12 +36,13 @@ class Window:
     """The open windows of R rows, which a sleep starts from.
 
     rows: `[R]`, ascending indices of these rows in the cache, on the CPU as all counters are.
-    hidden: `[R, L, D]`, outputs of the last looped block in pass 1.
+    hidden: `[R, L, D]`, outputs of the last looped block in pass 1, or what went into the first
+        one where hidden states are not carried.
     lengths, kept, first_position: `[R]`; tokens in the window, older slots that stay visible,
         position of the window's first token.
     states: per layer, what pass 1 left.
     opening: per layer, what a later pass starts from: tails and slots as they were when the window
-        opened, and the coda's fast weights of that time.
+        opened, and the fast weights of that time, of the coda or wherever none are carried.
     """
 
     rows: torch.Tensor
@@ -198,12 +199,13 @@ class SleepCache(Cache):
     def _reopen(self, layer: int, rows: torch.Tensor) -> None:
         """Snapshot what a sleep of the new window must start this layer from."""
         start, end = self.options.loop
-        state, in_coda = self.states[layer], layer >= end
-        if layer < start or state.S is None or not (in_coda or self.options.is_sliding):
-            return
+        state = self.states[layer]
         # Looped layers go on from the S of pass 1, the coda from that of the window's start.
+        again = layer >= end or self.options.carry == "hidden_states"
+        if layer < start or state.S is None or not (again or self.options.is_sliding):
+            return
         now = LayerState(
-            state.S if in_coda else None, state.tails if self.options.is_sliding else ()
+            state.S if again else None, state.tails if self.options.is_sliding else ()
         )
         total = len(self.counts)
         now = map_tensors(lambda x: take_rows(rows, x, total), now)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class Carry(NamedTuple):
     """The passes of R rows so far.
 
-    h: `[R, L, D]`, hidden states that the next pass reads.
+    h: `[R, L, D]`, hidden states that the last pass left, which the next one reads.
+    source: `[R, L, D]`, what every pass reads where hidden states are not carried; else None.
     S: fast weights of the looped layers.
     start: per layer, all else that a pass, or the coda, starts from: the same in every pass.
     context: positions and masks, see `Backbone.context`.
@@ -28,12 +29,18 @@ class Carry(NamedTuple):
     """
 
     h: torch.Tensor
+    source: torch.Tensor | None
     S: dict[int, torch.Tensor]
     start: dict[int, LayerState]
     context: Any
     active: torch.Tensor | None
     left: dict[int, LayerState]
     change: torch.Tensor | None
+
+    @property
+    def entering(self) -> torch.Tensor:
+        """`[R, L, D]`, hidden states that go into the next pass."""
+        return self.h if self.source is None else self.source
 
     def update(self, **new: Any) -> Carry:
         """With `new` fields in active rows, and the old ones in all others."""
@@ -82,4 +89,5 @@ def after_pass_one(backbone: Backbone, window: Window, *, watch: bool, cut: bool
     )
     active = torch.ones(len(h), dtype=torch.bool, device=h.device) if watch else None
     start = {i: state for i, state in window.opening.items() if i >= first}
-    return Carry(h, S, start, context, active, left={}, change=None)
+    source = h if backbone.options.carry == "fast_weights" else None
+    return Carry(h, source, S, start, context, active, left={}, change=None)

@@ -214,8 +214,9 @@ def _pass_one(
         sleeping=False,
     )
     layers, (_, end) = len(backbone.blocks), backbone.options.loop
+    handed_on = backbone.options.start_of_passes
     # Where every layer is asked for, each is a range of its own.
-    stops = range(1, layers + 1) if every_layer else sorted({end, layers})
+    stops = range(1, layers + 1) if every_layer else sorted({handed_on, end, layers} - {0})
     outputs, start, hidden = [h], 0, h
     after: dict[int, LayerState] = {}
     for stop in stops:
@@ -224,8 +225,8 @@ def _pass_one(
         h = out
         outputs.append(h)
         after |= new
-        if stop == end:
-            # What pass 2 goes on from: the loop's output, not the coda's.
+        if stop == handed_on:
+            # The loop's output, not the coda's.
             hidden = h
         start = stop
     cache.append(after, hidden, block.lengths)

@@ -94,19 +94,24 @@ class MinimalModel:
             # Pass 1 is the ordinary forward pass. It gives the predictions that a user sees, and
             # the loss; a sleep does not repeat it but goes on from its h and S.
             h = [self.embed(token) for token in window.tokens]
-            h = self.run(0, end, states, h, places, sleeping=False)
+            h = enters = self.run(0, start, states, h, places, sleeping=False)
+            h = self.run(start, end, states, h, places, sleeping=False)
             out = self.run(end, self.count, states, h, places, sleeping=False)
             row.logits += [self.head(x) for x in out]
             if window.depth is None:
                 continue
 
             # Passes 2..N over the same window. h is what the last pass made of it, S goes on from
-            # where the last pass left it; keys, values and convolution inputs are this pass's own.
+            # where the last pass left it (one of them starts anew if `sleep_carry` says so); keys,
+            # values and convolution inputs are this pass's own.
             row.depths.append(window.depth)
             for _ in range(window.depth - 1):
                 for i in range(start, end):
                     S, states[i] = states[i].S, opening[i].copy()
-                    states[i].S = S
+                    if self.config.sleep_carry != "hidden_states":
+                        states[i].S = S
+                if self.config.sleep_carry == "fast_weights":
+                    h = enters
                 h = self.run(start, end, states, h, places, sleeping=True)
 
             # The coda (blocks behind the loop) had to run in pass 1, to predict. What it wrote then

@@ -15,6 +15,7 @@ MAX_PASSES = 16
 EVICTIONS = ("hard", "sliding")
 SCHEDULES = ("context_windows", "every_window")
 ATTENTIONS = ("causal", "bidirectional")
+CARRIES = ("both", "hidden_states", "fast_weights")
 
 @dataclass(frozen=True)
 class SleepOptions:
@@ -29,6 +30,10 @@ class SleepOptions:
     schedule: with labels, `context_windows` (Algorithm 1) lets only windows without a supervised
         token sleep, `every_window` every full one, after it has predicted.
     attention: in passes 2..N, which predict nothing, `causal` or `bidirectional` in the window.
+    carry: what a pass takes over from the one before it, `both` hidden states h and fast weights S
+        (Algorithm 1), or one of them, the other as it was before pass 1. With `hidden_states` each
+        pass starts from the S that the window opened with, so that a window is written once; with
+        `fast_weights` each reads what enters the loop, as if the window were written N times.
 
     Raises ValueError naming the field, its value and what is allowed.
     """
@@ -39,17 +44,29 @@ class SleepOptions:
     eviction: Literal["hard", "sliding"] = "hard"
     schedule: Literal["context_windows", "every_window"] = "context_windows"
     attention: Literal["causal", "bidirectional"] = "causal"
+    carry: Literal["both", "hidden_states", "fast_weights"] = "both"
 
     def __post_init__(self) -> None:
         check_loop(self.loop)
         check_sleep(
-            self.window, self.passes, self.eviction, self.schedule, self.attention, prefix=""
+            self.window,
+            self.passes,
+            self.eviction,
+            self.schedule,
+            self.attention,
+            self.carry,
+            prefix="",
         )
 
     @property
     def is_sliding(self) -> bool:
         """Whether keys, values and tails cross a boundary."""
         return self.eviction == "sliding"
+
+    @property
+    def start_of_passes(self) -> int:
+        """The block in front of which the hidden states stand that pass 2 reads."""
+        return self.loop[0] if self.carry == "fast_weights" else self.loop[1]
 
     @property
     def reach(self) -> int | None:
@@ -68,18 +85,27 @@ class SleepOptions:
             "loop": self.loop,
             "eviction": self.eviction,
             "sleep_attention": self.attention,
+            "sleep_carry": self.carry,
         }
 
 
 def check_sleep(
-    window: Any, passes: Any, eviction: Any, schedule: Any, attention: Any, *, prefix: str
+    window: Any,
+    passes: Any,
+    eviction: Any,
+    schedule: Any,
+    attention: Any,
+    carry: Any,
+    *,
+    prefix: str,
 ) -> None:
-    """Raise ValueError for a field out of range; `prefix` stands before the three general names."""
+    """Raise ValueError for a field out of range; `prefix` stands before the four general names."""
     check_count("window", window)
     check_count(f"{prefix}passes", passes)
     check_choice("eviction", eviction, EVICTIONS)
     check_choice(f"{prefix}schedule", schedule, SCHEDULES)
     check_choice(f"{prefix}attention", attention, ATTENTIONS)
+    check_choice(f"{prefix}carry", carry, CARRIES)
 
 
 def check_loop(loop: Any, layers: int | None = None) -> None:

@@ -27,7 +27,7 @@ from hybrid_sleep.eval.harness import HybridSleepLM
         ({"batch_size": "auto:4"}, "batch_size must be 'auto' or .*, got 'auto:4'"),
         ({"max_batch_size": 0}, "max_batch_size must be an integer of at least 1, got 0"),
         ({"sleep_passes": "deep"}, "sleep_passes must be an integer of at least 1 or 'auto'"),
-        ({"windows": 3}, "among window, loop, eviction, sleep_attention, got windows=3"),
+        ({"windows": 3}, "among window, loop, eviction, sleep_attention, sleep_carry, got w"),
         ({"window": 0}, "window must be an integer of at least 1, got 0"),
         ({"eviction": "soft"}, "eviction must be one of 'hard', 'sliding'"),
         ({"dtype": "int8"}, "dtype must be one of 'auto', 'float32', .*got 'int8'"),

@@ -13,6 +13,8 @@ from hybrid_sleep.eval import tasks
 
 # Of 8 examples of both splits and two seeds each, with their `meta`.
 DIGESTS = {
+    ("circuit", '{}'): "793ca9320e6f8fee",
+    ("circuit", '{"order": "random", "wires": 3, "asked": [2, 5]}'): "6c116cb2a95b63e2",
     ("depo", "{}"): "33c7cc17f6cd32dc",
     ("depo", '{"variant": "depo1", "nodes": 20}'): "b37f042e29cc8458",
     ("gsm_infinite", '{"d": 3}'): "a0a8d9957142f7e6",

@@ -67,6 +67,7 @@ def test_max_passes(model, cache, most):
         ("eviction", "soft"),
         ("sleep_schedule", "never"),
         ("sleep_attention", "both"),
+        ("sleep_carry", "nothing"),
         ("vocab_size", 0),
         ("head_dim", 3),
         ("num_key_value_heads", 3),

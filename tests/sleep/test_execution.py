@@ -16,13 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hybrid_sleep import SleepCache
 from hybrid_sleep.configuration import STATE_SPACES
 from hybrid_sleep.sleep.execution import SleepEngine
-from hybrid_sleep.sleep.options import EVICTIONS
+from hybrid_sleep.sleep.options import CARRIES, EVICTIONS
 
 MODELS = st.fixed_dictionaries(
     {
         "state_space": st.sampled_from(STATE_SPACES),
         "eviction": st.sampled_from(EVICTIONS),
         "sleep_attention": st.sampled_from(["causal", "bidirectional"]),
+        "sleep_carry": st.sampled_from(CARRIES),
         "loop": st.sampled_from([None, (1, 3), (0, 2), (0, 3), (2, 4)]),
         "layer_types": st.sampled_from(
             [

@@ -15,7 +15,7 @@ from small import VOCAB, Row, expect, gap, oracle_of, small_config, small_ids, s
 from hybrid_sleep import HybridSleepConfig, SleepCache
 from hybrid_sleep.configuration import STATE_SPACES
 from hybrid_sleep.sleep.minimal import Row as Read
-from hybrid_sleep.sleep.options import ATTENTIONS, EVICTIONS
+from hybrid_sleep.sleep.options import ATTENTIONS, CARRIES, EVICTIONS
 
 EXACT = 1e-10
 SINGLE = 1e-4
@@ -108,6 +108,7 @@ def configs(draw) -> HybridSleepConfig:
         state_space=draw(st.sampled_from(STATE_SPACES)),
         eviction=draw(st.sampled_from(EVICTIONS)),
         sleep_attention=draw(st.sampled_from(ATTENTIONS)),
+        sleep_carry=draw(st.sampled_from(CARRIES)),
         linear_conv_kernel_dim=draw(st.integers(2, 4)),
         linear_num_key_heads=key_heads,
         linear_num_value_heads=key_heads * draw(st.sampled_from([1, 2])),
@@ -169,14 +170,16 @@ def test_any_reading_equals_the_specification(config, calls, seed):
 
 
 @pytest.mark.parametrize(
-    ("state_space", "eviction", "attention"), halved(STATE_SPACES, EVICTIONS, ATTENTIONS)
+    ("state_space", "eviction", "attention", "carry"),
+    halved(STATE_SPACES, EVICTIONS, ATTENTIONS, CARRIES),
 )
-def test_every_kind_of_sleep_equals_the_specification(state_space, eviction, attention):
+def test_every_kind_of_sleep_equals_the_specification(state_space, eviction, attention, carry):
     ids = small_ids(2, 17)
     for loop, depth in product(LOOPS, (1, 2, 4)):
         model = small_model(
-            state_space=state_space, eviction=eviction, sleep_attention=attention, loop=loop
-        )
+            state_space=state_space, eviction=eviction, sleep_attention=attention,
+            sleep_carry=carry, loop=loop,
+        )  # fmt: skip
         out = model(ids, sleep_passes=depth)
         for b in range(2):
             want = expect(model, ids[b], depth)

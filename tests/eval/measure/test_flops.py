@@ -28,6 +28,10 @@ CONFIGS = {
     "loop writes nothing": {"layer_types": [S, A, A, S, A], "loop": (1, 3)},
     "nothing is written": {"layer_types": [S, A, A], "loop": (1, 2)},
     "attention alone": {"layer_types": [A, A]},
+    "written once": {
+        "layer_types": [S, A, S, A, S], "loop": (1, 4), "sleep_carry": "hidden_states"
+    },
+    "a second look": {"layer_types": [A, S, A, S], "loop": (1, 3), "sleep_carry": "fast_weights"},
     "two ways": {"sleep_attention": "bidirectional", "num_attention_heads": 4},
     "widths": {"intermediate_size": [7, 0, 0, 3], "tie_word_embeddings": True},
     "sliding": {"eviction": "sliding"},

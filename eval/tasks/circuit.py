@@ -1,0 +1,317 @@
+"""Layered random circuits: what is the value of a gate, asked when the circuit has left the window?
+
+Half of the gates are not linear, and a state that one layer writes is an affine function of the
+values that it carries: one layer cannot compute an AND of two of them and hand it on. So a gate of
+level l needs l layers that ran one after the other, and more passes reach what one pass cannot.
+Chains of copies and circuits of XOR alone would not: a single delta rule follows them in one scan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import comb
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hybrid_sleep.eval.tasks.base import IGNORED, Majority, Task, check_levels
+from hybrid_sleep.eval.tasks.sampling import U64, distinct, draw, mix
+from hybrid_sleep.validation import check_choice, check_count
+
+if TYPE_CHECKING:
+    import torch
+
+GATES = ("xor", "xnor", "and", "or")
+TRUTH = np.array([[0, 1, 0], [1, 0, 1], [0, 0, 1], [0, 1, 1]])  # by gate, and how many inputs are 1
+ORDERS = ("topological", "reverse", "random")
+MOST_WIRES = 64
+MOST_LEVELS = 256
+
+
+class Circuit(Task):
+    """`levels` levels of `wires` gates over `wires` random bits; what is the value of each gate?
+
+    A gate is XOR, XNOR, AND or OR, equally often, of two different wires of the level below it,
+    drawn anew for each gate. An input or a gate is one token, which says where it is, what it is
+    and what it reads; values are nowhere. Level 0, the inputs, is first where `order` is
+    `topological`, last where it is `reverse`; `random` mixes all tokens, anew for each circuit.
+
+    The circuit fills `windows` windows. Then, in a window of their own, every gate of the levels
+    `asked` (default: all but the inputs) is asked for, in random order: a token that says which.
+    Its value is the label of the position behind it, where `input_ids` holds the next question, so
+    that no question sees the answer to another; a stop token ends the row.
+
+    The difficulty of a question is the level of its gate. Tokens: inputs `2 * wire + value`; gates,
+    by level, wire, kind and the pair of wires that they read; questions, by level and wire; stop.
+
+    Train and test circuits are disjoint for any seeds: a 64-bit hash of inputs and gates, in
+    whatever order they stand, decides (one in 16 is test). Examples come from raw Philox words.
+
+    Raises ValueError unless 2 <= wires <= 64, 1 <= levels <= 256, `order` is one of the three,
+    `asked` are different levels of 1 to `levels`, and `windows` divide the `wires * (levels + 1)`
+    tokens of a circuit and leave at least as many to each as the questions take.
+    """
+
+    name = "circuit"
+    difficulty = "level"
+    question = "label"
+
+    def __init__(
+        self,
+        wires: int = 4,
+        levels: int = 5,
+        order: str = "topological",
+        windows: int = 1,
+        asked: int | Sequence[int] | None = None,
+    ):
+        self.wires = check_count("wires", wires, 2, MOST_WIRES)
+        self.levels = check_count("levels", levels, 1, MOST_LEVELS)
+        check_choice("order", order, ORDERS)
+        self.order = order
+        check_count("windows", windows)
+        chosen = range(1, levels + 1) if asked is None else check_levels("asked", asked, 1)
+        if max(chosen) > levels:
+            raise ValueError(f"asked must be levels of 1 to {levels}, got {asked!r}")
+        self.asked = tuple(chosen)
+        self.pairs = np.stack(np.triu_indices(wires, 1), axis=1)
+        self.gates = wires * levels
+        self.nodes = wires + self.gates
+        self.first_question = 2 * wires + self.gates * len(GATES) * len(self.pairs)
+        self.stop = self.first_question + self.gates
+        self.vocab_size = self.stop + 1
+        questions = wires * len(self.asked) + 1
+        self.window = self.nodes // windows
+        if self.nodes % windows or self.window < questions:
+            raise ValueError(
+                f"windows must divide the {self.nodes} tokens of a circuit and leave at least "
+                f"{questions}, those of the questions, to a window, got {windows}"
+            )
+        self.length = self.nodes + questions
+        self.params = {
+            "wires": wires,
+            "levels": levels,
+            "order": order,
+            "windows": windows,
+            "asked": None if asked is None else list(self.asked),
+        }
+
+    def _examples(self, split: str, seed: int, count: int | None) -> Iterator[dict[str, Any]]:
+        for levels, input_ids, labels in self._rows(split, seed, count):
+            for row in range(len(levels)):
+                yield {
+                    "input_ids": input_ids[row].tolist(),
+                    "labels": labels[row].tolist(),
+                    "meta": {
+                        "task": self.name,
+                        **self.params,
+                        "difficulty": levels[row].tolist(),
+                    },
+                }
+
+    def _batch(self, split: str, seed: int, count: int) -> dict[str, torch.Tensor]:
+        import torch
+
+        parts = list(zip(*self._rows(split, seed, count), strict=True))[1:]
+        input_ids, labels = (torch.from_numpy(np.concatenate(part)) for part in parts)
+        return {"input_ids": input_ids, "labels": labels}
+
+    def parse(self, input_ids: Sequence[int]) -> dict[str, Any]:
+        """`inputs` (bits), `gates` and `queries` of a sequence; see `Circuit`.
+
+        gates: by level from 1 on and wire, (kind, wire read, other wire read). queries: (level,
+        wire, value) as asked, values worked out.
+        """
+        tokens = np.array([int(token) for token in input_ids])
+        circuit, asked = tokens[: self.nodes], tokens[self.nodes : -1] - self.first_question
+        first = 2 * self.wires
+        inputs = np.sort(circuit[circuit < first])
+        each = np.sort(circuit[circuit >= first]) - first
+        variety = len(GATES) * len(self.pairs)
+        if (
+            len(tokens) != self.length
+            or tokens[-1] != self.stop
+            or circuit.min() < 0
+            or not np.array_equal(inputs // 2, np.arange(self.wires))
+            or not np.array_equal(each // variety, np.arange(self.gates))
+            or not np.array_equal(np.sort(asked), self._questions())
+            or (self.order != "random" and not self._in_order(circuit))
+        ):
+            raise ValueError(
+                f"input_ids must be {self.wires} inputs and {self.gates} gates, each once, in "
+                f"{self.order} order, a question for each gate of the levels {list(self.asked)} "
+                f"and the stop token {self.stop}: {self.length} tokens, got {tokens.tolist()}"
+            )
+        kinds, pairs = each % variety // len(self.pairs), each % len(self.pairs)
+        values = self.evaluate((inputs % 2)[None], kinds[None], pairs[None])[0]
+        gates = [
+            [
+                (GATES[kinds[g]], *map(int, self.pairs[pairs[g]]))
+                for g in range(level * self.wires, (level + 1) * self.wires)
+            ]
+            for level in range(self.levels)
+        ]
+        return {
+            "inputs": (inputs % 2).tolist(),
+            "gates": gates,
+            "queries": [
+                (g // self.wires + 1, g % self.wires, int(values[g])) for g in asked.tolist()
+            ],
+        }
+
+    def floor(self) -> dict[int, float]:
+        """1/2 at every level: of a gate that is asked for, nothing is known but its name.
+
+        Exchange AND and OR, XOR and XNOR, and 0 and 1: every circuit has another one, as likely,
+        with all values the other way round. What knowing the gate itself gives: `gate_alone`.
+        """
+        return dict.fromkeys(self.asked, 0.5)
+
+    def majority(self) -> Majority:
+        """What always guessing the same value scores, over all circuits.
+
+        Values of one circuit depend on each other: the share with all of them the same is that of
+        circuits whose gates of the levels `asked` are all 0, by enumeration.
+        """
+        return Majority(self._all_alike(), per_label=0.5, guess=(0,))
+
+    def chance(self) -> float:
+        """1/2."""
+        return 0.5
+
+    def gate_alone(self) -> dict[int, float]:
+        """What the best guess scores, by level, that knows the kind of the gate and no value.
+
+        Exact: how many wires of a level are on is a Markov chain, since given m of W, each gate of
+        the next is on with probability 1/4 + m / 2W, independently.
+        """
+        found = {}
+        chances = self._on_after_inputs()
+        for level in range(1, self.levels + 1):
+            ones = [self._pairs_with(m) for m in range(self.wires + 1)]
+            of_kind = [
+                sum(p * sum(row[TRUTH[kind] == 1]) for p, row in zip(chances, ones, strict=True))
+                for kind in range(len(GATES))
+            ]
+            if level in self.asked:
+                found[level] = float(np.mean([max(p, 1 - p) for p in of_kind]))
+            chances = chances @ self._next_on()
+        return found
+
+    def only(self, difficulty: int) -> Circuit:
+        """The same circuits, gates of one level asked for."""
+        if difficulty not in self.asked:
+            raise ValueError(f"difficulty must be one of {list(self.asked)}, got {difficulty!r}")
+        return self.asking([difficulty])
+
+    def asking(self, levels: Sequence[int]) -> Circuit:
+        """The same circuits and tokens, gates of the `levels` asked for, which must be of these."""
+        return Circuit(**{**self.params, "asked": list(levels)})
+
+    def describe(self, example: Mapping[str, Any]) -> str:
+        """The circuit of an example, level by level, and the gates asked for."""
+        read = self.parse(example["input_ids"])
+        lines = ["level 0: " + ", ".join(f"{w} = {bit}" for w, bit in enumerate(read["inputs"]))]
+        for level, gates in enumerate(read["gates"], start=1):
+            said = ", ".join(f"{w} = {a} {kind} {b}" for w, (kind, a, b) in enumerate(gates))
+            lines.append(f"level {level}: {said}")
+        asked = [f"wire {wire} of level {level}: {x}" for level, wire, x in read["queries"]]
+        return "\n".join([*lines, *asked])
+
+    def evaluate(self, inputs: np.ndarray, kinds: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+        """The value of each gate, [n, gates], of `inputs: [n, wires]`, `kinds` and `pairs`: [n,
+        gates], indices into `GATES` and `self.pairs`; gates are by level and wire.
+        """
+        below, levels = inputs, []
+        for level in range(self.levels):
+            these = slice(level * self.wires, (level + 1) * self.wires)
+            read = self.pairs[pairs[:, these]].reshape(len(inputs), -1)
+            ones = np.take_along_axis(below, read, axis=1).reshape(len(inputs), -1, 2).sum(axis=2)
+            below = TRUTH[kinds[:, these], ones]
+            levels.append(below)
+        return np.concatenate(levels, axis=1)
+
+    def _questions(self) -> np.ndarray:
+        """The gates that are asked for, ascending."""
+        levels = np.array(self.asked)[:, None] - 1
+        return (levels * self.wires + np.arange(self.wires)).ravel()
+
+    def _in_order(self, circuit: np.ndarray) -> bool:
+        ahead = circuit if self.order == "topological" else circuit[::-1]
+        return bool((np.diff(ahead) > 0).all())
+
+    def _rows(
+        self, split: str, seed: int, count: int | None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Level of each question [n, questions], `input_ids` and `labels` [n, length] of a split.
+
+        Circuits do not depend on what is asked of them, nor on their order.
+        """
+        words = self.nodes + self.gates + (self.nodes if self.order == "random" else 0)
+        for parts in draw(split, seed, count, words, self._read):
+            yield self._tokens(*parts)
+
+    def _read(self, block: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Hashes [n], then inputs, kinds, pairs, words for questions and for the order."""
+        drawn = block[:, : self.nodes]
+        inputs = drawn[:, : self.wires] % U64(2)
+        # Low bits for the kind, others for the pair.
+        kinds = drawn[:, self.wires :] % U64(len(GATES))
+        pairs = (drawn[:, self.wires :] >> U64(8)) % U64(len(self.pairs))
+        hashes = np.zeros(len(block), dtype=U64)
+        for part in (*inputs.T, *kinds.T, *pairs.T):
+            hashes = mix(hashes ^ part)
+        rest = block[:, self.nodes :]
+        whole = (x.astype(np.int64) for x in (inputs, kinds, pairs))
+        return hashes, *whole, rest[:, : self.gates], rest[:, self.gates :]
+
+    def _tokens(
+        self,
+        inputs: np.ndarray,
+        kinds: np.ndarray,
+        pairs: np.ndarray,
+        asking: np.ndarray,
+        mixing: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What `_rows` yields."""
+        values = self.evaluate(inputs, kinds, pairs)
+        gates = (np.arange(self.gates) * len(GATES) + kinds) * len(self.pairs) + pairs
+        circuit = np.concatenate(
+            [2 * np.arange(self.wires) + inputs, 2 * self.wires + gates], axis=1
+        )
+        if self.order == "reverse":
+            circuit = circuit[:, ::-1]
+        elif self.order == "random":
+            circuit = np.take_along_axis(circuit, distinct(mixing, self.nodes), axis=1)
+        questions = self._questions()
+        asked = questions[distinct(asking[:, : len(questions)], len(questions))]
+        stop = np.full((len(inputs), 1), self.stop)
+        input_ids = np.concatenate([circuit, self.first_question + asked, stop], axis=1)
+        labels = np.full_like(input_ids, IGNORED)
+        labels[:, self.nodes + 1 :] = np.take_along_axis(values, asked, axis=1)
+        return asked // self.wires + 1, input_ids, labels
+
+    def _pairs_with(self, on: int) -> np.ndarray:
+        """The shares of pairs of wires of which 0, 1 and 2 are on, if `on` of all wires are."""
+        off = self.wires - on
+        found = [comb(off, 2), on * off, comb(on, 2)]
+        return np.array(found) / len(self.pairs)
+
+    def _on_after_inputs(self) -> np.ndarray:
+        """The probability that 0, 1... inputs are on."""
+        return np.array([comb(self.wires, m) for m in range(self.wires + 1)]) / 2**self.wires
+
+    def _next_on(self) -> np.ndarray:
+        """[m, k]: the probability that k gates are on above a level of which m are."""
+        counts = np.arange(self.wires + 1)
+        p = (1 / 4 + counts / (2 * self.wires))[:, None]
+        ways = np.array([comb(self.wires, k) for k in counts])
+        return ways * p**counts * (1 - p) ** (self.wires - counts)
+
+    def _all_alike(self) -> float:
+        """The probability that all gates of the levels `asked` are off."""
+        chances = self._on_after_inputs()
+        for level in range(1, max(self.asked) + 1):
+            chances = chances @ self._next_on()
+            if level in self.asked:
+                chances = np.where(np.arange(self.wires + 1) == 0, chances, 0)
+        return float(chances.sum())

@@ -1,0 +1,237 @@
+"""Circuits: values by hand and by another evaluation, floors by enumeration, splits apart."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from hybrid_sleep import HybridSleepConfig, HybridSleepForCausalLM
+from hybrid_sleep.eval import tasks
+
+OPERATORS = {
+    "xor": operator.xor,
+    "xnor": lambda a, b: 1 - (a ^ b),
+    "and": operator.and_,
+    "or": operator.or_,
+}
+VARIANTS = [
+    {},
+    {"wires": 3, "levels": 5, "order": "reverse"},
+    {"wires": 2, "levels": 1},
+    {"wires": 4, "levels": 7, "order": "random", "windows": 2, "asked": [3, 7]},
+    {"wires": 5, "levels": 3, "windows": 2, "asked": 2},
+]
+
+
+def by_params(params):
+    return ",".join(f"{key}={value}" for key, value in params.items()) or "default"
+
+
+def values_of(inputs, gates):
+    """Value by (level, wire), each worked out from the definition, by recursion."""
+
+    def value(level, wire):
+        if level == 0:
+            return inputs[wire]
+        kind, a, b = gates[level - 1][wire]
+        return OPERATORS[kind](value(level - 1, a), value(level - 1, b))
+
+    return {
+        (level, wire): value(level, wire)
+        for level in range(1, len(gates) + 1)
+        for wire in range(len(inputs))
+    }
+
+
+def test_a_circuit_worked_out_by_hand():
+    """Two wires, two levels: inputs 1 and 0; xor 1, and 0; then xnor 0, or 1.
+
+    Tokens: inputs 0..3; four gates of four kinds, one pair of wires; questions 20..23; stop 24.
+    """
+    task = tasks.load("circuit", wires=2, levels=2)
+    assert (task.vocab_size, task.window, task.length) == (25, 6, 11)
+    circuit = [1, 2, 4 + 0, 8 + 2, 12 + 1, 16 + 3]
+    tokens = [*circuit, 22, 20, 23, 21, 24]
+    assert task.parse(tokens) == {
+        "inputs": [1, 0],
+        "gates": [[("xor", 0, 1), ("and", 0, 1)], [("xnor", 0, 1), ("or", 0, 1)]],
+        "queries": [(2, 0, 0), (1, 0, 1), (2, 1, 1), (1, 1, 0)],
+    }
+    assert task.describe({"input_ids": tokens}) == (
+        "level 0: 0 = 1, 1 = 0\n"
+        "level 1: 0 = 0 xor 1, 1 = 0 and 1\n"
+        "level 2: 0 = 0 xnor 1, 1 = 0 or 1\n"
+        "wire 0 of level 2: 0\nwire 0 of level 1: 1\nwire 1 of level 2: 1\nwire 1 of level 1: 0"
+    )
+    backwards = tasks.load("circuit", wires=2, levels=2, order="reverse")
+    assert backwards.parse([*circuit[::-1], *tokens[6:]]) == task.parse(tokens)
+
+
+def test_the_stream_never_changes():
+    """A seed in an old result must mean the same examples for ever."""
+    task = tasks.load("circuit", wires=2, levels=2, order="random")
+    (example,) = task.examples("test", 0, 1)
+    assert example["input_ids"] == [11, 18, 6, 0, 3, 15, 21, 20, 23, 22, 24]
+    assert example["labels"] == [-100] * 7 + [1, 0, 0, 1]
+    assert example["meta"] == {
+        "task": "circuit", **task.params, "difficulty": [1, 1, 2, 2]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("split", tasks.SPLITS)
+@pytest.mark.parametrize("params", VARIANTS, ids=by_params)
+def test_every_label_is_the_value_of_the_gate_that_is_asked_for(params, split):
+    task = tasks.load("circuit", **params)
+    for example in task.examples(split, 3, 12):
+        tokens, labels = example["input_ids"], example["labels"]
+        assert len(tokens) == len(labels) == task.length and max(tokens) < task.vocab_size
+        read = task.parse(tokens)
+        values = values_of(read["inputs"], read["gates"])
+        assert labels[: task.nodes + 1] == [-100] * (task.nodes + 1)
+        asked = [divmod(token - task.first_question, task.wires) for token in tokens[task.nodes :]]
+        named = [(level + 1, wire) for level, wire in asked[:-1]]
+        # The label of a question stands where the next one does.
+        assert labels[task.nodes + 1 :] == [values[gate] for gate in named]
+        assert read["queries"] == [(*gate, values[gate]) for gate in named]
+        assert sorted(named) == sorted(gate for gate in values if gate[0] in task.asked)
+        assert example["meta"]["difficulty"] == [level for level, _ in named]
+
+
+def test_orders_hold_the_same_circuits():
+    """Nothing but the order of tokens differs, so that results of two orders can be compared."""
+    made = {
+        order: next(tasks.load("circuit", order=order).examples("train", 5, 1))["input_ids"]
+        for order in ("topological", "reverse", "random")
+    }
+    nodes = 24
+    forwards = made["topological"][:nodes]
+    assert forwards == sorted(forwards) == made["reverse"][:nodes][::-1]
+    assert made["random"][:nodes] != forwards == sorted(made["random"][:nodes])
+    assert made["topological"][nodes:] == made["reverse"][nodes:]
+    places = np.array(
+        [e["input_ids"] for e in tasks.load("circuit", order="random").examples("train", 0, 4000)]
+    )[:, :nodes]
+    # An input, of token 0 to 7, stands anywhere equally often: 4 of 24, within 5 deviations.
+    shares = (places < 8).mean(axis=0)
+    assert np.abs(shares - 4 / 24).max() < 5 * np.sqrt(4 / 24 * 20 / 24 / 4000)
+
+
+def all_circuits(wires, levels):
+    """Every circuit there is: inputs and gates."""
+    pairs = list(itertools.combinations(range(wires), 2))
+    kinds = list(itertools.product(OPERATORS, pairs))
+    gates = [(kind, *pair) for kind, pair in kinds]
+    for inputs in itertools.product((0, 1), repeat=wires):
+        for drawn in itertools.product(gates, repeat=wires * levels):
+            yield inputs, [drawn[i : i + wires] for i in range(0, wires * levels, wires)]
+
+
+@pytest.mark.parametrize(("wires", "levels"), [(2, 2), (2, 3), (3, 1)])
+def test_floors_by_enumeration(wires, levels):
+    ones: dict[tuple[int, str], list[int]] = {}
+    alike = total = 0
+    for inputs, gates in all_circuits(wires, levels):
+        values = values_of(inputs, gates)
+        total += 1
+        alike += not any(values.values())
+        for (level, wire), value in values.items():
+            ones.setdefault((level, gates[level - 1][wire][0]), []).append(value)
+    task = tasks.load("circuit", wires=wires, levels=levels)
+    assert task.floor() == {level: 0.5 for level in range(1, levels + 1)}
+    for level in range(1, levels + 1):
+        of_kind = {kind: ones[level, kind] for kind in OPERATORS}
+        count = sum(map(len, of_kind.values()))
+        assert sum(map(sum, of_kind.values())) * 2 == count
+        best = Fraction(sum(max(sum(v), len(v) - sum(v)) for v in of_kind.values()), count)
+        assert task.gate_alone()[level] == pytest.approx(float(best), abs=1e-12)
+    found = task.majority()
+    assert found.exact == pytest.approx(alike / total, abs=1e-12)
+    assert (found.per_label, found.guess, task.chance()) == (0.5, (0,), 0.5)
+
+
+def test_the_majority_of_some_levels_by_drawing():
+    task = tasks.load("circuit", wires=3, levels=4, asked=[2, 4])
+    labels = np.asarray(task.batch("train", 0, 20_000)["labels"])[:, task.nodes + 1 :]
+    share = (labels == 0).all(axis=1).mean()
+    want = task.majority().exact
+    assert abs(share - want) < 5 * np.sqrt(want * (1 - want) / 20_000)
+
+
+def test_splits_are_apart_and_drawn_the_same_however_sliced():
+    task = tasks.load("circuit", wires=2, levels=2)
+    circuits = {
+        split: {tuple(e["input_ids"][: task.nodes]) for e in task.examples(split, seed, 8000)}
+        for split, seed in (("train", 0), ("test", 1))
+    }
+    # 1,024 circuits in all: nearly every one was drawn.
+    assert not circuits["train"] & circuits["test"]
+    assert len(circuits["train"] | circuits["test"]) > 1000
+    task = tasks.load("circuit", order="random")
+    whole = task.batch("train", 7, 40)
+    assert torch.equal(whole["input_ids"][:9], task.batch("train", 7, 9)["input_ids"])
+    each = [e["labels"] for e in task.examples("train", 7, 40)]
+    assert whole["labels"].tolist() == each
+    assert not torch.equal(whole["input_ids"], task.batch("train", 8, 40)["input_ids"])
+
+
+def test_limited_to_a_level_circuits_stay_the_same():
+    task = tasks.load("circuit", order="reverse")
+    hard = task.only(4)
+    assert hard.vocab_size == task.vocab_size and hard.window == task.window
+    one, other = (next(t.examples("test", 2, 1)) for t in (task, hard))
+    assert one["input_ids"][: task.nodes] == other["input_ids"][: task.nodes]
+    assert other["meta"]["difficulty"] == [4] * 4
+    assert list(task.asking([1, 2]).floor()) == [1, 2]
+    with pytest.raises(ValueError, match=r"difficulty must be one of \[4\], got 3"):
+        hard.only(3)
+
+
+def test_a_model_sleeps_on_the_circuit_alone():
+    task = tasks.load("circuit", wires=2, levels=3, windows=2, asked=3)
+    config = HybridSleepConfig(
+        vocab_size=task.vocab_size, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, linear_num_key_heads=1, linear_num_value_heads=1,
+        linear_key_head_dim=8, linear_value_head_dim=8, window=task.window,
+    )  # fmt: skip
+    model = HybridSleepForCausalLM(config).eval()
+    batch = task.batch("test", 0, 2)
+    with torch.no_grad():
+        cache = model(**batch, sleep_passes=3).cache
+    assert cache.sleeps.tolist() == [2, 2] and [r.passes for r in cache.reports] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ({"wires": 1}, "wires must be an integer of at least 2 and at most 64, got 1"),
+        ({"levels": 0}, "levels must be an integer of at least 1 and at most 256, got 0"),
+        ({"order": "sorted"}, "order must be one of 'topological', 'reverse', 'random'"),
+        ({"asked": [6]}, r"asked must be levels of 1 to 5, got \[6\]"),
+        ({"asked": []}, "asked must be an integer or a list of one or more"),
+        ({"windows": 5}, "windows must divide the 24 tokens of a circuit and leave at least 21"),
+        ({"windows": 2}, "leave at least 21, those of the questions, to a window, got 2"),
+    ],
+)
+def test_bad_parameters_are_named(params, said):
+    with pytest.raises(ValueError, match=said):
+        tasks.load("circuit", **params)
+
+
+def test_what_is_no_circuit_is_refused():
+    task = tasks.load("circuit", wires=2, levels=2)
+    tokens = [1, 2, 4, 10, 13, 19, 22, 20, 23, 21, 24]
+    for wrong in (
+        tokens[:-1],
+        [3, 3, *tokens[2:]],
+        [2, 1, *tokens[2:]],
+        [*tokens[:6], 22, 22, *tokens[8:]],
+        [*tokens[:-1], 23],
+        [*tokens[:5], 25, *tokens[6:]],
+    ):
+        with pytest.raises(ValueError, match="input_ids must be 2 inputs and 4 gates"):
+            task.parse(wrong)
