@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from hybrid_sleep.eval.tasks.automaton import Automaton
 from hybrid_sleep.eval.tasks.base import IGNORED, LONGEST_EXAMPLE, SPLITS, Task
 from hybrid_sleep.eval.tasks.circuit import Circuit
 from hybrid_sleep.eval.tasks.depo import Depo
@@ -20,13 +21,16 @@ from hybrid_sleep.validation import check_choice
 
 TASKS: dict[str, type[Task]] = {
     task.name: task
-    for task in (Circuit, Depo, GsmInfinite, GsmSymbolic, Mqar, Parity, Rule110, WordProblem)
+    for task in (
+        Automaton, Circuit, Depo, GsmInfinite, GsmSymbolic, Mqar, Parity, Rule110, WordProblem
+    )  # fmt: skip
 }
 
 __all__ = [
     "IGNORED",
     "SPLITS",
     "TASKS",
+    "Automaton",
     "Circuit",
     "Depo",
     "GsmInfinite",

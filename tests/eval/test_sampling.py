@@ -13,6 +13,8 @@ from hybrid_sleep.eval import tasks
 
 # Of 8 examples of both splits and two seeds each, with their `meta`.
 DIGESTS = {
+    ("automaton", '{}'): "31fba8c60e842fe6",
+    ("automaton", '{"rules": [30, 110], "steps": [0, 7], "windows": 2}'): "530339d4aed8734f",
     ("circuit", '{}'): "793ca9320e6f8fee",
     ("circuit", '{"order": "random", "wires": 3, "asked": [2, 5]}'): "6c116cb2a95b63e2",
     ("depo", "{}"): "33c7cc17f6cd32dc",
