@@ -76,6 +76,7 @@ class MinimalModel:
         self.count = config.num_hidden_layers
         self.loop = (0, self.count) if config.loop is None else config.loop
         self.sliding = config.eviction == "sliding"
+        self.carry = config.sleep_carry
 
     def read(self, windows: Sequence[Window]) -> Row:
         """Algorithm 1 over the windows of one row."""
@@ -108,10 +109,9 @@ class MinimalModel:
             for _ in range(window.depth - 1):
                 for i in range(start, end):
                     S, states[i] = states[i].S, opening[i].copy()
-                    if self.config.sleep_carry != "hidden_states":
+                    if self.carry != "hidden_states":
                         states[i].S = S
-                if self.config.sleep_carry == "fast_weights":
-                    h = enters
+                h = enters if self.carry == "fast_weights" else h
                 h = self.run(start, end, states, h, places, sleeping=True)
 
             # The coda (blocks behind the loop) had to run in pass 1, to predict. What it wrote then
