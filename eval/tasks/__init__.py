@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from hybrid_sleep.eval.tasks.ancestor import Ancestor
 from hybrid_sleep.eval.tasks.automaton import Automaton
 from hybrid_sleep.eval.tasks.base import IGNORED, LONGEST_EXAMPLE, SPLITS, Task
 from hybrid_sleep.eval.tasks.circuit import Circuit
@@ -22,7 +23,8 @@ from hybrid_sleep.validation import check_choice
 TASKS: dict[str, type[Task]] = {
     task.name: task
     for task in (
-        Automaton, Circuit, Depo, GsmInfinite, GsmSymbolic, Mqar, Parity, Rule110, WordProblem
+        Ancestor, Automaton, Circuit, Depo, GsmInfinite, GsmSymbolic, Mqar, Parity, Rule110,
+        WordProblem,
     )  # fmt: skip
 }
 
@@ -30,6 +32,7 @@ __all__ = [
     "IGNORED",
     "SPLITS",
     "TASKS",
+    "Ancestor",
     "Automaton",
     "Circuit",
     "Depo",

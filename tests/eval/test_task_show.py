@@ -11,6 +11,7 @@ from hybrid_sleep.eval import tasks
 from hybrid_sleep.eval.tasks.show import listing, show, show_lines
 
 SMALL = {
+    "ancestor": {"nodes": 10, "hops": [1, 3], "order": "random", "queries": 2},
     "automaton": {"cells": 12, "steps": [1, 3], "rules": [30, 110], "windows": 2},
     "circuit": {"wires": 2, "levels": 3, "order": "random", "windows": 2, "asked": 3},
     "depo": {"nodes": 8, "hops": 4, "queries": 4, "alphabet": 8, "longest": 1},

@@ -1,0 +1,182 @@
+"""Ancestors: by hand and by walking, floors by another count, orders, splits that are apart."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from hybrid_sleep.eval import tasks
+
+VARIANTS = [
+    {},
+    {"nodes": 12, "hops": [3, 1], "order": "random", "queries": 3},
+    {"nodes": 9, "hops": 8, "back": 1, "windows": 2, "queries": 4},
+    {"nodes": 40, "hops": [1, 5], "back": 7, "order": "random", "windows": 2},
+]
+
+
+def by_params(params):
+    return ",".join(f"{key}={value}" for key, value in params.items()) or "default"
+
+
+def test_a_tree_worked_out_by_hand():
+    """5 is the root; 2 and 0 point to it, 7 to 2, 3 to 7, 1 to 0, 4 to 3, 6 to 4."""
+    task = tasks.load("ancestor", nodes=8, hops=[1, 2, 3], back=2, queries=3)
+    assert (task.vocab_size, task.window, task.length) == (12, 16, 23)
+    tree = [5, 5, 2, 5, 0, 5, 7, 2, 3, 7, 1, 0, 4, 3, 6, 4]
+    tokens = [*tree, 10, 4, 8, 1, 9, 6, 11]
+    assert task.parse(tokens) == {
+        "pointers": [(5, 5), (2, 5), (0, 5), (7, 2), (3, 7), (1, 0), (4, 3), (6, 4)],
+        "queries": [(3, 4, 2), (1, 1, 0), (2, 6, 3)],
+    }
+    assert task.describe({"input_ids": tokens}) == (
+        "pointers: 5 to 5, 2 to 5, 0 to 5, 7 to 2, 3 to 7, 1 to 0, 4 to 3, 6 to 4\n"
+        "3 hops above 4: 2\n1 hop above 1: 0\n2 hops above 6: 3"
+    )
+
+
+@pytest.mark.parametrize("split", tasks.SPLITS)
+@pytest.mark.parametrize("params", VARIANTS, ids=by_params)
+def test_every_label_is_the_ancestor_that_is_asked_for(params, split):
+    task = tasks.load("ancestor", **params)
+    hops = Counter()
+    for example in task.examples(split, 3, 40):
+        tokens, labels = example["input_ids"], example["labels"]
+        assert len(tokens) == len(labels) == task.length and max(tokens) < task.vocab_size
+        read = task.parse(tokens)
+        parents = dict(read["pointers"])
+        (root,) = [node for node, parent in parents.items() if node == parent]
+        answers = []
+        for k, node, above in read["queries"]:
+            path = [node]
+            while path[-1] != root:
+                path.append(parents[path[-1]])
+            assert len(path) > k, "it has no such ancestor"
+            assert above == path[k]
+            answers.append(above)
+        # The label of a question stands behind its node, where the next one begins.
+        assert labels[2 * task.nodes + 2 :: 2] == answers
+        others = [*labels[: 2 * task.nodes + 2], *labels[2 * task.nodes + 3 :: 2]]
+        assert set(others) == {-100}
+        assert example["meta"]["difficulty"] == [k for k, _, _ in read["queries"]]
+        hops.update(example["meta"]["difficulty"])
+    assert sorted(hops) == list(task.hops)
+
+
+def test_parents_are_even_among_those_before():
+    """Of node 9 in the order of the tree: each of the 3 before it a third, within 5 deviations."""
+    task = tasks.load("ancestor", nodes=16, hops=1, queries=1)
+    steps = Counter()
+    for example in task.examples("train", 0, 3000):
+        nodes, parents = example["input_ids"][:32:2], example["input_ids"][1:32:2]
+        steps[9 - nodes.index(parents[9])] += 1
+        assert parents[0] == nodes[0] and parents[1] == nodes[0]
+    assert sorted(steps) == [1, 2, 3]
+    assert all(abs(n / 3000 - 1 / 3) < 5 * np.sqrt(2 / 9 / 3000) for n in steps.values())
+
+
+def test_orders_hold_the_same_trees():
+    made = {
+        order: tasks.load("ancestor", order=order).parse(
+            next(tasks.load("ancestor", order=order).examples("train", 5, 1))["input_ids"]
+        )
+        for order in ("topological", "random")
+    }
+    one, other = made["topological"], made["random"]
+    assert one["queries"] == other["queries"]
+    assert one["pointers"] != other["pointers"]
+    assert sorted(one["pointers"]) == sorted(other["pointers"])
+
+
+def test_the_floor_by_another_count():
+    """Guess a label at random among those that no question so far has named."""
+    task = tasks.load("ancestor", nodes=8, hops=[1, 2], back=2, queries=4)
+    right, asked, rng = Counter(), Counter(), np.random.default_rng(0)
+    for example in task.examples("train", 0, 30_000):
+        tokens, labels = example["input_ids"][16:], example["labels"][16:]
+        named = set()
+        for place in range(0, 8, 2):
+            named.add(tokens[place + 1])
+            left = sorted(set(range(8)) - named)
+            k = example["meta"]["difficulty"][place // 2]
+            asked[k] += 1
+            right[k] += left[rng.integers(len(left))] == labels[place + 2]
+    floor = task.floor()
+    for k in (1, 2):
+        share = right[k] / asked[k]
+        assert abs(floor[k] - share) < 5 * np.sqrt(share / asked[k]) + 1e-3
+        # More than among all others, for what was asked about is seldom an ancestor.
+        assert floor[k] > 1 / 7
+    assert tasks.load("ancestor", queries=1).floor() == pytest.approx(
+        dict.fromkeys((1, 2, 4, 8), 1 / 31), abs=1e-12
+    )
+
+
+def test_one_label_is_as_frequent_as_another():
+    task = tasks.load("ancestor", nodes=12, hops=[1, 2], queries=4)
+    labels = np.asarray(task.batch("train", 0, 20_000)["labels"])
+    shares = np.bincount(labels[labels >= 0], minlength=12) / (labels >= 0).sum()
+    # Answers of one tree are alike, so deviations are up to twice those of independent draws.
+    assert np.abs(shares - 1 / 12).max() < 10 * np.sqrt(1 / 12 / 80_000)
+    found = task.majority()
+    assert (found.per_label, task.chance()) == (1 / 12, 1 / 12)
+    answers = labels[:, 26::2]
+    same = (answers == answers[:, :1]).all(axis=1).mean() / 12
+    assert abs(found.exact - same) < 5 * np.sqrt(same / 20_000) / 12 + 1e-3
+
+
+def test_splits_are_apart_and_drawn_the_same_however_sliced():
+    task = tasks.load("ancestor", nodes=8, hops=1, back=1, queries=1, order="random")
+
+    def trees(split, count):
+        made = (task.parse(e["input_ids"])["pointers"] for e in task.examples(split, 0, count))
+        return {tuple(sorted(pointers)) for pointers in made}
+
+    # 8! paths in all; in 40,000 draws of a set some 5 % to 6 % of the other would have come up.
+    train, test = trees("train", 40_000), trees("test", 10_000)
+    assert not train & test and len(train) > 20_000 and len(test) > 2_000
+    whole = task.batch("train", 7, 40)
+    assert torch.equal(whole["input_ids"][:9], task.batch("train", 7, 9)["input_ids"])
+    assert whole["labels"].tolist() == [e["labels"] for e in task.examples("train", 7, 40)]
+
+
+def test_limited_to_some_hops_trees_stay_the_same():
+    task = tasks.load("ancestor", order="random")
+    hard = task.only(4)
+    one, other = (t.batch("test", 2, 20)["input_ids"] for t in (task, hard))
+    assert torch.equal(one[:, :64], other[:, :64])
+    assert set(other[:, 64:-1:2].flatten().tolist()) == {32 + 2}
+    assert list(hard.floor()) == [4]
+    with pytest.raises(ValueError, match=r"difficulty must be one of \[1, 2, 4, 8\], got 3"):
+        task.only(3)
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ({"nodes": 7}, "nodes must be an integer of at least 8 and at most 1024, got 7"),
+        ({"hops": 11}, "hops must be at most 10, so that every tree of 32 nodes with back=3"),
+        ({"hops": [1, 1]}, "hops must be an integer or a list of one or more different ones"),
+        ({"order": "reverse"}, "order must be one of 'topological', 'random'"),
+        ({"back": 0}, "back must be an integer of at least 1, got 0"),
+        ({"windows": 3}, "windows must divide the 64 tokens of a tree and leave at least 21"),
+        ({"queries": 32}, "leave at least 65, those of 32 questions, to a window, got 1"),
+    ],
+)
+def test_bad_parameters_are_named(params, said):
+    with pytest.raises(ValueError, match=said):
+        tasks.load("ancestor", **params)
+
+
+def test_what_is_no_tree_is_refused():
+    task = tasks.load("ancestor", nodes=8, hops=[1, 2, 3], back=2, queries=3)
+    tokens = [5, 5, 2, 5, 0, 5, 7, 2, 3, 7, 1, 0, 4, 3, 6, 4, 10, 4, 8, 1, 9, 6, 11]
+    task.parse(tokens)
+    for place, token in ((0, 2), (1, 2), (3, 9), (3, 7), (15, 6), (16, 11), (17, 8), (22, 10)):
+        with pytest.raises(ValueError, match="input_ids must be 8 pointers that make a tree"):
+            task.parse([*tokens[:place], token, *tokens[place + 1 :]])
+    with pytest.raises(ValueError, match="23 tokens"):
+        task.parse(tokens[:-1])
