@@ -42,10 +42,14 @@ STAGE_KEYS = ("model", "task", "text", "train", "sleep_passes")
 
 @dataclass(kw_only=True, config=STRICT)
 class TaskConfig:
-    """What to learn: a task of `hybrid_sleep.eval.tasks` and its parameters."""
+    """What to learn: a task of `hybrid_sleep.eval.tasks` and its parameters.
+
+    `repeats` writes each window of the context so many times (see `Repeated`).
+    """
 
     name: Text
     params: dict[Text, Any] = field(default_factory=dict)
+    repeats: Count = 1
 
 
 @dataclass(kw_only=True, config=STRICT)
@@ -221,11 +225,13 @@ class RunConfig:
     def load_task(self) -> Any:
         """The task (`hybrid_sleep.eval.tasks`); ValueError for a name or parameter it lacks."""
         from hybrid_sleep.eval import tasks
+        from hybrid_sleep.eval.tasks.repeated import Repeated
 
         if self.task is None:
             raise ValueError("the run must have task.name, got one that learns text")
         try:
-            return tasks.load(self.task.name, **self.task.params)
+            task = tasks.load(self.task.name, **self.task.params)
+            return task if self.task.repeats == 1 else Repeated(task, self.task.repeats)
         except ValueError as error:
             raise ValueError(f"task: {error}") from error
 

@@ -155,6 +155,8 @@ def read_baseline(path: str | os.PathLike, run: RunConfig) -> Baseline:
     `path` is the results.json of that model's own depth benchmark. Raises OSError or ValueError if
     the file cannot be read, is no such result, or one of another task or model.
     """
+    from hybrid_sleep.training.config import run_config
+
     result: DepthResult = read(path, DepthResult)
     trained = {tuple(other.trained_depths) for other in result.runs}
     if len(trained) != 1 or len(min(trained)) != 1:
@@ -166,11 +168,12 @@ def read_baseline(path: str | os.PathLike, run: RunConfig) -> Baseline:
     theirs = result.runs[0]
     # As it would come back from a file, where a tuple is a list.
     ours = MeasuredRun(**json.loads(json.dumps(run_record("", run))), accuracy={})
+    # Fields that a config got since then have their defaults.
+    known = json.loads(json.dumps(run_config(theirs.config).to_dict()))
     for key in ("task", "model"):
-        if theirs.config[key] != ours.config[key]:
+        if known[key] != ours.config[key]:
             raise ValueError(
-                f"baseline must have {key}={ours.config[key]}, got {theirs.config[key]} in "
-                f"{str(path)!r}"
+                f"baseline must have {key}={ours.config[key]}, got {known[key]} in {str(path)!r}"
             )
     if depth not in result.depths:
         raise ValueError(

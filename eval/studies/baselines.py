@@ -1,8 +1,10 @@
 """What a sleeping model is compared with: other ways to spend the same compute, or the same tokens.
 
 A run of depth N costs more than the same run at N = 1. What else could that compute have bought?
-More steps, more layers, wider ones, the layers looped over in decoding, or no eviction at all. Each
-is a variant of the run, its steps chosen so that training takes as many FLOPs.
+More steps, more looks at each window, more layers, wider ones, the layers looped over in decoding,
+or no eviction at all. And what of a sleep is it that helps: that hidden states go from pass to
+pass, or fast weights? Each is a variant of the run, its steps chosen so that training takes as many
+FLOPs.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from math import sqrt
 from typing import TYPE_CHECKING, Any
 
 from hybrid_sleep.eval.measure.run_cost import cost_of
-from hybrid_sleep.eval.studies.variants import Equal, Variant
+from hybrid_sleep.eval.studies.variants import Equal, Variant, compared_at, tied_depths
 
 if TYPE_CHECKING:
     from hybrid_sleep import HybridSleepConfig
@@ -21,11 +23,15 @@ if TYPE_CHECKING:
 SAME_STEPS = 0.1  # runs whose steps differ by a smaller share are one, at equal compute and tokens
 
 
-def baselines_of(run: RunConfig, names: Sequence[str]) -> list[Variant]:
+def baselines_of(
+    run: RunConfig, names: Sequence[str], depths: Sequence[int] | None = None
+) -> list[Variant]:
     """The baselines `names` (of `BASELINES`) of `run`, each at equal compute and at equal tokens.
 
-    One run serves both where its steps differ by less than a tenth. Raises ValueError for an
-    unknown name, and for a run that never sleeps deeper than once, to which all would be equal.
+    One run serves both where its steps differ by less than a tenth. Those that sleep as deep as the
+    run itself are measured at `depths` (None: 1 to its deepest), the others at 1. Raises ValueError
+    for an unknown name, for a run that never sleeps deeper than once, to which all would be equal,
+    and for a run that is a baseline already.
     """
     for name in names:
         if name not in BASELINES:
@@ -37,8 +43,12 @@ def baselines_of(run: RunConfig, names: Sequence[str]) -> list[Variant]:
     reference, config = cost_of(run), run.model_config()
     once = cost_of(changed(run, {"sleep_passes": 1}))
     ratio = reference["training_flops"] / once["training_flops"]
+    levels = list(depths or range(1, run.sleep_passes.deepest + 1))
     variants = []
     for name in names:
+        if name in CARRIES:
+            variants.append(_carrying(run, name, levels))
+            continue
         label, makes = BASELINES[name]
         changes = {"sleep_passes": 1, "model.sleep_passes": 1, **makes(config, run, ratio)}
         cost = cost_of(changed(run, changes))
@@ -60,6 +70,20 @@ def baselines_of(run: RunConfig, names: Sequence[str]) -> list[Variant]:
                 )  # fmt: skip
             )
     return variants
+
+
+def _carrying(run: RunConfig, name: str, depths: list[int]) -> Variant:
+    """The run, as deep, with less handed on from pass to pass: as many FLOPs, as many tokens."""
+    if run.model_config().sleep_carry != "both":
+        raise ValueError(
+            "model.sleep_carry must be 'both' in a run that is compared with less, got "
+            f"{run.model_config().sleep_carry!r}"
+        )
+    label, makes = BASELINES[name]
+    return Variant(
+        name=name, label=label, changes=makes(run.model_config(), run, 1.0), depths=depths,
+        compared_at=compared_at(run, depths), role="baseline", equal="both", tied=tied_depths(run),
+    )  # fmt: skip
 
 
 def changed(run: RunConfig, changes: dict[str, Any]) -> RunConfig:
@@ -116,6 +140,28 @@ def _wider(config: HybridSleepConfig, run: RunConfig, ratio: float) -> dict[str,
     }
 
 
+def _repeated_window(config: HybridSleepConfig, run: RunConfig, ratio: float) -> dict[str, Any]:
+    """Each window as often as the deepest sleep would read it, in one pass."""
+    assert run.task is not None
+    own = run.load_task().window
+    if run.task.repeats > 1 or config.window != own or run.train.windows is not None:
+        raise ValueError(
+            f"baseline 'repeated' must have a run whose windows are the task's, of {own} tokens, "
+            f"written once, got model.window={config.window}, task.repeats={run.task.repeats}, "
+            f"train.windows={run.train.windows}"
+        )
+    times = run.sleep_passes.deepest
+    return {"task.repeats": times, "model.window": times * own}
+
+
+def _written_once(config: HybridSleepConfig, run: RunConfig, ratio: float) -> dict[str, Any]:
+    return {"model.sleep_carry": "hidden_states"}
+
+
+def _read_anew(config: HybridSleepConfig, run: RunConfig, ratio: float) -> dict[str, Any]:
+    return {"model.sleep_carry": "fast_weights"}
+
+
 def _full_cache(config: HybridSleepConfig, run: RunConfig, ratio: float) -> dict[str, Any]:
     """A window that is never full before the end: nothing is evicted, nothing sleeps."""
     return {"model.window": run.load_task().length, "train.windows": None}
@@ -124,8 +170,13 @@ def _full_cache(config: HybridSleepConfig, run: RunConfig, ratio: float) -> dict
 Change = Callable[["HybridSleepConfig", "RunConfig", float], dict[str, Any]]
 BASELINES: dict[str, tuple[str, Change]] = {
     "once": ("N = 1", _same),
+    "repeated": ("N = 1, each window written N times", _repeated_window),
+    "h_carried": ("h carried, S reset before each pass", _written_once),
+    "S_carried": ("S carried, h reset before each pass", _read_anew),
     "deeper": ("N = 1, more layers", _more_layers),
     "wider": ("N = 1, wider", _wider),
     "looped": ("N = 1, layers looped in decoding", _looped),
     "full_cache": ("N = 1, whole KV cache kept", _full_cache),
 }
+# Those that sleep as deep as the run.
+CARRIES = ("h_carried", "S_carried")

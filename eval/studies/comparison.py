@@ -168,7 +168,7 @@ def run(
             names, left_out = applicable(first, names, levels)
         planned = [
             _reference(first, levels),
-            *baselines_of(first, baselines),
+            *baselines_of(first, baselines, levels),
             *ablations_of(first, names, levels),
         ]
     runs = call.plan({variant.name: variant.changes for variant in planned})

@@ -194,7 +194,8 @@ def test_a_checkpoint_taken_on_the_way_can_be_measured(config, tmp_path):
     checkpoint = tmp_path / "model" / "checkpoint-1"
     call("bench", "depth", checkpoint, "--depths", "1", "--count", "5", "--out", out)
     (run,) = read_records(out / "results.json")["runs"]
-    assert run["checkpoint"] == "checkpoint-1" and run["config"]["task"] == RUN["task"]
+    assert run["checkpoint"] == "checkpoint-1"
+    assert run["config"]["task"] == {**RUN["task"], "repeats": 1}
 
 
 def test_only_seeds_of_one_recipe_are_averaged(config, tmp_path):
@@ -245,7 +246,7 @@ AT = ("bench", "depth", ".", "--depths")
         (["bench", "depth", "x.yaml"], "config must be the YAML file of a run, got 'x.yaml'"),
         (["bench", "depth", "x.yaml", "--seeds", "0"], "seeds must be at least 3"),
         (["bench", "map", "x.yaml", "--compute", "no"], "compute must be numbers above 0"),
-        (["tasks", "show", "chess"], "name must be one of 'depo', "),
+        (["tasks", "show", "chess"], "name must be one of 'ancestor', "),
         (["tasks", "show", "depo", "hops=0"], "hops must be an integer of at least 1"),
         (["eval", "nowhere", "--tasks", "hybrid_sleep_depo"], "checkpoint 'nowhere' must be"),
         (["bench", "generation", "--windows", "1"], "windows must be an integer of at least 2"),

@@ -103,7 +103,7 @@ def test_committed_recipes_load(recipe, tmp_path):
             "trian.steps=5",
             r"a run must have keys out of init, model, output_dir, .*stages.*, got 'trian' ",
         ),
-        ("task.parms={}", r"task must have keys out of name, params, got 'parms'"),
+        ("task.parms={}", r"task must have keys out of name, params, repeats, got 'parms'"),
         ("model.hiden_size=5", r"model must have keys out of .*hidden_size.*, got 'hiden_size'"),
         ("model.hidden_size=0", r"model: hidden_size must be an integer of at least 1, got 0"),
         ("model.window=0", r"model: window must be an integer of at least 1, got 0"),
@@ -125,7 +125,7 @@ def test_committed_recipes_load(recipe, tmp_path):
         ("model=5", r"model must be keys and values, got 5"),
         (
             "task=rule110",
-            r"task must be keys and values, with keys out of name, params, got 'rule110'",
+            r"task must be keys and values, with keys out of name, params, repeats, got 'rule110'",
         ),
         ("task.name=rule30", r"task: name must be one of .*'rule110', .*, got 'rule30'"),
         ("task.params.width=2", r"task: width must be an integer of at least 3 .*, got 2"),

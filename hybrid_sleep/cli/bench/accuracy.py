@@ -79,8 +79,9 @@ def depth(
 
     Of trained models, on the task of the run.yaml beside their weights. Or of a run's YAML file:
     the run and every baseline are trained with each seed, at equal compute and at equal tokens. The
-    baselines sleep once (N = 1) and train for longer, have more layers, are wider, loop their
-    layers in decoding, or keep the whole KV cache.
+    baselines sleep once (N = 1) and train for longer, see each window N times, have more layers,
+    are wider, loop their layers in decoding, or keep the whole KV cache; or they sleep as deep, but
+    hand on hidden states or fast weights alone.
     """
     of_models = {"seed": seed, "batch_size": batch_size, "device": device, "baseline": baseline}
     of_config = {

@@ -8,7 +8,7 @@ import torch
 from hybrid_sleep import HybridSleepForCausalLM
 from hybrid_sleep.eval.measure.run_cost import cost_of, one_stage
 from hybrid_sleep.eval.studies.ablations import ABLATIONS, ablations_of, applicable
-from hybrid_sleep.eval.studies.baselines import BASELINES, baselines_of
+from hybrid_sleep.eval.studies.baselines import BASELINES, CARRIES, baselines_of
 from hybrid_sleep.eval.studies.baselines import changed as with_changes
 from hybrid_sleep.eval.studies.variants import parse_variant, parse_variants
 from hybrid_sleep.training.config import run_config
@@ -63,19 +63,18 @@ def products(model, ids, passes) -> int:
 @pytest.mark.parametrize("sleep_passes", [4, {"uniform": [1, 4]}])
 def test_training_at_equal_compute_takes_as_many_products(tmp_path, sleep_passes):
     run = run_of(tmp_path, sleep_passes=sleep_passes)
-    task = run.load_task()
-    ids = task.batch("train", 0, 1)["input_ids"]
 
     def work(run):
+        ids = run.load_task().batch("train", 0, 1)["input_ids"]
         model = HybridSleepForCausalLM(run.model_config())
         by_depth = {d: products(model, ids, d) for d in run.sleep_passes.depths()}
         steps = range(run.train.steps)
         return sum(by_depth[run.sleep_passes.draw(run.train.seed, step)] for step in steps)
 
-    wanted = work(run)
+    wanted, once = work(run), with_changes(run, {"sleep_passes": 1})
     for variant in baselines_of(run, list(BASELINES)):
         other = changed(run, variant)
-        assert other.sleep_passes.deepest == 1
+        assert other.sleep_passes == (run if variant.name in CARRIES else once).sleep_passes
         share = work(other) / wanted
         if variant.equal in ("compute", "both"):
             # Attention's pairs and the recurrence are in the count by FLOPs, and not in this one.
@@ -104,6 +103,21 @@ def test_what_the_baselines_are(tmp_path):
     assert wider.num_hidden_layers == config.num_hidden_layers
     assert wider.head_dim == config.head_dim and wider.hidden_size > config.hidden_size
     assert found["full_cache"].window == run.load_task().length
+    repeated = next(v for v in baselines_of(run, ["repeated"]) if v.equal != "tokens")
+    assert found["repeated"].window == 4 * config.window
+    assert changed(run, repeated).load_task().length == run.load_task().length + 3 * 3 * 8
+    assert found["h_carried"].sleep_carry == "hidden_states"
+    assert found["S_carried"].sleep_carry == "fast_weights"
+
+
+def test_baselines_that_sleep_are_measured_as_the_run_is(tmp_path):
+    run = run_of(tmp_path, sleep_passes={"by_difficulty": {1: 2, 2: 4}})
+    for variant in baselines_of(run, ["once", *CARRIES], [1, 2, 4, 8]):
+        asleep = variant.name in CARRIES
+        assert variant.depths == ([1, 2, 4, 8] if asleep else [1])
+        assert variant.compared_at == (4 if asleep else 1)
+        assert variant.tied == ({1: 2, 2: 4} if asleep else {})
+        assert not asleep or variant.equal == "both"
 
 
 def test_cost_counts_the_depths_that_a_seed_draws(tmp_path):
@@ -176,6 +190,14 @@ def test_the_schedule_is_ablated_where_it_matters(tmp_path):
         (
             lambda run: baselines_of(run(sleep_passes=1), ["once"]),
             "sleep_passes must be above 1 .*, got 1",
+        ),
+        (
+            lambda run: baselines_of(run(model={"sleep_carry": "fast_weights"}), ["h_carried"]),
+            "model.sleep_carry must be 'both' .* got 'fast_weights'",
+        ),
+        (
+            lambda run: baselines_of(run(model={"window": 5}), ["repeated"]),
+            "baseline 'repeated' must have a run whose windows are the task's, of 8 tokens, .*=5",
         ),
         (
             lambda run: ablations_of(run(), ["rope"], [1]),
