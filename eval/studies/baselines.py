@@ -46,7 +46,7 @@ def baselines_of(
     levels = list(depths or range(1, run.sleep_passes.deepest + 1))
     variants = []
     for name in names:
-        if name in CARRIES:
+        if name in ASLEEP:
             variants.append(_carrying(run, name, levels))
             continue
         label, makes = BASELINES[name]
@@ -179,4 +179,4 @@ BASELINES: dict[str, tuple[str, Change]] = {
     "full_cache": ("N = 1, whole KV cache kept", _full_cache),
 }
 # Those that sleep as deep as the run.
-CARRIES = ("h_carried", "S_carried")
+ASLEEP = ("h_carried", "S_carried")

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 FILE_NAME = "sleep_cache.safetensors"
 FORMAT = "hybrid_sleep.cache.3"
 _HASHES = ("whole", "opening")
+# Fields that configs got after files of this format were written, and what held before.
+_SINCE = {"sleep_carry": "both"}
 _VECTORS = ("counts", "kept", "positions", "sleeps", "supervised")
 
 # Format 2 had names for the states of two kinds of layers.
@@ -113,7 +115,7 @@ def load_cache(
             raise ValueError(f"its config is a {type(config).__name__}")
     except (KeyError, ValueError) as error:
         raise unreadable(path, f"its metadata cannot be read ({error})") from error
-    check_same_fields(config, model.architecture(), f"cache {path}")
+    check_same_fields({**_SINCE, **config}, model.architecture(), f"cache {path}")
     if version != durable_version(model):
         raise ValueError(
             f"cache {path} was made under weights version {version}, the model is at "

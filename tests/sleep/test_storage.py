@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -395,3 +396,20 @@ def test_files_of_format_2_load(tmp_path, eviction):
     rewritten(as_format_2)(tmp_path / FILE)
     loaded = snapshot(SleepCache.from_pretrained(tmp_path, model=model))
     assert_same(loaded | {"reports": 0}, snapshot(cache) | {"reports": 0})
+
+
+def test_files_from_before_passes_handed_on_less_than_all_load(tmp_path):
+    cache = ragged_cache(model := small_model())
+    cache.save_pretrained(tmp_path)
+
+    def without(tensors, metadata):
+        config = json.loads(metadata["config"])
+        assert config.pop("sleep_carry") == "both"
+        metadata["config"] = json.dumps(config)
+
+    rewritten(without)(tmp_path / FILE)
+    loaded = snapshot(SleepCache.from_pretrained(tmp_path, model=model))
+    assert_same(loaded | {"reports": 0}, snapshot(cache) | {"reports": 0})
+    model.config.sleep_carry = "fast_weights"
+    with pytest.raises(ValueError, match=r"sleep_carry='both' \(model: 'fast_weights'\)"):
+        SleepCache.from_pretrained(tmp_path, model=model)

@@ -8,7 +8,7 @@ import torch
 from hybrid_sleep import HybridSleepForCausalLM
 from hybrid_sleep.eval.measure.run_cost import cost_of, one_stage
 from hybrid_sleep.eval.studies.ablations import ABLATIONS, ablations_of, applicable
-from hybrid_sleep.eval.studies.baselines import BASELINES, CARRIES, baselines_of
+from hybrid_sleep.eval.studies.baselines import ASLEEP, BASELINES, baselines_of
 from hybrid_sleep.eval.studies.baselines import changed as with_changes
 from hybrid_sleep.eval.studies.variants import parse_variant, parse_variants
 from hybrid_sleep.training.config import run_config
@@ -74,7 +74,7 @@ def test_training_at_equal_compute_takes_as_many_products(tmp_path, sleep_passes
     wanted, once = work(run), with_changes(run, {"sleep_passes": 1})
     for variant in baselines_of(run, list(BASELINES)):
         other = changed(run, variant)
-        assert other.sleep_passes == (run if variant.name in CARRIES else once).sleep_passes
+        assert other.sleep_passes == (run if variant.name in ASLEEP else once).sleep_passes
         share = work(other) / wanted
         if variant.equal in ("compute", "both"):
             # Attention's pairs and the recurrence are in the count by FLOPs, and not in this one.
@@ -112,8 +112,8 @@ def test_what_the_baselines_are(tmp_path):
 
 def test_baselines_that_sleep_are_measured_as_the_run_is(tmp_path):
     run = run_of(tmp_path, sleep_passes={"by_difficulty": {1: 2, 2: 4}})
-    for variant in baselines_of(run, ["once", *CARRIES], [1, 2, 4, 8]):
-        asleep = variant.name in CARRIES
+    for variant in baselines_of(run, ["once", *ASLEEP], [1, 2, 4, 8]):
+        asleep = variant.name in ASLEEP
         assert variant.depths == ([1, 2, 4, 8] if asleep else [1])
         assert variant.compared_at == (4 if asleep else 1)
         assert variant.tied == ({1: 2, 2: 4} if asleep else {})
