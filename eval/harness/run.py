@@ -205,6 +205,11 @@ def _load_tasks(
                     f"of our tasks, a checkpoint must be evaluated on the one whose tokens it was "
                     f"trained on, {own}, got {name!r}"
                 )
+        if ours and trained.task.repeats > 1:
+            raise ValueError(
+                f"task.repeats must be 1 in the training of a checkpoint that lm-eval asks {own}, "
+                f"got {trained.task.repeats}; hybrid-sleep bench depth asks it as it was trained"
+            )
         if ours and shots:
             raise ValueError(
                 f"num_fewshot must be 0 with {own}, as the model was trained, got {shots}"

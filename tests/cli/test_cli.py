@@ -246,7 +246,7 @@ AT = ("bench", "depth", ".", "--depths")
         (["bench", "depth", "x.yaml"], "config must be the YAML file of a run, got 'x.yaml'"),
         (["bench", "depth", "x.yaml", "--seeds", "0"], "seeds must be at least 3"),
         (["bench", "map", "x.yaml", "--compute", "no"], "compute must be numbers above 0"),
-        (["tasks", "show", "chess"], "name must be one of 'ancestor', "),
+        (["tasks", "show", "chess"], "name must be one of '"),
         (["tasks", "show", "depo", "hops=0"], "hops must be an integer of at least 1"),
         (["eval", "nowhere", "--tasks", "hybrid_sleep_depo"], "checkpoint 'nowhere' must be"),
         (["bench", "generation", "--windows", "1"], "windows must be an integer of at least 2"),

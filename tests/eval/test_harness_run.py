@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -229,13 +230,21 @@ def test_missing_folders_are_refused(trained, tmp_path):
         run_eval(trained, ["hybrid_sleep_rule110"], include_path=tmp_path / "nothing")
 
 
+def test_a_checkpoint_of_repeated_windows_is_not_asked_with_single_ones(trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "repeated")
+    run = (folder / "run.yaml").read_text()
+    (folder / "run.yaml").write_text(run.replace("repeats: 1", "repeats: 2"))
+    with pytest.raises(ValueError, match="task.repeats must be 1 .* hybrid_sleep_rule110, got 2"):
+        run_eval(folder, ["hybrid_sleep_rule110"], limit=2)
+
+
 def test_unknown_tasks_and_data_out_of_reach(trained, tmp_path, monkeypatch):
     """Without lm-eval's own list, which takes it seconds to read."""
     real = ours.task_manager
     monkeypatch.setattr(
         ours, "task_manager", lambda *a, **k: real(*a, **{**k, "include_defaults": False})
     )
-    with pytest.raises(ValueError, match=r"tasks must be among hybrid_sleep_depo, .*got 'chess'"):
+    with pytest.raises(ValueError, match=r"tasks must be among hybrid_sleep_\w+, .*got 'chess'"):
         run_eval(trained, ["chess"])
     far = "task: far\ndataset_path: nobody/nothing\ntest_split: test\n"
     (tmp_path / "far.yaml").write_text(far)

@@ -173,7 +173,7 @@ def test_all_tasks_are_there_and_take_parameters():
         first, second = task.eval_docs
         examples = list(tasks.load(name, **ASKED[name]).examples("test", 0, 2))
         assert [first["input_ids"], second["input_ids"]] == [e["input_ids"] for e in examples]
-    with pytest.raises(ValueError, match="name must be one of 'ancestor', .*, got 'chess'"):
+    with pytest.raises(ValueError, match="name must be one of '.*, got 'chess'"):
         task_manager({"chess": {}}, include_defaults=False)
     with pytest.raises(ValueError, match="width must be an integer of at least 3 .*, got 2"):
         task_manager({"rule110": {"width": 2}}, include_defaults=False)
