@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from hybrid_sleep.eval.tasks.base import IGNORED, Majority, Task, check_levels
+from hybrid_sleep.eval.tasks.base import IGNORED, Majority, RowTask, check_levels
 from hybrid_sleep.eval.tasks.sampling import U64, distinct, draw, mix
 from hybrid_sleep.validation import check_choice, check_count
-
-if TYPE_CHECKING:
-    import torch
 
 ORDERS = ("topological", "random")
 FEWEST_NODES = 8  # 8! labels and more, so that neither split is small
@@ -27,7 +24,7 @@ MOST_NODES = 1024
 FLOOR_TREES = 1 << 14
 
 
-class Ancestor(Task):
+class Ancestor(RowTask):
     """A tree of `nodes` labelled nodes; which node is k of `hops` pointers above another?
 
     Node i, in an order that labels do not tell, points to one of the `back` nodes before it,
@@ -93,26 +90,6 @@ class Ancestor(Task):
             "windows": windows,
             "queries": queries,
         }
-
-    def _examples(self, split: str, seed: int, count: int | None) -> Iterator[dict[str, Any]]:
-        for hops, input_ids, labels in self._rows(split, seed, count):
-            for row in range(len(hops)):
-                yield {
-                    "input_ids": input_ids[row].tolist(),
-                    "labels": labels[row].tolist(),
-                    "meta": {
-                        "task": self.name,
-                        **self.params,
-                        "difficulty": hops[row].tolist(),
-                    },
-                }
-
-    def _batch(self, split: str, seed: int, count: int) -> dict[str, torch.Tensor]:
-        import torch
-
-        parts = list(zip(*self._rows(split, seed, count), strict=True))[1:]
-        input_ids, labels = (torch.from_numpy(np.concatenate(part)) for part in parts)
-        return {"input_ids": input_ids, "labels": labels}
 
     def parse(self, input_ids: Sequence[int]) -> dict[str, list]:
         """`pointers` [(node, parent)] and `queries` [(k, node, k-th ancestor)], as they stand.

@@ -10,16 +10,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from hybrid_sleep.eval.tasks.base import IGNORED, Majority, Task, check_levels
+from hybrid_sleep.eval.tasks.base import IGNORED, Majority, RowTask, check_levels
 from hybrid_sleep.eval.tasks.sampling import U64, distinct, draw, mix
 from hybrid_sleep.validation import check_count
-
-if TYPE_CHECKING:
-    import torch
 
 NEIGHBOURHOODS = 8
 FEWEST_CELLS = 12  # 4,096 lines, so that neither split is small
@@ -28,7 +25,7 @@ MOST_STEPS = 9  # of which the floor can be enumerated: 2 * 9 + 1 cells reach on
 FIRST_WORDS = 3  # of an example: which rule, which number of steps, one to spare
 
 
-class Automaton(Task):
+class Automaton(RowTask):
     """A line of `cells` random bits; what are `asked` cells after some of `steps` steps?
 
     A step sets cell i to bit `4 * x[i - 2] + 2 * x[i - 1] + x[i]` of the rule (Wolfram's number, 0
@@ -98,26 +95,6 @@ class Automaton(Task):
             "windows": windows,
             "asked": self.asked,
         }
-
-    def _examples(self, split: str, seed: int, count: int | None) -> Iterator[dict[str, Any]]:
-        for which, input_ids, labels in self._rows(split, seed, count):
-            for row in range(len(which)):
-                yield {
-                    "input_ids": input_ids[row].tolist(),
-                    "labels": labels[row].tolist(),
-                    "meta": {
-                        "task": self.name,
-                        **self.params,
-                        "difficulty": [self.steps[which[row]]] * self.asked,
-                    },
-                }
-
-    def _batch(self, split: str, seed: int, count: int) -> dict[str, torch.Tensor]:
-        import torch
-
-        parts = list(zip(*self._rows(split, seed, count), strict=True))[1:]
-        input_ids, labels = (torch.from_numpy(np.concatenate(part)) for part in parts)
-        return {"input_ids": input_ids, "labels": labels}
 
     def parse(self, input_ids: Sequence[int]) -> dict[str, Any]:
         """`rule`, `line` (a string of cells), `steps`, `queries` [(place, value)] of a sequence.
@@ -215,7 +192,7 @@ class Automaton(Task):
     def _rows(
         self, split: str, seed: int, count: int | None
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Which of `steps` [n], `input_ids` and `labels` [n, length] of a split."""
+        """Steps of each question [n, asked], `input_ids` and `labels` [n, length] of a split."""
         words = FIRST_WORDS + 2 * self.cells
         for parts in draw(split, seed, count, words, self._read):
             yield self._tokens(*parts)
@@ -252,7 +229,8 @@ class Automaton(Task):
         input_ids = np.concatenate(parts, axis=1)
         labels = np.full_like(input_ids, IGNORED)
         labels[:, -self.asked :] = np.take_along_axis(after, asked, axis=1)
-        return which, input_ids, labels
+        levels = np.repeat(np.array(self.steps)[which][:, None], self.asked, axis=1)
+        return levels, input_ids, labels
 
 
 def evolve(lines: np.ndarray, tables: np.ndarray, steps: int) -> np.ndarray:

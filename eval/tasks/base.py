@@ -177,6 +177,36 @@ class Task(ABC):
         return np.bincount(question, ~right[supervised]) == 0
 
 
+class RowTask(Task):
+    """A task that makes many rows at once, as arrays, of which each question has a difficulty."""
+
+    @abstractmethod
+    def _rows(
+        self, split: str, seed: int, count: int | None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Difficulty of each question [n, questions], `input_ids` and `labels` [n, length]."""
+
+    def _examples(self, split: str, seed: int, count: int | None) -> Iterator[dict[str, Any]]:
+        for levels, input_ids, labels in self._rows(split, seed, count):
+            for row in range(len(levels)):
+                yield {
+                    "input_ids": input_ids[row].tolist(),
+                    "labels": labels[row].tolist(),
+                    "meta": {
+                        "task": self.name,
+                        **self.params,
+                        "difficulty": levels[row].tolist(),
+                    },
+                }
+
+    def _batch(self, split: str, seed: int, count: int) -> dict[str, torch.Tensor]:
+        import torch
+
+        parts = list(zip(*self._rows(split, seed, count), strict=True))[1:]
+        input_ids, labels = (torch.from_numpy(np.concatenate(part)) for part in parts)
+        return {"input_ids": input_ids, "labels": labels}
+
+
 def check_levels(name: str, value: Any, minimum: int) -> tuple[int, ...]:
     """`value`, an integer of at least `minimum` or a list of different ones, as an ascending tuple.
 

@@ -10,16 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import comb
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from hybrid_sleep.eval.tasks.base import IGNORED, Majority, Task, check_levels
+from hybrid_sleep.eval.tasks.base import IGNORED, Majority, RowTask, check_levels
 from hybrid_sleep.eval.tasks.sampling import U64, distinct, draw, mix
 from hybrid_sleep.validation import check_choice, check_count
-
-if TYPE_CHECKING:
-    import torch
 
 GATES = ("xor", "xnor", "and", "or")
 TRUTH = np.array([[0, 1, 0], [1, 0, 1], [0, 0, 1], [0, 1, 1]])  # by gate, and how many inputs are 1
@@ -28,7 +25,7 @@ MOST_WIRES = 64
 MOST_LEVELS = 256
 
 
-class Circuit(Task):
+class Circuit(RowTask):
     """`levels` levels of `wires` gates over `wires` random bits; what is the value of each gate?
 
     A gate is XOR, XNOR, AND or OR, equally often, of two different wires of the level below it,
@@ -94,26 +91,6 @@ class Circuit(Task):
             "windows": windows,
             "asked": None if asked is None else list(self.asked),
         }
-
-    def _examples(self, split: str, seed: int, count: int | None) -> Iterator[dict[str, Any]]:
-        for levels, input_ids, labels in self._rows(split, seed, count):
-            for row in range(len(levels)):
-                yield {
-                    "input_ids": input_ids[row].tolist(),
-                    "labels": labels[row].tolist(),
-                    "meta": {
-                        "task": self.name,
-                        **self.params,
-                        "difficulty": levels[row].tolist(),
-                    },
-                }
-
-    def _batch(self, split: str, seed: int, count: int) -> dict[str, torch.Tensor]:
-        import torch
-
-        parts = list(zip(*self._rows(split, seed, count), strict=True))[1:]
-        input_ids, labels = (torch.from_numpy(np.concatenate(part)) for part in parts)
-        return {"input_ids": input_ids, "labels": labels}
 
     def parse(self, input_ids: Sequence[int]) -> dict[str, Any]:
         """`inputs` (bits), `gates` and `queries` of a sequence; see `Circuit`.

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from hybrid_sleep.eval.tasks.base import IGNORED, Majority, Task
+from hybrid_sleep.eval.tasks.base import IGNORED, Majority, RowTask
 from hybrid_sleep.eval.tasks.groups import Group
 from hybrid_sleep.eval.tasks.sampling import U64, distinct, draw, mix
 from hybrid_sleep.validation import check_choice, check_count
-
-if TYPE_CHECKING:
-    import torch
 
 LAYOUTS = ("recall", "tagging")
 FEWEST_WORDS = 4096  # so that neither split is empty, and the test split hardly lopsided
@@ -21,7 +18,7 @@ FEWEST_WORDS = 4096  # so that neither split is empty, and the test split hardly
 MOST_ELEMENTS = 10_000
 
 
-class PrefixProducts(Task):
+class PrefixProducts(RowTask):
     """A word of random group elements; what is the product of its first t?
 
     Elements are drawn evenly and independently, so that the product of each prefix is uniform over
@@ -106,27 +103,6 @@ class PrefixProducts(Task):
             )
         return sorted(chosen)
 
-    def _examples(self, split: str, seed: int, count: int | None) -> Iterator[dict[str, Any]]:
-        for counts, input_ids, labels in self._rows(split, seed, count):
-            difficulty = self._difficulty(counts)
-            for row in range(len(counts)):
-                yield {
-                    "input_ids": input_ids[row].tolist(),
-                    "labels": labels[row].tolist(),
-                    "meta": {
-                        "task": self.name,
-                        **self.params,
-                        "difficulty": difficulty[row].tolist(),
-                    },
-                }
-
-    def _batch(self, split: str, seed: int, count: int) -> dict[str, torch.Tensor]:
-        import torch
-
-        parts = list(zip(*self._rows(split, seed, count), strict=True))[1:]
-        input_ids, labels = (torch.from_numpy(np.concatenate(part)) for part in parts)
-        return {"input_ids": input_ids, "labels": labels}
-
     def parse(self, input_ids: Sequence[int]) -> dict[str, list]:
         """The `word`, and `queries` [(t, product of its first t)] as asked; all of it in tokens.
 
@@ -183,7 +159,7 @@ class PrefixProducts(Task):
     def _rows(
         self, split: str, seed: int, count: int | None
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """t of each question [n, questions], `input_ids` and `labels` [n, length] of a split."""
+        """See `RowTask`."""
         words = self.elements + len(self.prefixes) * (self.layout == "recall")
         for word, rest in draw(split, seed, count, words, self._read):
             yield self._tokens(word, rest)
@@ -206,7 +182,7 @@ class PrefixProducts(Task):
             counts = np.tile(self.prefixes, (rows, 1))
             input_ids = np.pad(word, ((0, 0), (0, 1)), constant_values=self.order)
             labels = np.pad(products, ((0, 0), (1, 0)), constant_values=IGNORED)
-            return counts, input_ids, labels
+            return self._difficulty(counts), input_ids, labels
         which = distinct(rest, len(self.prefixes))
         counts = np.array(self.prefixes)[which]
         answers = np.take_along_axis(products, counts - 1, axis=1)
@@ -214,7 +190,7 @@ class PrefixProducts(Task):
         input_ids = np.concatenate([word, asked], axis=1)
         labels = np.full_like(input_ids, IGNORED)
         labels[:, self.elements + 1 :: 2] = answers
-        return counts, input_ids, labels
+        return self._difficulty(counts), input_ids, labels
 
     def _difficulty(self, counts: np.ndarray) -> np.ndarray:
         """`counts`, in `tagging` rounded up to powers of two, at most `elements`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from hybrid_sleep.eval import tasks
 from hybrid_sleep.eval.tasks.base import Task
@@ -103,10 +104,13 @@ def test_labels_in_some_contexts_are_refused():
                 yield {"input_ids": [0] * 6, "labels": labels}
 
         def _batch(self, split, seed, count):
-            raise NotImplementedError
+            labels = [example["labels"] for example in self._examples(split, seed, count)]
+            return {"input_ids": torch.zeros(count, 6).long(), "labels": torch.tensor(labels)}
 
         parse = floor = majority = chance = None
 
     task = Repeated(Uneven(), 2)
     with pytest.raises(ValueError, match="times must be 1 for a task with labels among the first"):
         list(task.examples("train", 0, 2))
+    with pytest.raises(ValueError, match="times must be 1 for a task with labels among the first"):
+        task.batch("train", 0, 2)
