@@ -40,7 +40,7 @@ from hybrid_sleep.sleep.execution import SleepEngine
 from hybrid_sleep.sleep.forward import check_supervised, forward, forward_documents
 from hybrid_sleep.sleep.generation import SleepGenerationMixin
 from hybrid_sleep.sleep.masks import build_mask
-from hybrid_sleep.sleep.options import MAX_PASSES, TOLERANCE, Passes
+from hybrid_sleep.sleep.options import MAX_PASSES, TOLERANCE, Depths, Passes
 from hybrid_sleep.sleep.report import SleepReport
 from hybrid_sleep.sleep.weights import Owner
 from hybrid_sleep.sleep.windows import next_labels, real_tokens
@@ -116,6 +116,20 @@ class HybridSleepModel(Stack, HybridSleepPreTrainedModel):
         )
         return Context(cos, sin, attention, mask, keep_tails=options.is_sliding or not sleeping)
 
+    def _check_depths(self, passes: Any, rows: int) -> Depths:
+        """`passes` as a sleep of this model takes it; of several, one for each group of `rows`."""
+        if isinstance(passes, (list, tuple)):
+            for i, depth in enumerate(passes):
+                check_count(f"sleep_passes[{i}]", depth)
+            if not passes or rows % len(passes):
+                raise ValueError(
+                    f"sleep_passes must be a depth, or a sequence whose length divides the {rows} "
+                    f"rows of input_ids, one depth for each group of them, got {passes!r}"
+                )
+            return tuple(passes)
+        self._check_truncation(self.check_passes(passes, "sleep_passes"))
+        return passes
+
     def _check_truncation(self, passes: Passes) -> None:
         kept = self.truncation.passes
         if passes == "auto" and kept is not None and torch.is_grad_enabled():
@@ -134,7 +148,7 @@ class HybridSleepModel(Stack, HybridSleepPreTrainedModel):
         cache: SleepCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        sleep_passes: Passes | None = None,
+        sleep_passes: Depths | None = None,
         supervised: torch.Tensor | None = None,
         columns_to_keep: int = 0,
         owner: Owner | None = None,
@@ -157,8 +171,7 @@ class HybridSleepModel(Stack, HybridSleepPreTrainedModel):
         refuse_unknown(self.config, kwargs)
         tokens = check_tokens(self.config, input_ids, inputs_embeds)
         passes = self.config.sleep_passes if sleep_passes is None else sleep_passes
-        self.check_passes(passes, "sleep_passes")
-        self._check_truncation(passes)
+        passes = self._check_depths(passes, len(tokens))
         supervised = check_supervised(self, supervised, tokens, passes)
         batch, columns = tokens.shape[:2]
         if cache is not None and not isinstance(cache, SleepCache):
@@ -166,6 +179,11 @@ class HybridSleepModel(Stack, HybridSleepPreTrainedModel):
         document_ids = documents_given(tokens, document_ids, position_ids, attention_mask, cache)
         documents = None
         if document_ids is not None:
+            if isinstance(passes, tuple):
+                raise ValueError(
+                    "sleep_passes must be one depth where rows hold several documents, got "
+                    f"{passes!r}"
+                )
             documents = find_documents(document_ids, attention_mask)
         if use_cache is None:
             use_cache = self.config.use_cache and documents is None
@@ -266,7 +284,7 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
-        sleep_passes: Passes | None = None,
+        sleep_passes: Depths | None = None,
         document_ids: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         supervised: torch.Tensor | None = None,
@@ -277,7 +295,9 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
         input_ids: `[B, T]`; attention_mask: `[B, T]`, 0 at pads; labels: `[B, T]`, -100 where
         unsupervised, shifted inside. logits_to_keep: logits of the last columns only; 0 for all.
         cache: a `SleepCache` to go on with; all tokens of this call are new to it.
-        sleep_passes: depth N of the sleeps in this call, None for the config's.
+        sleep_passes: depth N of the sleeps in this call, None for the config's; or a sequence of K
+        depths, one for each of K groups of equally many rows, one below the other. Where training
+        groups begin with the same window (one text, asked at several depths), its passes run once.
 
         supervised: bool `[B, T]`, tokens that a loss is computed on; default: `labels != -100`,
         without labels none. Under `context_windows` (Algorithm 1) a window that holds one is not

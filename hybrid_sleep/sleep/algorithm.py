@@ -20,7 +20,7 @@ import torch
 from hybrid_sleep.sleep import execution, report
 from hybrid_sleep.sleep.backbone import Backbone
 from hybrid_sleep.sleep.cache import SleepCache, Window
-from hybrid_sleep.sleep.carry import Carry, Outcome, after_pass_one
+from hybrid_sleep.sleep.carry import Carry, Outcome, after_pass_one, after_passes
 from hybrid_sleep.sleep.options import MAX_PASSES, TOLERANCE, Passes, check_passes, last_writer
 from hybrid_sleep.sleep.state import LayerState
 
@@ -87,8 +87,7 @@ def _repeat_passes(
                 run.write("active", active.to(window.hidden.device))
         if writer >= end:
             run(coda, last=writer)
-        S, left = run.read("S"), run.read("left")
-    after = left | {i: left.get(i, LayerState())._replace(S=x) for i, x in S.items()}
+        after = after_passes(run.read("S"), run.read("left"))
     return Outcome(after, depths, changes, run.path)
 
 

@@ -42,6 +42,11 @@ class Carry(NamedTuple):
         """`[R, L, D]`, hidden states that go into the next pass."""
         return self.h if self.source is None else self.source
 
+    @property
+    def after(self) -> dict[int, LayerState]:
+        """Per layer, the state that crosses the boundary if this pass was the last."""
+        return after_passes(self.S, self.left)
+
     def update(self, **new: Any) -> Carry:
         """With `new` fields in active rows, and the old ones in all others."""
 
@@ -64,6 +69,13 @@ class Outcome(NamedTuple):
     depths: torch.Tensor
     changes: list[Change]
     path: str
+
+
+def after_passes(
+    S: dict[int, torch.Tensor], left: dict[int, LayerState]
+) -> dict[int, LayerState]:
+    """Per layer, the fast weights and what else passes and coda leave, in one state."""
+    return left | {i: left.get(i, LayerState())._replace(S=x) for i, x in S.items()}
 
 
 def after_pass_one(backbone: Backbone, window: Window, *, watch: bool, cut: bool) -> Carry:

@@ -297,7 +297,7 @@ def _inspect(backbone: Backbone, device: torch.device) -> tuple[str | None, Hash
     found: list[nn.Module] = list(backbone.blocks)[backbone.options.loop[0] :]
     for module in found:
         found.extend(child for child in module._modules.values() if child is not None)
-        if module.training and (dropout := _dropout_of(module)):
+        if module.training and (dropout := dropout_of(module)):
             return f"{dropout} in training mode", None
         if (config := vars(module).get("config")) is not None:
             # transformers' attention looks up its kernel in the config at every call.
@@ -321,7 +321,7 @@ def _inspect(backbone: Backbone, device: torch.device) -> tuple[str | None, Hash
     return None, tuple(places)
 
 
-def _dropout_of(module: nn.Module) -> str | None:
+def dropout_of(module: nn.Module) -> str | None:
     """The module's own dropout, by the names that torch and transformers have for it."""
     if isinstance(module, nn.Dropout):
         return f"dropout={module.p}" if module.p else None

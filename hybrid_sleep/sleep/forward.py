@@ -10,10 +10,11 @@ from transformers.utils import logging
 
 from hybrid_sleep.sleep.algorithm import consolidate
 from hybrid_sleep.sleep.backbone import Backbone
+from hybrid_sleep.sleep.branches import branch, rows_by_depth, shares_first_window
 from hybrid_sleep.sleep.cache import SleepCache
 from hybrid_sleep.sleep.checkpointing import recompute
 from hybrid_sleep.sleep.documents import Documents
-from hybrid_sleep.sleep.options import Passes
+from hybrid_sleep.sleep.options import Depths
 from hybrid_sleep.sleep.state import LayerState
 from hybrid_sleep.sleep.windows import TokenBlock, cut, unpack
 
@@ -21,7 +22,7 @@ logger = logging.get_logger(__name__)
 
 
 def check_supervised(
-    backbone: Backbone, supervised: torch.Tensor | None, tokens: torch.Tensor, passes: Passes
+    backbone: Backbone, supervised: torch.Tensor | None, tokens: torch.Tensor, passes: Depths
 ) -> torch.Tensor | None:
     """Bool `[B, T]` on the CPU: tokens whose windows do not sleep. None: every full window sleeps.
 
@@ -56,7 +57,7 @@ def forward(
     tokens: torch.Tensor,
     real: torch.Tensor | None,
     cache: SleepCache,
-    passes: Passes,
+    passes: Depths,
     *,
     supervised: torch.Tensor | None = None,
     every_layer: bool = False,
@@ -68,9 +69,16 @@ def forward(
 
     tokens: ids `[B, T]` or embeddings `[B, T, D]`; real: bool `[B, T]`, False at pads, None for
     none; supervised: see `check_supervised`, their windows only evict. `cache` takes in the tokens;
-    it is as it was if anything raises.
+    it is as it was if anything raises. passes: N, or a tuple of one for each of several groups of
+    rows; what training groups have in common at the start is then computed once (`branches`).
     """
     batch, columns = tokens.shape[:2]
+    if isinstance(passes, tuple) and shares_first_window(
+        backbone, tokens, real, cache, passes, supervised
+    ):
+        return _forward_branched(
+            backbone, tokens, cache, passes, supervised, every_layer=every_layer, first=first
+        )
     by_window = backbone.checkpointing.window and torch.is_grad_enabled()
     outputs: list[tuple[TokenBlock, torch.Tensor]] = []
     with cache.transaction():
@@ -92,12 +100,45 @@ def forward(
     return _zeros(backbone, tokens, every_layer, batch, columns - first)
 
 
+def _forward_branched(
+    backbone: Backbone,
+    tokens: torch.Tensor,
+    cache: SleepCache,
+    depths: tuple[int, ...],
+    supervised: torch.Tensor | None,
+    *,
+    every_layer: bool,
+    first: int,
+) -> torch.Tensor:
+    """`forward` of groups that begin with the same window, which is read and slept on once."""
+    window, rows = backbone.options.window, len(tokens) // len(depths)
+    with cache.transaction():
+        trunk = SleepCache(backbone.options)
+        trunk.owner = cache.owner
+        trunk.open(rows)
+        opening = tokens[:rows, :window]
+        # Nothing follows the window within this call, so that it stays open.
+        h = forward(backbone, opening, None, trunk, 1, every_layer=every_layer)
+        cache.assign(branch(backbone, trunk, depths))
+        rest = forward(
+            backbone,
+            tokens[:, window:],
+            None,
+            cache,
+            depths,
+            supervised=None if supervised is None else supervised[:, window:],
+            every_layer=every_layer,
+            first=max(0, first - window),
+        )
+    return torch.cat([h.repeat(len(depths), 1, 1)[:, first:], rest], dim=1)
+
+
 def forward_documents(
     backbone: Backbone,
     tokens: torch.Tensor,
     documents: Documents,
     cache: SleepCache | None,
-    passes: Passes,
+    passes: Depths,
     *,
     supervised: torch.Tensor | None = None,
     every_layer: bool = False,
@@ -161,7 +202,7 @@ def _step(
     tokens: torch.Tensor,
     supervised: torch.Tensor | None,
     every_layer: bool,
-    passes: Passes,
+    passes: Depths,
 ) -> torch.Tensor | None:
     """Pass 1 over a block, then sleep for the rows whose window must make room."""
     h = None
@@ -172,14 +213,15 @@ def _step(
     return h
 
 
-def _cross(backbone: Backbone, cache: SleepCache, full: torch.Tensor, passes: Passes) -> None:
+def _cross(backbone: Backbone, cache: SleepCache, full: torch.Tensor, passes: Depths) -> None:
     """Let the rows in `full` sleep; those whose window was supervised only evict.
 
     Algorithm 1 consolidates windows without loss only: a window that is predicted on gets its one
     pass, and the loss of a sleep's passes is not what a user would have seen.
     """
     only_evict = cache.supervised[full]
-    for rows, depth in ((full[only_evict], 1), (full[~only_evict], passes)):
+    sleeping = rows_by_depth(full[~only_evict], len(cache.counts), passes)
+    for rows, depth in ((full[only_evict], 1), *sleeping):
         if len(rows):
             consolidate(backbone, cache, rows, depth)
     windows = backbone.truncation.windows

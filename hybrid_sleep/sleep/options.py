@@ -9,6 +9,8 @@ from typing import Any, Literal
 from hybrid_sleep.validation import check_choice, check_count
 
 Passes = int | Literal["auto"]
+# Of a batch in K groups of equally many rows, one below the other: a depth for each.
+Depths = Passes | tuple[int, ...]
 TOLERANCE = 1e-2
 MAX_PASSES = 16
 
