@@ -58,6 +58,9 @@ class HybridSleepConfig(PreTrainedConfig):
             `mamba2` the key heads are its groups and the key dim its state size.
         linear_key_head_dim, linear_value_head_dim: K and V of the fast weights `S: [B, H, K, V]`.
         linear_conv_kernel_dim: width W of the short convolution, at least 2.
+        linear_allow_neg_eigval: let beta of `gated_deltanet` lie in (0, 2) instead of (0, 1), so
+            that a token may turn the sign of what is stored (Grazzi et al., arXiv 2411.12537);
+            with 1 - beta above 0 alone one layer cannot track parity. `mamba2` has no such factor.
         intermediate_size: width of the SwiGLU MLP behind each mixer, or a list with one for each
             layer; 0 leaves the MLP out.
         distinct_layers: how many layers have weights of their own; layer i is applied with those of
@@ -117,6 +120,7 @@ class HybridSleepConfig(PreTrainedConfig):
     linear_key_head_dim: int = 64
     linear_value_head_dim: int = 128
     linear_conv_kernel_dim: int = 4
+    linear_allow_neg_eigval: bool = False
 
     window: int = 1024
     sleep_passes: int = 1
@@ -181,6 +185,12 @@ class HybridSleepConfig(PreTrainedConfig):
         check_count("linear_conv_kernel_dim", self.linear_conv_kernel_dim, minimum=2)
         check_count("weights_version", self.weights_version, minimum=0)
         check_choice("state_space", self.state_space, STATE_SPACES)
+        check_flag("linear_allow_neg_eigval", self.linear_allow_neg_eigval)
+        if self.linear_allow_neg_eigval and self.state_space != "gated_deltanet":
+            raise ValueError(
+                "linear_allow_neg_eigval must be False unless state_space is 'gated_deltanet', "
+                f"got True with {self.state_space!r}"
+            )
         kinds = self.layer_types
         if not isinstance(kinds, list) or len(kinds) != self.num_hidden_layers:
             got = f"{len(kinds)} entries" if isinstance(kinds, list) else repr(kinds)

@@ -118,15 +118,15 @@ class HybridSleepModel(Stack, HybridSleepPreTrainedModel):
 
     def _check_depths(self, passes: Any, rows: int) -> Depths:
         """`passes` as a sleep of this model takes it; of several, one for each group of `rows`."""
-        if isinstance(passes, (list, tuple)):
+        if isinstance(passes, tuple):
             for i, depth in enumerate(passes):
                 check_count(f"sleep_passes[{i}]", depth)
             if not passes or rows % len(passes):
                 raise ValueError(
-                    f"sleep_passes must be a depth, or a sequence whose length divides the {rows} "
+                    f"sleep_passes must be a depth, or a tuple whose length divides the {rows} "
                     f"rows of input_ids, one depth for each group of them, got {passes!r}"
                 )
-            return tuple(passes)
+            return passes
         self._check_truncation(self.check_passes(passes, "sleep_passes"))
         return passes
 
@@ -295,7 +295,7 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
         input_ids: `[B, T]`; attention_mask: `[B, T]`, 0 at pads; labels: `[B, T]`, -100 where
         unsupervised, shifted inside. logits_to_keep: logits of the last columns only; 0 for all.
         cache: a `SleepCache` to go on with; all tokens of this call are new to it.
-        sleep_passes: depth N of the sleeps in this call, None for the config's; or a sequence of K
+        sleep_passes: depth N of the sleeps in this call, None for the config's; or a tuple of K
         depths, one for each of K groups of equally many rows, one below the other. Where training
         groups begin with the same window (one text, asked at several depths), its passes run once.
 

@@ -12,11 +12,13 @@ from hybrid_sleep.layers.state_space import StateSpaceMixer
 class GatedDeltaNet(StateSpaceMixer):
     """Gated delta rule, Eq. 10: `S <- exp(g) (I - beta k k^T) S + beta k v^T`, `o = S^T q`.
 
-    q and k are L2-normalised; `beta = sigmoid(b_proj(h))` in fp32 or wider.
+    q and k are L2-normalised; `beta = sigmoid(b_proj(h))` in fp32 or wider, twice that with
+    `linear_allow_neg_eigval`.
     """
 
     def __init__(self, config: HybridSleepConfig, layer_idx: int):
         super().__init__(config, layer_idx)
+        self.allow_neg_eigval = config.linear_allow_neg_eigval
         self.b_proj = nn.Linear(config.hidden_size, self.value_heads, bias=False)
 
     def mix(self, h, q, kv, **carried):
@@ -30,5 +32,6 @@ class GatedDeltaNet(StateSpaceMixer):
             self.A_log,
             self.dt_bias,
             key_heads=self.key_heads,
+            allow_neg_eigval=self.allow_neg_eigval,
             **carried,
         )

@@ -194,6 +194,8 @@ class MinimalModel:
             if c.state_space == "gated_deltanet":
                 q_h, k_h = unit(q_h), unit(k_h)
                 beta = 1 / (1 + torch.exp(-(self.w(f"{name}.b_proj.weight")[h] @ x)))
+                # In (0, 2) the factor 1 - beta along k may be negative: what is stored there flips.
+                beta = 2 * beta if c.linear_allow_neg_eigval else beta
                 erase = torch.eye(K, dtype=x.dtype) - beta * torch.outer(k_h, k_h)
                 S = decay[h] * (erase @ S) + beta * torch.outer(k_h, v_h)
                 o = S.T @ q_h / math.sqrt(K)

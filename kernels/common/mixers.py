@@ -82,15 +82,17 @@ def run(
     output: bool,
     tails: bool,
     impl: str,
+    **options: Any,
 ) -> Mixed:
     """Check the arguments of mixer `op`, then run the implementation that takes the call.
 
     raw names all tensors as the op does; per_token and per_head name those, beside a, that are
-    [B, T, H] and [H]. Raises TypeError or ValueError naming the argument that does not fit.
+    [B, T, H] and [H]; options: what else the implementations of this op take. Raises TypeError or
+    ValueError naming the argument that does not fit.
     """
     dims = _check(raw, per_token, per_head, key_heads, mask, output)
     call = dispatch.call_of(raw.kv, raw, dims.B, dims.T, dims.H, (dims.K, dims.V), mask)
-    return dispatch.select(op, impl, call)(raw, mask, dims, output, tails)
+    return dispatch.select(op, impl, call)(raw, mask, dims, output, tails, **options)
 
 
 def _check(

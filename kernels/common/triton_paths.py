@@ -23,8 +23,8 @@ def register(op: str, module: str) -> None:
     It ranks above the PyTorch paths, also for one token.
     """
 
-    def run(*arguments: Any) -> Any:
-        return getattr(importlib.import_module(module), op)(*arguments)
+    def run(*arguments: Any, **options: Any) -> Any:
+        return getattr(importlib.import_module(module), op)(*arguments, **options)
 
     dispatch.register(op, "triton", run, rank=110, wants=wants, rejects=rejects)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from hybrid_sleep.kernels.common import mixers, triton_paths
 from hybrid_sleep.kernels.common.mixers import Mixed
 from hybrid_sleep.kernels.gated_delta_net.compose import Raw, compose
+from hybrid_sleep.validation import check_flag
 
 __all__ = ["gated_delta_net"]
 
@@ -31,6 +32,7 @@ def gated_delta_net(
     mask: Tensor | None = None,
     output: bool = True,
     tails: bool = True,
+    allow_neg_eigval: bool = False,
     impl: str = "auto",
 ) -> Mixed:
     """Convolve raw projections, gate, and apply the gated delta rule.
@@ -53,6 +55,9 @@ def gated_delta_net(
         mask: bool [B, T], True = real token, or None. Pads, anywhere, change nothing and read 0.
         output: False computes the state only, bit for bit the same.
         tails: False keeps no convolution state and returns None for both tails.
+        allow_neg_eigval: beta = 2 sigmoid(b), in (0, 2): the eigenvalue 1 - beta of a transition
+            may be negative, so that a token can flip what is stored (Grazzi et al.,
+            arXiv:2411.12537).
         impl: "auto"; "reference" or "chunked", which compose short_conv and gated_delta_rule of the
             same name; or "triton", which fuses all of it.
 
@@ -70,4 +75,5 @@ def gated_delta_net(
     return mixers.run(
         "gated_delta_net", raw, per_token=("b",), per_head=("A_log", "dt_bias"),
         key_heads=key_heads, mask=mask, output=output, tails=tails, impl=impl,
+        allow_neg_eigval=check_flag("allow_neg_eigval", allow_neg_eigval),
     )  # fmt: skip

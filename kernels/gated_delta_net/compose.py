@@ -37,11 +37,22 @@ def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
     return (promoted * torch.rsqrt(promoted.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
 
 
+def write_strength(b: Tensor, allow_neg_eigval: bool) -> Tensor:
+    """beta, in (0, 1), or in (0, 2) where transitions may have a negative eigenvalue."""
+    return b.sigmoid() * 2 if allow_neg_eigval else b.sigmoid()
+
+
 def compose(
-    impl: str, raw: Raw, mask: Tensor | None, dims: Dims, output: bool, tails: bool
+    impl: str,
+    raw: Raw,
+    mask: Tensor | None,
+    dims: Dims,
+    output: bool,
+    tails: bool,
+    allow_neg_eigval: bool,
 ) -> Mixed:
-    """q, k, v <- silu(conv(raw));  g = -exp(A_log) softplus(a + dt_bias);  beta = sigmoid(b);
-    gated delta rule with q and k of length 1. `impl` is that of the parts.
+    """q, k, v <- silu(conv(raw));  g = -exp(A_log) softplus(a + dt_bias);  beta from
+    `write_strength`; gated delta rule with q and k of length 1. `impl` is that of the parts.
     """
     q, k, v, q_tail, kv_tail = convolve(raw, mask, dims, output, tails, impl)
     repeats = dims.H // dims.G
@@ -54,7 +65,7 @@ def compose(
         k,
         v,
         decay_rate(raw.A_log, step.dtype) * step,
-        raw.b.to(step.dtype).sigmoid(),
+        write_strength(raw.b.to(step.dtype), allow_neg_eigval),
         initial_state=raw.initial_state,
         mask=mask,
         output=output,

@@ -15,7 +15,7 @@ from hybrid_sleep.kernels.common.triton_launch import Precision, empty, next_pow
 from hybrid_sleep.kernels.common.triton_mixers import step
 from hybrid_sleep.kernels.common.triton_sizes import Sizes, chunk_length, contiguous, for_inputs
 from hybrid_sleep.kernels.gated_delta_net import triton_kernels
-from hybrid_sleep.kernels.gated_delta_net.compose import Raw
+from hybrid_sleep.kernels.gated_delta_net.compose import Raw, write_strength
 from hybrid_sleep.kernels.gated_delta_rule import triton as rule
 from hybrid_sleep.kernels.short_conv import triton as conv
 from hybrid_sleep.kernels.short_conv.tail import tail_after
@@ -35,22 +35,32 @@ class Heads(NamedTuple):
     k_length: Tensor | None
 
 
-def gated_delta_net(raw: Raw, mask: Tensor | None, dims: Dims, output: bool, tails: bool) -> Mixed:
+def gated_delta_net(
+    raw: Raw,
+    mask: Tensor | None,
+    dims: Dims,
+    output: bool,
+    tails: bool,
+    allow_neg_eigval: bool,
+) -> Mixed:
     """As `compose`."""
     q, kv = raw.q, raw.kv
     mask = contiguous(mask)
     how = precision(kv.dtype, compute_dtype(*(x for x in raw if x is not None)))
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in raw):
         read = raw if output else raw._replace(q=None)
-        o, S = _GatedDeltaNet.apply(*read, mask, dims, how)
+        o, S = _GatedDeltaNet.apply(*read, mask, dims, how, allow_neg_eigval)
     elif dims.T == 1:
         return step(
-            triton_kernels.step, raw, mask, dims, how, output, tails, scale=dims.K**-0.5
-        )
+            triton_kernels.step, raw, mask, dims, how, output, tails,
+            scale=dims.K**-0.5, NEGATIVE=allow_neg_eigval,
+        )  # fmt: skip
     else:
         read = _dense(raw if output else raw._replace(q=None))
         sizes = _sizes(dims, how)
-        heads, chunks = _prologue(read, mask, _previous(mask), sizes, dims, how, keep=False)
+        heads, chunks = _prologue(
+            read, mask, _previous(mask), sizes, dims, how, allow_neg_eigval, keep=False
+        )
         o, S = rule.scan(
             heads.q, heads.k, heads.v, raw.initial_state, None, chunks, dims.K**-0.5, sizes, how
         )
@@ -87,6 +97,7 @@ def _prologue(
     sizes: Sizes,
     dims: Dims,
     how: Precision,
+    allow_neg_eigval: bool,
     keep: bool,
 ) -> tuple[Heads, rule.Chunks]:
     """q, k, v and the chunks of a call in one launch."""
@@ -117,7 +128,7 @@ def _prologue(
         q_b=strides.stride(0), q_t=strides.stride(1), kv_b=kv.stride(0), kv_t=kv.stride(1),
         **sizes.shared(), V=V, W=W, HAS_Q_TAIL=raw.q_tail is not None,
         HAS_KV_TAIL=raw.kv_tail is not None, HAS_MASK=mask is not None, OUT=out, KEEP=keep,
-        **how._asdict(),
+        NEGATIVE=allow_neg_eigval, **how._asdict(),
     )  # fmt: skip
     return heads, chunks
 
@@ -141,14 +152,16 @@ class _GatedDeltaNet(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        *tensors, mask, dims, how = arguments
+        *tensors, mask, dims, how, allow_neg_eigval = arguments
         raw, sizes = _dense(Raw(*tensors)), _sizes(dims, how)
-        heads, chunks = _prologue(raw, mask, _previous(mask), sizes, dims, how, keep=False)
+        heads, chunks = _prologue(
+            raw, mask, _previous(mask), sizes, dims, how, allow_neg_eigval, keep=False
+        )
         o, S = rule.scan(
             heads.q, heads.k, heads.v, raw.initial_state, None, chunks, dims.K**-0.5, sizes, how
         )
         ctx.save_for_backward(*tensors, mask)
-        ctx.given = dims, how
+        ctx.given = dims, how, allow_neg_eigval
         ctx.set_materialize_grads(False)
         return o, S
 
@@ -156,11 +169,13 @@ class _GatedDeltaNet(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, do, dS):
         *tensors, mask = ctx.saved_tensors
-        dims, how = ctx.given
+        dims, how, allow_neg_eigval = ctx.given
         given = Raw(*tensors)
         raw, sizes = _dense(given if do is not None else given._replace(q=None)), _sizes(dims, how)
         previous = _previous(mask)
-        heads, chunks = _prologue(raw, mask, previous, sizes, dims, how, keep=True)
+        heads, chunks = _prologue(
+            raw, mask, previous, sizes, dims, how, allow_neg_eigval, keep=True
+        )
         dq, dk, dv, dg, dbeta, d_initial = rule.backward(
             do, dS, heads.q, heads.k, heads.v, raw.initial_state, mask, chunks, dims.K**-0.5,
             sizes, how,
@@ -182,11 +197,12 @@ class _GatedDeltaNet(torch.autograd.Function):
             leaves = [x.detach().requires_grad_() for x in (a, b, raw.A_log, raw.dt_bias)]
             a, b, A_log, dt_bias = leaves
             dt = time_step(a, dt_bias)
-            gates = (decay_rate(A_log, dt.dtype) * dt, b.to(dt.dtype).sigmoid())
+            strength = write_strength(b.to(dt.dtype), allow_neg_eigval)
+            gates = (decay_rate(A_log, dt.dtype) * dt, strength)
         a, b, A_log, dt_bias = torch.autograd.grad(gates, leaves, (dg, dbeta))
         if raw.initial_state is None:
             d_initial = None
         found = Raw(
             q, kv, a, b, q_weight, kv_weight, A_log, dt_bias, d_initial, q_tail, kv_tail
         )
-        return *for_inputs(given, found), None, None, None
+        return *for_inputs(given, found), None, None, None, None

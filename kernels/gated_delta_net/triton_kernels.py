@@ -46,6 +46,7 @@ def prologue(
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
     BK: tl.constexpr, C: tl.constexpr, HAS_Q_TAIL: tl.constexpr, HAS_KV_TAIL: tl.constexpr,
     HAS_MASK: tl.constexpr, OUT: tl.constexpr, KEEP: tl.constexpr,
+    NEGATIVE: tl.constexpr,
     DOT: tl.constexpr, ACC: tl.constexpr, MODE: tl.constexpr, FINE: tl.constexpr,
     BV: tl.constexpr,
 ):  # fmt: skip
@@ -100,6 +101,8 @@ def prologue(
     )
     log_decay = -tl.exp(tl.load(A_log + h).to(ACC)) * step
     beta = sigmoid(tl.load(b_raw + gates, mask=real, other=0.0).to(ACC))
+    if NEGATIVE:
+        beta = 2 * beta
     store_chunk(
         queries, keys, log_decay, beta, real, inverse, weights, decay, strength, chunk, bh, NT,
         C, OUT, DOT, ACC, MODE, FINE,
@@ -143,7 +146,7 @@ def step(
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
     BK: tl.constexpr, HAS_Q_TAIL: tl.constexpr, HAS_KV_TAIL: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_INITIAL: tl.constexpr, OUT: tl.constexpr, READS: tl.constexpr,
-    TAILS: tl.constexpr, ACC: tl.constexpr, BV: tl.constexpr,
+    TAILS: tl.constexpr, NEGATIVE: tl.constexpr, ACC: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """One token of one head, BV columns of its state: everything from raw projections to out.
 
@@ -171,6 +174,8 @@ def step(
     raw = tl.load(a + bh).to(ACC) + tl.load(dt_bias + h).to(ACC)
     decay = tl.exp(-tl.exp(tl.load(A_log + h).to(ACC)) * softplus(raw))
     beta = sigmoid(tl.load(b + bh).to(ACC))
+    if NEGATIVE:
+        beta = 2 * beta
     inside = square_mask(kk, vv, K, V, BK, BV)
     tile = bh.to(tl.int64) * K * V + kk[:, None] * V + vv[None, :]
     S = tl.zeros((BK, BV), ACC)

@@ -80,6 +80,45 @@ def test_fused_is_composed(op, case, dtype):
 
 
 @fused
+@pytest.mark.parametrize("case", ["one token", "one chunk, shared keys", slow("three chunks")])
+def test_fused_is_composed_where_eigenvalues_may_be_negative(case):
+    inputs, options = inputs_of(gated_delta_net, **CASES[case])
+    options["allow_neg_eigval"] = True
+    wanted = results(gated_delta_net, inputs, impl="reference", **options)
+    found = results(gated_delta_net, inputs, dtype=SINGLE, impl="triton", **options)
+    compare(wanted, found, SINGLE, absent_is_zero=True)
+    with torch.no_grad():
+        token = {name: x[:, :1] if name in per_token(inputs) else x for name, x in inputs.items()}
+        S = gated_delta_net(**token, **options, impl="triton").S
+        assert error(S, gated_delta_net(**token, **options, impl="reference").S) < 1e-10
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked", pytest.param("triton", marks=fused)])
+def test_a_strength_of_two_flips_what_is_stored(impl):
+    """Worked out by hand: k = 1, v = 0, no decay and b = 40, so S <- (1 - beta) S with beta 2 or 1.
+
+    The sign of S is then the parity of the tokens, which no strength of at most 1 can show.
+    """
+    T = 5
+    kv = torch.zeros(1, T, 2, dtype=torch.float64)
+    kv[..., 0] = 40.0
+    one = torch.zeros(1, 1, 1, 1, dtype=torch.float64) + 0.75
+    taps = torch.tensor([[0.0, 1.0]], dtype=torch.float64)
+    arguments = dict(
+        q=kv[..., :1], kv=kv, a=torch.full((1, T, 1), -60.0, dtype=torch.float64),
+        b=torch.full((1, T, 1), 40.0, dtype=torch.float64), q_weight=taps,
+        kv_weight=taps.repeat(2, 1), A_log=torch.zeros(1, dtype=torch.float64),
+        dt_bias=torch.zeros(1, dtype=torch.float64), key_heads=1, initial_state=one, impl=impl,
+    )  # fmt: skip
+    flips = gated_delta_net(**arguments, allow_neg_eigval=True)
+    assert flips.o.flatten().tolist() == pytest.approx([-0.75, 0.75, -0.75, 0.75, -0.75], abs=1e-6)
+    assert flips.S.item() == pytest.approx(-0.75, abs=1e-6)
+    assert gated_delta_net(**arguments).S.item() == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ValueError, match="allow_neg_eigval must be True or False, got 2"):
+        gated_delta_net(**arguments, allow_neg_eigval=2)
+
+
+@fused
 @pytest.mark.parametrize(("op", "only"), halved(OPS, ["o", "S", "kv_tail"]))
 def test_a_gradient_from_one_result_alone(op, only):
     inputs, options = inputs_of(op, B=1, T=9)

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from hybrid_sleep import SleepCache
 
-DEPTHS = (0, -1, 1.5, 2.0, True, "deep", (2,))
+DEPTHS = (0, -1, 1.5, 2.0, True, "deep", (2, 3, 4), [2])
 
 
 @pytest.fixture
@@ -64,6 +64,7 @@ def test_max_passes(model, cache, most):
         ("num_hidden_layers", 3),
         *(("loop", value) for value in ((0, 5), (2, 2), (-1, 2), (3, 1), (0,), (0, 2.0), 3, "ab")),
         ("state_space", "s4"),
+        ("linear_allow_neg_eigval", 1),
         ("eviction", "soft"),
         ("sleep_schedule", "never"),
         ("sleep_attention", "both"),
@@ -80,6 +81,11 @@ def test_max_passes(model, cache, most):
 def test_config(name, value):
     with pytest.raises(ValueError, match=name):
         small_config(**{name: value})
+
+
+def test_mamba2_has_no_eigenvalue_to_make_negative():
+    with pytest.raises(ValueError, match=r"linear_allow_neg_eigval must be False .* 'mamba2'"):
+        small_config(state_space="mamba2", linear_allow_neg_eigval=True)
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def test_groups_without_gradients_report_each_sleep():
 @pytest.mark.parametrize(
     ("depths", "message"),
     [
-        ((1, 2), r"sleep_passes must be a depth, or a sequence whose length divides the 3 rows"),
+        ((1, 2), r"sleep_passes must be a depth, or a tuple whose length divides the 3 rows"),
         ((), r"sleep_passes must be .* got \(\)"),
         ((1, 0, 2), r"sleep_passes\[1\] must be an integer of at least 1, got 0"),
         ((1, 2, "auto"), r"sleep_passes\[2\] must be an integer of at least 1, got 'auto'"),

@@ -101,11 +101,13 @@ def configs(draw) -> HybridSleepConfig:
     loop = draw(st.sampled_from([None, (start, draw(st.integers(start + 1, len(kinds))))]))
     key_heads = draw(st.sampled_from([1, 2]))
     kv_heads = draw(st.sampled_from([1, 2]))
+    state_space = draw(st.sampled_from(STATE_SPACES))
     return small_config(
         layer_types=kinds,
         loop=loop,
         window=draw(st.integers(1, 6)),
-        state_space=draw(st.sampled_from(STATE_SPACES)),
+        state_space=state_space,
+        linear_allow_neg_eigval=state_space == "gated_deltanet" and draw(st.booleans()),
         eviction=draw(st.sampled_from(EVICTIONS)),
         sleep_attention=draw(st.sampled_from(ATTENTIONS)),
         sleep_carry=draw(st.sampled_from(CARRIES)),
