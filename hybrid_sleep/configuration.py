@@ -28,6 +28,7 @@ _FREE_FIELDS = (
     "sleep_schedule",
     "use_cache",
     "initializer_range",
+    "embedding_initializer_range",
     "attention_dropout",
     "max_position_embeddings",
     "tie_word_embeddings",
@@ -83,7 +84,11 @@ class HybridSleepConfig(PreTrainedConfig):
             weights), `hidden_states` or `fast_weights`; see `SleepOptions`.
 
     Numbers:
-        rms_norm_eps: above 0. initializer_range: of at least 0. attention_dropout: in [0, 1).
+        rms_norm_eps: above 0. attention_dropout: in [0, 1).
+        initializer_range: standard deviation of new weights, of at least 0; what layers pass on
+            shrinks where it is far below `hidden_size ** -0.5`, as the default is for a small one.
+        embedding_initializer_range: that of token embeddings; None: the same. At 1 they outweigh
+            what the layers add at first, from which small models learn to go deeper.
         rope_parameters: `rope_type` (`default`, `linear`, `proportional`, `llama3`, `yarn`), its
             `rope_theta` and the keys that this type needs. None: `default` with 10000.
         pad_token_id, bos_token_id, eos_token_id: None or in the vocabulary; of eos also several.
@@ -107,6 +112,7 @@ class HybridSleepConfig(PreTrainedConfig):
     rope_parameters: Filled[dict[str, Any]] = UNSET
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
+    embedding_initializer_range: Filled[float] = UNSET
     attention_dropout: float = 0.0
     tie_word_embeddings: bool = False
     use_cache: bool = True
@@ -220,6 +226,9 @@ class HybridSleepConfig(PreTrainedConfig):
     def _check_numbers(self) -> None:
         check_number("rms_norm_eps", self.rms_norm_eps, above=0)
         check_number("initializer_range", self.initializer_range, least=0)
+        if self.embedding_initializer_range is None:
+            self.embedding_initializer_range = self.initializer_range
+        check_number("embedding_initializer_range", self.embedding_initializer_range, least=0)
         check_number("attention_dropout", self.attention_dropout, least=0, below=1)
         check_flag("tie_word_embeddings", self.tie_word_embeddings)
         check_flag("use_cache", self.use_cache)

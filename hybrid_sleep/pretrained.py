@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers import initialization as init
 
 from hybrid_sleep.configuration import HybridSleepConfig
 from hybrid_sleep.layers.state_space import StateSpaceMixer
@@ -47,6 +48,9 @@ class HybridSleepPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, StateSpaceMixer):
             module.init_own_weights()
+        own, others = self.config.embedding_initializer_range, self.config.initializer_range
+        if isinstance(module, nn.Embedding) and own != others:
+            init.normal_(module.weight, std=own)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:

@@ -36,6 +36,7 @@ ROPES = [
     ("name", "value"),
     [
         *(("rms_norm_eps", value) for value in (0, -1e-6, "1e-6", None, True, math.nan, math.inf)),
+        ("embedding_initializer_range", -1.0),
         *(("initializer_range", value) for value in (-0.1, "1e-2", None, math.inf, 10**400)),
         *(("attention_dropout", value) for value in (-0.1, 1, 2.0, "0", None, math.nan)),
         *(("tie_word_embeddings", value) for value in ("no", 0, None)),

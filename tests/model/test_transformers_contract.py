@@ -193,6 +193,14 @@ def test_initial_values_follow_the_config_and_the_seed():
             assert abs(spread - 0.5) < 4 * 0.5 / (2 * parameter.numel()) ** 0.5, name
 
 
+def test_embeddings_may_start_wider_than_the_rest():
+    torch.manual_seed(3)
+    config = small_config(hidden_size=96, initializer_range=0.1, embedding_initializer_range=1.0)
+    model = HybridSleepForCausalLM(config)
+    for weight, spread in ((model.model.embed_tokens.weight, 1.0), (model.lm_head.weight, 0.1)):
+        assert abs(weight.std().item() - spread) < 4 * spread / (2 * weight.numel()) ** 0.5
+
+
 @pytest.mark.parametrize("padded", ["not", "left", "right"])
 def test_eager_and_sdpa_attention_agree(model, padded):
     mask = torch.ones_like(IDS)
