@@ -16,13 +16,14 @@ import numpy as np
 
 from hybrid_sleep.eval.tasks.base import IGNORED, Majority, RowTask, check_levels
 from hybrid_sleep.eval.tasks.sampling import U64, distinct, draw, mix
-from hybrid_sleep.validation import check_choice, check_count
+from hybrid_sleep.validation import check_choice, check_count, check_flag
 
 GATES = ("xor", "xnor", "and", "or")
 TRUTH = np.array([[0, 1, 0], [1, 0, 1], [0, 0, 1], [0, 1, 1]])  # by gate, and how many inputs are 1
 ORDERS = ("topological", "reverse", "random")
 MOST_WIRES = 64
 MOST_LEVELS = 256
+SPELLING = 4  # tokens of a node that is spelled out
 
 
 class Circuit(RowTask):
@@ -40,6 +41,12 @@ class Circuit(RowTask):
 
     The difficulty of a question is the level of its gate. Tokens: inputs `2 * wire + value`; gates,
     by level, wire, kind and the pair of wires that they read; questions, by level and wire; stop.
+
+    `spelled`: an input or a gate is four tokens: its name, its value or kind, and the names of the
+    two gates that it reads (of an input, twice the token for none). A name is then the same token
+    wherever it stands, so that a small model learns a circuit of any size about as fast as one
+    gate; where each gate has a token of its own, it must learn what every one of them means.
+    Tokens: names, by level and wire; values 0, 1; the four kinds; none; questions; stop.
 
     Train and test circuits are disjoint for any seeds: a 64-bit hash of inputs and gates, in
     whatever order they stand, decides (one in 16 is test). Examples come from raw Philox words.
@@ -60,6 +67,7 @@ class Circuit(RowTask):
         order: str = "topological",
         windows: int = 1,
         asked: int | Sequence[int] | None = None,
+        spelled: bool = False,
     ):
         self.wires = check_count("wires", wires, 2, MOST_WIRES)
         self.levels = check_count("levels", levels, 1, MOST_LEVELS)
@@ -73,23 +81,29 @@ class Circuit(RowTask):
         self.pairs = np.stack(np.triu_indices(wires, 1), axis=1)
         self.gates = wires * levels
         self.nodes = wires + self.gates
+        self.spelled = check_flag("spelled", spelled)
+        each = SPELLING if spelled else 1
         self.first_question = 2 * wires + self.gates * len(GATES) * len(self.pairs)
+        if spelled:
+            self.first_question = self._first_words()[-1] + 1
         self.stop = self.first_question + self.gates
         self.vocab_size = self.stop + 1
         questions = wires * len(self.asked) + 1
-        self.window = self.nodes // windows
-        if self.nodes % windows or self.window < questions:
+        self.context = self.nodes * each
+        self.window = self.context // windows
+        if self.context % windows or self.window < questions:
             raise ValueError(
-                f"windows must divide the {self.nodes} tokens of a circuit and leave at least "
+                f"windows must divide the {self.context} tokens of a circuit and leave at least "
                 f"{questions}, those of the questions, to a window, got {windows}"
             )
-        self.length = self.nodes + questions
+        self.length = self.context + questions
         self.params = {
             "wires": wires,
             "levels": levels,
             "order": order,
             "windows": windows,
             "asked": None if asked is None else list(self.asked),
+            "spelled": spelled,
         }
 
     def parse(self, input_ids: Sequence[int]) -> dict[str, Any]:
@@ -99,7 +113,10 @@ class Circuit(RowTask):
         wire, value) as asked, values worked out.
         """
         tokens = np.array([int(token) for token in input_ids])
-        circuit, asked = tokens[: self.nodes], tokens[self.nodes : -1] - self.first_question
+        asked = tokens[self.context : -1] - self.first_question
+        circuit = tokens[: self.context]
+        if self.spelled:
+            circuit = self._codes_in(circuit)
         first = 2 * self.wires
         inputs = np.sort(circuit[circuit < first])
         each = np.sort(circuit[circuit >= first]) - first
@@ -207,6 +224,44 @@ class Circuit(RowTask):
             levels.append(below)
         return np.concatenate(levels, axis=1)
 
+    def _spell(self, codes: np.ndarray) -> np.ndarray:
+        """The tokens [n, nodes * 4] of `codes` [n, nodes] (see `_tokens`), four for each."""
+        values, kinds, none = self._first_words()
+        wire, value = np.divmod(codes, 2)
+        gate, rest = np.divmod(codes - 2 * self.wires, len(GATES) * len(self.pairs))
+        kind, pair = np.divmod(rest, len(self.pairs))
+        read = (gate // self.wires * self.wires)[..., None] + self.pairs[pair]
+        is_input = codes < 2 * self.wires
+        words = [
+            np.where(is_input, wire, self.wires + gate),
+            np.where(is_input, values + value, kinds + kind),
+            *np.where(is_input, none, np.moveaxis(read, -1, 0)),
+        ]
+        return np.stack(words, axis=-1).reshape(len(codes), -1)
+
+    def _codes_in(self, words: np.ndarray) -> np.ndarray:
+        """The codes that `words` spell, four for each; -1 for what spells none."""
+        values, kinds, none = self._first_words()
+        name, what, *read = words[: len(words) // SPELLING * SPELLING].reshape(-1, SPELLING).T
+        gate = name - self.wires
+        first, second = (
+            np.where((gate >= 0) & (x // self.wires == gate // self.wires), x % self.wires, -1)
+            for x in read
+        )
+        # Pairs are in the order of the upper triangle of a matrix.
+        pair = first * (2 * self.wires - first - 1) // 2 + second - first - 1
+        kind = what - kinds
+        codes = 2 * self.wires + (gate * len(GATES) + kind) * len(self.pairs) + pair
+        is_gate = (kind >= 0) & (kind < len(GATES)) & (0 <= first) & (first < second)
+        is_gate &= gate < self.gates
+        is_input = (gate < 0) & (name >= 0) & (what >= values) & (what < kinds)
+        is_input &= (read[0] == none) & (read[1] == none)
+        return np.where(is_input, 2 * name + what - values, np.where(is_gate, codes, -1))
+
+    def _first_words(self) -> tuple[int, int, int]:
+        """The first tokens of values, of kinds, and the one for none; names are before them."""
+        return self.nodes, self.nodes + 2, self.nodes + 2 + len(GATES)
+
     def _questions(self) -> np.ndarray:
         """The gates that are asked for, ascending."""
         levels = np.array(self.asked)[:, None] - 1
@@ -259,12 +314,14 @@ class Circuit(RowTask):
             circuit = circuit[:, ::-1]
         elif self.order == "random":
             circuit = np.take_along_axis(circuit, distinct(mixing, self.nodes), axis=1)
+        if self.spelled:
+            circuit = self._spell(circuit)
         questions = self._questions()
         asked = questions[distinct(asking[:, : len(questions)], len(questions))]
         stop = np.full((len(inputs), 1), self.stop)
         input_ids = np.concatenate([circuit, self.first_question + asked, stop], axis=1)
         labels = np.full_like(input_ids, IGNORED)
-        labels[:, self.nodes + 1 :] = np.take_along_axis(values, asked, axis=1)
+        labels[:, self.context + 1 :] = np.take_along_axis(values, asked, axis=1)
         return asked // self.wires + 1, input_ids, labels
 
     def _pairs_with(self, on: int) -> np.ndarray:

@@ -25,6 +25,8 @@ VARIANTS = [
     {"wires": 2, "levels": 1},
     {"wires": 4, "levels": 7, "order": "random", "windows": 2, "asked": [3, 7]},
     {"wires": 5, "levels": 3, "windows": 2, "asked": 2},
+    {"wires": 4, "levels": 3, "order": "random", "windows": 2, "spelled": True},
+    {"wires": 2, "levels": 4, "order": "reverse", "asked": [1, 4], "spelled": True},
 ]
 
 
@@ -72,6 +74,31 @@ def test_a_circuit_worked_out_by_hand():
     assert backwards.parse([*circuit[::-1], *tokens[6:]]) == task.parse(tokens)
 
 
+def test_a_circuit_spelled_out_by_hand():
+    """The circuit of the test before. Names 0..5 (inputs 0, 1; level 1: 2, 3; level 2: 4, 5),
+    values 6, 7, kinds 8..11, none 12, questions 13..16, stop 17."""
+    task = tasks.load("circuit", wires=2, levels=2, spelled=True)
+    assert (task.vocab_size, task.window, task.length) == (18, 24, 29)
+    inputs = [[0, 7, 12, 12], [1, 6, 12, 12]]
+    gates = [[2, 8, 0, 1], [3, 10, 0, 1], [4, 9, 2, 3], [5, 11, 2, 3]]
+    tokens = [*sum(inputs + gates, []), 15, 13, 16, 14, 17]
+    alike = tasks.load("circuit", wires=2, levels=2)
+    assert task.parse(tokens) == alike.parse([1, 2, 4, 10, 13, 19, 22, 20, 23, 21, 24])
+    for at, wrong in ((1, 8), (2, 0), (9, 7), (10, 1), (11, 0), (18, 1), (19, 4), (0, 6)):
+        spoilt = [*tokens]
+        spoilt[at] = wrong
+        with pytest.raises(ValueError, match="input_ids must be 2 inputs and 4 gates"):
+            task.parse(spoilt)
+
+
+def test_spelling_changes_no_circuit():
+    one, four = (tasks.load("circuit", wires=5, levels=3, spelled=x) for x in (False, True))
+    pairs = zip(one.examples("test", 1, 40), four.examples("test", 1, 40), strict=True)
+    for short, long in pairs:
+        assert one.parse(short["input_ids"]) == four.parse(long["input_ids"])
+        assert short["labels"][one.context :] == long["labels"][four.context :]
+
+
 def test_the_stream_never_changes():
     """A seed in an old result must mean the same examples for ever."""
     task = tasks.load("circuit", wires=2, levels=2, order="random")
@@ -92,11 +119,12 @@ def test_every_label_is_the_value_of_the_gate_that_is_asked_for(params, split):
         assert len(tokens) == len(labels) == task.length and max(tokens) < task.vocab_size
         read = task.parse(tokens)
         values = values_of(read["inputs"], read["gates"])
-        assert labels[: task.nodes + 1] == [-100] * (task.nodes + 1)
-        asked = [divmod(token - task.first_question, task.wires) for token in tokens[task.nodes :]]
+        end = task.context
+        assert labels[: end + 1] == [-100] * (end + 1)
+        asked = [divmod(token - task.first_question, task.wires) for token in tokens[end:]]
         named = [(level + 1, wire) for level, wire in asked[:-1]]
         # The label of a question stands where the next one does.
-        assert labels[task.nodes + 1 :] == [values[gate] for gate in named]
+        assert labels[end + 1 :] == [values[gate] for gate in named]
         assert read["queries"] == [(*gate, values[gate]) for gate in named]
         assert sorted(named) == sorted(gate for gate in values if gate[0] in task.asked)
         assert example["meta"]["difficulty"] == [level for level, _ in named]
