@@ -43,10 +43,10 @@ class Circuit(RowTask):
     by level, wire, kind and the pair of wires that they read; questions, by level and wire; stop.
 
     `spelled`: an input or a gate is four tokens: its name, its value or kind, and the names of the
-    two gates that it reads (of an input, twice the token for none). A name is then the same token
-    wherever it stands, so that a small model learns a circuit of any size about as fast as one
-    gate; where each gate has a token of its own, it must learn what every one of them means.
-    Tokens: names, by level and wire; values 0, 1; the four kinds; none; questions; stop.
+    two gates that it reads (of an input, twice the token for none). A name and a kind are then the
+    same token wherever they stand; where each gate has one of its own, a model must learn what
+    every one of them means. Tokens: names, by level and wire; values 0, 1; the four kinds; none;
+    questions; stop.
 
     Train and test circuits are disjoint for any seeds: a 64-bit hash of inputs and gates, in
     whatever order they stand, decides (one in 16 is test). Examples come from raw Philox words.

@@ -10,6 +10,7 @@ from hybrid_sleep.sleep.algorithm import coda, looped_pass
 from hybrid_sleep.sleep.backbone import Backbone
 from hybrid_sleep.sleep.cache import SleepCache
 from hybrid_sleep.sleep.carry import after_pass_one
+from hybrid_sleep.sleep.checkpointing import Truncation
 from hybrid_sleep.sleep.execution import dropout_of
 from hybrid_sleep.sleep.options import Depths, Passes, last_writer
 
@@ -62,8 +63,8 @@ def shares_first_window(
     """Whether groups of rows, one for each of `depths`, can share their first window and its sleep.
 
     In training, from the start of a text, where all have the same tokens in that window, none is
-    supervised or a pad, more follow, and nothing but depth tells the groups apart: no dropout, and
-    no pass whose gradients are cut at so many before the last one, or that is computed again.
+    supervised or a pad, more follow, and nothing but depth tells the groups apart: no dropout, no
+    gradients cut at some pass or boundary, no window that is computed again.
     """
     window, groups = backbone.options.window, len(depths)
     if (
@@ -72,7 +73,7 @@ def shares_first_window(
         or tokens.shape[1] <= window
         or real is not None
         or bool(cache.positions.any())
-        or backbone.truncation.passes is not None
+        or backbone.truncation != Truncation()
         or backbone.checkpointing.window
         or _drops_out(backbone)
     ):

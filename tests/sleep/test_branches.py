@@ -103,11 +103,17 @@ def _truncated(model, rows, labels):
     model.set_truncation(passes=1)
 
 
+def _cut_at_boundaries(model, rows, labels):
+    model.set_truncation(windows=1)
+
+
 def _recomputed(model, rows, labels):
     model.set_activation_checkpointing("window")
 
 
-@pytest.mark.parametrize("change", [_other_text, _supervised, _truncated, _recomputed])
+@pytest.mark.parametrize(
+    "change", [_other_text, _supervised, _truncated, _cut_at_boundaries, _recomputed]
+)
 def test_what_tells_groups_apart_is_not_shared(shared, change):
     model, rows = small_model(), groups_of(small_ids(2, 12), 3)
     labels = labels_of(rows, 3)
