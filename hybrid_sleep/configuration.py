@@ -88,7 +88,7 @@ class HybridSleepConfig(PreTrainedConfig):
         initializer_range: standard deviation of new weights, of at least 0; what layers pass on
             shrinks where it is far below `hidden_size ** -0.5`, as the default is for a small one.
         embedding_initializer_range: that of token embeddings; None: the same. At 1 they outweigh
-            what the layers add at first, from which small models learn to go deeper.
+            what the layers add at first; logits too, where the two are tied.
         rope_parameters: `rope_type` (`default`, `linear`, `proportional`, `llama3`, `yarn`), its
             `rope_theta` and the keys that this type needs. None: `default` with 10000.
         pad_token_id, bos_token_id, eos_token_id: None or in the vocabulary; of eos also several.

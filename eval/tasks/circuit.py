@@ -83,9 +83,8 @@ class Circuit(RowTask):
         self.nodes = wires + self.gates
         self.spelled = check_flag("spelled", spelled)
         each = SPELLING if spelled else 1
-        self.first_question = 2 * wires + self.gates * len(GATES) * len(self.pairs)
-        if spelled:
-            self.first_question = self._first_words()[-1] + 1
+        codes = 2 * wires + self.gates * len(GATES) * len(self.pairs)
+        self.first_question = self._first_words()[-1] + 1 if spelled else codes
         self.stop = self.first_question + self.gates
         self.vocab_size = self.stop + 1
         questions = wires * len(self.asked) + 1

@@ -20,8 +20,8 @@ import torch
 from hybrid_sleep.sleep import execution, report
 from hybrid_sleep.sleep.backbone import Backbone
 from hybrid_sleep.sleep.cache import SleepCache, Window
-from hybrid_sleep.sleep.carry import Carry, Outcome, after_pass_one, after_passes
-from hybrid_sleep.sleep.options import MAX_PASSES, TOLERANCE, Passes, check_passes, last_writer
+from hybrid_sleep.sleep.carry import Carry, Outcome, after_pass_one, after_passes, writer_of
+from hybrid_sleep.sleep.options import MAX_PASSES, TOLERANCE, Passes, check_passes
 from hybrid_sleep.sleep.state import LayerState
 
 
@@ -60,8 +60,7 @@ def _repeat_passes(
     backbone: Backbone, window: Window, passes: Passes, tol: float, max_passes: int
 ) -> Outcome:
     (_, end), learns = backbone.options.loop, torch.is_grad_enabled()
-    attention_layers = [i for i, state in window.states.items() if state.slots]
-    writer = last_writer(backbone.options, backbone.fast_weight_layers, attention_layers)
+    writer = writer_of(backbone, window)
     N, auto = (max_passes, True) if passes == "auto" else (passes, False)
     depths, active = torch.ones_like(window.lengths), window.lengths > 0
     changes: list[report.Change] = []

@@ -9,10 +9,11 @@ import torch
 from hybrid_sleep.sleep.algorithm import coda, looped_pass
 from hybrid_sleep.sleep.backbone import Backbone
 from hybrid_sleep.sleep.cache import SleepCache
-from hybrid_sleep.sleep.carry import after_pass_one
+from hybrid_sleep.sleep.carry import after_pass_one, after_passes, writer_of
 from hybrid_sleep.sleep.checkpointing import Truncation
 from hybrid_sleep.sleep.execution import dropout_of
-from hybrid_sleep.sleep.options import Depths, Passes, last_writer
+from hybrid_sleep.sleep.options import Depths, Passes
+from hybrid_sleep.sleep.state import LayerState
 
 
 def rows_by_depth(
@@ -34,21 +35,21 @@ def branch(backbone: Backbone, cache: SleepCache, depths: Sequence[int]) -> Slee
     Passes 1..max(depths) run once: what a shallower sleep leaves is what a deeper one finds on its
     way. For training, where nothing is reported; `cache` stays as it is.
     """
-    options, (_, end) = backbone.options, backbone.options.loop
+    end = backbone.options.loop[1]
     window = cache.window(torch.arange(len(cache.counts)))
-    attention_layers = [i for i, state in window.states.items() if state.slots]
-    writer = last_writer(options, backbone.fast_weight_layers, attention_layers)
-    carry, slept = after_pass_one(backbone, window, watch=False, cut=False), {}
-    for N in range(1, max(depths) + 1):
+    writer = writer_of(backbone, window)
+    deepest, slept = max(depths), {}
+    carry = after_pass_one(backbone, window, watch=False, cut=False)
+    for N in range(1, deepest + 1):
+        after: dict[int, LayerState] = {}
         if N > 1 and writer is not None:
-            last = writer if N == max(depths) and writer < end else None
+            last = writer if N == deepest and writer < end else None
             carry = looped_pass(backbone, carry, last=last, measure=False)
+            done = coda(backbone, carry, last=writer) if N in depths and writer >= end else carry
+            after = after_passes(done.S, done.left)
         if N in depths:
-            done = carry
-            if N > 1 and writer is not None and writer >= end:
-                done = coda(backbone, carry, last=writer)
             slept[N] = cache.copy()
-            slept[N].cross_boundary(window, done.after if N > 1 else {})
+            slept[N].cross_boundary(window, after)
     return SleepCache.join([slept[N] for N in depths])
 
 

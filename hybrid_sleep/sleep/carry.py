@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from hybrid_sleep.sleep.backbone import Backbone
+from hybrid_sleep.sleep.options import last_writer
 from hybrid_sleep.sleep.report import Change
 from hybrid_sleep.sleep.state import LayerState
 from hybrid_sleep.sleep.trees import map_tensors
@@ -42,11 +43,6 @@ class Carry(NamedTuple):
         """`[R, L, D]`, hidden states that go into the next pass."""
         return self.h if self.source is None else self.source
 
-    @property
-    def after(self) -> dict[int, LayerState]:
-        """Per layer, the state that crosses the boundary if this pass was the last."""
-        return after_passes(self.S, self.left)
-
     def update(self, **new: Any) -> Carry:
         """With `new` fields in active rows, and the old ones in all others."""
 
@@ -71,10 +67,16 @@ class Outcome(NamedTuple):
     path: str
 
 
+def writer_of(backbone: Backbone, window: Window) -> int | None:
+    """The last block that a sleep of this window must run, see `last_writer`."""
+    attention_layers = [i for i, state in window.states.items() if state.slots]
+    return last_writer(backbone.options, backbone.fast_weight_layers, attention_layers)
+
+
 def after_passes(
     S: dict[int, torch.Tensor], left: dict[int, LayerState]
 ) -> dict[int, LayerState]:
-    """Per layer, the fast weights and what else passes and coda leave, in one state."""
+    """Per layer, the state that crosses the boundary: fast weights, and what else is left."""
     return left | {i: left.get(i, LayerState())._replace(S=x) for i, x in S.items()}
 
 

@@ -45,8 +45,7 @@ def prologue(
     T, NT, q_b, q_t, kv_b, kv_t,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
     BK: tl.constexpr, C: tl.constexpr, HAS_Q_TAIL: tl.constexpr, HAS_KV_TAIL: tl.constexpr,
-    HAS_MASK: tl.constexpr, OUT: tl.constexpr, KEEP: tl.constexpr,
-    NEGATIVE: tl.constexpr,
+    HAS_MASK: tl.constexpr, OUT: tl.constexpr, KEEP: tl.constexpr, NEGATIVE: tl.constexpr,
     DOT: tl.constexpr, ACC: tl.constexpr, MODE: tl.constexpr, FINE: tl.constexpr,
     BV: tl.constexpr,
 ):  # fmt: skip
