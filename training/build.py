@@ -154,7 +154,7 @@ def _data(
         task,
         length=settings.steps * settings.accumulate,
         size=arguments.per_device_train_batch_size,
-        difficulty=partial(run.sleep_passes.difficulty, settings.seed),
+        asked=partial(run.sleep_passes.asked, settings.seed),
         **shared,
     )
     count = settings.eval_examples

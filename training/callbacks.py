@@ -26,11 +26,13 @@ from transformers.integrations import (
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hybrid_sleep.support.io import read_json_lines, unreadable, write_text_atomic
+from hybrid_sleep.training.depth import in_words
 from hybrid_sleep.training.folder import last_good, written
 from hybrid_sleep.training.ranks import over_ranks, ranks
 from hybrid_sleep.training.schema import alike
 
 if TYPE_CHECKING:
+    from hybrid_sleep.training.depth import Drawn
     from hybrid_sleep.training.loop import StepRecord
     from hybrid_sleep.training.losses import LossByPosition
     from hybrid_sleep.training.trainer import SleepTrainer
@@ -270,11 +272,12 @@ class Display:
         self.progress.update(self.task, completed=step)
 
     def update(
-        self, step: int, loss: float, depth: int, speed: float, memory: dict[str, Any]
+        self, step: int, loss: float, depth: Drawn, speed: float, memory: dict[str, Any]
     ) -> None:
         """Show the state after `step` steps; `loss` is the mean since the last update."""
         used = "/".join(f"{memory[name] / 2**30:.1f}" for name in ("current", "peak"))
-        text = f"loss {loss:.3f}  depth {depth}  {memory['of']} {used} GiB  {speed:,.0f} tokens/s"
+        passes = in_words(depth)
+        text = f"loss {loss:.3f}  depth {passes}  {memory['of']} {used} GiB  {speed:,.0f} tokens/s"
         self.progress.update(self.task, completed=step, description=text)
         due = step - self.printed >= self.steps / PLAIN_LINES or step >= self.steps
         if due and not self.live:

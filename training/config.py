@@ -197,11 +197,16 @@ class RunConfig:
     def _check_training(self, config: Any) -> None:
         from hybrid_sleep.sleep.checkpointing import parse_granularity
 
-        for difficulty in self.sleep_passes.difficulties():
+        for groups in self.sleep_passes.difficulties():
             try:
-                self.load_task().only(difficulty)
+                lengths = [self.load_task().only(*group).length for group in groups]
             except ValueError as error:
-                raise ValueError(f"sleep_passes.by_difficulty: {error}") from error
+                raise ValueError(f"sleep_passes: {error}") from error
+            if len({*lengths}) > 1:
+                raise ValueError(
+                    "sleep_passes.at_once must ask every depth for examples of one length, got "
+                    f"{lengths} tokens for difficulties {[list(group) for group in groups]}"
+                )
         if self.train.windows is not None:
             parse_windows(self.train.windows).check(config.window, self.train.steps)
         if self.train.trainable == "new_layers" and not (self.init and self.init.new_layers):

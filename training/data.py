@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Dataset
+
+from hybrid_sleep.training.depth import Difficulties
 
 if TYPE_CHECKING:
     from hybrid_sleep.eval.tasks import Task
@@ -23,8 +25,9 @@ class TaskBatches(Dataset):
     else: they are drawn in blocks of `task.block` examples, each from a seed of its own, and a rank
     draws the blocks that its rows lie in. So ranks and worker processes read apart, any number of
     them reads the same steps, and a resumed run goes on without drawing what it has read.
-    `length`: number of items. `difficulty(step)`: what all examples of a step are limited to, see
-    `Task.only`; None: to nothing. Raises IndexError past the end.
+    `length`: number of items. `asked(step)`: for each group of a step's rows, the difficulties that
+    it is limited to, see `Task.only`; None: to none. All groups have `size` rows of an item, drawn
+    from the same seeds, one below other. Raises IndexError past the end.
     """
 
     def __init__(
@@ -37,13 +40,13 @@ class TaskBatches(Dataset):
         rank: int = 0,
         world: int = 1,
         accumulate: int = 1,
-        difficulty: Callable[[int], int | None] = lambda step: None,
+        asked: Callable[[int], Sequence[Difficulties | None]] = lambda step: (None,),
     ):
-        self.difficulty = difficulty
+        self.asked = asked
         self.task, self.length, self.size, self.seed = task, length, size, seed
         self.rank, self.world, self.accumulate = rank, world, accumulate
         self.rows = size * world * accumulate
-        self._blocks: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
+        self._blocks: dict[tuple[int, int, Difficulties | None], dict[str, torch.Tensor]] = {}
 
     def __len__(self) -> int:
         return self.length
@@ -55,20 +58,23 @@ class TaskBatches(Dataset):
         start = (part * self.world + self.rank) * self.size
         block = self.task.block
         first, last = start // block, (start + self.size - 1) // block
-        parts = [self._block(step, number) for number in range(first, last + 1)]
         rows = slice(start - first * block, start - first * block + self.size)
-        return {name: torch.cat([part[name] for part in parts])[rows] for name in parts[0]}
+        groups = []
+        for asked in self.asked(step):
+            parts = [self._block(step, number, asked) for number in range(first, last + 1)]
+            groups.append({name: torch.cat([p[name] for p in parts])[rows] for name in parts[0]})
+        return {name: torch.cat([group[name] for group in groups]) for name in groups[0]}
 
-    def _block(self, step: int, number: int) -> dict[str, torch.Tensor]:
-        if (step, number) not in self._blocks:
+    def _block(self, step: int, number: int, asked: Difficulties | None) -> dict[str, torch.Tensor]:
+        key = (step, number, asked)
+        if key not in self._blocks:
             # Micro-batches of a step share blocks; earlier steps do not come back.
             self._blocks = {key: rows for key, rows in self._blocks.items() if key[0] == step}
             count = min(self.task.block, self.rows - number * self.task.block)
             seed = derive_seed("train", self.seed, step, number)
-            difficulty = self.difficulty(step)
-            task = self.task if difficulty is None else self.task.only(difficulty)
-            self._blocks[step, number] = task.batch(TRAIN_SPLIT, seed, count)
-        return self._blocks[step, number]
+            task = self.task if asked is None else self.task.only(*asked)
+            self._blocks[key] = task.batch(TRAIN_SPLIT, seed, count)
+        return self._blocks[key]
 
 
 @dataclass(frozen=True, kw_only=True)

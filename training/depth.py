@@ -15,11 +15,15 @@ from hybrid_sleep.validation import check_count, check_number
 
 FORMS = (
     "an integer of at least 1, {uniform: [low, high]}, {choice: {depth: weight, ...}}, "
-    "{lognormal_poisson: {mean: m, sigma: s, max: n}}, {by_difficulty: {difficulty: depth, ...}} "
-    "or {stages: {0: policy, step: policy, ...}}"
+    "{lognormal_poisson: {mean: m, sigma: s, max: n}}, {by_difficulty: {difficulty: depth, ...}}, "
+    "{at_once: {depth: difficulties, ...}} or {stages: {0: policy, step: policy, ...}}"
 )
 MAX_SIGMA = 4
 DEEPEST = 2000  # of a range that is drawn from: a depth's probability is worked out for each
+
+
+Difficulties = tuple[int, ...]
+Drawn = int | tuple[int, ...]  # the depth of a step, or of each group of its rows
 
 
 class DepthPolicy(ABC):
@@ -29,8 +33,11 @@ class DepthPolicy(ABC):
     every resumed run trains a step at the same depth.
     """
 
-    def draw(self, seed: int, step: int) -> int:
-        """The depth of training step `step` (0 for the first)."""
+    def draw(self, seed: int, step: int) -> Drawn:
+        """The depth of training step `step` (0 for the first).
+
+        A tuple: one depth for each group of its rows, as a model's forward takes them.
+        """
         u = _uniform(seed, step)
         total = 0.0
         depths = self.at(step).probabilities()
@@ -44,12 +51,12 @@ class DepthPolicy(ABC):
         """The policy that training step `step` draws from."""
         return self
 
-    def difficulty(self, seed: int, step: int) -> int | None:
-        """What difficulty all examples of training step `step` have; None: any."""
-        return None
+    def asked(self, seed: int, step: int) -> tuple[Difficulties | None, ...]:
+        """The difficulties of training step `step`, for each group of its rows; None: any."""
+        return (None,)
 
-    def difficulties(self) -> tuple[int, ...]:
-        """Every difficulty that `difficulty` ever gives, ascending."""
+    def difficulties(self) -> tuple[tuple[Difficulties, ...], ...]:
+        """All that `asked` ever gives, each once, where it does not give None."""
         return ()
 
     @abstractmethod
@@ -152,11 +159,11 @@ class ByDifficulty(DepthPolicy):
             check_count(f"sleep_passes.by_difficulty depth of {difficulty}", depth)
         object.__setattr__(self, "depths_of", tuple(sorted(self.depths_of)))
 
-    def difficulty(self, seed: int, step: int) -> int:
-        return self._pair(seed, step)[0]
+    def asked(self, seed: int, step: int) -> tuple[Difficulties | None, ...]:
+        return ((self._pair(seed, step)[0],),)
 
-    def difficulties(self) -> tuple[int, ...]:
-        return tuple(difficulty for difficulty, _ in self.depths_of)
+    def difficulties(self) -> tuple[tuple[Difficulties, ...], ...]:
+        return tuple(((difficulty,),) for difficulty, _ in self.depths_of)
 
     def draw(self, seed: int, step: int) -> int:
         return self._pair(seed, step)[1]
@@ -170,6 +177,55 @@ class ByDifficulty(DepthPolicy):
 
     def to_config(self) -> dict[str, dict[int, int]]:
         return {"by_difficulty": dict(self.depths_of)}
+
+
+@dataclass(frozen=True)
+class AtOnce(DepthPolicy):
+    """A step has groups of rows, one for each depth (>= 1), with the same contexts one below other.
+
+    `asked_at`: pairs of depth and the difficulties that its group is asked for. So every pass has a
+    loss of its own, which says what it should know by then; where the groups begin with the same
+    window, its passes run once for all of them.
+    """
+
+    asked_at: tuple[tuple[int, Difficulties], ...]
+
+    def __post_init__(self) -> None:
+        if not self.asked_at:
+            raise ValueError("sleep_passes.at_once must have a depth: difficulties, got none")
+        pairs = []
+        for depth, difficulties in self.asked_at:
+            check_count("sleep_passes.at_once depth", depth)
+            if not difficulties or len({*difficulties}) < len(difficulties):
+                raise ValueError(
+                    f"sleep_passes.at_once difficulties of depth {depth} must be one or several "
+                    f"different ones, got {list(difficulties)}"
+                )
+            for difficulty in difficulties:
+                check_count(f"sleep_passes.at_once difficulty of depth {depth}", difficulty, 0)
+            pairs.append((depth, tuple(sorted(difficulties))))
+        object.__setattr__(self, "asked_at", tuple(sorted(pairs)))
+
+    def draw(self, seed: int, step: int) -> Drawn:
+        depths = tuple(depth for depth, _ in self.asked_at)
+        return depths if len(depths) > 1 else depths[0]
+
+    def asked(self, seed: int, step: int) -> tuple[Difficulties, ...]:
+        return tuple(difficulties for _, difficulties in self.asked_at)
+
+    def difficulties(self) -> tuple[tuple[Difficulties, ...], ...]:
+        return (self.asked(0, 0),)
+
+    def probabilities(self) -> dict[int, float]:
+        return {depth: 1 / len(self.asked_at) for depth, _ in self.asked_at}
+
+    def to_config(self) -> dict[str, dict[int, int | list[int]]]:
+        return {
+            "at_once": {
+                depth: asked[0] if len(asked) == 1 else list(asked)
+                for depth, asked in self.asked_at
+            }
+        }
 
 
 @dataclass(frozen=True)
@@ -228,14 +284,14 @@ class Stages(DepthPolicy):
     def at(self, step: int) -> DepthPolicy:
         return stage_at(self.stages, step)
 
-    def draw(self, seed: int, step: int) -> int:
+    def draw(self, seed: int, step: int) -> Drawn:
         return self.at(step).draw(seed, step)
 
-    def difficulty(self, seed: int, step: int) -> int | None:
-        return self.at(step).difficulty(seed, step)
+    def asked(self, seed: int, step: int) -> tuple[Difficulties | None, ...]:
+        return self.at(step).asked(seed, step)
 
-    def difficulties(self) -> tuple[int, ...]:
-        return tuple(sorted({d for _, policy in self.stages for d in policy.difficulties()}))
+    def difficulties(self) -> tuple[tuple[Difficulties, ...], ...]:
+        return tuple({d: None for _, policy in self.stages for d in policy.difficulties()})
 
     def probabilities(self) -> dict[int, float]:
         return self.stages[-1][1].probabilities()
@@ -264,6 +320,11 @@ def parse_depth(value: Any) -> DepthPolicy:
     return _PARSERS[kind](detail)
 
 
+def in_words(depth: Drawn) -> str:
+    """A depth that `draw` gave, `4` or `1, 2, 4 at once`."""
+    return f"{depth}" if isinstance(depth, int) else f"{', '.join(map(str, depth))} at once"
+
+
 def _parse_uniform(detail: Any) -> Uniform:
     if not isinstance(detail, (list, tuple)) or len(detail) != 2:
         raise ValueError(f"sleep_passes.uniform must be [low, high], got {detail!r}")
@@ -282,6 +343,20 @@ def _parse_by_difficulty(detail: Any) -> ByDifficulty:
             f"sleep_passes.by_difficulty must be {{difficulty: depth, ...}}, got {detail!r}"
         )
     return ByDifficulty(tuple(detail.items()))
+
+
+def _parse_at_once(detail: Any) -> AtOnce:
+    if not isinstance(detail, Mapping):
+        raise ValueError(
+            "sleep_passes.at_once must be {depth: difficulty or a list of them, ...}, got "
+            f"{detail!r}"
+        )
+    return AtOnce(
+        tuple(
+            (depth, tuple(asked) if isinstance(asked, (list, tuple)) else (asked,))
+            for depth, asked in detail.items()
+        )
+    )
 
 
 def _parse_lognormal_poisson(detail: Any) -> LognormalPoisson:
@@ -309,6 +384,7 @@ _PARSERS = {
     "uniform": _parse_uniform,
     "choice": _parse_choice,
     "by_difficulty": _parse_by_difficulty,
+    "at_once": _parse_at_once,
     "lognormal_poisson": _parse_lognormal_poisson,
     "stages": _parse_stages,
 }

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from hybrid_sleep.training.data import derive_seed, mark_supervised
-from hybrid_sleep.training.depth import parse_depth
+from hybrid_sleep.training.depth import Drawn, parse_depth
 from hybrid_sleep.training.optimizer import optimizer_for
 from hybrid_sleep.training.schedules import learning_rates
 from hybrid_sleep.validation import check_count, check_number
@@ -28,11 +28,12 @@ Loss = Callable[[nn.Module, dict[str, Any]], Tensor]
 class StepRecord:
     """One training step: its index (0 for the first), sleep depth, tokens read and mean loss.
 
-    depth: None where none was drawn. `parts`: the micro-batches that have been added.
+    depth: None where none was drawn; of each group of rows where they differ. `parts`: the
+    micro-batches that have been added.
     """
 
     step: int
-    depth: int | None
+    depth: Drawn | None
     tokens: int = 0
     loss: Tensor | float = 0.0
     parts: int = 0
@@ -51,7 +52,7 @@ class FitRecord:
 
     steps: int
     losses: list[float] = field(default_factory=list)
-    depths: list[int | None] = field(default_factory=list)
+    depths: list[Drawn | None] = field(default_factory=list)
     seconds: float = 0.0
 
 

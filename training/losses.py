@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from hybrid_sleep.sleep.documents import next_labels_in_document, positions_in_document
 from hybrid_sleep.sleep.windows import next_labels
+from hybrid_sleep.training.depth import Drawn
 from hybrid_sleep.validation import check_count
 
 CHUNK = 2**24  # logits turned to fp32 at a time
@@ -45,21 +46,26 @@ class LossByPosition:
         labels: torch.Tensor,
         window: int,
         *,
-        depth: int,
+        depth: Drawn,
         attention_mask: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
     ) -> None:
         """Count one batch: logits `[B, T, V]`, unshifted labels `[B, T]` (-100: not counted).
 
+        depth: of all rows, or one for each group of equally many, as a model's forward takes it.
         attention_mask, document_ids: `[B, T]`, as the model's forward takes them; the first token
         of a document is predicted from nothing and does not count. positions: `[B, T]`, each
         token's index in its row or document, where counting in this batch does not give it.
         Raises ValueError for another shape or a depth that is not one of `depths`.
         """
-        if depth not in self.depths:
+        depths = depth if isinstance(depth, tuple) else (depth,)
+        if not {*depths} <= {*self.depths} or len(logits) % len(depths):
             known = ", ".join(map(str, self.depths))
-            raise ValueError(f"depth must be one of {known}, got {depth!r}")
+            raise ValueError(
+                f"depth must be one of {known}, or one for each group of {len(logits)} rows, got "
+                f"{depth!r}"
+            )
         check_count("window", window)
         given = {"labels": labels, "attention_mask": attention_mask}
         given |= {"document_ids": document_ids, "positions": positions}
@@ -83,12 +89,14 @@ class LossByPosition:
         place = place if positions is None else positions
         # Both the label of a token and its bin, where the token is predicted from.
         targets = shift(labels).flatten()
-        bins = shift(place % window * self.bins // window).flatten()
+        first_bin = torch.tensor([self.depths.index(N) * self.bins for N in depths])
+        first_bin = first_bin.to(labels.device).repeat_interleave(len(labels) // len(depths))
+        bins = (first_bin[:, None] + shift(place % window * self.bins // window)).flatten()
         counted = (targets != -100).nonzero()[:, 0]
         targets, bins = targets[counted], bins[counted]
         flat = logits.reshape(-1, logits.shape[-1])
         self._table = self._table.to(logits.device)
-        sums, counts = self._table[:, self.depths.index(depth)]
+        sums, counts = self._table.view(2, -1)
         size = max(1, CHUNK // flat.shape[1])
         for start in range(0, len(counted), size):
             some = slice(start, start + size)

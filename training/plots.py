@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybrid_sleep.support.io import read_json_lines
 from hybrid_sleep.support.plots import BLUE, GREY, SKY, STYLES, new_panels, save_figure
+from hybrid_sleep.training.depth import Drawn, in_words
 from hybrid_sleep.training.folder import FIGURE_FILE
 
 if TYPE_CHECKING:
@@ -27,14 +28,18 @@ def plot_run(metrics_path: str | os.PathLike, majority: float | None = None) -> 
     Raises FileNotFoundError if there is no such file, ValueError if it holds no training step.
     """
     records = _read(Path(metrics_path))
-    losses = [(line["step"], line["depth"], line["loss"]) for line in records if "depth" in line]
+    losses = [
+        (line["step"], _drawn(line["depth"]), line["loss"]) for line in records if "depth" in line
+    ]
     if not losses:
         raise ValueError(f"metrics_path must hold training steps, got none in {metrics_path}")
     measures = [name for name in ("exact", "perplexity") if any(name in r for r in records)]
-    depths = {depth for _, depth, _ in losses}
+    drawn = {depth for _, depth, _ in losses}
+    depths = {depth for depth in drawn if isinstance(depth, int)}
     for name in measures:
         depths |= {int(depth) for record in records for depth in record.get(name, ())}
-    styles = _styles(sorted(depths))
+    at_once = sorted(depth for depth in drawn if isinstance(depth, tuple))
+    styles = _styles([*sorted(depths), *at_once])
     by_position = [record for record in records if "loss_by_position" in record]
     names = {"exact": "Exact accuracy", "perplexity": "Held-out perplexity"}
     titles = ["Training loss", *(names[name] for name in measures)]
@@ -51,7 +56,9 @@ def plot_run(metrics_path: str | os.PathLike, majority: float | None = None) -> 
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], color=color, marker=marker, linestyle=line, linewidth=2, label=f"{depth}")
+        Line2D(
+            [], [], color=color, marker=marker, linestyle=line, linewidth=2, label=in_words(depth)
+        )
         for depth, (color, marker, line) in styles.items()
     ]
     figure.legend(
@@ -87,7 +94,11 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return read_json_lines(path)
 
 
-def _styles(depths: list[int]) -> dict[int, tuple[str, str, Any]]:
+def _drawn(depth: int | list[int]) -> Drawn:
+    return depth if isinstance(depth, int) else tuple(depth)
+
+
+def _styles(depths: list[Drawn]) -> dict[Drawn, tuple[str, str, Any]]:
     """A colour, marker and line for each depth; a scale of one colour where they do not suffice."""
     if len(depths) <= len(STYLES):
         return dict(zip(depths, STYLES, strict=False))
@@ -103,7 +114,9 @@ def _styles(depths: list[int]) -> dict[int, tuple[str, str, Any]]:
     }  # fmt: skip
 
 
-def _draw_loss(axes: Axes, losses: list[tuple[int, int, float]], styles: dict[int, Any]) -> None:
+def _draw_loss(
+    axes: Axes, losses: list[tuple[int, Drawn, float]], styles: dict[Drawn, Any]
+) -> None:
     width = SMOOTH * losses[-1][0]
     for depth, (color, _, line) in styles.items():
         own = [(step, loss) for step, drawn, loss in losses if drawn == depth]
@@ -123,7 +136,7 @@ def _draw_measure(
     axes: Axes,
     records: list[dict[str, Any]],
     name: str,
-    styles: dict[int, Any],
+    styles: dict[Drawn, Any],
     majority: float | None,
 ) -> None:
     found = [(record["step"], record[name]) for record in records if name in record]

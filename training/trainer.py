@@ -18,7 +18,7 @@ from hybrid_sleep.support.io import write_json_atomic
 from hybrid_sleep.training import zero
 from hybrid_sleep.training.callbacks import scalars
 from hybrid_sleep.training.data import HeldOut, TaskBatches, mark_supervised, only_item
-from hybrid_sleep.training.depth import DepthPolicy, parse_depth
+from hybrid_sleep.training.depth import DepthPolicy, Drawn, parse_depth
 from hybrid_sleep.training.folder import (
     STAGING,
     STATE_FILE,
@@ -158,8 +158,8 @@ class SleepTrainer(Trainer):
             else {"batch_size": None},
         )
 
-    def depth(self) -> int:
-        """The depth of the current training step."""
+    def depth(self) -> Drawn:
+        """The depth of the current training step, or of each group of its rows."""
         return self.policy.draw(self.args.seed, self.state.global_step)
 
     def compute_loss(

@@ -15,6 +15,7 @@ All counts are of one row of a batch, without pads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from hybrid_sleep.configuration import HybridSleepConfig
@@ -137,6 +138,26 @@ def sequence_flops(
         if index < sleeps:
             flops += sleep_flops(config, length, passes, past=past)
     return flops
+
+
+def shared_flops(config: HybridSleepConfig, depths: Sequence[int]) -> int:
+    """What rows with the same first window, one slept on at each of `depths`, save together.
+
+    Its passes run once, as often as the deepest needs; only the coda follows each (see
+    `sleep.branches`). Forward alone.
+    """
+    window, saved = config.window, 0
+    start, end = config.loop_range
+    writer = config.last_writer
+    for passes in sorted(depths)[:-1]:
+        saved += pass_flops(config, window) + sleep_flops(config, window, passes)
+        if passes > 1 and writer is not None and writer >= end:
+            bidirectional = config.sleep_attention == "bidirectional"
+            saved -= pass_flops(
+                config, window, first=end, last=writer + 1, write_only_last=True,
+                bidirectional=bidirectional,
+            )  # fmt: skip
+    return saved
 
 
 def past_flops(config: HybridSleepConfig, tokens: int, passes: int) -> int:

@@ -9,6 +9,8 @@ from hybrid_sleep.eval.measure import flops
 from hybrid_sleep.eval.tasks.base import IGNORED
 
 if TYPE_CHECKING:
+    from hybrid_sleep import HybridSleepConfig
+    from hybrid_sleep.eval.tasks import Task
     from hybrid_sleep.training import RunConfig
 
 
@@ -36,21 +38,52 @@ def _training_cost(run: RunConfig) -> dict[str, int]:
     config, task = run.model_config(), run.load_task()
     windows = None if run.train.windows is None else parse_windows(run.train.windows)
     steps, seed, own = run.train.steps, run.train.seed, config.window
+    policy = run.sleep_passes
     drawn = Counter(
-        (run.sleep_passes.draw(seed, step), own if windows is None else windows.at(step))
+        (
+            policy.draw(seed, step),
+            policy.asked(seed, step),
+            own if windows is None else windows.at(step),
+        )
         for step in range(steps)
     )
-    training = 0
-    for (depth, window), times in drawn.items():
+    training = rows = tokens = 0
+    for (depth, asked, window), times in drawn.items():
         config.window = window
-        sleeps = sleeping_windows(task, config)
-        training += times * flops.training_flops(config, task.length, depth, sleeps)
+        depths = depth if isinstance(depth, tuple) else (depth,)
+        tasks = [task if levels is None else task.only(*levels) for levels in asked]
+        for one, N in zip(tasks, depths, strict=True):
+            rows += times
+            tokens += times * one.length
+            sleeps = sleeping_windows(one, config)
+            training += times * flops.training_flops(config, one.length, N, sleeps)
+        if len(tasks) > 1 and _share_first_window(run, config, tasks):
+            training -= times * 3 * flops.shared_flops(config, depths)
+    size = run.train.batch_size
     return {
         "steps": steps,
-        "examples": steps * run.train.batch_size,
-        "tokens": steps * run.train.batch_size * task.length,
-        "training_flops": training * run.train.batch_size,
+        "examples": rows * size,
+        "tokens": tokens * size,
+        "training_flops": training * size,
     }
+
+
+def _share_first_window(run: RunConfig, config: HybridSleepConfig, tasks: list[Task]) -> bool:
+    """Whether a step reads the first window of its groups once; see `shares_first_window`."""
+    from hybrid_sleep.sleep.checkpointing import parse_granularity
+
+    granularity: Any = run.train.activation_checkpointing
+    examples = [next(task.examples("train", 0, 1)) for task in tasks]
+    first = [example["input_ids"][: config.window] for example in examples]
+    return (
+        all(sleeping_windows(task, config) != 0 for task in tasks)
+        and all(task.length > config.window for task in tasks)
+        and first.count(first[0]) == len(first)
+        and config.attention_dropout == 0
+        and run.train.backprop_passes is None
+        and run.train.backprop_windows is None
+        and not parse_granularity(granularity, config.num_hidden_layers).window
+    )
 
 
 def sleeping_windows(task: Any, config: Any) -> int | None:

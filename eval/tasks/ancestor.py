@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hybrid_sleep.eval.tasks.base import IGNORED, Majority, RowTask, check_levels
+from hybrid_sleep.eval.tasks.base import IGNORED, Majority, RowTask, check_asked, check_levels
 from hybrid_sleep.eval.tasks.sampling import U64, distinct, draw, mix
 from hybrid_sleep.validation import check_choice, check_count
 
@@ -164,12 +164,11 @@ class Ancestor(RowTask):
         """1 / nodes."""
         return 1 / self.nodes
 
-    def only(self, difficulty: int) -> Ancestor:
-        """The same trees and tokens, `difficulty` hops asked for in every question."""
-        if difficulty not in self.hops:
-            raise ValueError(f"difficulty must be one of {list(self.hops)}, got {difficulty!r}")
+    def only(self, *difficulties: int) -> Ancestor:
+        """The same trees and tokens, `difficulties` hops asked for, equally often."""
+        asked = check_asked(difficulties, "hops", self.hops)
         task = copy.copy(self)
-        task.drawn = np.array([self.hops.index(difficulty)])
+        task.drawn = np.array([self.hops.index(hops) for hops in asked])
         return task
 
     def describe(self, example: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hybrid_sleep.eval.tasks.base import IGNORED, Majority, RowTask, check_levels
+from hybrid_sleep.eval.tasks.base import IGNORED, Majority, RowTask, check_asked, check_levels
 from hybrid_sleep.eval.tasks.sampling import U64, distinct, draw, mix
 from hybrid_sleep.validation import check_count
 
@@ -162,12 +162,11 @@ class Automaton(RowTask):
         """1/2."""
         return 0.5
 
-    def only(self, difficulty: int) -> Automaton:
-        """The same contexts and tokens, `difficulty` steps asked for in every example."""
-        if difficulty not in self.steps:
-            raise ValueError(f"difficulty must be one of {list(self.steps)}, got {difficulty!r}")
+    def only(self, *difficulties: int) -> Automaton:
+        """The same contexts and tokens, `difficulties` steps asked for, equally often."""
+        asked = check_asked(difficulties, "steps", self.steps)
         task = copy.copy(self)
-        task.drawn = np.array([self.steps.index(difficulty)])
+        task.drawn = np.array([self.steps.index(steps) for steps in asked])
         return task
 
     def describe(self, example: Mapping[str, Any]) -> str:

@@ -105,14 +105,15 @@ class Task(ABC):
     def chance(self) -> float:
         """The share of questions that a uniform guess among their possible answers gets right."""
 
-    def only(self, difficulty: int) -> Task:
-        """This task limited to examples of one difficulty, in the same tokens and layout.
+    def only(self, *difficulties: int) -> Task:
+        """This task limited to examples of some difficulties, in the same tokens and layout.
 
-        Raises ValueError for a difficulty it does not have, and where examples mix several.
+        Raises ValueError for a difficulty it does not have, for none, and where examples mix
+        several.
         """
         raise ValueError(
             f"difficulty must not be chosen for task {self.name!r}, whose examples cannot be "
-            f"limited to one, got {difficulty!r}"
+            f"limited to one, got {_named(difficulties)}"
         )
 
     def describe(self, example: Mapping[str, Any]) -> str:
@@ -205,6 +206,23 @@ class RowTask(Task):
         parts = list(zip(*self._rows(split, seed, count), strict=True))[1:]
         input_ids, labels = (torch.from_numpy(np.concatenate(part)) for part in parts)
         return {"input_ids": input_ids, "labels": labels}
+
+
+def check_asked(given: Sequence[int], name: str, known: Sequence[int]) -> list[int]:
+    """The difficulties `given` to `Task.only`, ascending; `known` ones are allowed, called `name`.
+
+    Raises ValueError for others, for none and for one given twice.
+    """
+    if not given or not {*given} <= {*known} or len({*given}) < len(given):
+        raise ValueError(
+            f"difficulty must be one or several of {name}={list(known)}, got "
+            f"{_named(given)}"
+        )
+    return sorted(given)
+
+
+def _named(difficulties: Sequence[int]) -> str:
+    return ", ".join(map(repr, difficulties)) or "none"
 
 
 def check_levels(name: str, value: Any, minimum: int) -> tuple[int, ...]:

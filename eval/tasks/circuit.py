@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hybrid_sleep.eval.tasks.base import IGNORED, Majority, RowTask, check_levels
+from hybrid_sleep.eval.tasks.base import IGNORED, Majority, RowTask, check_asked, check_levels
 from hybrid_sleep.eval.tasks.sampling import U64, distinct, draw, mix
 from hybrid_sleep.validation import check_choice, check_count, check_flag
 
@@ -190,15 +190,11 @@ class Circuit(RowTask):
             chances = chances @ self._next_on()
         return found
 
-    def only(self, difficulty: int) -> Circuit:
-        """The same circuits, gates of one level asked for."""
-        if difficulty not in self.asked:
-            raise ValueError(f"difficulty must be one of {list(self.asked)}, got {difficulty!r}")
-        return self.asking([difficulty])
-
-    def asking(self, levels: Sequence[int]) -> Circuit:
-        """The same circuits and tokens, gates of the `levels` asked for, which must be of these."""
-        return Circuit(**{**self.params, "asked": list(levels)})
+    def only(self, *difficulties: int) -> Circuit:
+        """The same circuits and tokens, gates of some levels asked for."""
+        return Circuit(
+            **{**self.params, "asked": check_asked(difficulties, "levels", self.asked)}
+        )
 
     def describe(self, example: Mapping[str, Any]) -> str:
         """The circuit of an example, level by level, and the gates asked for."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hybrid_sleep.eval.tasks.base import IGNORED, LARGEST_SIZE, Majority, Task
+from hybrid_sleep.eval.tasks.base import IGNORED, LARGEST_SIZE, Majority, Task, check_asked
 from hybrid_sleep.eval.tasks.depo_floor import ENUMERATED_NODES, best_guess
 from hybrid_sleep.eval.tasks.sampling import U64, draw, mix
 from hybrid_sleep.validation import check_choice, check_count
@@ -219,14 +219,10 @@ class Depo(Task):
         elsewhere = sum(k % self.nodes != 0 for k in self.test_hops) / len(self.test_hops)
         return 1 - elsewhere + elsewhere / (self.nodes - 1)
 
-    def only(self, difficulty: int) -> Depo:
-        """The same cycles and tokens, `difficulty` steps asked for in every question."""
-        if difficulty not in self.train_hops:
-            raise ValueError(
-                f"difficulty must be one of hops={self.train_hops}, got {difficulty!r}"
-            )
+    def only(self, *difficulties: int) -> Depo:
+        """The same cycles and tokens, `difficulties` steps asked for."""
         task = copy.copy(self)
-        task.test_hops = task.train_hops = [difficulty]
+        task.test_hops = task.train_hops = check_asked(difficulties, "hops", self.train_hops)
         return task
 
     def describe(self, example: Mapping[str, Any]) -> str:

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hybrid_sleep.eval.tasks.base import IGNORED, LARGEST_SIZE, Majority, Task, check_levels
+from hybrid_sleep.eval.tasks.base import (
+    IGNORED,
+    LARGEST_SIZE,
+    Majority,
+    Task,
+    check_asked,
+    check_levels,
+)
 from hybrid_sleep.eval.tasks.sampling import U64, distinct, draw, mix
 from hybrid_sleep.validation import check_count, check_flag, check_number
 
@@ -159,14 +166,10 @@ class Mqar(Task):
         """1 / the number of values."""
         return 1 / self.values
 
-    def only(self, difficulty: int) -> Mqar:
-        """The same layout, `difficulty` pairs in every example."""
-        if difficulty not in self.levels:
-            raise ValueError(
-                f"difficulty must be one of pairs={list(self.levels)}, got {difficulty!r}"
-            )
+    def only(self, *difficulties: int) -> Mqar:
+        """The same layout, `difficulties` pairs in an example, each number equally often."""
         task = copy.copy(self)
-        task.asked = (difficulty,)
+        task.asked = tuple(check_asked(difficulties, "pairs", self.levels))
         return task
 
     def describe(self, example: Mapping[str, Any]) -> str:

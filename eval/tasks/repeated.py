@@ -112,9 +112,9 @@ class Repeated(Task):
         """The task's."""
         return self.task.chance()
 
-    def only(self, difficulty: int) -> Repeated:
-        """The task limited to examples of one difficulty, as often."""
-        return Repeated(self.task.only(difficulty), self.times)
+    def only(self, *difficulties: int) -> Repeated:
+        """The task limited to examples of some difficulties, as often."""
+        return Repeated(self.task.only(*difficulties), self.times)
 
     def describe(self, example: Mapping[str, Any]) -> str:
         """The task's words."""

@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hybrid_sleep.eval.tasks.base import IGNORED, LARGEST_SIZE, SPLITS, Majority, Task, check_levels
+from hybrid_sleep.eval.tasks.base import (
+    IGNORED,
+    LARGEST_SIZE,
+    SPLITS,
+    Majority,
+    Task,
+    check_asked,
+    check_levels,
+)
 from hybrid_sleep.eval.tasks.sampling import TEST_SHARE, THRESHOLD, U64, draw
 from hybrid_sleep.validation import check_count
 
@@ -173,14 +181,11 @@ class Rule110(Task):
     def _asked_steps(self) -> list[int]:
         return [self.rollouts[number] for number in self.asked]
 
-    def only(self, difficulty: int) -> Rule110:
-        """The same rings and separators, `difficulty` steps asked for in every example."""
-        if difficulty not in self.rollouts:
-            raise ValueError(
-                f"difficulty must be one of steps={list(self.rollouts)}, got {difficulty!r}"
-            )
+    def only(self, *difficulties: int) -> Rule110:
+        """The same rings and separators, `difficulties` steps asked for, equally often."""
+        asked = check_asked(difficulties, "steps", self.rollouts)
         task = copy.copy(self)
-        task.asked = np.array([self.rollouts.index(difficulty)])
+        task.asked = np.array([self.rollouts.index(steps) for steps in asked])
         return task
 
     def _majority(self, steps: int) -> tuple[float, int]:

@@ -68,3 +68,33 @@ def test_an_item_is_the_same_whatever_was_read_before(task):
     assert all(map(torch.equal, in_order, reversed(backwards)))
     with pytest.raises(IndexError, match="batch must be in 0..11, got 12"):
         items[12]
+
+
+@pytest.mark.parametrize(("world", "accumulate"), [(1, 1), (2, 3)])
+def test_groups_have_the_same_contexts_one_below_other(world, accumulate):
+    class Few(tasks.Ancestor):
+        block = 5
+
+    task = Few(nodes=16, hops=(1, 2, 4))
+    groups = [(1,), (2, 4), None]
+    size = 12 // (world * accumulate)
+    plain, grouped = (
+        [
+            TaskBatches(
+                task, length=accumulate, size=size, seed=1, rank=rank, world=world,
+                accumulate=accumulate, asked=asked,
+            )
+            for rank in range(world)
+        ]
+        for asked in (lambda step: (None,), lambda step: groups)
+    )  # fmt: skip
+    for part in range(accumulate):
+        for rank in range(world):
+            whole = plain[rank][part]["input_ids"]
+            batch = grouped[rank][part]
+            for asked, ids in zip(groups, batch["input_ids"].chunk(3), strict=True):
+                assert torch.equal(ids[:, : 2 * task.nodes], whole[:, : 2 * task.nodes])
+                hops = {k for row in ids.tolist() for k, _, _ in task.parse(row)["queries"]}
+                assert hops == set(asked or (1, 2, 4))
+            assert torch.equal(batch["input_ids"][-size:], whole)
+            assert batch["labels"].shape == batch["input_ids"].shape

@@ -16,6 +16,7 @@ from hybrid_sleep.training.depth import (
     LognormalPoisson,
     Stages,
     Uniform,
+    in_words,
     parse_depth,
 )
 
@@ -139,6 +140,12 @@ def lognormal(**changed):
         (lognormal(sigma=-1), "sigma must be a finite number of at least 0, got -1"),
         (lognormal(sigma="x"), "sigma must be a finite number of at least 0, got 'x'"),
         (lognormal(max=2.0), "max must be an integer of at least 1"),
+        ({"at_once": [1, 2]}, r"at_once must be {depth: difficulty or a list .*, got \[1, 2\]"),
+        ({"at_once": {}}, "sleep_passes.at_once must have a depth: difficulties, got none"),
+        ({"at_once": {0: 1}}, "at_once depth must be an integer of at least 1, got 0"),
+        ({"at_once": {1: []}}, r"difficulties of depth 1 must be one or several .*, got \[\]"),
+        ({"at_once": {2: [3, 3]}}, r"depth 2 must be .* different ones, got \[3, 3\]"),
+        ({"at_once": {2: "x"}}, "difficulty of depth 2 must be an integer of at least 0, got 'x'"),
         ({"by_difficulty": 3}, "by_difficulty must be {difficulty: depth, ...}, got 3"),
         ({"by_difficulty": {}}, "by_difficulty must have a difficulty: depth at least, got none"),
         ({"by_difficulty": {-1: 2}}, "by_difficulty difficulty must be an integer of at least 0"),
@@ -237,10 +244,26 @@ def test_depth_and_difficulty_of_a_step_belong_together():
     policy = parse_depth({"stages": {0: {"by_difficulty": pairs}, 3000: 4}})
     counts = Counter()
     for step in range(3000):
-        difficulty = policy.difficulty(0, step)
+        (asked,) = policy.asked(0, step)
+        (difficulty,) = asked
         assert policy.draw(0, step) == pairs[difficulty]
         counts[difficulty] += 1
     assert all(abs(count - 1000) < 5 * (3000 * 2 / 9) ** 0.5 for count in counts.values())
-    assert policy.difficulties() == (1, 2, 7)
-    assert policy.difficulty(0, 3000) is None
+    assert policy.difficulties() == (((1,),), ((2,),), ((7,),))
+    assert policy.asked(0, 3000) == (None,)
     assert policy.draw(0, 3000) == 4
+
+
+def test_depths_at_once_are_groups_of_one_step():
+    stages = {0: {"at_once": {1: 8}}, 10: {"at_once": {4: [3, 1], 1: 1}}, 20: 2}
+    policy = parse_depth({"stages": stages})
+    assert [policy.draw(0, step) for step in (0, 9, 10, 19, 20)] == [1, 1, (1, 4), (1, 4), 2]
+    assert [policy.asked(0, step) for step in (0, 10, 20)] == [((8,),), ((1,), (1, 3)), (None,)]
+    assert policy.difficulties() == (((8,),), ((1,), (1, 3)))
+    assert policy.depths() == (1, 2, 4)
+    once = parse_depth(stages[10])
+    assert once.probabilities() == {1: 0.5, 4: 0.5}
+    assert (once.mean, once.deepest) == (2.5, 4)
+    assert once.to_config() == {"at_once": {1: 1, 4: [1, 3]}}
+    assert parse_depth(once.to_config()) == once
+    assert [in_words(policy.draw(0, step)) for step in (0, 10)] == ["1", "1, 4 at once"]

@@ -95,6 +95,17 @@ def test_sums_are_those_of_single_tokens(monkeypatch, names, chunk):
         assert found["loss_by_depth"][2] is None
 
 
+def test_groups_of_rows_count_at_their_own_depths():
+    logits, labels, given = batch(3)
+    together, apart = LossByPosition(DEPTHS, 4), LossByPosition(DEPTHS, 4)
+    mask = given["attention_mask"]
+    together.add(logits, labels, 8, depth=(4, 1), attention_mask=mask)
+    for depth, rows in ((4, slice(2)), (1, slice(2, 4))):
+        apart.add(logits[rows], labels[rows], 8, depth=depth, attention_mask=mask[rows])
+    torch.testing.assert_close(together.tensor(), apart.tensor())
+    assert together.tensor()[1].sum(1).count_nonzero() == 2
+
+
 def test_a_padded_row_counts_as_it_does_alone():
     logits, labels, _ = batch(5)
     alone, padded = LossByPosition([2], bins=4), LossByPosition([2], bins=4)
@@ -140,7 +151,9 @@ def test_nothing_supervised_counts_nothing_and_gradients_are_left_alone():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"depth": 3}, "depth must be one of 1, 2, 4, got 3"),
+        ({"depth": 3}, "depth must be one of 1, 2, 4, or .*, got 3"),
+        ({"depth": (1, 3)}, r"depth must be one of 1, 2, 4, or one .*, got \(1, 3\)"),
+        ({"depth": (1, 2, 4)}, r"one for each group of 4 rows, got \(1, 2, 4\)"),
         ({"window": 0}, "window must be an integer of at least 1, got 0"),
         (
             {"labels": torch.zeros(B, T - 1)},

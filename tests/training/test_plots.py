@@ -73,6 +73,16 @@ def test_every_depth_is_told_apart(tmp_path):
         assert len({handle.get_color() for handle in handles}) == deepest
 
 
+def test_steps_at_several_depths_have_a_line_of_their_own(tmp_path):
+    records = [{"step": n, "depth": [1, 4] if n > 10 else 2, "loss": n} for n in range(1, 21)]
+    figure = plot_run(write(tmp_path / "metrics.jsonl", records))
+    two, at_once = lines(figure.axes[0])[::2]
+    assert two == [(n, n) for n in range(1, 11)]
+    assert at_once == [(n, n) for n in range(11, 21)]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["2", "1, 4 at once"]
+
+
 def test_smoothing_is_a_mean_of_the_steps_around():
     points = [(1, 4.0), (2, 8.0), (10, 1.0), (13, 3.0), (14, 8.0)]
     assert smoothed(points, 6) == [6.0, 6.0, 2.0, 4.0, 5.5]

@@ -20,6 +20,8 @@ from hybrid_sleep.training.folder import checkpoints
 from hybrid_sleep.training.run import build_trainer, train
 from hybrid_sleep.training.trainer import SleepTrainer
 
+FROM_TASK = ("vocab_size", "window")  # fields of a model that its task sets
+
 
 def test_a_step_trains_at_the_depth_of_its_seed_and_number(tmp_path, tiny):
     run = tiny.run(tmp_path, seed=3)
@@ -50,9 +52,51 @@ def test_depth_tied_to_difficulty_trains_each_step_on_one_difficulty(tmp_path, t
     for depth, ids in seen:
         assert {task.parse(row)["steps"] for row in ids.tolist()} == {0 if depth == 1 else 2}
     assert {depth for depth, _ in seen} == {1, 3}
-    message = r"by_difficulty: difficulty must .*steps=\[0, 1, 2\], got 3"
+    message = r"sleep_passes: difficulty must .*steps=\[0, 1, 2\], got 3"
     with pytest.raises(ValueError, match=message):
         run_config({**content, "sleep_passes": {"by_difficulty": {3: 1}}})
+
+
+def test_depths_at_once_are_the_mean_of_their_steps(tmp_path, tiny):
+    """The gradient of a step is that of each depth alone, on the same contexts, averaged."""
+    params = {"wires": 3, "levels": 4}
+    content = tiny.run(tmp_path, task={"width": 4}, steps=1, warmup=0).to_dict()
+    content |= {"task": {"name": "circuit", "params": params}}
+    content["model"] = {k: v for k, v in content["model"].items() if k not in FROM_TASK}
+    content = {**content, "sleep_passes": {"at_once": {1: [1, 2], 4: [1, 4]}}}
+    trainer = build_trainer(run_config(content))
+    task, model = trainer.train_dataset.task, trainer.model
+
+    def forward(*args, given=model.forward, **kwargs):
+        assert kwargs["sleep_passes"] == (1, 4)
+        one, other = kwargs["input_ids"].chunk(2)
+        assert torch.equal(one[:, : task.context], other[:, : task.context])
+        for ids, levels in ((one, {1, 2}), (other, {1, 4})):
+            for row in ids.tolist():
+                assert {level for level, _, _ in task.only(*levels).parse(row)["queries"]} == levels
+        return given(*args, **kwargs)
+
+    model.forward = forward
+    batch = trainer.train_dataset[0]
+    model.train()
+    trainer.compute_loss(model, dict(batch)).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    del model.forward
+    for depth, part in zip((1, 4), (slice(8), slice(8, 16)), strict=True):
+        rows = {name: tensor[part] for name, tensor in batch.items()}
+        (model(**rows, sleep_passes=depth, use_cache=False).loss / 2).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)
+    by_depth = trainer.losses.summary()["loss_by_depth"]
+    with torch.no_grad():
+        for depth, part in zip((1, 4), (slice(8), slice(8, 16)), strict=True):
+            rows = {name: tensor[part] for name, tensor in batch.items()}
+            loss = model(**rows, sleep_passes=depth, use_cache=False).loss
+            assert by_depth[depth] == pytest.approx(float(loss), rel=1e-4)
+    message = "at_once must ask every depth for examples of one length, got .*"
+    with pytest.raises(ValueError, match=message):
+        run_config({**content, "sleep_passes": {"at_once": {1: 1, 4: [1, 4]}}})
 
 
 def test_micro_batches_of_a_step_are_one_batch(tmp_path, tiny, monkeypatch):

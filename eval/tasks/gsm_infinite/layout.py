@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from hybrid_sleep.eval.tasks.base import IGNORED, Task
+from hybrid_sleep.eval.tasks.base import IGNORED, Task, check_asked
 from hybrid_sleep.eval.tasks.gsm_infinite.language import Vocabulary, slack
 
 if TYPE_CHECKING:
@@ -72,14 +72,11 @@ class WordTask(Task):
         """The text of token ids, fill and end left out."""
         return self.vocabulary.decode(ids)
 
-    def only(self, difficulty: int) -> WordTask:
-        """The same task with problems of `difficulty` operations only."""
-        if difficulty not in self.recipe.ops:
-            raise ValueError(
-                f"difficulty must be one of ops={list(self.recipe.ops)}, got {difficulty!r}"
-            )
+    def only(self, *difficulties: int) -> WordTask:
+        """The same task with problems of `difficulties` operations only, each equally often."""
+        ops = check_asked(difficulties, "ops", self.recipe.ops)
         task = copy.copy(self)
-        task.recipe = replace(self.recipe, ops=(difficulty,))
+        task.recipe = replace(self.recipe, ops=tuple(ops))
         return task
 
     def parse(self, input_ids: Sequence[int]) -> dict[str, Any]:

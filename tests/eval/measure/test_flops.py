@@ -49,7 +49,7 @@ every_config = pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.
 
 
 class Counter:
-    """FLOPs of one row, counted where they happen: every nn.Linear, every pair that the mask shows
+    """FLOPs of all rows, counted where they happen: every nn.Linear, every pair that the mask shows
     an attention layer, every token that a state-space layer reads or only writes."""
 
     def __init__(self, model):
@@ -79,14 +79,15 @@ class Counter:
         old = state.slots[0].shape[2] if state is not None and state.slots else 0
         new = h.shape[1]
         if context.attention.mask is not None:
-            pairs = int(context.attention.mask.sum())
+            mask = context.attention.mask
+            pairs = int(mask.expand(len(h), *mask.shape[1:]).sum()) // len(h)
         elif context.attention.causal:
             pairs = sum(1 for i in range(new) for j in range(new) if j <= i)
         else:
             pairs = new * (old + new)
         heads = module.config.num_attention_heads
         for _ in ("q k", "weights v"):
-            self.flops += 2 * pairs * heads * module.head_dim
+            self.flops += 2 * len(h) * pairs * heads * module.head_dim
 
     def recurrence(self, module, inputs):
         h, _, _, write_only = inputs
@@ -94,7 +95,8 @@ class Counter:
         for _ in range(h.shape[1]):
             for happens in (reads_with_k, True, not write_only):
                 if happens:
-                    self.flops += 2 * module.value_heads * module.key_dim * module.value_dim
+                    size = module.value_heads * module.key_dim * module.value_dim
+                    self.flops += 2 * len(h) * size
 
 
 @every_config
@@ -137,6 +139,22 @@ def test_a_past_that_was_slept_over_as_it_happens(changes, passes):
             model(ids, cache=cache, sleep_passes=passes, logits_to_keep=1)
             model.sleep(cache, passes)
         assert counter.flops == flops.past_flops(model.config, 5 * windows, passes)
+
+
+@every_config
+@pytest.mark.parametrize("depths", [(4, 1), slow((2, 3)), slow((1, 2, 4))])
+def test_groups_that_share_their_first_window_as_it_happens(changes, depths):
+    model = small_model(**changes).train()
+    ids = torch.cat([small_ids(1, 5)] * len(depths))
+    ids = torch.cat([ids, small_ids(len(depths), 8, seed=1)], dim=1)
+    labels = torch.where(torch.arange(13) >= 10, ids, -100)
+    with Counter(model) as counter:
+        model(ids, labels=labels, sleep_passes=depths)
+    apart = sum(flops.sequence_flops(model.config, 13, passes, 2) for passes in depths)
+    assert counter.flops == apart - flops.shared_flops(model.config, depths)
+    with Counter(model) as counter:
+        model(ids.flip(1), labels=labels, sleep_passes=depths)
+    assert counter.flops == apart
 
 
 def test_only_the_first_windows_sleep_where_labels_keep_others_awake():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hybrid_sleep import HybridSleepForCausalLM
+from hybrid_sleep.eval.measure import flops
 from hybrid_sleep.eval.measure.run_cost import cost_of, one_stage
 from hybrid_sleep.eval.studies.ablations import ABLATIONS, ablations_of, applicable
 from hybrid_sleep.eval.studies.baselines import ASLEEP, BASELINES, baselines_of
@@ -24,6 +25,7 @@ MODEL = {
     "linear_value_head_dim": 8,
 }
 
+FROM_TASK = ("vocab_size", "window")  # fields of a model that its task sets
 RINGS = {"width": 8, "states": 3, "steps": [1, 2]}
 
 
@@ -130,6 +132,28 @@ def test_cost_counts_the_depths_that_a_seed_draws(tmp_path):
     assert cost["tokens"] == 600 * 8 * (3 * 8 + 1 + 3)
     model = HybridSleepForCausalLM(run.model_config())
     assert cost["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_cost_of_depths_at_once_counts_what_they_share_once(tmp_path):
+    content = run_of(tmp_path, steps=3).to_dict()
+    content |= {"task": {"name": "circuit", "params": {"wires": 3, "levels": 4}}}
+    content["model"] = {k: v for k, v in content["model"].items() if k not in FROM_TASK}
+
+    def of(passes, asked=None, **changes):
+        task = {"name": "circuit", "params": {"wires": 3, "levels": 4, "asked": asked}}
+        changed = {**content, "task": task, "sleep_passes": passes}
+        return cost_of(run_config({**changed, "train": {**content["train"], **changes}}))
+
+    at_once = {"at_once": {1: 1, 4: 4}}
+    one, four, both = of(1, [1]), of(4, [4]), of(at_once)
+    for name in ("examples", "tokens"):
+        assert both[name] == one[name] + four[name]
+    config = run_config({**content, "sleep_passes": 4}).model_config()
+    first_window = 3 * flops.pass_flops(config, config.window)
+    apart = one["training_flops"] + four["training_flops"]
+    assert apart - both["training_flops"] == 3 * content["train"]["batch_size"] * first_window
+    assert of(at_once, activation_checkpointing="window")["training_flops"] == apart
+    assert of(at_once, backprop_passes=1)["training_flops"] == apart
 
 
 def test_cost_of_stages_is_that_of_each(tmp_path):
