@@ -68,6 +68,11 @@ class HybridSleepConfig(PreTrainedConfig):
             layer i % distinct_layers, and a state of its own. A divisor of `num_hidden_layers`,
             after which `layer_types` and widths repeat. None: all. Half as many make a model that
             loops twice over its layers for every token, in decoding as in a sleep.
+        token_fields: None, and every token has an embedding of its own; or a list of at least two
+            integers of at least 1 with the product vocab_size (compound tokens, cf. Hsiao et al.,
+            arXiv 2101.02402). An id is then a number of that mixed radix, the last digit running
+            fastest, `(d1 * f2 + d2) * f3 + d3` of [f1, f2, f3], and its embedding the sum of one
+            vector for each digit. Whole ids are predicted, so embeddings cannot be tied.
 
     Sleep (Lee et al., arXiv 2605.26099, Algorithm 1):
         window: L, tokens that attention sees at a time, at least 1.
@@ -87,8 +92,9 @@ class HybridSleepConfig(PreTrainedConfig):
         rms_norm_eps: above 0. attention_dropout: in [0, 1).
         initializer_range: standard deviation of new weights, of at least 0; what layers pass on
             shrinks where it is far below `hidden_size ** -0.5`, as the default is for a small one.
-        embedding_initializer_range: that of token embeddings; None: the same. At 1 they outweigh
-            what the layers add at first; logits too, where the two are tied.
+        embedding_initializer_range: that of token embeddings, or of each digit's vector; None: the
+            same. At 1 they outweigh what the layers add at first; logits too, where the two are
+            tied.
         rope_parameters: `rope_type` (`default`, `linear`, `proportional`, `llama3`, `yarn`), its
             `rope_theta` and the keys that this type needs. None: `default` with 10000.
         pad_token_id, bos_token_id, eos_token_id: None or in the vocabulary; of eos also several.
@@ -100,6 +106,7 @@ class HybridSleepConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["cache"]
 
     vocab_size: int = 32000
+    token_fields: list[int] | None = None
     hidden_size: int = 512
     intermediate_size: int | list[int] = 1408
     num_hidden_layers: int = 8
@@ -155,10 +162,13 @@ class HybridSleepConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if isinstance(self.loop, list):
             self.loop = tuple(self.loop)
+        if isinstance(self.token_fields, tuple):
+            self.token_fields = list(self.token_fields)
         self._take_rope(kwargs)
         self._check_backbone()
         self._check_numbers()
         self._check_tokens()
+        self._check_token_fields()
         self._check_sleep()
         super().__post_init__(**kwargs)
 
@@ -250,6 +260,27 @@ class HybridSleepConfig(PreTrainedConfig):
                 if not (number and 0 <= token <= last) and not (token is None and not several):
                     lists = ", or a list of such" if name == "eos_token_id" else ""
                     raise ValueError(f"{name} must be None or in 0..{last}{lists}, got {value!r}")
+
+    def _check_token_fields(self) -> None:
+        fields = self.token_fields
+        if fields is None:
+            return
+        if not isinstance(fields, list) or len(fields) < 2:
+            raise ValueError(
+                f"token_fields must be None or a list of at least two integers, got {fields!r}"
+            )
+        for i, size in enumerate(fields):
+            check_count(f"token_fields[{i}]", size)
+        if math.prod(fields) != self.vocab_size:
+            raise ValueError(
+                f"token_fields must have the product vocab_size={self.vocab_size}, got {fields}, "
+                f"whose product is {math.prod(fields)}"
+            )
+        if self.tie_word_embeddings:
+            raise ValueError(
+                f"token_fields must be None where tie_word_embeddings is True, got {fields}: there "
+                "is no embedding of a whole token to predict with"
+            )
 
     def _check_mlps(self) -> None:
         widths = self.intermediate_size

@@ -13,6 +13,7 @@ from transformers.utils.generic import can_return_tuple
 from hybrid_sleep.configuration import HybridSleepConfig
 from hybrid_sleep.layers.block import Block
 from hybrid_sleep.layers.context import Context
+from hybrid_sleep.layers.embedding import CompoundEmbedding
 from hybrid_sleep.layers.rotary import Rotary
 from hybrid_sleep.layers.stack import NOT_COMPILED, Stack
 from hybrid_sleep.pretrained import HybridSleepPreTrainedModel
@@ -60,7 +61,11 @@ class HybridSleepModel(Stack, HybridSleepPreTrainedModel):
 
     def __init__(self, config: HybridSleepConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens: nn.Module = (
+            nn.Embedding(config.vocab_size, config.hidden_size)
+            if config.token_fields is None
+            else CompoundEmbedding(config.token_fields, config.hidden_size)
+        )
         distinct = config.distinct_layers or config.num_hidden_layers
         self.layers = nn.ModuleList(Block(config, i) for i in range(distinct))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from hybrid_sleep.configuration import HybridSleepConfig
+from hybrid_sleep.layers.embedding import CompoundEmbedding
 from hybrid_sleep.layers.state_space import StateSpaceMixer
 from hybrid_sleep.registration import register_with_peft
 from hybrid_sleep.sleep.checkpointing import Checkpointing
@@ -49,8 +50,31 @@ class HybridSleepPreTrainedModel(PreTrainedModel):
         if isinstance(module, StateSpaceMixer):
             module.init_own_weights()
         own, others = self.config.embedding_initializer_range, self.config.initializer_range
-        if isinstance(module, nn.Embedding) and own != others:
+        if isinstance(module, CompoundEmbedding) or (
+            isinstance(module, nn.Embedding) and own != others
+        ):
             init.normal_(module.weight, std=own)
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> Any:
+        """As transformers'. With `token_fields` ValueError for another size: ids would change
+        their digits, and so what they mean."""
+        fields, size = self.config.token_fields, self.config.vocab_size
+        if fields is None:
+            return super().resize_token_embeddings(
+                new_num_tokens, pad_to_multiple_of, mean_resizing
+            )
+        if pad_to_multiple_of is not None or new_num_tokens not in (None, size):
+            raise ValueError(
+                f"new_num_tokens must be None or {size}, and pad_to_multiple_of None, where ids "
+                f"have digits of token_fields={fields}, which another size would change, got "
+                f"{new_num_tokens!r} and {pad_to_multiple_of!r}"
+            )
+        return self.get_input_embeddings()
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:

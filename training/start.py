@@ -35,12 +35,12 @@ def initial_model(init: InitConfig, given: dict[str, Any]) -> dict[str, Any]:
     config = read_config(init.checkpoint, _named(init))
     # As it would come back from a file, where a tuple is a list.
     model = json.loads(json.dumps({key: getattr(config, key) for key in sorted(inherited())}))
-    tied = model["tie_word_embeddings"]
-    if given.get("tie_word_embeddings", tied) != tied:
-        raise ValueError(
-            f"model.tie_word_embeddings must be {tied}, as in init.checkpoint, got "
-            f"{given['tie_word_embeddings']!r}"
-        )
+    # Weights of other token_fields may have the same shape, and would mean other tokens.
+    for key in ("tie_word_embeddings", "token_fields"):
+        if given.get(key, model[key]) != model[key]:
+            raise ValueError(
+                f"model.{key} must be {model[key]}, as in init.checkpoint, got {given[key]!r}"
+            )
     if not init.new_layers:
         return model
     old = model["layer_types"]

@@ -187,7 +187,8 @@ def training_flops(
 
 def parameters(config: HybridSleepConfig) -> int:
     """Parameters of a HybridSleepForCausalLM; layers that share weights count once."""
-    hidden, count = config.hidden_size, config.hidden_size * (1 + config.vocab_size)
+    hidden, fields = config.hidden_size, config.token_fields
+    count = hidden * (1 + (config.vocab_size if fields is None else sum(fields)))
     if not config.tie_word_embeddings:
         count += hidden * config.vocab_size
     distinct = getattr(config, "distinct_layers", None) or config.num_hidden_layers

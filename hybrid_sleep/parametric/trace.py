@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hybrid_sleep.layers.embedding import CompoundEmbedding
 from hybrid_sleep.parametric.contexts import POSITIONS, Context, context
 from hybrid_sleep.parametric.facts import SLOT, Fact, Relation
 from hybrid_sleep.parametric.measure import encode, right_padded
@@ -203,7 +204,9 @@ class Runs:
     def draw(self, size: float, seeds: Sequence[tuple[int, ...]]) -> None:
         """Corrupt the runs from now on: noise of `size` standard deviations, one seed a row."""
         embed = self.model.get_input_embeddings()
-        spread = float(embed.weight.float().std())
+        # A token of several digits is wider than the vectors that it is the sum of.
+        vectors = embed.table() if isinstance(embed, CompoundEmbedding) else embed.weight
+        spread = float(vectors.float().std())
         noise = torch.zeros(*self.ids.shape, embed.weight.shape[1])
         for row, (probe, seed) in enumerate(zip(self.probes, seeds, strict=True)):
             generator = torch.Generator().manual_seed(derive_seed("trace", *seed))

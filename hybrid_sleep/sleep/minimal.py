@@ -253,8 +253,21 @@ class MinimalModel:
         return torch.stack([p[0] for p in parts] + [p[1] for p in parts])
 
     def embed(self, token: Any) -> Tensor:
-        """`[D]` of an id, or of an embedding as it is."""
-        return token if isinstance(token, Tensor) else self.w("model.embed_tokens.weight")[token]
+        """`[D]` of an id, or of an embedding as it is.
+
+        With `token_fields` an id is a number of mixed radix, and has a vector for each digit.
+        """
+        if isinstance(token, Tensor):
+            return token
+        rows = self.w("model.embed_tokens.weight")
+        if self.config.token_fields is None:
+            return rows[token]
+        digits: list[int] = []
+        for size in reversed(self.config.token_fields):
+            token, digit = divmod(token, size)
+            digits.insert(0, digit)
+        parts = rows.split(self.config.token_fields)
+        return torch.stack([part[d] for part, d in zip(parts, digits, strict=True)]).sum(0)
 
     def head(self, h: Tensor) -> Tensor:
         """Logits over the vocabulary."""

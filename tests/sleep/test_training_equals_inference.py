@@ -119,7 +119,15 @@ def configs(draw) -> HybridSleepConfig:
         intermediate_size=draw(
             st.sampled_from([0, 10, [0, 7, 0, 10][: len(kinds)], [5, 0, 9, 0][: len(kinds)]])
         ),
-        tie_word_embeddings=draw(st.booleans()),
+        **draw(
+            st.sampled_from(
+                [
+                    {},
+                    {"tie_word_embeddings": True},
+                    {"vocab_size": VOCAB + 1, "token_fields": [2, 3, 2]},
+                ]
+            )
+        ),
         rope_parameters={"rope_type": "default", "rope_theta": draw(st.sampled_from([10.0, 1e4]))},
         attn_implementation=draw(st.sampled_from(["eager", "sdpa"])),
     )

@@ -122,6 +122,15 @@ def test_a_checkpoint_in_parts_or_with_a_tied_head_is_read_whole(tmp_path, tiny)
         started(tiny, tmp_path / "parts", model={"tie_word_embeddings": False})
 
 
+def test_digits_of_compound_tokens_stay_what_they_were(tmp_path, tiny):
+    before = checkpoint(tmp_path / "base", vocab_size=12, token_fields=[3, 4])
+    after = build_model(started(tiny, tmp_path / "base"))
+    assert after.config.token_fields == [3, 4]
+    tiny.assert_same(after.state_dict(), before.state_dict())
+    with pytest.raises(ValueError, match=r"model.token_fields must be \[3, 4\], .*, got \[4, 3\]"):
+        started(tiny, tmp_path / "base", model={"token_fields": [4, 3]})
+
+
 @pytest.mark.parametrize(
     ("new_layers", "model", "message"),
     [

@@ -43,6 +43,7 @@ CONFIGS = {
         "sleep_attention": "bidirectional",
         "state_space": "mamba2",
     },
+    "compound tokens": {"vocab_size": 12, "token_fields": [3, 2, 2]},
     "shared layers": {"layer_types": [A, S] * 3, "distinct_layers": 2},
 }
 every_config = pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
