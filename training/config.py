@@ -156,9 +156,9 @@ class RunConfig:
     """A model, what it learns and how, how deep it sleeps meanwhile, and where results go.
 
     It learns either a `task` or `text`. `model` holds the arguments of `HybridSleepConfig`;
-    `vocab_size` and `window` default to the task's, `vocab_size` and special tokens to those of
-    text's tokenizer, everything to that of `init.checkpoint` if there is one. `sleep_passes` is a
-    depth policy (or what `parse_depth` reads).
+    `vocab_size`, `window` and `token_fields` default to the task's, `vocab_size` and special tokens
+    to those of text's tokenizer, everything to that of `init.checkpoint` if there is one.
+    `sleep_passes` is a depth policy (or what `parse_depth` reads).
 
     `stages` makes it several runs, one after the other. A stage is a mapping of dotted keys to what
     it changes in this run. It starts from the model that the stage before it left, and writes into
@@ -255,7 +255,8 @@ class RunConfig:
     def _model_defaults(self) -> dict[str, Any]:
         if self.text is None:
             task = self.load_task()
-            return {"vocab_size": task.vocab_size, "window": task.window}
+            fields = {} if task.token_fields is None else {"token_fields": task.token_fields}
+            return {"vocab_size": task.vocab_size, "window": task.window, **fields}
         tokenizer = self.load_tokenizer()
         special = ("pad_token_id", "bos_token_id", "eos_token_id")
         tokens = {name: getattr(tokenizer, name) for name in special}

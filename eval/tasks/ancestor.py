@@ -1,9 +1,10 @@
-"""Trees of parent pointers: which node is the k-th ancestor of another, asked when they have gone?
+"""Pointer chasing: which node is k pointers above another, asked when the pointers have gone?
 
 A pass can follow a pointer, or double what it has followed: attention that reads where its own
 pointer points makes two hops of one, so that the reach of N passes may grow as 2^N (Sanford, Hsu,
-Telgarsky, arXiv 2402.09268: k hops need depth of order log k). In topological order a single delta
-rule copies from parent to child in one scan; in random order a second look is needed as well.
+Telgarsky, arXiv 2402.09268: k hops need depth of order log k). In the topological order of a tree a
+single delta rule copies from parent to child in one scan; in random order a second look is needed
+as well.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from hybrid_sleep.eval.tasks.base import IGNORED, Majority, RowTask, check_asked, check_levels
 from hybrid_sleep.eval.tasks.sampling import U64, distinct, draw, mix
-from hybrid_sleep.validation import check_choice, check_count
+from hybrid_sleep.validation import check_choice, check_count, check_flag
 
 ORDERS = ("topological", "random")
 FEWEST_NODES = 8  # 8! labels and more, so that neither split is small
@@ -28,9 +29,10 @@ class Ancestor(RowTask):
     """A tree of `nodes` labelled nodes; which node is k of `hops` pointers above another?
 
     Node i, in an order that labels do not tell, points to one of the `back` nodes before it,
-    equally often; the first, the root, to itself. A pointer is two tokens, a node and where it
-    points; where `order` is `topological`, parents are written before their children, `random`
-    mixes the pointers anew for each tree.
+    equally often; the first, the root, to itself. With `back` None the pointers make one cycle: all
+    nodes have ancestors without end. A pointer is two tokens, a node and where it points; where
+    `order` is `topological`, parents are written before their children, `random` mixes the pointers
+    anew for each tree.
 
     The tree fills `windows` windows. Then, in a window of their own, `queries` questions: a token
     for k, one of `hops`, equally often, and a node that has k ancestors. The k-th of them is the
@@ -39,12 +41,17 @@ class Ancestor(RowTask):
 
     The difficulty of a question is k. Tokens: nodes; `hops`, ascending; stop.
 
+    With `compound` a pointer is one token, and so is a question: of two digits (`token_fields`, see
+    `CompoundEmbedding`). The second is a node; the first is the node that points to it; k, where
+    it is asked about; or, behind these, a sign that it is the answer. Last the sign of the stop.
+
     Train and test trees are disjoint for any seeds: a 64-bit hash of where each label points,
     in whatever order that stands, decides (one in 16 is test). Examples come from raw Philox words.
 
     Raises ValueError unless 8 <= nodes <= 1024, `hops` are different integers of at least 1, every
     tree has a node with as many ancestors, which is `back * max(hops) < nodes`, `order` is one of
-    the two, `windows` divide the `2 * nodes` tokens of a tree, and the questions fit into one.
+    the two, and `random` for a cycle, which has no first node, `windows` divide the tokens of a
+    tree, and the questions fit into one.
     """
 
     name = "ancestor"
@@ -56,32 +63,42 @@ class Ancestor(RowTask):
         nodes: int = 32,
         hops: int | Sequence[int] = (1, 2, 4, 8),
         order: str = "topological",
-        back: int = 3,
+        back: int | None = 3,
         windows: int = 1,
         queries: int = 10,
+        compound: bool = False,
     ):
         self.nodes = check_count("nodes", nodes, FEWEST_NODES, MOST_NODES)
-        self.back = check_count("back", back)
+        self.back = None if back is None else check_count("back", back)
         self.hops = check_levels("hops", hops, 1)
-        if back * self.hops[-1] >= nodes:
+        if back is not None and back * self.hops[-1] >= nodes:
             raise ValueError(
                 f"hops must be at most {(nodes - 1) // back}, so that every tree of {nodes} nodes "
                 f"with back={back} has a node with as many ancestors, got {hops!r}"
             )
         check_choice("order", order, ORDERS)
+        if back is None and order != "random":
+            raise ValueError(f"order must be 'random' for a cycle (back=None), got {order!r}")
         check_count("windows", windows)
         self.order = order
         self.queries = check_count("queries", queries)
-        self.window = 2 * nodes // windows
-        if 2 * nodes % windows or self.window < 2 * queries + 1:
+        self.compound = check_flag("compound", compound)
+        self.each = each = 1 if compound else 2  # tokens of a pointer, and of a question
+        self.context = each * nodes
+        self.window = self.context // windows
+        if self.context % windows or self.window < each * queries + 1:
             raise ValueError(
-                f"windows must divide the {2 * nodes} tokens of a tree and leave at least "
-                f"{2 * queries + 1}, those of {queries} questions, to a window, got {windows}"
+                f"windows must divide the {self.context} tokens of a tree and leave at least "
+                f"{each * queries + 1}, those of {queries} questions, to a window, got {windows}"
             )
         self.drawn = np.arange(len(self.hops))
-        self.stop = nodes + len(self.hops)
-        self.vocab_size = self.stop + 1
-        self.length = 2 * nodes + 2 * queries + 1
+        signs = nodes + len(self.hops)
+        self.answer = signs * nodes if compound else 0
+        self.stop = self.answer + nodes if compound else signs
+        if compound:
+            self.token_fields = [signs + 2, nodes]
+        self.vocab_size = (signs + 2) * nodes if compound else signs + 1
+        self.length = self.context + each * queries + 1
         self.params = {
             "nodes": nodes,
             "hops": list(self.hops),
@@ -89,6 +106,7 @@ class Ancestor(RowTask):
             "back": back,
             "windows": windows,
             "queries": queries,
+            "compound": compound,
         }
 
     def parse(self, input_ids: Sequence[int]) -> dict[str, list]:
@@ -97,10 +115,13 @@ class Ancestor(RowTask):
         Ancestors are worked out.
         """
         tokens = [int(token) for token in input_ids]
-        tree, asked = tokens[: 2 * self.nodes], tokens[2 * self.nodes : -1]
-        pointers = list(zip(tree[::2], tree[1::2], strict=True))
+        words = tokens[:-1]
+        if self.compound:
+            words = [digit for token in words for digit in divmod(token, self.nodes)]
+        tree, asked = words[: 2 * self.nodes], words[2 * self.nodes :]
+        pointers = list(zip(tree[::2], tree[1::2], strict=False))
         parents = dict(pointers)
-        which = [token - self.nodes for token in asked[::2]]
+        which = [word - self.nodes for word in asked[::2]]
         if (
             len(tokens) != self.length
             or tokens[-1] != self.stop
@@ -109,9 +130,10 @@ class Ancestor(RowTask):
             or not {*which} <= {*range(len(self.hops))}
             or not self._is_tree(pointers)
         ):
+            shape = "a cycle" if self.back is None else "a tree"
             raise ValueError(
-                f"input_ids must be {self.nodes} pointers that make a tree, in {self.order} order, "
-                f"{self.queries} questions (hops, node) and the stop token {self.stop}: "
+                f"input_ids must be {self.nodes} pointers that make {shape}, in {self.order} "
+                f"order, {self.queries} questions (hops, node) and the stop token {self.stop}: "
                 f"{self.length} tokens, got {tokens}"
             )
         queries = []
@@ -123,8 +145,16 @@ class Ancestor(RowTask):
         return {"pointers": pointers, "queries": queries}
 
     def _is_tree(self, pointers: list[tuple[int, int]]) -> bool:
-        """Whether all pointers lead to one root, and parents come first if they must."""
+        """Whether all pointers lead to one root, and parents come first if they must; of a cycle,
+        whether they lead through all nodes.
+        """
         parents, seen = dict(pointers), set()
+        if self.back is None:
+            node = pointers[0][0]
+            while node not in seen:
+                seen.add(node)
+                node = parents[node]
+            return len(seen) == self.nodes and node == pointers[0][0]
         for node, parent in pointers:
             if self.order == "topological" and node != parent and parent not in seen:
                 return False
@@ -140,11 +170,14 @@ class Ancestor(RowTask):
 
         Labels are drawn, so that one label is as good as another, but for what the questions before
         tell: a node that was asked about has ancestors itself, and is less often one. Of 2**14
-        drawn trees.
+        drawn trees. On a cycle nothing tells a node from another, but the one that is asked about:
+        k pointers above it stands another, or, k a multiple of all nodes, itself.
         """
+        if self.back is None:
+            return {k: 1 / (self.nodes - 1) if k % self.nodes else 1.0 for k in self._asked_hops}
         hops, ids, labels = self._drawn_trees()
-        asked = ids[:, 2 * self.nodes + 1 : -1 : 2]
-        answers = labels[:, 2 * self.nodes + 2 :: 2]
+        asked = self._asked_nodes(ids)
+        answers = self._answers(labels)
         shares = np.empty(answers.shape)
         for place in range(self.queries):
             known = np.zeros((len(ids), self.nodes), dtype=bool)
@@ -156,9 +189,9 @@ class Ancestor(RowTask):
     def majority(self) -> Majority:
         """What always guessing one label scores, over all trees; every label is as frequent."""
         _, _, labels = self._drawn_trees()
-        answers = labels[:, 2 * self.nodes + 2 :: 2]
+        answers = self._answers(labels)
         same = (answers == answers[:, :1]).all(axis=1).mean()
-        return Majority(float(same) / self.nodes, per_label=1 / self.nodes, guess=(0,))
+        return Majority(float(same) / self.nodes, per_label=1 / self.nodes, guess=(self.answer,))
 
     def chance(self) -> float:
         """1 / nodes."""
@@ -184,6 +217,16 @@ class Ancestor(RowTask):
     def _asked_hops(self) -> list[int]:
         return [self.hops[number] for number in self.drawn]
 
+    def _asked_nodes(self, ids: np.ndarray) -> np.ndarray:
+        """Nodes asked about [n, queries], of `input_ids`."""
+        if self.compound:
+            return ids[:, self.context : -1] % self.nodes
+        return ids[:, self.context + 1 : -1 : 2]
+
+    def _answers(self, labels: np.ndarray) -> np.ndarray:
+        """Nodes that answer [n, queries], of `labels`."""
+        return labels[:, self.context + self.each :: self.each] - self.answer
+
     def _drawn_trees(self) -> tuple[np.ndarray, ...]:
         parts = zip(*self._rows("test", 0, FLOOR_TREES), strict=True)
         return tuple(np.concatenate(part) for part in parts)
@@ -203,10 +246,14 @@ class Ancestor(RowTask):
         """Hashes [n], then parents [n, nodes] by place in the order of the tree, labels by place,
         words for the questions and for the order.
         """
-        choices = np.minimum(np.arange(self.nodes), self.back)
-        choices[0] = 1
-        back = 1 + (block[:, : self.nodes] % choices.astype(U64)).astype(np.int64)
-        parents = np.maximum(np.arange(self.nodes) - back, 0)
+        places = np.arange(self.nodes)
+        if self.back is None:
+            parents = np.tile(np.roll(places, 1), (len(block), 1))
+        else:
+            choices = np.minimum(places, self.back)
+            choices[0] = 1
+            back = 1 + (block[:, : self.nodes] % choices.astype(U64)).astype(np.int64)
+            parents = np.maximum(places - back, 0)
         labels = distinct(block[:, self.nodes : 2 * self.nodes], self.nodes)
         points = np.empty_like(labels)
         np.put_along_axis(points, labels, np.take_along_axis(labels, parents, axis=1), axis=1)
@@ -222,8 +269,8 @@ class Ancestor(RowTask):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What `_rows` yields."""
         rows = len(parents)
-        depth = np.zeros_like(parents)
-        for place in range(1, self.nodes):
+        depth = np.full_like(parents, 0 if self.back else self.hops[-1])
+        for place in range(1, self.nodes if self.back else 1):
             above = parents[:, place : place + 1]
             depth[:, place] = np.take_along_axis(depth, above, axis=1)[:, 0] + 1
         pointers = np.stack([labels, np.take_along_axis(labels, parents, axis=1)], axis=2)
@@ -242,9 +289,11 @@ class Ancestor(RowTask):
             up = np.take_along_axis(parents, above, axis=1)
             above = np.where(hop < hops, up, above)
         asked, answers = (np.take_along_axis(labels, x, axis=1) for x in (place, above))
-        questions = np.stack([self.nodes + which, asked], axis=2).reshape(rows, -1)
+        questions = np.stack([self.nodes + which, asked], axis=2)
+        words = np.concatenate([pointers, questions], axis=1)
+        tokens = words[:, :, 0] * self.nodes + words[:, :, 1] if self.compound else words
         stop = np.full((rows, 1), self.stop)
-        input_ids = np.concatenate([pointers.reshape(rows, -1), questions, stop], axis=1)
+        input_ids = np.concatenate([tokens.reshape(rows, -1), stop], axis=1)
         targets = np.full_like(input_ids, IGNORED)
-        targets[:, 2 * self.nodes + 2 :: 2] = answers
+        targets[:, self.context + self.each :: self.each] = self.answer + answers
         return hops, input_ids, targets

@@ -15,6 +15,9 @@ VARIANTS = [
     {"nodes": 12, "hops": [3, 1], "order": "random", "queries": 3},
     {"nodes": 9, "hops": 8, "back": 1, "windows": 2, "queries": 4},
     {"nodes": 40, "hops": [1, 5], "back": 7, "order": "random", "windows": 2},
+    {"nodes": 12, "hops": [1, 2], "queries": 5, "compound": True},
+    {"nodes": 10, "hops": [4, 17, 2], "order": "random", "back": None, "queries": 4},
+    {"nodes": 8, "hops": [2, 8], "order": "random", "back": None, "queries": 7, "compound": True},
 ]
 
 
@@ -38,6 +41,52 @@ def test_a_tree_worked_out_by_hand():
     )
 
 
+def test_a_cycle_of_compound_tokens_worked_out_by_hand():
+    """3 to 1 to 0 to 7 to 5 to 2 to 6 to 4 to 3; first digits 8, 9 ask, 10 answers, 11 stops."""
+    task = tasks.load(
+        "ancestor", nodes=8, hops=[1, 4], order="random", back=None, queries=2, compound=True
+    )
+    assert task.token_fields == [12, 8]
+    assert (task.vocab_size, task.window, task.length) == (96, 8, 11)
+    pointers = [(2, 6), (0, 7), (3, 1), (6, 4), (5, 2), (1, 0), (7, 5), (4, 3)]
+    tokens = [*(8 * node + points for node, points in pointers), 8 * 9 + 1, 8 * 8 + 6, 88]
+    assert task.parse(tokens) == {"pointers": pointers, "queries": [(4, 1, 2), (1, 6, 4)]}
+    for place, token in ((0, 17), (1, 2), (3, 8 * 6 + 5), (8, 8 * 10), (9, 3), (10, 80)):
+        with pytest.raises(ValueError, match="input_ids must be 8 pointers that make a cycle"):
+            task.parse([*tokens[:place], token, *tokens[place + 1 :]])
+    two_cycles = [(2, 6), (6, 4), (4, 2), (0, 7), (7, 5), (5, 3), (3, 1), (1, 0)]
+    with pytest.raises(ValueError, match="a cycle"):
+        task.parse([*(8 * node + points for node, points in two_cycles), *tokens[8:]])
+
+
+@pytest.mark.parametrize("back", [None, 2])
+def test_compound_tokens_say_what_two_tokens_say(back):
+    params = {"nodes": 12, "hops": [1, 2], "order": "random", "back": back, "queries": 5}
+    two, one = tasks.load("ancestor", **params), tasks.load("ancestor", compound=True, **params)
+    pairs = zip(two.examples("train", 4, 20), one.examples("train", 4, 20), strict=True)
+    for spelled, compound in pairs:
+        assert two.parse(spelled["input_ids"]) == one.parse(compound["input_ids"])
+        assert spelled["meta"]["difficulty"] == compound["meta"]["difficulty"]
+    assert two.floor() == one.floor()
+    assert two.majority().exact == one.majority().exact
+    assert (two.majority().guess, one.majority().guess) == ((0,), (14 * 12,))
+
+
+def test_the_floor_of_a_cycle_and_its_every_node():
+    task = tasks.load("ancestor", nodes=8, hops=[1, 8, 3], order="random", back=None, queries=2)
+    assert task.floor() == {1: 1 / 7, 3: 1 / 7, 8: 1.0}
+    places = Counter()
+    for example in task.examples("train", 0, 4000):
+        for k, node, above in task.parse(example["input_ids"])["queries"]:
+            places[k, (above - node) % 8] += 1
+    assert places[8, 0] == sum(n for (k, _), n in places.items() if k == 8)
+    for k in (1, 3):
+        counts = [places[k, apart] for apart in range(8)]
+        share = sum(counts) / 7
+        assert counts[0] == 0
+        assert all(abs(count - share) < 5 * np.sqrt(share) for count in counts[1:])
+
+
 @pytest.mark.parametrize("split", tasks.SPLITS)
 @pytest.mark.parametrize("params", VARIANTS, ids=by_params)
 def test_every_label_is_the_ancestor_that_is_asked_for(params, split):
@@ -48,18 +97,24 @@ def test_every_label_is_the_ancestor_that_is_asked_for(params, split):
         assert len(tokens) == len(labels) == task.length and max(tokens) < task.vocab_size
         read = task.parse(tokens)
         parents = dict(read["pointers"])
-        (root,) = [node for node, parent in parents.items() if node == parent]
+        roots = [node for node, parent in parents.items() if node == parent]
+        assert len(roots) == (0 if params.get("back", 3) is None else 1)
         answers = []
         for k, node, above in read["queries"]:
             path = [node]
-            while path[-1] != root:
+            for _ in range(k):
+                assert path[-1] not in roots, "it has no such ancestor"
                 path.append(parents[path[-1]])
-            assert len(path) > k, "it has no such ancestor"
             assert above == path[k]
             answers.append(above)
         # The label of a question stands behind its node, where the next one begins.
-        assert labels[2 * task.nodes + 2 :: 2] == answers
-        others = [*labels[: 2 * task.nodes + 2], *labels[2 * task.nodes + 3 :: 2]]
+        if params.get("compound"):
+            first = (task.nodes + len(task.hops)) * task.nodes
+            assert labels[task.nodes + 1 :] == [first + node for node in answers]
+            others = labels[: task.nodes + 1]
+        else:
+            assert labels[2 * task.nodes + 2 :: 2] == answers
+            others = [*labels[: 2 * task.nodes + 2], *labels[2 * task.nodes + 3 :: 2]]
         assert set(others) == {-100}
         assert example["meta"]["difficulty"] == [k for k, _, _ in read["queries"]]
         hops.update(example["meta"]["difficulty"])
@@ -160,6 +215,12 @@ def test_limited_to_some_hops_trees_stay_the_same():
         ({"nodes": 7}, "nodes must be an integer of at least 8 and at most 1024, got 7"),
         ({"hops": 11}, "hops must be at most 10, so that every tree of 32 nodes with back=3"),
         ({"hops": [1, 1]}, "hops must be an integer or a list of one or more different ones"),
+        ({"back": None}, r"order must be 'random' for a cycle \(back=None\), got 'topological'"),
+        ({"compound": 1}, "compound must be True or False, got 1"),
+        (
+            {"queries": 32, "compound": True},
+            "windows must divide the 32 tokens of a tree and leave at least 33",
+        ),
         ({"order": "reverse"}, "order must be one of 'topological', 'random'"),
         ({"back": 0}, "back must be an integer of at least 1, got 0"),
         ({"windows": 3}, "windows must divide the 64 tokens of a tree and leave at least 21"),
