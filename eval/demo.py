@@ -31,9 +31,10 @@ from hybrid_sleep.validation import check_count
 if TYPE_CHECKING:
     from hybrid_sleep.training import RunConfig
 
-RECIPE = "rule110_cpu.yaml"
+RECIPE = "ancestor_cpu.yaml"
+BASELINE = "ancestor_cpu_n1"
 DEPTHS = range(1, 7)
-EXAMPLES = 2000
+EXAMPLES = 500
 NEW_WINDOWS = 3
 
 
@@ -41,14 +42,16 @@ NEW_WINDOWS = 3
 class Generation:
     """What the model wrote behind `prompt`, in tokens, sleeping at every full window.
 
-    depth: of its sleeps; window: tokens of one. answers: the labels behind the prompt. reports,
-    said: each sleep's record, as data and in words.
+    depth: of its sleeps; window: tokens of one. question: the one that ends the prompt, in words,
+    with what is right; answer: that as a token. reports, said: each sleep's record, as data and in
+    words.
     """
 
     depth: int
     window: int
+    question: str
     prompt: list[int]
-    answers: list[int]
+    answer: int
     generated: list[int]
     reports: list[dict[str, Any]]
     said: list[str]
@@ -139,7 +142,7 @@ def recipe(seed: int, output_dir: Path) -> RunConfig:
 
 def baseline(run: RunConfig) -> Baseline | None:
     """The committed result of the same model trained at N = 1 alone, None if not installed."""
-    file = files("hybrid_sleep.eval") / "results" / "baseline_n1" / "results.json"
+    file = files("hybrid_sleep.eval") / "results" / BASELINE / "results.json"
     if not file.is_file():
         return None
     with as_file(file) as path:
@@ -147,21 +150,24 @@ def baseline(run: RunConfig) -> Baseline | None:
 
 
 def generate(model: Any, task: Task, passes: int) -> Generation:
-    """Let `model` answer one test example and write on over several windows, sleeping by itself.
+    """Let `model` answer one test question and write on over several windows, sleeping by itself.
 
-    The prompt is everything before the first label. Only the labels were ever supervised, so only
-    the first tokens mean anything; what follows shows the sleeps.
+    The prompt is everything before the first label. Only labels were ever supervised, so only the
+    first token means anything; what follows shows the sleeps.
     """
     import torch
 
     from hybrid_sleep import SleepCache
 
-    # An example whose labels differ: one that a constant guess gets wrong.
+    # The first example that begins with one of the hardest questions.
+    hardest = max(task.floor())
     example = next(
-        ex for ex in task.examples(SPLIT, 0) if len(set(ex["labels"]) - {IGNORED}) > 1
+        example
+        for example in task.examples(SPLIT, 0)
+        if example["meta"]["difficulty"][0] == hardest
     )
     first = next(i for i, label in enumerate(example["labels"]) if label != IGNORED)
-    prompt, answers = example["input_ids"][:first], example["labels"][first:]
+    prompt, answer = example["input_ids"][:first], example["labels"][first]
     window = model.config.window
     cache = SleepCache(model.config)
     sequence = model.generate(
@@ -175,8 +181,9 @@ def generate(model: Any, task: Task, passes: int) -> Generation:
     return Generation(
         depth=passes,
         window=window,
+        question=task.describe(example).splitlines()[1],
         prompt=prompt,
-        answers=answers,
+        answer=answer,
         generated=sequence[first:],
         reports=[sleep.to_dict() for sleep in cache.reports],
         said=[str(sleep) for sleep in cache.reports],

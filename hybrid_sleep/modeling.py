@@ -298,7 +298,8 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
         """Predict on pass 1, sleep at every full window; differentiable through every pass.
 
         input_ids: `[B, T]`; attention_mask: `[B, T]`, 0 at pads; labels: `[B, T]`, -100 where
-        unsupervised, shifted inside. logits_to_keep: logits of the last columns only; 0 for all.
+        unsupervised, shifted inside. logits_to_keep: logits of the last columns only; 0 for all;
+        with labels, all that they need.
         cache: a `SleepCache` to go on with; all tokens of this call are new to it.
         sleep_passes: depth N of the sleeps in this call, None for the config's; or a tuple of K
         depths, one for each of K groups of equally many rows, one below the other. Where training
@@ -334,9 +335,14 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
                 supervised = labels != -100
         check_count("logits_to_keep", logits_to_keep, minimum=0)
         if labels is not None and logits_to_keep:
-            raise ValueError(
-                f"logits_to_keep must be 0 where labels need every logit, got {logits_to_keep}"
-            )
+            # A label is predicted one column before it, or more where pads lie between.
+            unseen = labels[:, : max(0, labels.shape[1] - logits_to_keep + 1)]
+            moved = attention_mask is not None or document_ids is not None
+            if moved or bool((unseen != -100).any()):
+                raise ValueError(
+                    "logits_to_keep must be 0 where labels need every logit, and with labels and "
+                    f"attention_mask, document_ids or position_ids, got {logits_to_keep}"
+                )
         outputs = self.model(
             input_ids,
             attention_mask,
@@ -362,7 +368,10 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
             elif real is not None:
                 loss_arguments["shift_labels"] = next_labels(labels, real)
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_arguments
+                logits=logits,
+                labels=labels[:, -logits_to_keep:],
+                vocab_size=self.config.vocab_size,
+                **loss_arguments,
             )
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, cache=outputs.cache, hidden_states=outputs.hidden_states

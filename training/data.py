@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import Dataset
 
-from hybrid_sleep.training.depth import Difficulties
+from hybrid_sleep.training.depth import Difficulties, Drawn
 
 if TYPE_CHECKING:
     from hybrid_sleep.eval.tasks import Task
@@ -27,7 +27,11 @@ class TaskBatches(Dataset):
     them reads the same steps, and a resumed run goes on without drawing what it has read.
     `length`: number of items. `asked(step)`: for each group of a step's rows, the difficulties that
     it is limited to, see `Task.only`; None: to none. All groups have `size` rows of an item, drawn
-    from the same seeds, one below other. Raises IndexError past the end.
+    from the same seeds, one below other.
+
+    Where examples ask about one context `together`, each group is as many groups of different
+    contexts, so that a model may read these once for all of them; see `depths`. Raises ValueError
+    unless `size` is a multiple of it, and IndexError past the end.
     """
 
     def __init__(
@@ -43,6 +47,11 @@ class TaskBatches(Dataset):
         asked: Callable[[int], Sequence[Difficulties | None]] = lambda step: (None,),
     ):
         self.asked = asked
+        if size % task.together:
+            raise ValueError(
+                f"size must be a multiple of the {task.together} examples that ask about one "
+                f"context, got {size}"
+            )
         self.task, self.length, self.size, self.seed = task, length, size, seed
         self.rank, self.world, self.accumulate = rank, world, accumulate
         self.rows = size * world * accumulate
@@ -62,8 +71,17 @@ class TaskBatches(Dataset):
         groups = []
         for asked in self.asked(step):
             parts = [self._block(step, number, asked) for number in range(first, last + 1)]
-            groups.append({name: torch.cat([p[name] for p in parts])[rows] for name in parts[0]})
+            group = {name: torch.cat([p[name] for p in parts])[rows] for name in parts[0]}
+            apart = self.task.together
+            groups += [{name: x[i::apart] for name, x in group.items()} for i in range(apart)]
         return {name: torch.cat([group[name] for group in groups]) for name in groups[0]}
+
+    def depths(self, drawn: Drawn) -> Drawn:
+        """The depth of each group of an item's rows, of those that a policy has `drawn`."""
+        if self.task.together == 1:
+            return drawn
+        depths = drawn if isinstance(drawn, tuple) else (drawn,)
+        return tuple(depth for depth in depths for _ in range(self.task.together))
 
     def _block(self, step: int, number: int, asked: Difficulties | None) -> dict[str, torch.Tensor]:
         key = (step, number, asked)

@@ -173,18 +173,35 @@ class SleepTrainer(Trainer):
         given = mark_supervised(inputs)
         if not model.training:
             return super().compute_loss(model, given, return_outputs, num_items_in_batch)
-        given |= {"sleep_passes": self.depth(), "use_cache": False}
+        kept, depth = self._columns_to_keep(inputs), self.depth()
+        if isinstance(self.train_dataset, TaskBatches):
+            depth = self.train_dataset.depths(depth)
+        given |= {"sleep_passes": depth, "use_cache": False}
+        given |= {} if kept is None else {"logits_to_keep": kept}
         loss, outputs = super().compute_loss(model, given, True, num_items_in_batch)
         if self.losses is not None:
+            labels = inputs["labels"]
             which = {name: inputs.get(name) for name in ("attention_mask", "document_ids")}
+            if kept is not None:
+                place = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
+                which["positions"], labels = place[:, -kept:], labels[:, -kept:]
             self.losses.add(
                 outputs.logits.detach(),
-                inputs["labels"],
+                labels,
                 self.model.config.window,
-                depth=self.depth(),
+                depth=depth,
                 **which,
             )
         return (loss, outputs) if return_outputs else loss
+
+    def _columns_to_keep(self, inputs: dict[str, Any]) -> int | None:
+        """How many of the last columns have the logits that a task's labels need; None: all."""
+        others = {"attention_mask", "document_ids", "position_ids"} & inputs.keys()
+        given = self.label_smoother is not None or self.compute_loss_func is not None
+        if not isinstance(self.train_dataset, TaskBatches) or others or given:
+            return None
+        columns = (inputs["labels"] != -100).any(0).nonzero()
+        return inputs["labels"].shape[1] - int(columns[0]) + 1 if len(columns) else None
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
         self._position = inputs.pop("position", None)

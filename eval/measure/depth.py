@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from hybrid_sleep.eval.measure.run_cost import cost_of
 from hybrid_sleep.eval.measure.statistics import Seeds, best_depth, wilson
 from hybrid_sleep.eval.results import Result, read
 from hybrid_sleep.eval.tasks import Task
@@ -72,11 +73,6 @@ class MeasuredRun:
         """`accuracy` by depth of the model in `checkpoint`, which `run` trained."""
         return cls(**run_record(checkpoint, run), accuracy=dict(accuracy))
 
-    @property
-    def examples(self) -> int:
-        """How many it was trained on."""
-        return self.config["train"]["steps"] * self.config["train"]["batch_size"]
-
 
 def run_record(checkpoint: str | os.PathLike, run: RunConfig) -> dict[str, Any]:
     """What results say of a checkpoint: name, seed, depths it was trained at, its config."""
@@ -92,21 +88,24 @@ def run_record(checkpoint: str | os.PathLike, run: RunConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """The same model trained at one depth alone, evaluated there: exact accuracy over its seeds.
+    """The same model trained at one depth alone, evaluated there: accuracy of each of its seeds.
 
-    examples_ratio, passes_ratio: how much more it was trained than what it is compared with:
-    examples, and passes over a context window summed over examples.
+    exact: of whole examples; by_difficulty: share of questions right. examples_ratio and
+    compute_ratio: how much more it was trained than what it is compared with, also in FLOPs.
     """
 
     depth: int
-    accuracy: float
-    lowest: float
-    highest: float
     seeds: list[int]
+    exact: list[float]
+    by_difficulty: dict[int, list[float]]
     examples_ratio: float
-    passes_ratio: float
+    compute_ratio: float
     command: str | None
     provenance: dict[str, Any]
+
+    def judged(self, level: int | None) -> Seeds:
+        """Accuracy on questions of a difficulty, over seeds; None: exact accuracy."""
+        return Seeds(tuple(self.exact if level is None else self.by_difficulty[level]))
 
 
 @dataclass(kw_only=True)
@@ -130,10 +129,25 @@ class DepthResult(Result):
         """A share of all checkpoints at `depth`."""
         return Seeds(tuple(getattr(run.accuracy[depth], measure) for run in self.runs))
 
-    def by_difficulty(self, depth: int) -> dict[int, float]:
-        """Mean shares of questions right at `depth`."""
-        found = [run.accuracy[depth].by_difficulty for run in self.runs]
-        return {level: mean(shares[level] for shares in found) for level in found[0]}
+    @property
+    def levels(self) -> list[int]:
+        """The difficulties of the test questions, ascending; none where it has no name."""
+        return list(self.runs[0].accuracy[self.depths[0]].by_difficulty)
+
+    def of_level(self, level: int, depth: int) -> Seeds:
+        """Share of the questions of one difficulty that all checkpoints get right at `depth`."""
+        return Seeds(tuple(run.accuracy[depth].by_difficulty[level] for run in self.runs))
+
+    @property
+    def hardest(self) -> int | None:
+        """The highest difficulty where there are several: what a depth is judged by. Else None."""
+        return self.levels[-1] if len(self.levels) > 1 else None
+
+    def judged(self, depth: int) -> Seeds:
+        """Accuracy on the hardest questions; exact accuracy where all are equally hard."""
+        if self.hardest is None:
+            return self.shares("exact", depth)
+        return self.of_level(self.hardest, depth)
 
     def seconds_per_example(self, depth: int) -> float:
         """Mean time of a forward at `depth`."""
@@ -145,8 +159,8 @@ class DepthResult(Result):
 
     @property
     def best_depth(self) -> int:
-        """The smallest depth with the highest mean exact accuracy."""
-        return best_depth({depth: self.shares("exact", depth).mean for depth in self.depths})
+        """The smallest depth with the highest mean accuracy (see `judged`)."""
+        return best_depth({depth: self.judged(depth).mean for depth in self.depths})
 
 
 def read_baseline(path: str | os.PathLike, run: RunConfig) -> Baseline:
@@ -180,15 +194,14 @@ def read_baseline(path: str | os.PathLike, run: RunConfig) -> Baseline:
             f"baseline must be measured at depth {depth}, which it was trained at, got "
             f"{result.depths} in {str(path)!r}"
         )
-    exact, examples = result.shares("exact", depth), theirs.examples / ours.examples
+    other, own = cost_of(run_config(theirs.config)), cost_of(run)
     return Baseline(
         depth=depth,
-        accuracy=exact.mean,
-        lowest=exact.lowest,
-        highest=exact.highest,
         seeds=[other.seed for other in result.runs],
-        examples_ratio=examples,
-        passes_ratio=examples * theirs.mean_depth / ours.mean_depth,
+        exact=list(result.shares("exact", depth).values),
+        by_difficulty={x: list(result.of_level(x, depth).values) for x in result.levels},
+        examples_ratio=other["examples"] / own["examples"],
+        compute_ratio=other["training_flops"] / own["training_flops"],
         command=result.command,
         provenance=result.provenance,
     )

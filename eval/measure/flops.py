@@ -174,15 +174,20 @@ def past_flops(config: HybridSleepConfig, tokens: int, passes: int) -> int:
 
 
 def training_flops(
-    config: HybridSleepConfig, tokens: int, passes: int, sleeps: int | None = None
+    config: HybridSleepConfig,
+    tokens: int,
+    passes: int,
+    sleeps: int | None = None,
+    *,
+    logits: int | None = None,
 ) -> int:
     """Forward and backward over one sequence: 3 times `sequence_flops`, a backward being twice it.
 
     torch computes more where activations are recomputed (up to one forward more, two with
-    `("window", ...)`), and less where no loss depends on a result: truncated passes, the coda and
-    the logits of windows that only hold context.
+    `("window", ...)`), and less where no loss depends on a result: truncated passes and the coda of
+    windows that only hold context.
     """
-    return 3 * sequence_flops(config, tokens, passes, sleeps)
+    return 3 * sequence_flops(config, tokens, passes, sleeps, logits=logits)
 
 
 def parameters(config: HybridSleepConfig) -> int:

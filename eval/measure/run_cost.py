@@ -56,9 +56,13 @@ def _training_cost(run: RunConfig) -> dict[str, int]:
             rows += times
             tokens += times * one.length
             sleeps = sleeping_windows(one, config)
-            training += times * flops.training_flops(config, one.length, N, sleeps)
-        if len(tasks) > 1 and _share_first_window(run, config, tasks):
-            training -= times * 3 * flops.shared_flops(config, depths)
+            # Logits are those that labels need.
+            logits = one.length - first_label(one) + 1
+            each = flops.training_flops(config, one.length, N, sleeps, logits=logits)
+            training += times * each
+        readers = [N for N in depths for _ in range(task.together)]
+        if len(readers) > 1 and _share_first_window(run, config, tasks):
+            training -= times * 3 * flops.shared_flops(config, readers) // task.together
     size = run.train.batch_size
     return {
         "steps": steps,
@@ -90,9 +94,13 @@ def sleeping_windows(task: Any, config: Any) -> int | None:
     """Windows of a training example that sleep, None for every full one (see `sleep_schedule`)."""
     if config.sleep_schedule == "every_window":
         return None
+    return first_label(task) // config.window
+
+
+def first_label(task: Any) -> int:
+    """The column of an example's first label, which all examples of a task share."""
     (example,) = task.examples("train", 0, 1)
-    first = next(t for t, label in enumerate(example["labels"]) if label != IGNORED)
-    return first // config.window
+    return next(t for t, label in enumerate(example["labels"]) if label != IGNORED)
 
 
 def one_stage(run: RunConfig) -> RunConfig:

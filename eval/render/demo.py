@@ -11,32 +11,26 @@ if TYPE_CHECKING:
 
     from hybrid_sleep.eval.demo import DemoResult, Generation
 
+ENOUGH = 0.95
 NO_BASELINE = (
     "The baseline (the same model trained at N = 1 alone) is not part of this installation; it is "
-    "in the repository, eval/results/baseline_n1."
+    "in the repository, eval/results/ancestor_cpu_n1."
 )
 
 
 def table(result: DemoResult) -> Any:
-    """Accuracy by depth as a rich table, majority below it."""
+    """Accuracy by depth and difficulty as a rich table, the baseline and the floor below it."""
     from rich.table import Table
 
     (run,) = result.runs
-    shown = Table(title=f"Rule 110, seed {run.seed}: accuracy by sleep depth")
-    for column in ("depth N", "exact", "95 % interval", "per label", "ms per example"):
+    name = result.task.difficulty
+    shown = Table(title=f"Pointer chasing, seed {run.seed}: accuracy by sleep depth and {name}")
+    for column in ("", *(f"{name} = {level}" for level in result.levels), "ms per example"):
         shown.add_column(column, justify="right")
-    for number, accuracy in run.accuracy.items():
-        low, high = result.interval(run, number)
-        shown.add_row(
-            str(number),
-            f"{accuracy.exact:.3f}",
-            f"{low:.3f} to {high:.3f}",
-            f"{accuracy.per_label:.3f}",
-            f"{1000 * result.seconds_per_example(number):.2f}",
-            style="bold" if number == result.best_depth else None,
-        )
-    majority = result.task.majority
-    shown.add_row("majority", f"{majority['exact']:.3f}", "", f"{majority['per_label']:.3f}", "")
+    times = [f"{1000 * result.seconds_per_example(number):.2f}" for number in result.depths]
+    for index, (row, shares) in enumerate(depth.by_level(result)):
+        time = times[index] if index < len(times) else ""
+        shown.add_row(row, *(f"{share:.3f}" for share in shares), time)
     return shown
 
 
@@ -44,11 +38,18 @@ def words(result: DemoResult) -> list[str]:
     """What the numbers mean, paragraph by paragraph; for the terminal and for results.md."""
     (run,) = result.runs
     best = result.best_depth
+    reached = [
+        (level, [N for N in result.depths if result.of_level(level, N).mean >= ENOUGH])
+        for level in result.levels
+    ]
+    reach = ", ".join(f"{level} at N = {found[0]}" for level, found in reached if found)
     return [
-        "One checkpoint, trained with its sleep depth drawn from "
-        f"{', '.join(map(str, run.trained_depths))}: exact accuracy {run.accuracy[1].exact:.3f} at "
-        f"depth 1, at best {run.accuracy[best].exact:.3f} (depth {best}). Always guessing the most "
-        f"frequent label scores {result.task.majority['exact']:.3f}.",
+        "One checkpoint. Which node lies so many pointers further, asked when all pointers have "
+        "left the window: each question is one token, its answer one forward pass, whatever the "
+        f"depth of the sleep before it. On {result.task.difficulty} = {result.hardest} accuracy is "
+        f"{result.judged(1).mean:.3f} at N = 1 and {result.judged(best).mean:.3f} at N = {best}. "
+        f"First above {ENOUGH:.2f}: {reach or 'none'}. Deepest in training: "
+        f"N = {max(run.trained_depths)}.",
         NO_BASELINE if result.baseline is None else depth.baseline_words(result),
         f"{result.seconds:.0f} s in all, {result.seconds_training:.0f} s of them training.",
     ]
@@ -56,15 +57,15 @@ def words(result: DemoResult) -> list[str]:
 
 def written(generation: Generation) -> list[str]:
     """What the model wrote across windows, and what each sleep reported, line by line."""
-    window, answers = generation.window, generation.answers
+    window, answer = generation.window, generation.answer
     tokens = generation.prompt + generation.generated
     windows = [tokens[start : start + window] for start in range(0, len(tokens), window)]
-    answered = generation.generated[: len(answers)]
-    verdict = "correct" if answered == answers else f"wrong, {answers} would be correct"
+    said = generation.generated[0]
+    verdict = "correct" if said == answer else f"wrong, {answer} would be correct"
     return [
         f"The same model writing on at depth {generation.depth}, windows of {window} tokens:",
-        "  " + " ".join("".join(str(token) for token in part) for part in windows),
-        f"  After the separator (2) comes its answer, {answered}: {verdict}. What follows was "
+        *("  " + " ".join(map(str, part)) for part in windows),
+        f"  Asked for {generation.question}, it says token {said}: {verdict}. What follows was "
         "never trained; it is there to show the sleeps.",
         *(f"  sleep {number}: {said}" for number, said in enumerate(generation.said, 1)),
     ]
@@ -75,12 +76,12 @@ def markdown(result: DemoResult) -> str:
     lines = [
         f"# Accuracy against sleep depth, seed {result.runs[0].seed}",
         "",
-        "![Exact accuracy against sleep depth](accuracy.png)",
+        "![Accuracy against sleep depth, by how many pointers are followed](accuracy.png)",
         "",
     ]
     for paragraph in words(result):
         lines += [paragraph, ""]
-    lines += [*depth.accuracy_table(result), "", depth.task_line(result), *result.footer()]
+    lines += [*depth.level_table(result), "", depth.task_line(result), *result.footer()]
     if result.baseline is not None:
         lines += ["", f"Baseline: `{result.baseline.command}`"]
     if result.generation is not None:

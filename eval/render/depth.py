@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hybrid_sleep.eval.measure.statistics import NO_DIFFERENCE, over_questions
+from hybrid_sleep.eval.measure.statistics import NO_DIFFERENCE, Seeds, over_questions
 from hybrid_sleep.support.markdown import table
-from hybrid_sleep.support.plots import BLUE, GREY, INK, SKY, VERMILLION, new_figure
+from hybrid_sleep.support.plots import BLUE, GREY, INK, SKY, STYLES, VERMILLION, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 def markdown(result: DepthResult) -> str:
     """The table of a depth result, what can be scored without memory, and where it came from."""
-    lines = [*accuracy_table(result), *_by_difficulty(result), "", task_line(result)]
+    lines = accuracy_table(result)
+    if result.hardest is not None:
+        lines += ["", *level_table(result)]
+    lines += ["", task_line(result)]
     if result.baseline is not None:
         lines += ["", baseline_words(result), "", f"`{result.baseline.command}`"]
     return "\n".join([*lines, *result.footer()]) + "\n"
@@ -70,28 +73,29 @@ def baseline_words(result: DepthResult) -> str:
     """The comparison with training at one depth, said as it is."""
     base = result.baseline
     assert base is not None
-    best = result.shares("exact", result.best_depth).mean
+    best = result.judged(result.best_depth).mean
+    theirs, of = base.judged(result.hardest), "exact accuracy"
+    if result.hardest is not None:
+        of = f"accuracy on {result.task.difficulty} = {result.hardest}"
     text = (
         f"Baseline: the same model trained at N = {base.depth} alone, on {base.examples_ratio:.1f} "
-        f"times the examples ({base.passes_ratio:.1f} times the passes over a window), reaches "
-        f"{base.accuracy:.3f} at depth {base.depth} ({base.lowest:.3f} to {base.highest:.3f} over "
+        f"times the examples ({base.compute_ratio:.2f} times the compute), reaches an "
+        f"{of} of {theirs.mean:.3f} ({theirs.lowest:.3f} to {theirs.highest:.3f} over "
         f"{len(base.seeds)} seeds). "
     )
-    if base.accuracy > best - NO_DIFFERENCE:
+    if theirs.mean > best - NO_DIFFERENCE:
         return text + (
             "So on this setting depth does not beat more training at equal compute. What it buys "
             "is data, the same accuracy from fewer examples, and a choice at inference: one "
             "checkpoint that can be evaluated at little cost or at high accuracy."
         )
-    if base.highest > best - NO_DIFFERENCE:
+    if theirs.highest > best - NO_DIFFERENCE:
         return text + (
             "Its seeds differ: for about the same compute the best one gets as far without "
-            f"sleeping deeper, on average they fall {best - base.accuracy:.3f} of exact accuracy "
-            "short."
+            f"sleeping deeper, on average they fall {best - theirs.mean:.3f} short."
         )
     return text + (
-        f"So for about the same compute, sleeping deeper is worth {best - base.accuracy:.3f} of "
-        "exact accuracy here."
+        f"So for about the same compute, sleeping deeper is worth {best - theirs.mean:.3f} here."
     )
 
 
@@ -99,21 +103,32 @@ def _between(interval: Sequence[float] | None) -> str:
     return "" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
 
 
-def _by_difficulty(result: DepthResult) -> list[str]:
-    """Accuracy on questions by depth and difficulty, where there is more than one difficulty."""
-    levels = list(result.by_difficulty(result.depths[0]))
-    if len(levels) < 2:
-        return []
-    rows = {f"depth {depth}": result.by_difficulty(depth) for depth in result.depths}
-    rows["floor"] = result.task.floor
-    head = [f"accuracy by {result.task.difficulty}", *map(str, levels)]
-    cells = [[name, *(f"{shares[x]:.3f}" for x in levels)] for name, shares in rows.items()]
-    return ["", *table(head, cells, "lr")]
+def level_table(result: DepthResult) -> list[str]:
+    """Accuracy on questions by depth and difficulty."""
+    head = [f"accuracy by {result.task.difficulty}", *map(str, result.levels)]
+    cells = [[name, *(f"{share:.3f}" for share in shares)] for name, shares in by_level(result)]
+    return table(head, cells, "lr")
+
+
+def by_level(result: DepthResult) -> list[tuple[str, list[float]]]:
+    """Mean accuracy on questions of each difficulty: by depth, of the baseline, and the floor."""
+    rows = [
+        (f"depth {depth}", [result.of_level(level, depth).mean for level in result.levels])
+        for depth in result.depths
+    ]
+    base = result.baseline
+    if base is not None:
+        shares = [base.judged(level).mean for level in result.levels]
+        rows.append((f"trained at N = {base.depth} alone", shares))
+    return [*rows, ("floor", [result.task.floor[level] for level in result.levels])]
 
 
 def figure(result: DepthResult) -> Figure:
-    """Exact accuracy against depth, majority and baseline; single seeds behind their mean."""
-    depths, runs, base = result.depths, result.runs, result.baseline
+    """Exact accuracy against depth, majority and baseline; single seeds behind their mean.
+
+    Of a task with several difficulties, accuracy on the questions of each.
+    """
+    depths, runs = result.depths, result.runs
     which = "one checkpoint" if len(runs) == 1 else f"{len(runs)} checkpoints"
     picture, axes = new_figure(f"{result.task.name}: {which}, evaluated at {len(depths)} depths")
     deepest = max(depth for run in runs for depth in run.trained_depths)
@@ -122,38 +137,80 @@ def figure(result: DepthResult) -> Figure:
         axes.annotate(
             "deeper than trained", (deepest + 0.6, 0.02), fontsize=11, color=GREY, va="bottom"
         )
-    majority = result.task.majority["exact"]
+    if result.hardest is None:
+        _exact(axes, result)
+    else:
+        _levels(axes, result)
+    axes.set_ylim(0, 1.04)
+    axes.set_xticks(depths)
+    axes.set_xlim(min(depths) - 0.35, max(depths) + 0.65)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    axes.set_xlabel("sleep depth N (passes over each window)", fontsize=13)
+    picture.legend(fontsize=11, frameon=False, loc="outside lower center", ncols=2)
+    return picture
+
+
+def _exact(axes: Axes, result: DepthResult) -> None:
+    majority, base = result.task.majority["exact"], result.baseline
     axes.axhline(majority, color=GREY, linestyle=(0, (4, 3)), linewidth=1.6)
     axes.annotate(
         f"majority: always the most frequent label, {_percent(majority)}",
         (1, majority), xycoords=("axes fraction", "data"), xytext=(0, -5),
         textcoords="offset points", ha="right", va="top", fontsize=11, color=GREY,
     )  # fmt: skip
-    if len(runs) == 1:
+    if len(result.runs) == 1:
         _one(axes, result)
     else:
         _several(axes, result)
     if base is not None:
-        axes.errorbar(
-            [base.depth], [base.accuracy], color=VERMILLION, marker="D", markersize=10,
-            yerr=[[base.accuracy - base.lowest], [base.highest - base.accuracy]],
-            linestyle="none", capsize=4, zorder=4,
-            label=f"trained at N = {base.depth} only, {base.examples_ratio:.0f}x the examples",
-        )  # fmt: skip
-    for depth in depths:
+        _baseline(axes, result, base.judged(None), base.depth, VERMILLION)
+    for depth in result.depths:
         value = result.shares("exact", depth).mean
         axes.annotate(
             _percent(value), (depth, value), xytext=(4, -9), textcoords="offset points",
             ha="left", va="top", fontsize=11, color=INK,
         )  # fmt: skip
-    axes.set_ylim(0, 1.04)
-    axes.set_xticks(depths)
-    axes.set_xlim(min(depths) - 0.35, max(depths) + 0.65)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    axes.set_xlabel("sleep depth N (passes over each window)", fontsize=13)
     axes.set_ylabel("exact accuracy", fontsize=13)
-    picture.legend(fontsize=11, frameon=False, loc="outside lower center", ncols=2)
-    return picture
+
+
+def _levels(axes: Axes, result: DepthResult) -> None:
+    """A line for each difficulty, from the lowest checkpoint to the highest."""
+    base, count = result.baseline, len(result.levels)
+    for index, level in enumerate(result.levels):
+        color, marker, line = STYLES[index % len(STYLES)]
+        shares = [result.of_level(level, depth) for depth in result.depths]
+        shift = 0.04 * (index - (count - 1) / 2)
+        axes.errorbar(
+            [depth + shift for depth in result.depths], [share.mean for share in shares],
+            yerr=[
+                [share.mean - share.lowest for share in shares],
+                [share.highest - share.mean for share in shares],
+            ],
+            color=color, marker=marker, linestyle=line, markersize=7, linewidth=2.2, capsize=3,
+            label=f"{result.task.difficulty} = {level}",
+        )  # fmt: skip
+        if base is not None:
+            at = base.depth - 0.2 + shift
+            _baseline(axes, result, base.judged(level), at, color, named=index == count - 1)
+    floors = [result.task.floor[level] for level in result.levels]
+    for floor in sorted({*floors}):
+        label = "floor: the best guess" if floor == min(floors) else None
+        axes.axhline(floor, color=GREY, linestyle=(0, (4, 3)), linewidth=1.4, label=label)
+    axes.set_ylabel("accuracy on questions", fontsize=13)
+
+
+def _baseline(
+    axes: Axes, result: DepthResult, share: Seeds, at: float, color: str, named: bool = True
+) -> None:
+    base = result.baseline
+    assert base is not None
+    label = f"trained at N = {base.depth} only, {base.examples_ratio:.0f}x the examples"
+    axes.errorbar(
+        [at], [share.mean], color=color, marker="D", markersize=10,
+        yerr=[[share.mean - share.lowest], [share.highest - share.mean]],
+        linestyle="none", capsize=4, zorder=4, label=label if named else None,
+        markerfacecolor="white" if result.hardest is not None else color,
+    )  # fmt: skip
 
 
 def _one(axes: Axes, result: DepthResult) -> None:

@@ -15,7 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from hybrid_sleep.eval.tasks.base import IGNORED, Majority, RowTask, check_asked, check_levels
+from hybrid_sleep.eval.tasks.base import (
+    IGNORED,
+    Majority,
+    RowTask,
+    Task,
+    check_asked,
+    check_levels,
+)
 from hybrid_sleep.eval.tasks.sampling import U64, distinct, draw, mix
 from hybrid_sleep.validation import check_choice, check_count, check_flag
 
@@ -40,6 +47,9 @@ class Ancestor(RowTask):
     sees the answer to another; a stop token ends the row.
 
     The difficulty of a question is k. Tokens: nodes; `hops`, ascending; stop.
+
+    With `apart` every question stands in an example of its own, where nothing but the memory can
+    tell the answer: `queries` examples, one after another, have the same tree.
 
     With `compound` a pointer is one token, and so is a question: of two digits (`token_fields`, see
     `CompoundEmbedding`). The second is a node; the first is the node that points to it; k, where
@@ -67,6 +77,7 @@ class Ancestor(RowTask):
         windows: int = 1,
         queries: int = 10,
         compound: bool = False,
+        apart: bool = False,
     ):
         self.nodes = check_count("nodes", nodes, FEWEST_NODES, MOST_NODES)
         self.back = None if back is None else check_count("back", back)
@@ -85,12 +96,17 @@ class Ancestor(RowTask):
         self.compound = check_flag("compound", compound)
         self.each = each = 1 if compound else 2  # tokens of a pointer, and of a question
         self.context = each * nodes
+        self.together = queries if check_flag("apart", apart) else 1
+        self.asked = queries // self.together
         self.window = self.context // windows
-        if self.context % windows or self.window < each * queries + 1:
+        if self.context % windows or self.window < each * self.asked + 1:
             raise ValueError(
                 f"windows must divide the {self.context} tokens of a tree and leave at least "
-                f"{each * queries + 1}, those of {queries} questions, to a window, got {windows}"
+                f"{each * self.asked + 1}, those of {self.asked} questions, to a window, got "
+                f"{windows}"
             )
+        # So that examples of one tree are drawn from one seed.
+        self.block = queries * max(1, Task.block // queries)  # type: ignore[misc]  # as drawn
         self.drawn = np.arange(len(self.hops))
         signs = nodes + len(self.hops)
         self.answer = signs * nodes if compound else 0
@@ -98,7 +114,7 @@ class Ancestor(RowTask):
         if compound:
             self.token_fields = [signs + 2, nodes]
         self.vocab_size = (signs + 2) * nodes if compound else signs + 1
-        self.length = self.context + each * queries + 1
+        self.length = self.context + each * self.asked + 1
         self.params = {
             "nodes": nodes,
             "hops": list(self.hops),
@@ -107,6 +123,7 @@ class Ancestor(RowTask):
             "windows": windows,
             "queries": queries,
             "compound": compound,
+            "apart": apart,
         }
 
     def parse(self, input_ids: Sequence[int]) -> dict[str, list]:
@@ -133,7 +150,7 @@ class Ancestor(RowTask):
             shape = "a cycle" if self.back is None else "a tree"
             raise ValueError(
                 f"input_ids must be {self.nodes} pointers that make {shape}, in {self.order} "
-                f"order, {self.queries} questions (hops, node) and the stop token {self.stop}: "
+                f"order, {self.asked} questions (hops, node) and the stop token {self.stop}: "
                 f"{self.length} tokens, got {tokens}"
             )
         queries = []
@@ -179,7 +196,7 @@ class Ancestor(RowTask):
         asked = self._asked_nodes(ids)
         answers = self._answers(labels)
         shares = np.empty(answers.shape)
-        for place in range(self.queries):
+        for place in range(self.asked):
             known = np.zeros((len(ids), self.nodes), dtype=bool)
             np.put_along_axis(known, asked[:, : place + 1], True, axis=1)
             new = ~np.take_along_axis(known, answers[:, place : place + 1], axis=1)[:, 0]
@@ -218,13 +235,13 @@ class Ancestor(RowTask):
         return [self.hops[number] for number in self.drawn]
 
     def _asked_nodes(self, ids: np.ndarray) -> np.ndarray:
-        """Nodes asked about [n, queries], of `input_ids`."""
+        """Nodes asked about [n, asked], of `input_ids`."""
         if self.compound:
             return ids[:, self.context : -1] % self.nodes
         return ids[:, self.context + 1 : -1 : 2]
 
     def _answers(self, labels: np.ndarray) -> np.ndarray:
-        """Nodes that answer [n, queries], of `labels`."""
+        """Nodes that answer [n, asked], of `labels`."""
         return labels[:, self.context + self.each :: self.each] - self.answer
 
     def _drawn_trees(self) -> tuple[np.ndarray, ...]:
@@ -234,13 +251,17 @@ class Ancestor(RowTask):
     def _rows(
         self, split: str, seed: int, count: int | None
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Hops of each question [n, queries], `input_ids` and `labels` [n, length] of a split.
+        """Hops of each question [n, asked], `input_ids` and `labels` [n, length] of a split.
 
         Trees do not depend on what is asked of them, nor on their order.
         """
         words = 3 * self.nodes + 2 * self.queries
-        for drawn in draw(split, seed, count, words, self._read):
-            yield self._tokens(*drawn)
+        trees = None if count is None else -(-count // self.together)
+        left = count
+        for drawn in draw(split, seed, trees, words, self._read):
+            rows = self._tokens(*drawn)
+            yield rows if left is None else tuple(part[:left] for part in rows)  # type: ignore[misc]
+            left = None if left is None else left - len(rows[0])
 
     def _read(self, block: np.ndarray) -> tuple[np.ndarray, ...]:
         """Hashes [n], then parents [n, nodes] by place in the order of the tree, labels by place,
@@ -290,6 +311,10 @@ class Ancestor(RowTask):
             above = np.where(hop < hops, up, above)
         asked, answers = (np.take_along_axis(labels, x, axis=1) for x in (place, above))
         questions = np.stack([self.nodes + which, asked], axis=2)
+        rows *= self.together
+        pointers = np.repeat(pointers, self.together, axis=0)
+        questions = questions.reshape(rows, self.asked, 2)
+        hops, answers = (part.reshape(rows, self.asked) for part in (hops, answers))
         words = np.concatenate([pointers, questions], axis=1)
         tokens = words[:, :, 0] * self.nodes + words[:, :, 1] if self.compound else words
         stop = np.full((rows, 1), self.stop)

@@ -39,7 +39,8 @@ class Task(ABC):
     usually given, `params` what `load` needs to make the same task again. Training draws `block`
     examples from one seed: fewer where drawing is slow and several processes share a batch.
 
-    Tokens of several digits have `token_fields`, as a model's config takes them.
+    Where `together` is above 1, as many examples, one after another, ask about one context. Tokens
+    of several digits have `token_fields`, as a model's config takes them.
 
     `difficulty` names what makes a question harder. A question is right if all its labels are; its
     labels are all of the `example`, one unbroken `run` of them, or a single `label` (`question`).
@@ -53,6 +54,7 @@ class Task(ABC):
     window: int
     params: dict[str, Any]
     token_fields: list[int] | None = None
+    together: int = 1
     block: ClassVar[int] = 128
 
     def examples(self, split: str, seed: int, count: int | None = None) -> Iterator[dict[str, Any]]:

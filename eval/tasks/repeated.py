@@ -41,7 +41,7 @@ class Repeated(Task):
                 f"of {task.window} tokens, got {times}"
             )
         self.vocab_size, self.params = task.vocab_size, task.params
-        self.token_fields = task.token_fields
+        self.token_fields, self.together = task.token_fields, task.together
         self.window = times * task.window
         self.length = task.length + (times - 1) * self.context
 

@@ -59,6 +59,26 @@ def test_a_cycle_of_compound_tokens_worked_out_by_hand():
         task.parse([*(8 * node + points for node, points in two_cycles), *tokens[8:]])
 
 
+@pytest.mark.parametrize("compound", [True, False])
+@pytest.mark.parametrize("back", [None, 2])
+def test_questions_apart_are_those_together(back, compound):
+    params = {"nodes": 12, "hops": [1, 2], "order": "random", "back": back, "compound": compound}
+    whole = tasks.load("ancestor", queries=5, **params)
+    alone = tasks.load("ancestor", queries=5, apart=True, **params)
+    assert (whole.together, alone.together, alone.block % 5) == (1, 5, 0)
+    made = [alone.parse(e["input_ids"]) for e in alone.examples("train", 4, 18)]
+    asked = [whole.parse(e["input_ids"]) for e in whole.examples("train", 4, 4)]
+    for row, one in enumerate(made):
+        assert one["pointers"] == asked[row // 5]["pointers"]
+        assert one["queries"] == [asked[row // 5]["queries"][row % 5]]
+    for example in alone.examples("train", 4, 18):
+        assert sum(label >= 0 for label in example["labels"]) == 1
+        assert len(example["meta"]["difficulty"]) == 1
+    # Nothing was asked before: one node is as likely as another, but for the one that is asked of.
+    assert alone.floor() == pytest.approx(dict.fromkeys((1, 2), 1 / 11))
+    assert alone.only(2).together == 5
+
+
 @pytest.mark.parametrize("back", [None, 2])
 def test_compound_tokens_say_what_two_tokens_say(back):
     params = {"nodes": 12, "hops": [1, 2], "order": "random", "back": back, "queries": 5}

@@ -144,6 +144,32 @@ def test_hidden_states_of_batches_documents_and_few_logits(model):
                 assert gap(states[layer][row : row + 1, part], wanted) <= 1e-10, layer
 
 
+def test_labels_need_no_logits_but_those_before_them(model):
+    ids, labels = small_ids(3, 12), torch.full((3, 12), -100)
+    labels[:, 9:] = ids[:, 9:]
+    labels[1, 10] = -100
+
+    def of(**given):
+        model.zero_grad()
+        out = model(ids, labels=labels, sleep_passes=2, **given)
+        out.loss.backward()
+        return out, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    whole, wanted = of()
+    for kept in (4, 7, 12, 99):
+        some, found = of(logits_to_keep=kept)
+        assert some.logits.shape[1] == min(kept, 12)
+        # transformers takes the loss of fp32 logits, of double precision as well.
+        assert gap(some.loss, whole.loss) <= 1e-6
+        assert gap(some.logits, whole.logits[:, -kept:]) <= 1e-10
+        assert all(gap(found[name], gradient) <= 1e-6 for name, gradient in wanted.items())
+    model.zero_grad()
+    mask = torch.ones_like(ids)
+    for given in ({"logits_to_keep": 3}, {"logits_to_keep": 4, "attention_mask": mask}):
+        with pytest.raises(ValueError, match="logits_to_keep must be 0 where labels need every"):
+            model(ids, labels=labels, **given)
+
+
 def test_hidden_states_carry_gradients_through_every_recomputation(model):
     def gradient(granularity):
         model.set_activation_checkpointing(granularity)

@@ -98,3 +98,27 @@ def test_groups_have_the_same_contexts_one_below_other(world, accumulate):
                 assert hops == set(asked or (1, 2, 4))
             assert torch.equal(batch["input_ids"][-size:], whole)
             assert batch["labels"].shape == batch["input_ids"].shape
+
+
+@pytest.mark.parametrize(("world", "accumulate"), [(1, 1), (2, 2)])
+def test_examples_that_ask_about_one_context_stand_in_groups_of_their_own(world, accumulate):
+    task = tasks.load("ancestor", nodes=16, hops=(1, 2), queries=3, apart=True)
+    size = 24 // (world * accumulate)
+    seen = []
+    for rank in range(world):
+        batches = TaskBatches(
+            task, length=accumulate, size=size, seed=1, rank=rank, world=world,
+            accumulate=accumulate, asked=lambda step: [(1,), (1, 2)],
+        )  # fmt: skip
+        assert batches.depths((1, 4)) == (1, 1, 1, 4, 4, 4)
+        assert batches.depths(2) == (2, 2, 2)
+        for part in range(accumulate):
+            groups = batches[part]["input_ids"].chunk(6)
+            assert all(torch.equal(g[:, :32], groups[0][:, :32]) for g in groups)
+            assert len({tuple(row) for row in groups[0][:, :32].tolist()}) == size // 3
+            assert set(torch.cat(groups[:3])[:, 32].tolist()) == {16}
+            seen += torch.cat(groups[:3]).tolist()
+    by_hand = task.only(1).batch("train", derive_seed("train", 1, 0, 0), 24)["input_ids"]
+    assert sorted(seen) == sorted(by_hand.tolist())
+    with pytest.raises(ValueError, match="size must be a multiple of the 3 examples .*, got 8"):
+        TaskBatches(task, length=1, size=8)

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from hybrid_sleep import HybridSleepForCausalLM
 from hybrid_sleep.eval import tasks
 from hybrid_sleep.eval.tasks.accuracy import measure_accuracy
+from hybrid_sleep.sleep import forward
 from hybrid_sleep.training import optimizer
 from hybrid_sleep.training.config import load_run_config, run_config
 from hybrid_sleep.training.data import HeldOut, TaskBatches
@@ -97,6 +98,31 @@ def test_depths_at_once_are_the_mean_of_their_steps(tmp_path, tiny):
     message = "at_once must ask every depth for examples of one length, got .*"
     with pytest.raises(ValueError, match=message):
         run_config({**content, "sleep_passes": {"at_once": {1: 1, 4: [1, 4]}}})
+
+
+def test_contexts_that_several_examples_ask_about_are_read_once(tmp_path, tiny, monkeypatch):
+    """As many groups as questions share a window, and learn what they learn apart."""
+    content = tiny.run(tmp_path, task={"width": 4}, steps=1, warmup=0).to_dict()
+    params = {"nodes": 8, "hops": [1, 2], "back": 2, "queries": 4, "apart": True}
+    content |= {"task": {"name": "ancestor", "params": params}, "sleep_passes": 3}
+    content["model"] = {k: v for k, v in content["model"].items() if k not in FROM_TASK}
+    trainer = build_trainer(run_config(content))
+    model, batch = trainer.model.train(), trainer.train_dataset[0]
+    calls = []
+
+    def counted(*args, real=forward.branch):
+        calls.append((len(args[1].counts), args[2]))
+        return real(*args)
+
+    monkeypatch.setattr(forward, "branch", counted)
+    trainer.compute_loss(model, dict(batch)).backward()
+    assert calls == [(2, (3, 3, 3, 3))]
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model(**batch, sleep_passes=3, use_cache=False).loss.backward()
+    assert len(calls) == 1
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_micro_batches_of_a_step_are_one_batch(tmp_path, tiny, monkeypatch):

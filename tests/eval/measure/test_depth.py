@@ -14,15 +14,17 @@ from hybrid_sleep.eval.measure.depth import (
     TaskRecord,
     read_baseline,
 )
+from hybrid_sleep.eval.measure.run_cost import cost_of
 from hybrid_sleep.eval.render import depth as render
 from hybrid_sleep.eval.tasks.accuracy import Accuracy
 from hybrid_sleep.support.provenance import provenance
 from hybrid_sleep.training.config import TaskConfig, TrainConfig
+from hybrid_sleep.training.depth import parse_depth
 
 TASK = tasks.load("rule110", width=6, states=2, steps=3)
 BASE = Baseline(
-    depth=1, accuracy=0.77, lowest=0.7, highest=0.8, seeds=[0, 1, 2], examples_ratio=3.0,
-    passes_ratio=1.2, command="hybrid-sleep bench depth a b c", provenance={},
+    depth=1, seeds=[0, 1, 2], exact=[0.7, 0.8, 0.81], by_difficulty={3: [0.7, 0.8, 0.81]},
+    examples_ratio=3.0, compute_ratio=1.2, command="hybrid-sleep bench depth a b c", provenance={},
 )  # fmt: skip
 EXACT = {1: 0.4, 2: 0.9, 3: 0.9, 4: 0.5}
 
@@ -111,22 +113,48 @@ def words_of(best, **changes):
     return render.baseline_words(result_of(run(0, exact={1: 0.4, 4: best}), baseline=base))
 
 
+def test_several_difficulties_are_judged_by_the_hardest():
+    task = tasks.load("rule110", width=5, states=1, steps=[1, 2])
+    shares = {1: {1: 0.9, 2: 0.4}, 2: {1: 0.8, 2: 0.7}, 4: {1: 0.7, 2: 0.7}}
+    runs = []
+    for seed, shift in ((0, 0.0), (1, 0.1)):
+        found = {n: {x: y + shift for x, y in of.items()} for n, of in shares.items()}
+        measured = {n: accuracy(0.1, of, {1: 4, 2: 4}) for n, of in found.items()}
+        runs.append(run(seed, exact={}))
+        runs[-1].accuracy.update(measured)
+    base = Baseline(**{**vars(BASE), "by_difficulty": {1: [1.0, 0.9], 2: [0.3, 0.2]}})
+    result = result_of(*runs, task=task, baseline=base)
+    assert (result.hardest, result.best_depth) == (2, 2)
+    assert result.judged(2).values == (0.7, pytest.approx(0.8))
+    said = render.baseline_words(result)
+    assert "reaches an accuracy on steps = 2 of 0.250 (0.200 to 0.300" in said
+    assert "sleeping deeper is worth 0.500 here" in said
+    text = render.markdown(result)
+    assert "| depth 2 | 0.850 | 0.750 |" in text
+    assert "| trained at N = 1 alone | 0.950 | 0.250 |" in text
+    axes = render.figure(result).axes[0]
+    drawn = [[round(float(y), 6) for y in line.get_ydata()] for line in axes.get_lines()]
+    for line in ([0.95, 0.85, 0.75], [0.45, 0.75, 0.75], [0.95], [0.25]):
+        assert line in drawn
+    assert again(result) == result
+
+
 def test_an_equal_baseline_is_not_talked_away():
     text = words_of(0.78)
-    assert "3.0 times the examples (1.2 times the passes over a window)" in text
-    assert "0.770 at depth 1 (0.700 to 0.800 over 3 seeds)" in text
+    assert "3.0 times the examples (1.20 times the compute)" in text
+    assert "an exact accuracy of 0.770 (0.700 to 0.810 over 3 seeds)" in text
     assert "does not beat more training at equal compute" in text
     assert "does not beat" in words_of(0.5)
 
 
 def test_a_worse_baseline_is_said_to_be_worse():
-    assert "worth 0.220 of exact accuracy" in words_of(0.99)
+    assert "sleeping deeper is worth 0.220 here" in words_of(0.99)
 
 
 def test_a_baseline_with_one_good_seed_is_given_its_due():
-    text = words_of(0.99, lowest=0.4, highest=0.985)
+    text = words_of(0.99, exact=[0.4, 0.925, 0.985])
     assert "the best one gets as far without sleeping" in text
-    assert "on average they fall 0.220 of exact accuracy short" in text
+    assert "on average they fall 0.220 short" in text
 
 
 def trained(steps, passes, width=6, hidden=16, seed=0):
@@ -156,11 +184,14 @@ def saved_baseline(tmp_path, passes=2, depths=(1, 2), **changes):
 def test_a_baseline_is_evaluated_at_its_own_depth(tmp_path):
     base = read_baseline(saved_baseline(tmp_path), trained(20, {"choice": {1: 1, 4: 1}}))
     assert base.depth == 2
-    assert base.accuracy == pytest.approx(0.8) and (base.lowest, base.highest) == (0.7, 0.9)
+    assert base.exact == [0.7, 0.9] and base.judged(None).mean == pytest.approx(0.8)
     assert base.seeds == [4, 5] and base.command == "measured so"
-    # 600 examples of 2 passes against 200 of 2.5 on average.
     assert base.examples_ratio == 3.0
-    assert base.passes_ratio == pytest.approx(1200 / 500)
+    once, twice, deep = (cost_of(trained(20, n))["training_flops"] for n in (1, 2, 4))
+    policy = parse_depth({"choice": {1: 1, 4: 1}})
+    fours = sum(policy.draw(0, step) == 4 for step in range(20))
+    ours = (fours * deep + (20 - fours) * once) / 20
+    assert base.compute_ratio == pytest.approx(3 * twice / ours)
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,29 @@ def test_cost_of_depths_at_once_counts_what_they_share_once(tmp_path):
     assert of(at_once, backprop_passes=1)["training_flops"] == apart
 
 
+def test_cost_of_examples_that_ask_about_one_context_counts_it_once(tmp_path):
+    content = run_of(tmp_path, steps=3, sleep_passes=4).to_dict()
+    content["model"] = {k: v for k, v in content["model"].items() if k not in FROM_TASK}
+
+    def of(passes, **params):
+        task = {"name": "ancestor", "params": {"nodes": 16, "hops": [1], "queries": 4, **params}}
+        made = run_config({**content, "task": task, "sleep_passes": passes})
+        return made.model_config(), cost_of(made)
+
+    config, apart = of(4, apart=True)
+    _, alone = of(4, queries=1)
+    assert apart["examples"] == alone["examples"] == 3 * 8
+    window = flops.pass_flops(config, 32) + flops.sleep_flops(config, 32, 4)
+    # Of four examples that read the window three need not.
+    saved = alone["training_flops"] - apart["training_flops"]
+    assert saved == 3 * 8 * 3 * window * 3 // 4
+    _, both = of({"at_once": {4: 1, 2: 1}}, apart=True)
+    _, two = of(2, queries=1)
+    saved = alone["training_flops"] + two["training_flops"] - both["training_flops"]
+    shallow = flops.pass_flops(config, 32) + flops.sleep_flops(config, 32, 2)
+    assert saved == 3 * 8 * 3 * (3 * window + 4 * shallow) // 4
+
+
 def test_cost_of_stages_is_that_of_each(tmp_path):
     stages = [{"train.steps": 5, "sleep_passes": 1}, {"train.steps": 7, "sleep_passes": 3}]
     content = run_of(tmp_path).to_dict()
