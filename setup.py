@@ -26,7 +26,7 @@ setup(
     package_data={
         "hybrid_sleep": ["py.typed"],
         "hybrid_sleep.configs": ["**/*.yaml", "**/*.json"],
-        "hybrid_sleep.eval": ["results/ancestor_cpu_n1/results.json"],
+        "hybrid_sleep.eval": ["results/depth_ancestor/results.json"],
         "hybrid_sleep.eval.facts": ["checkpoints/*/*"],
     },
     include_package_data=False,

@@ -19,9 +19,10 @@ from hybrid_sleep.eval.measure.depth import (
     DepthResult,
     MeasuredRun,
     TaskRecord,
-    read_baseline,
+    baseline_of,
 )
 from hybrid_sleep.eval.render import demo as render
+from hybrid_sleep.eval.studies.comparison import Comparison
 from hybrid_sleep.eval.tasks import IGNORED, Task
 from hybrid_sleep.support.progress import progress_bar
 from hybrid_sleep.support.provenance import provenance
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from hybrid_sleep.training import RunConfig
 
 RECIPE = "ancestor_cpu.yaml"
-BASELINE = "ancestor_cpu_n1"
+BASELINE = "depth_ancestor"
 DEPTHS = range(1, 7)
 EXAMPLES = 500
 NEW_WINDOWS = 3
@@ -141,12 +142,16 @@ def recipe(seed: int, output_dir: Path) -> RunConfig:
 
 
 def baseline(run: RunConfig) -> Baseline | None:
-    """The committed result of the same model trained at N = 1 alone, None if not installed."""
+    """The same model trained at N = 1 alone for the same FLOPs, of the committed comparison.
+
+    None if that is not installed.
+    """
     file = files("hybrid_sleep.eval") / "results" / BASELINE / "results.json"
     if not file.is_file():
         return None
     with as_file(file) as path:
-        return read_baseline(path, run)
+        compared: Comparison = results.read(path, Comparison)
+        return baseline_of(list(compared.trials("once").values()), 1, run, path, compared)
 
 
 def generate(model: Any, task: Task, passes: int) -> Generation:

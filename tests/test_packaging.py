@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BESIDE = ("kernels", "training", "eval", "configs")
-BASELINE = "eval/results/ancestor_cpu_n1/results.json"
+BASELINE = "eval/results/depth_ancestor/results.json"
 CHECKPOINTS = "eval/facts/checkpoints/"
 TYPED = "hybrid_sleep/py.typed"
 RUNNERS = ("python", "python -m pytest", "pytest")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from hybrid_sleep.eval.measure.run_cost import cost_of
 from hybrid_sleep.eval.measure.statistics import Seeds, best_depth, wilson
@@ -169,8 +169,6 @@ def read_baseline(path: str | os.PathLike, run: RunConfig) -> Baseline:
     `path` is the results.json of that model's own depth benchmark. Raises OSError or ValueError if
     the file cannot be read, is no such result, or one of another task or model.
     """
-    from hybrid_sleep.training.config import run_config
-
     result: DepthResult = read(path, DepthResult)
     trained = {tuple(other.trained_depths) for other in result.runs}
     if len(trained) != 1 or len(min(trained)) != 1:
@@ -179,27 +177,53 @@ def read_baseline(path: str | os.PathLike, run: RunConfig) -> Baseline:
             f"{sorted(trained)}"
         )
     ((depth,),) = trained
-    theirs = result.runs[0]
-    # As it would come back from a file, where a tuple is a list.
-    ours = MeasuredRun(**json.loads(json.dumps(run_record("", run))), accuracy={})
-    # Fields that a config got since then have their defaults.
-    known = json.loads(json.dumps(run_config(theirs.config).to_dict()))
-    for key in ("task", "model"):
-        if known[key] != ours.config[key]:
-            raise ValueError(
-                f"baseline must have {key}={ours.config[key]}, got {known[key]} in {str(path)!r}"
-            )
     if depth not in result.depths:
         raise ValueError(
             f"baseline must be measured at depth {depth}, which it was trained at, got "
             f"{result.depths} in {str(path)!r}"
         )
-    other, own = cost_of(run_config(theirs.config)), cost_of(run)
+    return baseline_of(result.runs, depth, run, path, result)
+
+
+class Trained(Protocol):
+    """A model that was trained and measured: with what seed and config, how well at which depth."""
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+
+    @property
+    def accuracy(self) -> dict[int, Accuracy]: ...
+
+
+def baseline_of(
+    models: Sequence[Trained], depth: int, run: RunConfig, path: str | os.PathLike, result: Result
+) -> Baseline:
+    """The `models` of one config in `result`, which lies at `path`, as a baseline of `run`.
+
+    Raises ValueError if they are of another task, or of another model but for its default depth.
+    """
+    from hybrid_sleep.training.config import run_config
+
+    theirs = run_config(models[0].config)
+    # As they would come back from a file, where a tuple is a list.
+    known, ours = (json.loads(json.dumps(one.to_dict())) for one in (theirs, run))
+    for config in (known, ours):
+        config["model"].pop("sleep_passes", None)
+    for key in ("task", "model"):
+        if known[key] != ours[key]:
+            raise ValueError(
+                f"baseline must have {key}={ours[key]}, got {known[key]} in {str(path)!r}"
+            )
+    found = [model.accuracy[depth] for model in models]
+    other, own = cost_of(theirs), cost_of(run)
     return Baseline(
         depth=depth,
-        seeds=[other.seed for other in result.runs],
-        exact=list(result.shares("exact", depth).values),
-        by_difficulty={x: list(result.of_level(x, depth).values) for x in result.levels},
+        seeds=[model.seed for model in models],
+        exact=[accuracy.exact for accuracy in found],
+        by_difficulty={x: [a.by_difficulty[x] for a in found] for x in found[0].by_difficulty},
         examples_ratio=other["examples"] / own["examples"],
         compute_ratio=other["training_flops"] / own["training_flops"],
         command=result.command,

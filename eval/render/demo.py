@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 ENOUGH = 0.95
 NO_BASELINE = (
     "The baseline (the same model trained at N = 1 alone) is not part of this installation; it is "
-    "in the repository, eval/results/ancestor_cpu_n1."
+    "in the repository, eval/results/depth_ancestor."
 )
 
 

@@ -93,7 +93,7 @@ def test_without_the_baseline_it_says_where_it_is(short, tmp_path, monkeypatch, 
     monkeypatch.setattr(demo, "baseline", lambda run: None)
     path = demo.run_demo(seed=0, out=tmp_path)
     for text in (capsys.readouterr().out, path.with_name("results.md").read_text()):
-        assert "eval/results/ancestor_cpu_n1" in text
+        assert "eval/results/depth_ancestor" in text
 
 
 def test_the_committed_baseline_belongs_to_the_recipe(tmp_path):
@@ -101,7 +101,7 @@ def test_the_committed_baseline_belongs_to_the_recipe(tmp_path):
     run = REAL_RECIPE(0, tmp_path)
     found = demo.baseline(run)
     if found is None:
-        pytest.skip("eval/results/ancestor_cpu_n1 is not here")
+        pytest.skip("eval/results/depth_ancestor is not here")
     assert found.depth == 1
     assert len(found.seeds) >= 3
 

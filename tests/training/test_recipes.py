@@ -68,6 +68,17 @@ SHORT = {
         ],
         0.4,
     ),
+    "ancestor_cpu": (
+        [
+            "task.params.hops=[1]",
+            "task.params.nodes=8",
+            "task.params.queries=1",
+            "sleep_passes={at_once: {1: 1, 2: 1}}",
+            "train.steps=120",
+            "train.eval_every=120",
+        ],
+        0.3,
+    ),
     "circuit_cpu": (
         [
             "task.params={wires: 2, levels: 1, spelled: true}",
