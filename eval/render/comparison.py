@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hybrid_sleep.eval.measure.statistics import Seeds, best_depth
+from hybrid_sleep.eval.measure.statistics import Gap, Seeds, best_depth
 from hybrid_sleep.support.markdown import table
 from hybrid_sleep.support.plots import GREY, STYLES, new_panels
 
@@ -24,21 +24,32 @@ def words(result: Comparison) -> list[str]:
         gap = result.ahead(variant)
         if variant is reference or gap is None:
             continue
-        if gap.small:
-            verdict = "so no difference"
-        elif gap.agreed:
-            verdict = "with every seed"
-        else:
-            verdict = "but the seeds do not agree"
         equal = EQUAL[variant.equal].replace(", ", " and ")
-        side = "ahead of" if gap.mean >= 0 else "behind"
-        lines.append(
+        line = (
             (f"At equal {equal}: " if equal else "")
-            + f"{reference.name} (evaluated at N = {reference.compared_at}) is {abs(gap.mean):.3f} "
-            f"{side} {variant.label} ({gap.lowest:+.3f} to {gap.highest:+.3f}, seed by seed), "
-            f"{verdict}."
+            + f"{reference.name} (evaluated at N = {reference.compared_at}) is "
+            + _distance(gap, variant.label)
         )
+        hardest = list(result.questions)[-1]
+        on_it = result.ahead(variant, hardest) if len(result.questions) > 1 else None
+        if on_it is not None:
+            line += f"; on {result.task.difficulty} = {hardest} {_distance(on_it, 'it')}"
+        lines.append(f"{line}.")
     return lines
+
+
+def _distance(gap: Gap, other: str) -> str:
+    if gap.small:
+        verdict = "so no difference"
+    elif gap.agreed:
+        verdict = "with every seed"
+    else:
+        verdict = "but the seeds do not agree"
+    side = "ahead of" if gap.mean >= 0 else "behind"
+    return (
+        f"{abs(gap.mean):.3f} {side} {other} ({gap.lowest:+.3f} to {gap.highest:+.3f}, seed by "
+        f"seed), {verdict}"
+    )
 
 
 def markdown(result: Comparison) -> str:

@@ -22,7 +22,7 @@ from hybrid_sleep.eval.studies.variants import (
     compared_at,
     tied_depths,
 )
-from hybrid_sleep.eval.tasks.accuracy import check_depths
+from hybrid_sleep.eval.tasks.accuracy import Accuracy, check_depths
 from hybrid_sleep.eval.trials import Call, TrialsResult
 
 if TYPE_CHECKING:
@@ -76,10 +76,8 @@ class Comparison(TrialsResult):
 
     def shares(self, variant: Variant, depth: int, level: int | None = None) -> Seeds:
         """Questions right at `depth`, of one difficulty (None: of all), over seeds."""
-        found = [trial.accuracy[depth] for trial in self.trials(variant.name).values()]
-        if level is None:
-            return Seeds(tuple(accuracy.per_question for accuracy in found))
-        return Seeds(tuple(accuracy.by_difficulty[level] for accuracy in found))
+        found = self.trials(variant.name).values()
+        return Seeds(tuple(_share(trial.accuracy[depth], level) for trial in found))
 
     def tied(self, variant: Variant) -> dict[int, Seeds]:
         """Each difficulty at the depth it was trained at; empty where training ties none, or at
@@ -88,11 +86,14 @@ class Comparison(TrialsResult):
             return {}
         return {x: self.shares(variant, depth, x) for x, depth in variant.tied.items()}
 
-    def ahead(self, variant: Variant) -> Gap | None:
-        """What the reference scores more than `variant`, each where it is compared."""
+    def ahead(self, variant: Variant, level: int | None = None) -> Gap | None:
+        """What the reference scores more than `variant`, each where it is compared.
+
+        level: on questions of one difficulty; None: on all.
+        """
         one, other = (
             {
-                seed: trial.accuracy[side.compared_at].per_question
+                seed: _share(trial.accuracy[side.compared_at], level)
                 for seed, trial in self.trials(side.name).items()
             }
             for side in (self.reference, variant)
@@ -128,6 +129,10 @@ class Comparison(TrialsResult):
             )
             for tolerance in (found[0] if found else ())
         ]
+
+
+def _share(accuracy: Accuracy, level: int | None) -> float:
+    return accuracy.per_question if level is None else accuracy.by_difficulty[level]
 
 
 def run(

@@ -104,7 +104,12 @@ def test_shares_intervals_and_gaps_are_summed_up_seed_by_seed():
     assert Comparison.from_content(result.content()) == result
     (line,) = render.words(result)
     assert line.startswith("At equal compute: sleep (evaluated at N = 2) is 0.125 ahead of N = 1 (")
-    assert line.endswith("(-0.100 to +0.350, seed by seed), but the seeds do not agree.")
+    assert "(-0.100 to +0.350, seed by seed), but the seeds do not agree; on steps = 1 " in line
+    # .6 - .1 and .4 - .5.
+    assert result.ahead(once, 1) == Gap(*map(pytest.approx, (0.2, -0.1, 0.5)))
+    assert line.endswith(
+        "0.200 ahead of it (-0.100 to +0.500, seed by seed), but the seeds do not agree."
+    )
     text = render.markdown(result)
     assert "| N = 1 (compute) | 0.800 | 0.300 |" in text
     assert "| floor | 0.250 | 0.500 |" in text
