@@ -207,6 +207,12 @@ class RunConfig:
                     "sleep_passes.at_once must ask every depth for examples of one length, got "
                     f"{lengths} tokens for difficulties {[list(group) for group in groups]}"
                 )
+        together = 1 if self.task is None else self.load_task().together
+        if self.train.batch_size % together:
+            raise ValueError(
+                f"train.batch_size must be a multiple of the {together} examples that ask about one "
+                f"context, got {self.train.batch_size}"
+            )
         if self.train.windows is not None:
             parse_windows(self.train.windows).check(config.window, self.train.steps)
         if self.train.trainable == "new_layers" and not (self.init and self.init.new_layers):

@@ -107,6 +107,9 @@ def test_contexts_that_several_examples_ask_about_are_read_once(tmp_path, tiny, 
     content |= {"task": {"name": "ancestor", "params": params}, "sleep_passes": 3}
     content["model"] = {k: v for k, v in content["model"].items() if k not in FROM_TASK}
     trainer = build_trainer(run_config(content))
+    odd = {**content, "train": {**content["train"], "batch_size": 6}}
+    with pytest.raises(ValueError, match="train.batch_size must be a multiple of the 4 examples"):
+        run_config(odd)
     model, batch = trainer.model.train(), trainer.train_dataset[0]
     calls = []
 
