@@ -210,8 +210,8 @@ class RunConfig:
         together = 1 if self.task is None else self.load_task().together
         if self.train.batch_size % together:
             raise ValueError(
-                f"train.batch_size must be a multiple of the {together} examples that ask about one "
-                f"context, got {self.train.batch_size}"
+                f"train.batch_size must be a multiple of the {together} examples that ask about "
+                f"one context, got {self.train.batch_size}"
             )
         if self.train.windows is not None:
             parse_windows(self.train.windows).check(config.window, self.train.steps)
