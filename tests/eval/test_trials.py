@@ -42,6 +42,11 @@ def test_every_variant_and_seed_is_a_run_in_a_folder_of_its_own(tmp_path, config
     assert [run.train.steps for run in runs.values()] == [3, 4, 5] * 2
 
 
+def test_windows_written_several_times_are_no_other_task(config):
+    runs = Call(config=config, seeds=[0]).plan({"a": [], "b": ["task.repeats=2"]})
+    assert [run.load_task().window for run in runs.values()] == [4, 8]
+
+
 @pytest.mark.parametrize(
     ("variants", "message"),
     [
