@@ -102,7 +102,9 @@ SLOW = (
 # Figures of the Python blocks that make them long.
 FEWER = {"max_new_tokens=500": "max_new_tokens=20", "count=1000": "count=4"}
 # Only the parser can say something of these here.
-ELSEWHERE = ("--device cuda", "_paper.yaml", "gsm_infinite.yaml", "wikitext", "smollm2")
+ELSEWHERE = (
+    "--device cuda", "train.device=cuda", "_paper.yaml", "gsm_infinite.yaml", "wikitext", "smollm2",
+)  # fmt: skip
 
 
 class Block(NamedTuple):
