@@ -103,7 +103,7 @@ SLOW = (
 FEWER = {"max_new_tokens=500": "max_new_tokens=20", "count=1000": "count=4"}
 # Only the parser can say something of these here.
 ELSEWHERE = (
-    "--device cuda", "train.device=cuda", "_paper.yaml", "gsm_infinite.yaml", "wikitext", "smollm2",
+    "--device cuda", "train.device=auto", "_paper.yaml", "gsm_infinite.yaml", "wikitext", "smollm2",
 )  # fmt: skip
 
 
