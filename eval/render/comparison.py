@@ -196,7 +196,7 @@ def figure(result: Comparison) -> Figure:
 def _with_baselines(result: Comparison) -> Figure:
     task, reference = result.task, result.reference
     picture, (top, bottom) = new_panels(
-        [f"{task.name}: one model, evaluated at every depth", "and the same compute at N = 1"],
+        [f"{task.name}: one model, evaluated at every depth", "and what the same compute buys"],
         height=3.9,
     )
     if not result.trials(reference.name):
