@@ -134,8 +134,9 @@ def figure(result: DepthResult) -> Figure:
     deepest = max(depth for run in runs for depth in run.trained_depths)
     if deepest < max(depths):
         axes.axvspan(deepest + 0.5, max(depths) + 0.65, color=GREY, alpha=0.1, linewidth=0)
+        above = 0.02 if result.hardest is None else 0.03 + max(result.task.floor.values())
         axes.annotate(
-            "deeper than trained", (deepest + 0.6, 0.02), fontsize=11, color=GREY, va="bottom"
+            "deeper than trained", (deepest + 0.6, above), fontsize=11, color=GREY, va="bottom"
         )
     if result.hardest is None:
         _exact(axes, result)
@@ -204,7 +205,7 @@ def _baseline(
 ) -> None:
     base = result.baseline
     assert base is not None
-    label = f"trained at N = {base.depth} only, {base.examples_ratio:.0f}x the examples"
+    label = f"trained at N = {base.depth} only, {base.compute_ratio:.1f}x the compute"
     axes.errorbar(
         [at], [share.mean], color=color, marker="D", markersize=10,
         yerr=[[share.mean - share.lowest], [share.highest - share.mean]],
