@@ -26,7 +26,7 @@ def short(monkeypatch):
 
 BASE = Baseline(
     depth=1, seeds=[0, 1, 2], exact=[0.0, 0.0, 0.0],
-    by_difficulty={1: [1, 1, 1], 2: [1, 0.5, 0.9], 4: [0.5, 0.5, 0.4], 8: [0.1, 0.15, 0.2]},
+    by_difficulty={1: [1, 1, 1], 2: [1, 0.5, 0.9], 4: [0.1, 0.15, 0.2]},
     examples_ratio=3.0, compute_ratio=1.2, command="hybrid-sleep bench depth a b c", provenance={},
 )  # fmt: skip
 
@@ -63,11 +63,11 @@ def test_demo_writes_what_it_measured(short, tmp_path, capsys, monkeypatch):
 
     generation = result.generation
     window, prompt = generation.window, generation.prompt
-    first = next(e for e in task.examples("test", 0) if e["meta"]["difficulty"][0] == 8)
+    first = next(e for e in task.examples("test", 0) if e["meta"]["difficulty"][0] == 4)
     assert prompt == first["input_ids"][: task.nodes + 1]
     k, node, above = task.parse(first["input_ids"])["queries"][0]
-    assert generation.question == f"8 hops above {node}: {above}"
-    assert (k, generation.answer) == (8, task.answer + above)
+    assert generation.question == f"4 hops above {node}: {above}"
+    assert (k, generation.answer) == (4, task.answer + above)
     assert len(generation.generated) == 3 * window
     # Each window but the last, which nothing followed, slept once.
     read = len(prompt) + len(generation.generated) - 1
@@ -78,10 +78,10 @@ def test_demo_writes_what_it_measured(short, tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr().out
     page = path.with_name("results.md").read_text()
     for text in (shown, page):
-        assert "accuracy on hops = 8 of 0.150 (0.100 to 0.200 over 3 seeds)" in text
+        assert "accuracy on hops = 4 of 0.150 (0.100 to 0.200 over 3 seeds)" in text
         assert "trained at N = 1 alone" in text and "floor" in text
         assert f"sleep 3: {window} tokens" in text
-        assert f"Asked for 8 hops above {node}: {above}, it says token" in text
+        assert f"Asked for 4 hops above {node}: {above}, it says token" in text
     assert "`hybrid-sleep demo --seed 3`" in page and "hybrid-sleep bench depth a b c" in page
 
     before = {p.name: p.read_bytes() for p in (tmp_path / "d").iterdir() if p.is_file()}
