@@ -195,10 +195,17 @@ class SleepTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _columns_to_keep(self, inputs: dict[str, Any]) -> int | None:
-        """How many of the last columns have the logits that a task's labels need; None: all."""
+        """How many of the last columns have the logits that labels need; None: all.
+
+        Only where many examples repeat one context, whose logits would be most of the work.
+        """
         others = {"attention_mask", "document_ids", "position_ids"} & inputs.keys()
         given = self.label_smoother is not None or self.compute_loss_func is not None
+        # Under ZeRO-3 the backward of a slice finds the head's weight released.
+        given = given or self._zero_stage == 3
         if not isinstance(self.train_dataset, TaskBatches) or others or given:
+            return None
+        if self.train_dataset.task.together == 1:
             return None
         columns = (inputs["labels"] != -100).any(0).nonzero()
         return inputs["labels"].shape[1] - int(columns[0]) + 1 if len(columns) else None

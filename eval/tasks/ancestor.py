@@ -260,7 +260,8 @@ class Ancestor(RowTask):
         left = count
         for drawn in draw(split, seed, trees, words, self._read):
             rows = self._tokens(*drawn)
-            yield rows if left is None else tuple(part[:left] for part in rows)  # type: ignore[misc]
+            hops, input_ids, labels = rows
+            yield hops[:left], input_ids[:left], labels[:left]
             left = None if left is None else left - len(rows[0])
 
     def _read(self, block: np.ndarray) -> tuple[np.ndarray, ...]:
