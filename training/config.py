@@ -199,7 +199,8 @@ class RunConfig:
 
         for groups in self.sleep_passes.difficulties():
             try:
-                lengths = [self.load_task().only(*group).length for group in groups]
+                task = self.load_task()
+                lengths = [task.only(*group).length for group in groups]
             except ValueError as error:
                 raise ValueError(f"sleep_passes: {error}") from error
             if len({*lengths}) > 1:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import Dataset
 
-from hybrid_sleep.training.depth import Difficulties, Drawn
+from hybrid_sleep.training.depth import Difficulties, Drawn, depths_of
 
 if TYPE_CHECKING:
     from hybrid_sleep.eval.tasks import Task
@@ -78,10 +78,7 @@ class TaskBatches(Dataset):
 
     def depths(self, drawn: Drawn) -> Drawn:
         """The depth of each group of an item's rows, of those that a policy has `drawn`."""
-        if self.task.together == 1:
-            return drawn
-        depths = drawn if isinstance(drawn, tuple) else (drawn,)
-        return tuple(depth for depth in depths for _ in range(self.task.together))
+        return drawn if self.task.together == 1 else depths_of(drawn, self.task.together)
 
     def _block(self, step: int, number: int, asked: Difficulties | None) -> dict[str, torch.Tensor]:
         key = (step, number, asked)

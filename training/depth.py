@@ -320,6 +320,12 @@ def parse_depth(value: Any) -> DepthPolicy:
     return _PARSERS[kind](detail)
 
 
+def depths_of(drawn: Drawn, together: int = 1) -> tuple[int, ...]:
+    """The depth of each group of a step's rows; `together` groups have each that was drawn."""
+    depths = (drawn,) if isinstance(drawn, int) else drawn
+    return tuple(depth for depth in depths for _ in range(together))
+
+
 def in_words(depth: Drawn) -> str:
     """A depth that `draw` gave, `4` or `1, 2, 4 at once`."""
     return f"{depth}" if isinstance(depth, int) else f"{', '.join(map(str, depth))} at once"

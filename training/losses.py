@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from hybrid_sleep.sleep.documents import next_labels_in_document, positions_in_document
 from hybrid_sleep.sleep.windows import next_labels
-from hybrid_sleep.training.depth import Drawn
+from hybrid_sleep.training.depth import Drawn, depths_of
 from hybrid_sleep.validation import check_count
 
 CHUNK = 2**24  # logits turned to fp32 at a time
@@ -59,7 +59,7 @@ class LossByPosition:
         token's index in its row or document, where counting in this batch does not give it.
         Raises ValueError for another shape or a depth that is not one of `depths`.
         """
-        depths = depth if isinstance(depth, tuple) else (depth,)
+        depths = depths_of(depth)
         if not {*depths} <= {*self.depths} or len(logits) % len(depths):
             known = ", ".join(map(str, self.depths))
             raise ValueError(

@@ -199,13 +199,15 @@ class SleepTrainer(Trainer):
 
         Only where many examples repeat one context, whose logits would be most of the work.
         """
-        others = {"attention_mask", "document_ids", "position_ids"} & inputs.keys()
-        given = self.label_smoother is not None or self.compute_loss_func is not None
-        # Under ZeRO-3 the backward of a slice finds the head's weight released.
-        given = given or self._zero_stage == 3
-        if not isinstance(self.train_dataset, TaskBatches) or others or given:
+        data = self.train_dataset
+        if not isinstance(data, TaskBatches) or data.task.together == 1:
             return None
-        if self.train_dataset.task.together == 1:
+        if {"attention_mask", "document_ids", "position_ids"} & inputs.keys():
+            return None
+        if self.label_smoother is not None or self.compute_loss_func is not None:
+            return None
+        # Under ZeRO-3 the backward of a slice finds the head's weight released.
+        if self._zero_stage == 3:
             return None
         columns = (inputs["labels"] != -100).any(0).nonzero()
         return inputs["labels"].shape[1] - int(columns[0]) + 1 if len(columns) else None

@@ -92,10 +92,21 @@ def sleep_flops(config: HybridSleepConfig, tokens: int, passes: int, *, past: in
         "bidirectional": config.sleep_attention == "bidirectional",
     }
     whole = pass_flops(config, tokens, first=start, last=end, **seen)
-    closing: dict[str, Any] = {"last": writer + 1, "write_only_last": True, **seen}
     if writer < end:
-        return (passes - 2) * whole + pass_flops(config, tokens, first=start, **closing)
-    return (passes - 1) * whole + pass_flops(config, tokens, first=end, **closing)
+        until: dict[str, Any] = {"last": writer + 1, "write_only_last": True}
+        return (passes - 2) * whole + pass_flops(config, tokens, first=start, **until, **seen)
+    return (passes - 1) * whole + coda_flops(config, tokens, past=past)
+
+
+def coda_flops(config: HybridSleepConfig, tokens: int, *, past: int = 0) -> int:
+    """The coda behind the last pass over a window of `tokens`; 0 where no block behind writes."""
+    (_, end), writer = config.loop_range, config.last_writer
+    if writer is None or writer < end:
+        return 0
+    return pass_flops(
+        config, tokens, first=end, last=writer + 1, write_only_last=True, past=past,
+        bidirectional=config.sleep_attention == "bidirectional",
+    )  # fmt: skip
 
 
 def token_flops(config: HybridSleepConfig, past: int) -> int:
@@ -146,18 +157,10 @@ def shared_flops(config: HybridSleepConfig, depths: Sequence[int]) -> int:
     Its passes run once, as often as the deepest needs; only the coda follows each (see
     `sleep.branches`). Forward alone.
     """
-    window, saved = config.window, 0
-    start, end = config.loop_range
-    writer = config.last_writer
-    for passes in sorted(depths)[:-1]:
-        saved += pass_flops(config, window) + sleep_flops(config, window, passes)
-        if passes > 1 and writer is not None and writer >= end:
-            bidirectional = config.sleep_attention == "bidirectional"
-            saved -= pass_flops(
-                config, window, first=end, last=writer + 1, write_only_last=True,
-                bidirectional=bidirectional,
-            )  # fmt: skip
-    return saved
+    window, shallower = config.window, sorted(depths)[:-1]
+    codas = sum(passes > 1 for passes in shallower) * coda_flops(config, window)
+    looped = sum(sleep_flops(config, window, passes) for passes in shallower) - codas
+    return len(shallower) * pass_flops(config, window) + looped
 
 
 def past_flops(config: HybridSleepConfig, tokens: int, passes: int) -> int:
@@ -184,8 +187,8 @@ def training_flops(
     """Forward and backward over one sequence: 3 times `sequence_flops`, a backward being twice it.
 
     torch computes more where activations are recomputed (up to one forward more, two with
-    `("window", ...)`), and less where no loss depends on a result: truncated passes and the coda of
-    windows that only hold context.
+    `("window", ...)`) and where logits are taken that no label needs, and less where no loss
+    depends on a result: truncated passes and the coda of windows that only hold context.
     """
     return 3 * sequence_flops(config, tokens, passes, sleeps, logits=logits)
 

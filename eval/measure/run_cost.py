@@ -33,6 +33,7 @@ def cost_of(run: RunConfig) -> dict[str, int]:
 
 
 def _training_cost(run: RunConfig) -> dict[str, int]:
+    from hybrid_sleep.training.depth import depths_of
     from hybrid_sleep.training.schedules import parse_windows
 
     config, task = run.model_config(), run.load_task()
@@ -50,9 +51,8 @@ def _training_cost(run: RunConfig) -> dict[str, int]:
     training = rows = tokens = 0
     for (depth, asked, window), times in drawn.items():
         config.window = window
-        depths = depth if isinstance(depth, tuple) else (depth,)
         tasks = [task if levels is None else task.only(*levels) for levels in asked]
-        for one, N in zip(tasks, depths, strict=True):
+        for one, N in zip(tasks, depths_of(depth), strict=True):
             rows += times
             tokens += times * one.length
             sleeps = sleeping_windows(one, config)
@@ -60,7 +60,7 @@ def _training_cost(run: RunConfig) -> dict[str, int]:
             logits = one.length - first_label(one) + 1
             each = flops.training_flops(config, one.length, N, sleeps, logits=logits)
             training += times * each
-        readers = [N for N in depths for _ in range(task.together)]
+        readers = depths_of(depth, task.together)
         if len(readers) > 1 and _share_first_window(run, config, tasks):
             training -= times * 3 * flops.shared_flops(config, readers) // task.together
     size = run.train.batch_size

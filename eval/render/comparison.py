@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hybrid_sleep.eval.measure.statistics import Gap, Seeds, best_depth
+from hybrid_sleep.eval.render.lines import seeds_line
 from hybrid_sleep.support.markdown import table
-from hybrid_sleep.support.plots import GREY, STYLES, new_panels
+from hybrid_sleep.support.plots import GREY, new_panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -186,7 +187,7 @@ def figure(result: Comparison) -> Figure:
     depths = result.reference.depths
     for index, variant in enumerate(names):
         shares = [result.shares(variant, depth) for depth in depths]
-        _line(axes, depths, shares, index, len(names), variant.label)
+        seeds_line(axes, depths, shares, index, len(names), variant.label)
     if names:
         _depth_axis(axes, depths)
         _dress(axes, result)
@@ -204,14 +205,14 @@ def _with_baselines(result: Comparison) -> Figure:
     levels, depths = list(result.questions), reference.depths
     for index, level in enumerate(levels):
         shares = [result.shares(reference, depth, level) for depth in depths]
-        _line(top, depths, shares, index, len(levels), f"{task.difficulty} = {level}")
+        seeds_line(top, depths, shares, index, len(levels), f"{task.difficulty} = {level}")
     _depth_axis(top, depths)
     shown = [x for x in result.measured if x.role != "ablation" and x.equal != "tokens"]
     for index, variant in enumerate(shown):
         at = variant.compared_at
         shares = [result.shares(variant, at, level) for level in levels]
         label = f"sleep, N = {at}" if variant is reference else variant.label
-        _line(bottom, list(range(len(levels))), shares, index, len(shown), label)
+        seeds_line(bottom, list(range(len(levels))), shares, index, len(shown), label)
     if len(levels) > 1:
         floors = [task.floor[level] for level in levels]
         bottom.plot(range(len(levels)), floors, **_FLOOR)
@@ -240,20 +241,3 @@ def _dress(axes: Axes, result: Comparison, line: bool = True) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     axes.set_ylabel("accuracy on questions", fontsize=13)
     axes.legend(fontsize=10, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-
-
-def _line(
-    axes: Axes, places: list[int], shares: list[Seeds], index: int, of: int, label: str
-) -> None:
-    """Means with bars from the lowest seed to the highest, next to those of the other lines."""
-    color, marker, line = STYLES[index % len(STYLES)]
-    shift = 0.05 * (index - (of - 1) / 2)
-    axes.errorbar(
-        [place + shift for place in places], [share.mean for share in shares],
-        yerr=[
-            [share.mean - share.lowest for share in shares],
-            [share.highest - share.mean for share in shares],
-        ],
-        color=color, marker=marker, linestyle=line, markersize=7, linewidth=2, capsize=3,
-        label=label,
-    )  # fmt: skip

@@ -27,9 +27,9 @@ def table(result: DemoResult) -> Any:
     shown = Table(title=f"Pointer chasing, seed {run.seed}: accuracy by sleep depth and {name}")
     for column in ("", *(f"{name} = {level}" for level in result.levels), "ms per example"):
         shown.add_column(column, justify="right")
-    times = [f"{1000 * result.seconds_per_example(number):.2f}" for number in result.depths]
-    for index, (row, shares) in enumerate(depth.by_level(result)):
-        time = times[index] if index < len(times) else ""
+    times = {f"depth {n}": f"{1000 * result.seconds_per_example(n):.2f}" for n in result.depths}
+    for row, shares in depth.by_level(result):
+        time = times.get(row, "")
         shown.add_row(row, *(f"{share:.3f}" for share in shares), time)
     return shown
 
@@ -60,12 +60,12 @@ def written(generation: Generation) -> list[str]:
     window, answer = generation.window, generation.answer
     tokens = generation.prompt + generation.generated
     windows = [tokens[start : start + window] for start in range(0, len(tokens), window)]
-    said = generation.generated[0]
-    verdict = "correct" if said == answer else f"wrong, {answer} would be correct"
+    reply = generation.generated[0]
+    verdict = "correct" if reply == answer else f"wrong, {answer} would be correct"
     return [
         f"The same model writing on at depth {generation.depth}, windows of {window} tokens:",
         *("  " + " ".join(map(str, part)) for part in windows),
-        f"  Asked for {generation.question}, it says token {said}: {verdict}. What follows was "
+        f"  Asked for {generation.question}, it says token {reply}: {verdict}. What follows was "
         "never trained; it is there to show the sleeps.",
         *(f"  sleep {number}: {said}" for number, said in enumerate(generation.said, 1)),
     ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hybrid_sleep.eval.measure.statistics import NO_DIFFERENCE, Seeds, over_questions
+from hybrid_sleep.eval.measure.statistics import NO_DIFFERENCE, Seeds, best_depth, over_questions
+from hybrid_sleep.eval.render.lines import seeds_line
 from hybrid_sleep.support.markdown import table
 from hybrid_sleep.support.plots import BLUE, GREY, INK, SKY, STYLES, VERMILLION, new_figure
 
@@ -31,6 +32,7 @@ def accuracy_table(result: DepthResult) -> list[str]:
     """A row a depth: accuracy with its intervals, seed by seed, and what an example costs."""
     several = len(result.runs) > 1
     seeds = [f"seed {run.seed}" for run in result.runs] if several else []
+    best = best_depth({depth: result.shares("exact", depth).mean for depth in result.depths})
     intervals = ["lowest to highest", "95 % interval"] if several else ["95 % interval"]
     head = ["depth N", "exact", *intervals, *seeds, "per label", "ms per example", "cost"]
     rows = []
@@ -45,7 +47,7 @@ def accuracy_table(result: DepthResult) -> list[str]:
         rows.append(
             [
                 depth,
-                f"**{exact}**" if depth == result.best_depth else exact,
+                f"**{exact}**" if depth == best else exact,
                 *map(_between, ranges),
                 *(f"{share:.3f}" for share in shares.values if several),
                 f"{result.shares('per_label', depth).mean:.3f}",
@@ -178,25 +180,17 @@ def _levels(axes: Axes, result: DepthResult) -> None:
     """A line for each difficulty, from the lowest checkpoint to the highest."""
     base, count = result.baseline, len(result.levels)
     for index, level in enumerate(result.levels):
-        color, marker, line = STYLES[index % len(STYLES)]
         shares = [result.of_level(level, depth) for depth in result.depths]
-        shift = 0.04 * (index - (count - 1) / 2)
-        axes.errorbar(
-            [depth + shift for depth in result.depths], [share.mean for share in shares],
-            yerr=[
-                [share.mean - share.lowest for share in shares],
-                [share.highest - share.mean for share in shares],
-            ],
-            color=color, marker=marker, linestyle=line, markersize=7, linewidth=2.2, capsize=3,
-            label=f"{result.task.difficulty} = {level}",
-        )  # fmt: skip
+        label = f"{result.task.difficulty} = {level}"
+        seeds_line(axes, result.depths, shares, index, count, label)
         if base is not None:
-            at = base.depth - 0.2 + shift
+            color, _, _ = STYLES[index % len(STYLES)]
+            at = base.depth - 0.2 + 0.05 * (index - (count - 1) / 2)
             _baseline(axes, result, base.judged(level), at, color, named=index == count - 1)
     floors = [result.task.floor[level] for level in result.levels]
     for floor in sorted({*floors}):
-        label = "floor: the best guess" if floor == min(floors) else None
-        axes.axhline(floor, color=GREY, linestyle=(0, (4, 3)), linewidth=1.4, label=label)
+        named = "floor: the best guess" if floor == min(floors) else None
+        axes.axhline(floor, color=GREY, linestyle=(0, (4, 3)), linewidth=1.4, label=named)
     axes.set_ylabel("accuracy on questions", fontsize=13)
 
 

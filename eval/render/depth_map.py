@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hybrid_sleep.eval.measure.statistics import NO_DIFFERENCE, Seeds
+from hybrid_sleep.eval.render.lines import seeds_line
 from hybrid_sleep.support.markdown import table
-from hybrid_sleep.support.plots import GREY, STYLES, new_panels
+from hybrid_sleep.support.plots import GREY, new_panels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -103,22 +104,12 @@ def figure(result: DepthMap) -> Figure:
         )  # fmt: skip
         measured = [result.shares(value, multiple) for value in values]
         for index, depth in enumerate(result.depths):
-            color, marker, line = STYLES[index % len(STYLES)]
             found = {x: shares[depth] for x, shares in enumerate(measured) if depth in shares}
             if not found:
                 continue
-            # Next to each other, or the bars would hide each other.
-            shift = 0.06 * (index - (len(result.depths) - 1) / 2)
-            axes.errorbar(
-                [place + shift for place in found],
-                [share.mean for share in found.values()],
-                yerr=[
-                    [share.mean - share.lowest for share in found.values()],
-                    [share.highest - share.mean for share in found.values()],
-                ],
-                color=color, marker=marker, linestyle=line, markersize=7, linewidth=2, capsize=3,
-                label=f"N = {depth}",
-            )  # fmt: skip
+            seeds_line(
+                axes, [*found], [*found.values()], index, len(result.depths), f"N = {depth}"
+            )
         axes.set_ylim(0, 1.04)
         axes.set_xticks(range(len(values)), values)
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")

@@ -94,19 +94,19 @@ class Ancestor(RowTask):
         self.order = order
         self.queries = check_count("queries", queries)
         self.compound = check_flag("compound", compound)
-        self.each = each = 1 if compound else 2  # tokens of a pointer, and of a question
-        self.context = each * nodes
+        self.each = 1 if compound else 2  # tokens of a pointer, and of a question
+        self.context = self.each * nodes
         self.together = queries if check_flag("apart", apart) else 1
         self.asked = queries // self.together
         self.window = self.context // windows
-        if self.context % windows or self.window < each * self.asked + 1:
+        asking = self.each * self.asked + 1
+        if self.context % windows or self.window < asking:
             raise ValueError(
                 f"windows must divide the {self.context} tokens of a tree and leave at least "
-                f"{each * self.asked + 1}, those of {self.asked} questions, to a window, got "
-                f"{windows}"
+                f"{asking}, those of {self.asked} questions, to a window, got {windows}"
             )
         # So that examples of one tree are drawn from one seed.
-        self.block = queries * max(1, Task.block // queries)  # type: ignore[misc]  # as drawn
+        self.block = self.together * max(1, Task.block // self.together)  # type: ignore[misc]  # so
         self.drawn = np.arange(len(self.hops))
         signs = nodes + len(self.hops)
         self.answer = signs * nodes if compound else 0
@@ -114,7 +114,7 @@ class Ancestor(RowTask):
         if compound:
             self.token_fields = [signs + 2, nodes]
         self.vocab_size = (signs + 2) * nodes if compound else signs + 1
-        self.length = self.context + each * self.asked + 1
+        self.length = self.context + asking
         self.params = {
             "nodes": nodes,
             "hops": list(self.hops),
@@ -259,10 +259,9 @@ class Ancestor(RowTask):
         trees = None if count is None else -(-count // self.together)
         left = count
         for drawn in draw(split, seed, trees, words, self._read):
-            rows = self._tokens(*drawn)
-            hops, input_ids, labels = rows
+            hops, input_ids, labels = self._tokens(*drawn)
             yield hops[:left], input_ids[:left], labels[:left]
-            left = None if left is None else left - len(rows[0])
+            left = None if left is None else left - len(hops)
 
     def _read(self, block: np.ndarray) -> tuple[np.ndarray, ...]:
         """Hashes [n], then parents [n, nodes] by place in the order of the tree, labels by place,

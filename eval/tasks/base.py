@@ -220,8 +220,7 @@ def check_asked(given: Sequence[int], name: str, known: Sequence[int]) -> list[i
     """
     if not given or not {*given} <= {*known} or len({*given}) < len(given):
         raise ValueError(
-            f"difficulty must be one or several of {name}={list(known)}, got "
-            f"{_named(given)}"
+            f"difficulty must be one or several of {name}={list(known)}, got {_named(given)}"
         )
     return sorted(given)
 
