@@ -15,12 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hybrid_sleep.eval.measure.accuracy import measure_auto, measure_depth
+from hybrid_sleep.eval.measure.accuracy import SPLIT, measure_auto, measure_depth
 from hybrid_sleep.eval.measure.run_cost import cost_of
 from hybrid_sleep.eval.results import Result
 from hybrid_sleep.eval.tasks.accuracy import Accuracy
 from hybrid_sleep.support.provenance import provenance
 from hybrid_sleep.support.resume import Row, collect
+from hybrid_sleep.training.data import TRAIN_SPLIT, derive_seed
 from hybrid_sleep.training.weights import load_model
 from hybrid_sleep.validation import check_count
 
@@ -29,22 +30,25 @@ if TYPE_CHECKING:
 
 Changes = Mapping[str, Any] | Sequence[str]
 SEED = "{seed}"
+VALIDATION = "validation"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
     """One training of a variant with one seed, and the accuracy of its model.
 
-    auto_passes: the most passes where the model's own depth was measured too, see `auto`.
-    first_weights: a digest of the checkpoint that training started from. seconds: of training.
-    accuracy: by depth. auto: by tolerance (see `measure_auto`). cost: see `cost_of`; None in
-    results from before it was counted.
+    split: of the examples: test, or validation, which a run is watched on while it trains (see
+    `HeldOut`). auto_passes: the most passes where the model's own depth was measured too, see
+    `auto`. first_weights: a digest of the checkpoint that training started from. seconds: of
+    training. accuracy: by depth. auto: by tolerance (see `measure_auto`). cost: see `cost_of`; None
+    in results from before it was counted.
     """
 
     variant: str
     seed: int
     depths: list[int]
     examples: int
+    split: str = SPLIT
     auto_passes: int | None = None
     config: dict[str, Any]
     first_weights: str | None
@@ -62,6 +66,7 @@ class TrialsResult(Result):
     config: str
     overrides: list[str]
     examples: int
+    split: str = SPLIT
     seeds: list[int]
     clock: str
     rows: list[Trial]
@@ -153,6 +158,7 @@ class Call:
         depths: Mapping[str, Sequence[int]],
         auto_passes: Mapping[str, int] | None = None,
         /,
+        split: str = SPLIT,
         **fields: Any,
     ) -> R:
         """The `kind` of result with `fields`: each of `runs` trained, and measured at its `depths`.
@@ -168,6 +174,7 @@ class Call:
                 "seed": seed,
                 "depths": list(depths[name]),
                 "examples": self.count,
+                "split": split,
                 "auto_passes": (auto_passes or {}).get(name),
                 "config": run.to_dict(),
                 "first_weights": None if run.init is None else _digest(run.init.checkpoint),
@@ -178,6 +185,7 @@ class Call:
             config=Path(self.config).name,
             overrides=list(self.overrides),
             examples=self.count,
+            split=split,
             seeds=list(self.seeds),
             clock="processor" if device == "cpu" else "wall",
             rows=[],
@@ -211,7 +219,10 @@ def train_and_measure(runs: Mapping[tuple[str, int], RunConfig], key: Row) -> Ro
     most = key["auto_passes"]
     with threads(run.train.threads):
         model = load_model(trained.model_dir, device)
-        accuracy = measure_depth(model, task, key["depths"], key["examples"])
+        drawn: dict[str, Any] = {}
+        if key["split"] == VALIDATION:
+            drawn = {"split": TRAIN_SPLIT, "seed": derive_seed("held out", run.train.seed)}
+        accuracy = measure_depth(model, task, key["depths"], key["examples"], **drawn)
         auto = None
         if most is not None:
             auto = measure_auto(model, task, max_passes=most, count=key["examples"])

@@ -148,6 +148,20 @@ def mark_supervised(batch: Mapping[str, Any]) -> dict[str, Any]:
     return dict(batch) if labels is None else {**batch, "supervised": labels != -100}
 
 
+def labelled_columns(batch: Mapping[str, Any]) -> int | None:
+    """How many of the last columns have the logits that the labels of `batch` need; None: all.
+
+    Where only the end of each row is supervised, as in most tasks, the other logits are a good part
+    of a small model's work.
+    """
+    if {"attention_mask", "document_ids", "position_ids"} & batch.keys():
+        return None
+    columns = (batch["labels"] != -100).any(0).nonzero()
+    # A label is predicted one column before it.
+    first = int(columns[0]) - 1 if len(columns) else 0
+    return batch["labels"].shape[1] - first if first > 0 else None
+
+
 def derive_seed(*parts: Any) -> int:
     """A seed below 2**63 for `parts`, the same on every machine and in every version."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from hybrid_sleep.training.data import derive_seed, mark_supervised
+from hybrid_sleep.training.data import derive_seed, labelled_columns, mark_supervised
 from hybrid_sleep.training.depth import Drawn, parse_depth
 from hybrid_sleep.training.optimizer import optimizer_for
 from hybrid_sleep.training.schedules import learning_rates
@@ -181,6 +181,8 @@ def _backward(
             seed_step(seed, done.step, part)
             if loss is None:
                 # Over the tokens of the whole step: micro-batches may differ in how many they have.
+                kept = None if done.depth is None else labelled_columns(batch)
+                batch |= {} if kept is None else {"logits_to_keep": kept}
                 value = model(**batch, use_cache=False, num_items_in_batch=supervised).loss
             else:
                 value = loss(model, batch)

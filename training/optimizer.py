@@ -15,14 +15,16 @@ from hybrid_sleep.validation import check_choice, check_count, check_number
 ADJUSTMENTS = ("original", "match_rms_adamw")
 ALGORITHMS = ("muon", "adamw")
 PRECISIONS = ("float32", "bfloat16")
+# Up to here a CPU takes longer to start an operation for each matrix than to stack them in float32.
+SMALL = 128
 
 
 class MuonAdamW(torch.optim.Optimizer):
     """torch.optim.Muon on matrices and torch.optim.AdamW on the rest, as one optimizer.
 
     One set of `param_groups` and one state, as Trainer, accelerate and learning-rate schedules
-    expect; every step is torch's own, but for Muon's on a CPU without bfloat16 instructions: there
-    the same update is computed in float32, which is faster than imitating bfloat16.
+    expect; every step is torch's own, but for Muon's on a CPU where matrices are small or there are
+    no bfloat16 instructions: the same update is computed in float32, which is faster there.
 
     Args:
         params: parameters or parameter groups. A group says which algorithm it is for
@@ -34,8 +36,9 @@ class MuonAdamW(torch.optim.Optimizer):
         adjust_lr: how Muon scales its rate with a matrix's shape, `original` (Keller Jordan) or
             `match_rms_adamw` (Moonshot); see torch.optim.Muon.
         precision: what Muon orthogonalises in, `float32` or, as torch does, `bfloat16`. None:
-            what the device of a group's first parameter is faster at. It is saved with the state,
-            so that a run that is resumed on another machine goes on as it began.
+            what the device of a group's first parameter is faster at, for matrices as large as the
+            group's largest. It is saved with the state, so that a run that is resumed on another
+            machine goes on as it began.
         betas, eps: of AdamW.
 
     Raises ValueError, before anything is added, for an unknown algorithm, a value out of range, or
@@ -81,8 +84,7 @@ class MuonAdamW(torch.optim.Optimizer):
             group["params"] = [group["params"]]
         group["params"] = list(group["params"])
         if group["precision"] is None:
-            native = not group["params"] or bfloat16_is_native(group["params"][0].device)
-            group["precision"] = "bfloat16" if native else "float32"
+            group["precision"] = _faster_precision(group["params"])
         _check_group(group)
         super().add_param_group(group)
 
@@ -169,6 +171,15 @@ def orthogonalised(
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
+
+
+def _faster_precision(parameters: list[Tensor]) -> str:
+    if not parameters:
+        return "bfloat16"
+    device = parameters[0].device
+    largest = max(max(parameter.shape, default=0) for parameter in parameters)
+    small = device.type == "cpu" and largest <= SMALL
+    return "bfloat16" if bfloat16_is_native(device) and not small else "float32"
 
 
 def bfloat16_is_native(device: torch.device) -> bool:

@@ -17,7 +17,13 @@ from hybrid_sleep.eval.tasks.perplexity import measure_perplexity
 from hybrid_sleep.support.io import write_json_atomic
 from hybrid_sleep.training import zero
 from hybrid_sleep.training.callbacks import scalars
-from hybrid_sleep.training.data import HeldOut, TaskBatches, mark_supervised, only_item
+from hybrid_sleep.training.data import (
+    HeldOut,
+    TaskBatches,
+    labelled_columns,
+    mark_supervised,
+    only_item,
+)
 from hybrid_sleep.training.depth import DepthPolicy, Drawn, parse_depth
 from hybrid_sleep.training.folder import (
     STAGING,
@@ -195,22 +201,11 @@ class SleepTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _columns_to_keep(self, inputs: dict[str, Any]) -> int | None:
-        """How many of the last columns have the logits that labels need; None: all.
-
-        Only where many examples repeat one context, whose logits would be most of the work.
-        """
-        data = self.train_dataset
-        if not isinstance(data, TaskBatches) or data.task.together == 1:
-            return None
-        if {"attention_mask", "document_ids", "position_ids"} & inputs.keys():
-            return None
+        """`labelled_columns` where nothing but the model's own loss reads the logits."""
         if self.label_smoother is not None or self.compute_loss_func is not None:
             return None
         # Under ZeRO-3 the backward of a slice finds the head's weight released.
-        if self._zero_stage == 3:
-            return None
-        columns = (inputs["labels"] != -100).any(0).nonzero()
-        return inputs["labels"].shape[1] - int(columns[0]) + 1 if len(columns) else None
+        return None if self._zero_stage == 3 else labelled_columns(inputs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
         self._position = inputs.pop("position", None)

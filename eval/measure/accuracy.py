@@ -20,17 +20,18 @@ def measure_depth(
     count: int = 2000,
     seed: int = 0,
     batch_size: int = 250,
+    split: str = SPLIT,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[int, Accuracy]:
-    """Accuracy of `model` on `count` test examples of `task` at each depth, in ascending order.
+    """Accuracy of `model` on `count` examples of `task` at each depth, in ascending order.
 
-    The examples are those of (test, `seed`), the same at every depth. `progress(done, total)` is
+    The examples are those of (`split`, `seed`), the same at every depth. `progress(done, total)` is
     called after every forward; the units are passes over an example. The model is put in eval
     mode and left as it was found. Raises ValueError for depths that are not distinct integers of
     at least 1, or a count or batch size below 1.
     """
     depths = check_depths(depths)
-    batches = _batches(task, count, seed, batch_size)
+    batches = _batches(task, split, count, seed, batch_size)
     done, total = 0, count * sum(depths)
 
     def step(passes: int) -> None:
@@ -60,15 +61,17 @@ def measure_auto(
     (relative), at the latest after `max_passes` passes. Raises ValueError for a model none of whose
     looped layers has fast weights.
     """
-    batches = _batches(task, count, seed, batch_size)
+    batches = _batches(task, SPLIT, count, seed, batch_size)
     depths = [Auto(tolerance, max_passes) for tolerance in tolerances]
     measured = measure_accuracy(model, task, batches, depths)
     return {depth.tolerance: measured[depth] for depth in depths}
 
 
-def _batches(task: Task, count: int, seed: int, batch_size: int) -> list[list[dict[str, Any]]]:
+def _batches(
+    task: Task, split: str, count: int, seed: int, batch_size: int
+) -> list[list[dict[str, Any]]]:
     check_count("count", count)
     check_count("batch_size", batch_size)
     check_count("seed", seed, 0)
-    examples = list(task.examples(SPLIT, seed, count))
+    examples = list(task.examples(split, seed, count))
     return [examples[start : start + batch_size] for start in range(0, count, batch_size)]

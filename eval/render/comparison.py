@@ -69,12 +69,14 @@ def markdown(result: Comparison) -> str:
         *_by_difficulty(result),
         *_by_depth(result),
         "",
-        f"Task: {task}; {result.examples} test examples of each model. Config: {result.config}"
-        f"{overrides}. Steps and {result.clock} seconds are of one training, all its stages.",
+        f"Task: {task}; {result.examples} {result.split} examples of each model. Config: "
+        f"{result.config}{overrides}. Steps and {result.clock} seconds are of one training, "
+        "all its stages.",
         "",
         *(f"- {line}" for line in words(result)),
         *_auto(result),
         *_changes(result),
+        *_rates(result),
     ]
     if result.left_out:
         lines += ["", *(f"- Left out: {reason}." for reason in result.left_out.values())]
@@ -161,6 +163,22 @@ def _auto(result: Comparison) -> list[str]:
     head = ["stops when fast weights change by less than", "mean passes", "accuracy"]
     rows = [[f"{x.tolerance:g}", f"{x.passes:.2f}", _shown(x.per_question)] for x in result.auto]
     return ["", *table(head, rows)] if rows else []
+
+
+def _rates(result: Comparison) -> list[str]:
+    """What each multiple of the learning rates gave, the chosen one in bold."""
+    chosen = {variant.name: variant for variant in result.measured if variant.rate is not None}
+    if not chosen:
+        return []
+    rows = []
+    for name, variant in chosen.items():
+        shares = result.rates[name]
+        cells = [
+            f"**{x:.3f}**" if rate == variant.rate else f"{x:.3f}" for rate, x in shares.items()
+        ]
+        rows.append([f"{variant.label} ({EQUAL[variant.equal]})", *cells])
+    head = ["learning rates of the config times", *(f"{rate:g}" for rate in shares)]
+    return ["", "Chosen on validation examples, one more seed:", "", *table(head, rows, "lr")]
 
 
 def _changes(result: Comparison) -> list[str]:

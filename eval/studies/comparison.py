@@ -6,14 +6,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from statistics import mean
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
+from hybrid_sleep.eval.measure.accuracy import SPLIT
 from hybrid_sleep.eval.measure.depth import TaskRecord
 from hybrid_sleep.eval.measure.run_cost import one_stage
 from hybrid_sleep.eval.measure.statistics import Gap, Seeds, over_questions
+from hybrid_sleep.eval.studies import rates as learning_rates
 from hybrid_sleep.eval.studies.ablations import ABLATIONS, ablations_of, applicable
 from hybrid_sleep.eval.studies.baselines import baselines_of
 from hybrid_sleep.eval.studies.variants import (
@@ -23,7 +26,7 @@ from hybrid_sleep.eval.studies.variants import (
     tied_depths,
 )
 from hybrid_sleep.eval.tasks.accuracy import Accuracy, check_depths
-from hybrid_sleep.eval.trials import Call, TrialsResult
+from hybrid_sleep.eval.trials import VALIDATION, Call, TrialsResult
 
 if TYPE_CHECKING:
     from hybrid_sleep.training import RunConfig
@@ -46,13 +49,15 @@ class Comparison(TrialsResult):
     """Variants of a run, each trained with every seed and measured on the same test examples.
 
     The first of `variants` is what the others are compared with. left_out: ablations that would
-    have changed nothing, and why. All shares are of questions.
+    have changed nothing, and why. rates: what each variant got right on validation examples, by
+    multiple of the learning rates, where these were chosen. All shares are of questions.
     """
 
     benchmark: ClassVar[str] = "comparison"
     task: TaskRecord
     variants: list[Variant]
     left_out: dict[str, str]
+    rates: dict[str, dict[float, float]] = field(default_factory=dict)
 
     @property
     def reference(self) -> Variant:
@@ -142,23 +147,26 @@ def run(
     baselines: Sequence[str] = (),
     ablations: Sequence[str] | Literal["all"] = (),
     variants: Mapping[str, list[str]] | None = None,
+    rates: Sequence[float] = (),
 ) -> Comparison:
     """Train and measure the run of `call`, and what it is compared with, with every seed.
 
     depths: where the reference and its ablations are evaluated (default: 1 to the deepest in
     training); baselines are at 1. baselines, ablations: names, of `BASELINES` and of
     `ABLATION_NAMES`; of "all" ablations those that would change nothing of this run are left out.
-    variants: `key=value` changes by name, in place of these; the first is the reference. Raises
-    ValueError or FileNotFoundError before anything is trained, also for baselines with fewer than 3
-    seeds.
+    variants: `key=value` changes by name, in place of these; the first is the reference. rates:
+    multiples of the learning rates, of which each variant gets the one that is best for it on
+    validation examples, see `studies.rates`; none: all have those of the run. Raises ValueError or
+    FileNotFoundError before anything is trained, also for baselines with fewer than 3 seeds.
     """
     asked = ABLATION_NAMES if ablations == "all" else ablations
     if baselines and len(call.seeds) < FEWEST_SEEDS:
         raise ValueError(
             f"seeds must be at least {FEWEST_SEEDS}, such as 0,1,2, got {list(call.seeds)}"
         )
-    if variants and (baselines or asked):
-        raise ValueError("variants must come without baselines and ablations, got both")
+    if variants and (baselines or asked or rates):
+        raise ValueError("variants must come without baselines, ablations and rates, got both")
+    multiples = learning_rates.check_rates(rates)
     levels = None if depths is None else check_depths(depths)
     left_out: dict[str, str] = {}
     if variants:
@@ -176,16 +184,51 @@ def run(
             *baselines_of(first, baselines, levels),
             *ablations_of(first, names, levels),
         ]
+    # What cannot be run is refused before hours of rates.
+    call.plan({variant.name: variant.changes for variant in planned})
+    if multiples:
+        return _tuned(call, planned, multiples, AUTO in asked, left_out)
+    return _measured(call, planned, AUTO in asked, left_out=left_out)
+
+
+def _tuned(
+    call: Call, planned: list[Variant], rates: list[float], auto: bool, left_out: dict[str, str]
+) -> Comparison:
+    """The comparison at the rates that are best on validation examples, with a seed of its own."""
+    began, trying = time.monotonic(), learning_rates.own_call(call)
+    run = trying.load(seed=trying.seeds[0])
+    trials = {v.name: learning_rates.trials_of(v, run, rates) for v in planned}
+    every = [trial for found in trials.values() for trial in found.values()]
+    tried = _measured(trying, every, split=VALIDATION, left_out={})
+    if not tried.complete:
+        seeds = list(call.seeds)
+        return replace(tried, variants=planned, seeds=seeds, rows=[], split=SPLIT)
+    shares = {
+        name: {rate: tried.shares(t, t.compared_at).mean for rate, t in found.items()}
+        for name, found in trials.items()
+    }
+    best = {name: learning_rates.best(found) for name, found in shares.items()}
+    planned = [learning_rates.at_rate(v, run, best[v.name]) for v in planned]
+    if call.minutes is not None:
+        left = call.minutes - (time.monotonic() - began) / 60
+        call = replace(call, minutes=max(left, 1e-9))
+    return _measured(call, planned, auto, left_out=left_out, rates=shares)
+
+
+def _measured(
+    call: Call, planned: list[Variant], auto: bool = False, split: str = SPLIT, **fields: Any
+) -> Comparison:
     runs = call.plan({variant.name: variant.changes for variant in planned})
     task = next(iter(runs.values())).load_task()
     return call.run(
         Comparison,
         runs,
         {variant.name: variant.depths for variant in planned},
-        {planned[0].name: max(planned[0].depths)} if AUTO in asked else None,
+        {planned[0].name: max(planned[0].depths)} if auto else None,
+        split=split,
         task=TaskRecord.of(task),
         variants=planned,
-        left_out=left_out,
+        **fields,
     )
 
 

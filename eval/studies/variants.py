@@ -25,7 +25,8 @@ class Variant:
     its models are evaluated. compared_at: the one of them at which it is compared, decided by the
     training and not by what turns out best. equal: what its training has in common with the
     reference's; None where nobody saw to it. tied: the depth of each difficulty, where training
-    ties them.
+    ties them. rate: the multiple of the run's learning rates that `changes` has because it was the
+    best for this variant (see `studies.rates`); None where none was chosen.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Variant:
     role: Literal["reference", "baseline", "ablation"]
     equal: Equal | None = None
     tied: dict[int, int] = field(default_factory=dict)
+    rate: float | None = None
 
 
 def compared_at(run: RunConfig, depths: Sequence[int]) -> int:

@@ -14,6 +14,7 @@ from hybrid_sleep.training.build import build_trainer
 from hybrid_sleep.training.depth import Uniform
 
 SIZES = {"vocab_size": 5, "window": 4, **TINY}
+KEPT = 3  # the last columns, whose logits the labels of `token_batches` need
 
 
 def small_model():
@@ -59,7 +60,8 @@ def assert_same(one, other):
 
 
 def test_it_is_the_loop_that_everyone_writes():
-    """Bit for bit: depths of the seed, a warm-up, a cosine, clipping and AdamW."""
+    """Bit for bit: depths of the seed, a warm-up, a cosine, clipping, AdamW, and no logit that no
+    label needs."""
     model, batches, steps, warmup = small_model(), token_batches(6), 6, 2
     by_hand = copy.deepcopy(model)
     record = fit(
@@ -84,9 +86,12 @@ def test_it_is_the_loop_that_everyone_writes():
             batch["input_ids"],
             sleep_passes=Uniform(1, 3).draw(7, step),
             supervised=batch["labels"] != -100,
+            logits_to_keep=KEPT,
         ).logits
         # Each position predicts the next token, the last one nothing.
-        told = nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:].flatten()
+        told = nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
+        assert (told[:, :-KEPT] == -100).all() and (told[:, -KEPT] != -100).any()
+        told = told[:, -KEPT:].flatten()
         total = nn.functional.cross_entropy(logits.flatten(0, 1), told, reduction="sum")
         loss = total / (told != -100).sum()
         loss.backward()

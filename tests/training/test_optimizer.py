@@ -67,8 +67,14 @@ def test_float32_steps_are_torch_muon_without_its_rounding(rule, nesterov, monke
 
 
 def test_the_precision_is_what_the_device_is_faster_at_and_outlives_it(monkeypatch):
-    native = bfloat16_is_native(torch.device("cpu"))
-    assert muon(matrices()).param_groups[0]["precision"] == ("bfloat16" if native else "float32")
+    native = "bfloat16" if bfloat16_is_native(torch.device("cpu")) else "float32"
+    for shapes, wanted in (
+        ([(128, 64), (4, 4)], "float32"),
+        ([(4, 4), (64, 129)], native),
+    ):
+        given = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+        assert muon(given).param_groups[0]["precision"] == wanted
+    monkeypatch.setattr(module, "SMALL", 0)
     for here, there in ((True, False), (False, True)):
         monkeypatch.setattr(module, "bfloat16_is_native", lambda device, here=here: here)
         saved = muon(matrices()).state_dict()

@@ -56,8 +56,8 @@ def depth(
         str | None,
         typer.Option(
             metavar="NAME,NAME",
-            help="CONFIG: all, none or some of once, deeper, wider, looped, full_cache "
-            "(default: all).",
+            help="CONFIG: all, none or some of once, repeated, h_carried, S_carried, deeper, "
+            "wider, looped, full_cache (default: all).",
         ),
     ] = None,
     ablate: Annotated[
@@ -65,6 +65,14 @@ def depth(
         typer.Option(
             metavar="NAME,NAME",
             help=f"CONFIG: all, none or some of {ABLATIONS} (default: none).",
+        ),
+    ] = None,
+    rates: Annotated[
+        str | None,
+        typer.Option(
+            metavar="X,X",
+            help="CONFIG: multiples of its learning rates, such as 0.5,1,2, of which every model "
+            "gets the best on validation examples (default: all have the config's).",
         ),
     ] = None,
     jobs: Annotated[
@@ -88,6 +96,7 @@ def depth(
         "seeds": seeds,
         "baselines": baselines,
         "ablate": ablate,
+        "rates": rates,
         "jobs": jobs,
         "minutes": minutes,
     }
@@ -112,6 +121,7 @@ def depth(
             depths=None if depths is None else parse_counts("depths", depths),
             baselines=parse_names("baselines", baselines or "all", tuple(BASELINES)),
             ablations=_ablations(ablate or "none"),
+            rates=[] if rates is None else parse_multiples("rates", rates),
         )
     else:
         from hybrid_sleep.eval.measure.checkpoints import bench_checkpoints

@@ -13,11 +13,13 @@ from hybrid_sleep.eval.measure.statistics import Gap
 from hybrid_sleep.eval.render import comparison as render
 from hybrid_sleep.eval.studies import comparison
 from hybrid_sleep.eval.studies.comparison import Comparison
+from hybrid_sleep.eval.studies.rates import best
 from hybrid_sleep.eval.studies.variants import Variant
-from hybrid_sleep.eval.tasks.accuracy import Accuracy
+from hybrid_sleep.eval.tasks.accuracy import Accuracy, measure_accuracy
 from hybrid_sleep.eval.trials import Call, Trial
 from hybrid_sleep.support.provenance import provenance
 from hybrid_sleep.training import load_run_config, train
+from hybrid_sleep.training.data import HeldOut
 
 CONFIG = """
 model: {hidden_size: 16, intermediate_size: 24, num_hidden_layers: 2, num_attention_heads: 2,
@@ -155,6 +157,48 @@ def test_a_run_is_trained_with_its_baselines_and_goes_on(tmp_path, config):
     assert b"the command" in before[0] and b"mean passes" in before[0]
 
 
+def test_rates_are_chosen_on_validation_examples_for_each_variant(tmp_path, config):
+    out = tmp_path / "results"
+    given = {"baselines": ["once"], "rates": [4.0, 0.25], "depths": [2]}
+    call = {"config": config, "count": 40, "out": out}
+    part = comparison.run(Call(**call, minutes=1e-4), **given)
+    assert (part.ended, part.rows, part.seeds) == ("time is up", [], [0, 1, 2])
+    assert "sleep, N = 2 has not been measured" in render.markdown(part)
+    result = comparison.run(Call(**call), **given)
+    assert result.complete and list(result.rates) == ["sleep", "once", "once_tokens"]
+    for variant in result.variants:
+        found = result.rates[variant.name]
+        assert list(found) == [0.25, 4.0] and found[variant.rate] == max(found.values())
+        assert {row.config["train"]["lr_muon"] for row in result.trials(variant.name).values()} == {
+            2e-3 * variant.rate
+        }
+    # What a rate is judged by, trained and measured by hand.
+    rates = {"train.lr_muon": 8e-3, "train.lr_adamw": 2e-4}
+    run = load_run_config(
+        config, {**rates, "train.seed": 3, "output_dir": str(tmp_path / "alone")}
+    )
+    model = HybridSleepForCausalLM.from_pretrained(train(run, progress=False).model_dir)
+    held_out = HeldOut(task=run.load_task(), depths=(2,), count=40, seed=3)
+    measured = measure_accuracy(model, held_out.task, held_out.batches(), [2])[2]
+    assert result.rates["sleep"][4.0] == measured.per_question
+    text = files.save(result, out)[1].read_text()
+    assert "| learning rates of the config times | 0.25 | 4 |" in text
+    # The trials of rates are a comparison of their own.
+    assert "validation examples" in files.render(out / "rates" / "results.json")[0].read_text()
+
+
+@pytest.mark.parametrize(
+    ("shares", "chosen"),
+    [
+        ({0.5: 0.2, 1.0: 0.1, 2.0: 0.3}, 2.0),
+        ({0.25: 0.3, 2.0: 0.3, 8.0: 0.3}, 2.0),
+        ({0.5: 0.3, 1.0: 0.3, 2.0: 0.1}, 1.0),
+    ],
+)
+def test_the_best_rate_is_the_one_nearest_to_the_config_among_equals(shares, chosen):
+    assert best(shares) == chosen
+
+
 def test_variants_are_trained_measured_and_resumed(tmp_path, config, monkeypatch):
     out, done = tmp_path / "results", []
     call = Call(config=config, seeds=[0, 1], count=40, out=out, command="the command")
@@ -193,6 +237,9 @@ def test_variants_are_trained_measured_and_resumed(tmp_path, config, monkeypatch
         ({"baselines": ["longer"]}, "baseline must be one of once, .* got 'longer'"),
         ({"ablations": ["schedule"]}, "ablation 'schedule' must have a task with labels"),
         ({"overrides": ["sleep_passes=1"], "baselines": ["once"]}, "sleep_passes must be above 1"),
+        ({"rates": [1, 0]}, "rates must be .* above 0, got 0"),
+        ({"rates": [1, 1.0]}, r"rates must be different multiples, got \[1, 1.0\]"),
+        ({"variants": {"a": []}, "rates": [2]}, "variants must come without .*, got both"),
         ({"depths": [0]}, "depths must be an integer of at least 1, got 0"),
         ({"variants": {"a": []}, "ablations": ["loop"]}, "variants must come without .*, got both"),
         (
