@@ -167,16 +167,17 @@ def _auto(result: Comparison) -> list[str]:
 
 def _rates(result: Comparison) -> list[str]:
     """What each multiple of the learning rates gave, the chosen one in bold."""
-    chosen = {variant.name: variant for variant in result.measured if variant.rate is not None}
-    if not chosen:
-        return []
     rows = []
-    for name, variant in chosen.items():
-        shares = result.rates[name]
+    for variant in result.measured:
+        if variant.name not in result.rates:
+            continue
+        shares = result.rates[variant.name]
         cells = [
             f"**{x:.3f}**" if rate == variant.rate else f"{x:.3f}" for rate, x in shares.items()
         ]
         rows.append([f"{variant.label} ({EQUAL[variant.equal]})", *cells])
+    if not rows:
+        return []
     head = ["learning rates of the config times", *(f"{rate:g}" for rate in shares)]
     return ["", "Chosen on validation examples, one more seed:", "", *table(head, rows, "lr")]
 

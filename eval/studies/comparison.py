@@ -197,7 +197,11 @@ def _tuned(
     """The comparison at the rates that are best on validation examples, with a seed of its own."""
     began, trying = time.monotonic(), learning_rates.own_call(call)
     run = trying.load(seed=trying.seeds[0])
-    trials = {v.name: learning_rates.trials_of(v, run, rates) for v in planned}
+    trials = {
+        variant.name: learning_rates.trials_of(variant, run, rates)
+        for variant in planned
+        if not variant.name.endswith("_tokens")
+    }
     every = [trial for found in trials.values() for trial in found.values()]
     tried = _measured(trying, every, split=VALIDATION, left_out={})
     if not tried.complete:
@@ -208,7 +212,10 @@ def _tuned(
         for name, found in trials.items()
     }
     best = {name: learning_rates.best(found) for name, found in shares.items()}
-    planned = [learning_rates.at_rate(v, run, best[v.name]) for v in planned]
+    # A baseline at equal tokens is the one at equal compute, ended sooner: it has the same rate.
+    planned = [
+        learning_rates.at_rate(v, run, best[v.name.removesuffix("_tokens")]) for v in planned
+    ]
     if call.minutes is not None:
         left = call.minutes - (time.monotonic() - began) / 60
         call = replace(call, minutes=max(left, 1e-9))
