@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import Dataset
 
+from hybrid_sleep.eval.tasks import IGNORED
 from hybrid_sleep.training.depth import Difficulties, Drawn, depths_of
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class TaskBatches(Dataset):
     them reads the same steps, and a resumed run goes on without drawing what it has read.
     `length`: number of items. `asked(step)`: for each group of a step's rows, the difficulties that
     it is limited to, see `Task.only`; None: to none. All groups have `size` rows of an item, drawn
-    from the same seeds, one below other.
+    from the same seeds, one below other; those of shorter examples go on, without labels.
 
     Where examples ask about one context `together`, each group is as many groups of different
     contexts, so that a model may read these once for all of them; see `depths`. Raises ValueError
@@ -74,6 +75,8 @@ class TaskBatches(Dataset):
             group = {name: torch.cat([p[name] for p in parts])[rows] for name in parts[0]}
             apart = self.task.together
             groups += [{name: x[i::apart] for name, x in group.items()} for i in range(apart)]
+        columns = max(group["labels"].shape[1] for group in groups)
+        groups = [_as_long(group, columns) for group in groups]
         return {name: torch.cat([group[name] for group in groups]) for name in groups[0]}
 
     def depths(self, drawn: Drawn) -> Drawn:
@@ -145,7 +148,18 @@ class MarkSupervised:
 def mark_supervised(batch: Mapping[str, Any]) -> dict[str, Any]:
     """`batch` with `supervised`, the tokens that have a label, where it has labels."""
     labels = batch.get("labels")
-    return dict(batch) if labels is None else {**batch, "supervised": labels != -100}
+    return dict(batch) if labels is None else {**batch, "supervised": labels != IGNORED}
+
+
+def _as_long(rows: dict[str, torch.Tensor], columns: int) -> dict[str, torch.Tensor]:
+    """`rows` with so many columns: their last token again, where nothing is learned."""
+    more = columns - rows["labels"].shape[1]
+    if more == 0:
+        return rows
+    last = rows["input_ids"][:, -1:].expand(-1, more)
+    behind = {"input_ids": last, "labels": torch.full_like(last, IGNORED)}
+    behind["attention_mask"] = torch.zeros_like(last)
+    return {name: torch.cat([x, behind[name].to(x.dtype)], dim=1) for name, x in rows.items()}
 
 
 def labelled_columns(batch: Mapping[str, Any]) -> int | None:
@@ -156,7 +170,7 @@ def labelled_columns(batch: Mapping[str, Any]) -> int | None:
     """
     if {"attention_mask", "document_ids", "position_ids"} & batch.keys():
         return None
-    columns = (batch["labels"] != -100).any(0).nonzero()
+    columns = (batch["labels"] != IGNORED).any(0).nonzero()
     # A label is predicted one column before it.
     first = int(columns[0]) - 1 if len(columns) else 0
     return batch["labels"].shape[1] - first if first > 0 else None

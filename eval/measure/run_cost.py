@@ -52,13 +52,15 @@ def _training_cost(run: RunConfig) -> dict[str, int]:
     for (depth, asked, window), times in drawn.items():
         config.window = window
         tasks = [task if levels is None else task.only(*levels) for levels in asked]
+        # Groups of shorter examples go on to the end of the longest.
+        columns = max(one.length for one in tasks)
+        # Logits are those that labels need.
+        logits = columns - min(first_label(one) for one in tasks) + 1
         for one, N in zip(tasks, depths_of(depth), strict=True):
             rows += times
-            tokens += times * one.length
+            tokens += times * columns
             sleeps = sleeping_windows(one, config)
-            # Logits are those that labels need.
-            logits = one.length - first_label(one) + 1
-            each = flops.training_flops(config, one.length, N, sleeps, logits=logits)
+            each = flops.training_flops(config, columns, N, sleeps, logits=logits)
             training += times * each
         readers = depths_of(depth, task.together)
         if len(readers) > 1 and _share_first_window(run, config, tasks):

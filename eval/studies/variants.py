@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from hybrid_sleep.training.depth import AtOnce, ByDifficulty
+
 if TYPE_CHECKING:
     from hybrid_sleep.training import RunConfig
 
@@ -46,9 +48,17 @@ def compared_at(run: RunConfig, depths: Sequence[int]) -> int:
 
 
 def tied_depths(run: RunConfig) -> dict[int, int]:
-    """The depth of each difficulty, where the training of `run` ties them; else empty."""
-    policy = run.sleep_passes.to_config()
-    return policy.get("by_difficulty", {}) if isinstance(policy, dict) else {}
+    """The depth of each difficulty, where the training of `run` ties them; else empty.
+
+    Of several depths at which a step asks for a difficulty it is the smallest.
+    """
+    policy = run.sleep_passes
+    if isinstance(policy, ByDifficulty):
+        return dict(policy.depths_of)
+    if not isinstance(policy, AtOnce):
+        return {}
+    deepest_first = reversed(policy.asked_at)
+    return dict(sorted({level: N for N, levels in deepest_first for level in levels}.items()))
 
 
 def parse_variant(text: str) -> tuple[str, list[str]]:

@@ -11,7 +11,7 @@ from hybrid_sleep.eval.measure.run_cost import cost_of, one_stage
 from hybrid_sleep.eval.studies.ablations import ABLATIONS, ablations_of, applicable
 from hybrid_sleep.eval.studies.baselines import ASLEEP, BASELINES, baselines_of
 from hybrid_sleep.eval.studies.baselines import changed as with_changes
-from hybrid_sleep.eval.studies.variants import parse_variant, parse_variants
+from hybrid_sleep.eval.studies.variants import parse_variant, parse_variants, tied_depths
 from hybrid_sleep.training.config import run_config
 
 MODEL = {
@@ -122,6 +122,16 @@ def test_baselines_that_sleep_are_measured_as_the_run_is(tmp_path):
         assert not asleep or variant.equal == "both"
 
 
+def test_difficulties_are_tied_to_the_first_depth_that_is_asked_for_them(tmp_path):
+    def of(sleep_passes):
+        return tied_depths(run_of(tmp_path, sleep_passes=sleep_passes))
+
+    assert of({"at_once": {1: 1, 2: [1, 2], 4: [2, 1]}}) == {1: 1, 2: 2}
+    assert list(of({"at_once": {1: 2, 2: [1, 2]}}).items()) == [(1, 2), (2, 1)]
+    assert of({"by_difficulty": {1: 2, 2: 4}}) == {1: 2, 2: 4}
+    assert of(2) == of({"uniform": [1, 2]}) == {}
+
+
 def test_cost_counts_the_depths_that_a_seed_draws(tmp_path):
     run = run_of(tmp_path, sleep_passes={"choice": {1: 1, 3: 1}})
     drawn = [run.sleep_passes.draw(0, step) for step in range(600)]
@@ -154,6 +164,8 @@ def test_cost_of_depths_at_once_counts_what_they_share_once(tmp_path):
     assert apart - both["training_flops"] == 3 * content["train"]["batch_size"] * first_window
     assert of(at_once, activation_checkpointing="window")["training_flops"] == apart
     assert of(at_once, backprop_passes=1)["training_flops"] == apart
+    # Shorter rows go on to the end of the longest.
+    assert of({"at_once": {1: 1, 4: [1, 4]}})["tokens"] == 2 * of(4, [1, 4])["tokens"]
 
 
 def test_cost_of_examples_that_ask_about_one_context_counts_it_once(tmp_path):
