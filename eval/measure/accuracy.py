@@ -20,8 +20,8 @@ def measure_depth(
     count: int = 2000,
     seed: int = 0,
     batch_size: int = 250,
-    split: str = SPLIT,
     progress: Callable[[int, int], None] | None = None,
+    split: str = SPLIT,
 ) -> dict[int, Accuracy]:
     """Accuracy of `model` on `count` examples of `task` at each depth, in ascending order.
 
