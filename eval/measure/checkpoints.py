@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from hybrid_sleep.eval.measure.accuracy import SPLIT, measure_depth
 from hybrid_sleep.eval.measure.depth import DepthResult, MeasuredRun, TaskRecord, read_baseline
+from hybrid_sleep.eval.measure.gradients import gradient_norms
 from hybrid_sleep.eval.tasks.accuracy import check_depths
 from hybrid_sleep.support.progress import progress_bar
 from hybrid_sleep.support.provenance import check_device, provenance
@@ -27,12 +28,14 @@ def bench_checkpoints(
     batch_size: int = 250,
     device: str = "cpu",
     baseline: str | os.PathLike | None = None,
+    gradients: bool = False,
     command: str | None = None,
 ) -> DepthResult:
     """Measure trained models on the task they were trained for, with a progress bar.
 
     Several checkpoints are seeds of one recipe. `baseline`: the results.json of a model trained at
-    one depth, to compare with (see `read_baseline`). Interrupted after the first checkpoint, it
+    one depth, to compare with (see `read_baseline`). gradients: also how large they are at each
+    pass, see `gradient_norms`. Interrupted after the first checkpoint, it
     returns what it has.
 
     Raises ValueError or FileNotFoundError, before any model is loaded, for a checkpoint that
@@ -63,7 +66,8 @@ def bench_checkpoints(
             model = load_model(checkpoint, device)
             with progress_bar(f"measure {number}/{len(runs)}") as progress:
                 measured = measure_depth(model, task, depths, count, seed, batch_size, progress)
-            result.runs.append(MeasuredRun.of(checkpoint, run, measured))
+            norms = {N: gradient_norms(model, task, N) for N in depths} if gradients else None
+            result.runs.append(MeasuredRun.of(checkpoint, run, measured, norms))
     except KeyboardInterrupt:
         if not result.runs:
             raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -57,7 +57,11 @@ class TaskRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredRun:
-    """One checkpoint: its name, its seed, depths it was trained at, its config, its accuracy."""
+    """One checkpoint: its name, its seed, depths it was trained at, its config, its accuracy.
+
+    gradients: by depth N, the norm of the loss's gradient at what goes into each pass, see
+    `gradient_norms`; none where it was not asked for.
+    """
 
     checkpoint: str
     seed: int
@@ -65,13 +69,20 @@ class MeasuredRun:
     mean_depth: float
     config: dict[str, Any]
     accuracy: dict[int, Accuracy]
+    gradients: dict[int, list[float]] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, checkpoint: str | os.PathLike, run: RunConfig, accuracy: Mapping[int, Accuracy]
+        cls,
+        checkpoint: str | os.PathLike,
+        run: RunConfig,
+        accuracy: Mapping[int, Accuracy],
+        gradients: Mapping[int, list[float]] | None = None,
     ) -> MeasuredRun:
-        """`accuracy` by depth of the model in `checkpoint`, which `run` trained."""
-        return cls(**run_record(checkpoint, run), accuracy=dict(accuracy))
+        """`accuracy` and `gradients` by depth of the model in `checkpoint`, which `run` trained."""
+        return cls(
+            **run_record(checkpoint, run), accuracy=dict(accuracy), gradients=dict(gradients or {})
+        )
 
 
 def run_record(checkpoint: str | os.PathLike, run: RunConfig) -> dict[str, Any]:

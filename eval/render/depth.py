@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import geometric_mean
 from typing import TYPE_CHECKING
 
 from hybrid_sleep.eval.measure.statistics import NO_DIFFERENCE, Seeds, best_depth, over_questions
@@ -22,7 +23,7 @@ def markdown(result: DepthResult) -> str:
     lines = accuracy_table(result)
     if result.hardest is not None:
         lines += ["", *level_table(result)]
-    lines += ["", task_line(result)]
+    lines += [*_gradients(result), "", task_line(result)]
     if result.baseline is not None:
         lines += ["", baseline_words(result), "", f"`{result.baseline.command}`"]
     return "\n".join([*lines, *result.footer()]) + "\n"
@@ -110,6 +111,24 @@ def level_table(result: DepthResult) -> list[str]:
     head = [f"accuracy by {result.task.difficulty}", *map(str, result.levels)]
     cells = [[name, *(f"{share:.3f}" for share in shares)] for name, shares in by_level(result)]
     return table(head, cells, "lr")
+
+
+def _gradients(result: DepthResult) -> list[str]:
+    """How large the gradient is at what goes into each pass, in units of the last one's."""
+    measured = [run.gradients for run in result.runs if run.gradients]
+    depths = [N for N in (measured[0] if measured else ()) if N > 1]
+    if not depths:
+        return []
+    rows = []
+    for N in depths:
+        # Ratios, so their mean is the geometric one.
+        shares = [[norm / norms[N][-1] for norm in norms[N]] for norms in measured if all(norms[N])]
+        means = [geometric_mean(seeds) for seeds in zip(*shares, strict=True)]
+        rows.append([f"depth {N}", *([f"{x:.2f}" for x in means] or ["0"] * N)])
+    most = max(depths)
+    head = ["gradient going into pass", *map(str, range(1, most + 1))]
+    words = "Norm of the gradient of the loss, relative to that at the last pass; mean over seeds."
+    return ["", *table(head, [row + [""] * (most + 1 - len(row)) for row in rows], "lr"), "", words]
 
 
 def by_level(result: DepthResult) -> list[tuple[str, list[float]]]:

@@ -48,6 +48,10 @@ def depth(
         Path | None,
         typer.Option(help="CHECKPOINT: results.json of a model trained at one depth, to compare."),
     ] = None,
+    gradients: Annotated[
+        bool | None,
+        typer.Option("--gradients", help="CHECKPOINT: also how large they are at each pass."),
+    ] = None,
     seeds: Annotated[
         str | None,
         typer.Option(metavar="N,N", help="CONFIG: seeds, at least three (default: 0,1,2)."),
@@ -91,7 +95,8 @@ def depth(
     are wider, loop their layers in decoding, or keep the whole KV cache; or they sleep as deep, but
     hand on hidden states or fast weights alone.
     """
-    of_models = {"seed": seed, "batch_size": batch_size, "device": device, "baseline": baseline}
+    of_models = {"seed": seed, "batch_size": batch_size, "device": device, "baseline": baseline,
+                 "gradients": gradients}  # fmt: skip
     of_config = {
         "seeds": seeds,
         "baselines": baselines,

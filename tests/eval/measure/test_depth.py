@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from hybrid_sleep import training
@@ -53,6 +55,20 @@ def result_of(*runs, task=TASK, **more):
 def again(result):
     """As it comes back from its file."""
     return type(result).from_content(result.content())
+
+
+def test_gradients_are_shown_in_units_of_the_last_pass():
+    one, other = (
+        dataclasses.replace(run(seed), gradients={1: [3.0], 2: [ratio, 1.0], 3: [0.0, 0.0, 0.0]})
+        for seed, ratio in enumerate((2.0, 8.0))
+    )
+    result = result_of(one, other)
+    assert DepthResult.from_content(result.content()) == result
+    text = render.markdown(result)
+    # The geometric mean of 2 and 8.
+    assert "| gradient going into pass | 1 | 2 | 3 |\n" in text
+    assert "| depth 2 | 4.00 | 1.00 |  |\n| depth 3 | 0 | 0 | 0 |" in text
+    assert "gradient" not in render.markdown(result_of(run(0), run(1)))
 
 
 def test_summary_of_several_checkpoints():

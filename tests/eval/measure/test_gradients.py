@@ -1,0 +1,84 @@
+"""Gradients at the passes of a sleep, against differences of the loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small import TINY
+
+from hybrid_sleep import HybridSleepConfig, HybridSleepForCausalLM
+from hybrid_sleep.eval import tasks
+from hybrid_sleep.eval.measure.gradients import gradient_norms
+
+TASK = tasks.load("rule110", width=4, states=2, steps=1)
+
+
+def model_of(**changes):
+    torch.manual_seed(0)
+    sizes = {**TINY, "hidden_size": 8, "initializer_range": 0.3, **changes}
+    config = HybridSleepConfig(vocab_size=TASK.vocab_size, **{"window": TASK.window, **sizes})
+    return HybridSleepForCausalLM(config).double()
+
+
+def loss_with(model, batch, passes, call, shift):
+    """The loss when `shift` is added to what goes into the first looped block at its `call`."""
+    calls = []
+
+    def add(block, arguments):
+        calls.append(block)
+        h, *rest = arguments
+        return (h + shift if len(calls) == call else h, *rest)
+
+    block = model.model.blocks[model.model.options.loop[0]]
+    hook = block.register_forward_pre_hook(add)
+    with torch.no_grad():
+        logits = model(**batch, sleep_passes=passes, use_cache=False).logits
+    hook.remove()
+    # The model's own is in fp32.
+    return float(torch.nn.functional.cross_entropy(logits[0, :-1], batch["labels"][0, 1:]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "calls"),
+    [
+        ({}, [1, 2, 3]),
+        ({"sleep_carry": "fast_weights"}, [1, 2, 3]),
+        # Layers 0 and 2 are one, and so are 1 and 3: two calls in each pass.
+        ({"num_hidden_layers": 4, "layer_types": None, "distinct_layers": 2}, [1, 3, 5]),
+        ({"num_hidden_layers": 3, "layer_types": None, "loop": [1, 3]}, [1, 2, 3]),
+    ],
+)
+def test_norms_are_those_of_differences_of_the_loss(changes, calls):
+    model, passes = model_of(**changes), 3
+    batch = TASK.batch("train", 5, 1)
+    found = gradient_norms(model, TASK, passes, count=1, seed=5)
+    shape, eps = (1, TASK.window, model.config.hidden_size), 1e-5
+    for call, norm in zip(calls, found, strict=True):
+        squares = 0.0
+        for place in range(shape[1] * shape[2]):
+            shift = torch.zeros(shape[1] * shape[2], dtype=torch.float64)
+            shift[place] = eps
+            up, down = (
+                loss_with(model, batch, passes, call, sign * shift.view(shape))
+                for sign in (1, -1)
+            )
+            squares += ((up - down) / (2 * eps)) ** 2
+        assert norm == pytest.approx(squares**0.5, rel=1e-5)
+    assert len({round(norm, 12) for norm in found}) == passes and min(found) > 1e-9
+
+
+def test_the_model_is_left_as_it_was():
+    model = model_of().train()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    norms = gradient_norms(model, TASK, 2)
+    assert model.training and all((p.grad == 1).all() for p in model.parameters())
+    assert gradient_norms(model.requires_grad_(False), TASK, 2) == pytest.approx(norms, rel=1e-9)
+    with pytest.raises(ValueError, match="passes must be an integer of at least 1, got 0"):
+        gradient_norms(model, TASK, 0)
+
+
+def test_a_window_that_does_not_sleep_is_refused():
+    model = model_of(window=64)
+    with pytest.raises(ValueError, match="task must have a first window that sleeps, got one"):
+        gradient_norms(model, TASK, 2)
