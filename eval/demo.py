@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -60,10 +60,15 @@ class Generation:
 
 @dataclass(kw_only=True)
 class DemoResult(DepthResult):
-    """A depth result of the demo's one model, with how it was trained and what it wrote."""
+    """A depth result of the demo's one model, with how it was trained and what it wrote.
+
+    repeated: accuracy on the hardest questions of the baseline's other form, each window written as
+    often as the deepest sleep would read it; by seed, none where it is not installed.
+    """
 
     benchmark: ClassVar[str] = "demo"
     config: dict[str, Any]
+    repeated: list[float] = field(default_factory=list)
     generation: Generation | None
     seconds: float
     seconds_training: float
@@ -91,7 +96,8 @@ def _train_and_measure(run: RunConfig, out: Path, began: float, command: str | N
     from hybrid_sleep.training.folder import RUN_FILE, working
 
     console = Console()
-    task, base = run.load_task(), baseline(run)
+    task, compared = run.load_task(), comparison()
+    base = None if compared is None else baseline(run, compared)
     try:
         model_dir = train(run, overwrite=True).model_dir
     except KeyboardInterrupt:
@@ -113,6 +119,7 @@ def _train_and_measure(run: RunConfig, out: Path, began: float, command: str | N
             runs=[MeasuredRun.of(model_dir, run, measured)],
             baseline=base,
             config=run.to_dict(),
+            repeated=[] if compared is None else on_hardest(compared, "repeated"),
             generation=None,
             seconds=time.perf_counter() - began,
             seconds_training=trained - began,
@@ -141,17 +148,29 @@ def recipe(seed: int, output_dir: Path) -> RunConfig:
         return load_run_config(path, {"train.seed": seed, "output_dir": str(output_dir)})
 
 
-def baseline(run: RunConfig) -> Baseline | None:
-    """The same model trained at N = 1 alone for the same FLOPs, of the committed comparison.
-
-    None if that is not installed.
-    """
+def comparison() -> Comparison | None:
+    """The committed comparison of the recipe with N = 1; None if it is not installed."""
     file = files("hybrid_sleep.eval") / "results" / BASELINE / "results.json"
     if not file.is_file():
         return None
     with as_file(file) as path:
-        compared: Comparison = results.read(path, Comparison)
-        return baseline_of(list(compared.trials("once").values()), 1, run, path, compared)
+        found: Comparison = results.read(path, Comparison)
+        return found
+
+
+def baseline(run: RunConfig, compared: Comparison) -> Baseline:
+    """The same model trained at N = 1 alone for the same FLOPs, of a comparison."""
+    models = list(compared.trials("once").values())
+    return baseline_of(models, 1, run, f"eval/results/{BASELINE}", compared)
+
+
+def on_hardest(compared: Comparison, variant: str) -> list[float]:
+    """What the trials of a variant get right of the hardest questions, where it is compared."""
+    hardest = max(compared.questions)
+    return [
+        trial.accuracy[trial.depths[0]].by_difficulty[hardest]
+        for trial in compared.trials(variant).values()
+    ]
 
 
 def generate(model: Any, task: Task, passes: int) -> Generation:

@@ -48,6 +48,7 @@ MODELS = {
     "rule110": ["rule110_cpu", *SMALL, *BRIEF, "task.params={width: 24, states: 4, steps: 8}",
                 "model.window=24", "sleep_passes=2"],
     "depo_cpu": ["depo_cpu", *SMALL, *BRIEF],
+    "circuit_cpu": ["circuit_cpu", *BRIEF],
     "text_cpu": ["text_cpu", *SMALL, *BRIEF, *OF_TEXT, "text.files=[my.txt]",
                  "text.separator=null"],
 }  # fmt: skip
@@ -65,6 +66,7 @@ EXPERIENCE = [
 # without an entry are short as they are.
 SHORT = {
     "hybrid-sleep train configs/runs/rule110_cpu.yaml": [*SMALL, *BRIEF],
+    "hybrid-sleep train configs/runs/circuit_cpu.yaml": BRIEF,
     "hybrid-sleep train configs/runs/text_cpu.yaml": [*SMALL, *BRIEF, *OF_TEXT],
     "hybrid-sleep train out/my_text/run.yaml": ["train.steps=1"],
     "hybrid-sleep bench depth out/": ["--count", "4"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from hybrid_sleep.eval.render import depth
@@ -50,8 +51,22 @@ def words(result: DemoResult) -> list[str]:
         f"{result.judged(1).mean:.3f} at N = 1 and {result.judged(best).mean:.3f} at N = {best}. "
         f"First above {ENOUGH:.2f}: {reach or 'none'}. Deepest in training: "
         f"N = {max(run.trained_depths)}.",
-        NO_BASELINE if result.baseline is None else depth.baseline_words(result),
+        *([NO_BASELINE] if result.baseline is None else [depth.baseline_words(result)]),
+        *_repeated(result),
         f"{result.seconds:.0f} s in all, {result.seconds_training:.0f} s of them training.",
+    ]
+
+
+def _repeated(result: DemoResult) -> list[str]:
+    """What another look buys without a second pass."""
+    if not result.repeated:
+        return []
+    (run,) = result.runs
+    times, share = max(run.trained_depths), mean(result.repeated)
+    return [
+        f"Where each window is written {times} times, N = 1 reaches {share:.3f} for the same "
+        "compute: following pointers takes looks, be they passes or copies of the text "
+        "(docs/results.md)."
     ]
 
 

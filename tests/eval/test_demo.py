@@ -40,7 +40,9 @@ def test_the_packaged_recipe_is_found_and_takes_seed_and_folder(tmp_path):
 
 
 def test_demo_writes_what_it_measured(short, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(demo, "baseline", lambda run: BASE)
+    monkeypatch.setattr(demo, "comparison", lambda: "compared")
+    monkeypatch.setattr(demo, "baseline", lambda run, compared: BASE)
+    monkeypatch.setattr(demo, "on_hardest", lambda compared, variant: [0.25, 0.75])
     path = demo.run_demo(seed=3, out=tmp_path / "d", command="hybrid-sleep demo --seed 3")
     result = results.read(path, demo.DemoResult)
     assert sorted(p.name for p in (tmp_path / "d").iterdir()) == [
@@ -80,6 +82,7 @@ def test_demo_writes_what_it_measured(short, tmp_path, capsys, monkeypatch):
     for text in (shown, page):
         assert "accuracy on hops = 4 of 0.150 (0.100 to 0.200 over 3 seeds)" in text
         assert "trained at N = 1 alone" in text and "floor" in text
+        assert "Where each window is written 3 times, N = 1 reaches 0.500 for the same" in text
         assert f"sleep 3: {window} tokens" in text
         assert f"Asked for 4 hops above {node}: {above}, it says token" in text
     assert "`hybrid-sleep demo --seed 3`" in page and "hybrid-sleep bench depth a b c" in page
@@ -90,7 +93,7 @@ def test_demo_writes_what_it_measured(short, tmp_path, capsys, monkeypatch):
 
 
 def test_without_the_baseline_it_says_where_it_is(short, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "baseline", lambda run: None)
+    monkeypatch.setattr(demo, "comparison", lambda: None)
     path = demo.run_demo(seed=0, out=tmp_path)
     for text in (capsys.readouterr().out, path.with_name("results.md").read_text()):
         assert "eval/results/depth_ancestor" in text
@@ -99,11 +102,15 @@ def test_without_the_baseline_it_says_where_it_is(short, tmp_path, monkeypatch, 
 def test_the_committed_baseline_belongs_to_the_recipe(tmp_path):
     """Read as the demo reads it: same task, same model, one depth; or there is none."""
     run = REAL_RECIPE(0, tmp_path)
-    found = demo.baseline(run)
-    if found is None:
+    compared = demo.comparison()
+    if compared is None:
         pytest.skip("eval/results/depth_ancestor is not here")
+    found = demo.baseline(run, compared)
     assert found.depth == 1
     assert len(found.seeds) >= 3
+    once = compared.trials("once")
+    assert found.by_difficulty[4] == demo.on_hardest(compared, "once")
+    assert len(once) == len(found.seeds)
 
 
 @pytest.mark.parametrize("stopped, kept", [("measure", "bench depth"), ("generate", "accuracies")])
