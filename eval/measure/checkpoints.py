@@ -35,8 +35,7 @@ def bench_checkpoints(
 
     Several checkpoints are seeds of one recipe. `baseline`: the results.json of a model trained at
     one depth, to compare with (see `read_baseline`). gradients: also how large they are at each
-    pass, see `gradient_norms`. Interrupted after the first checkpoint, it
-    returns what it has.
+    pass, see `gradient_norms`. Interrupted after the first checkpoint, it returns what it has.
 
     Raises ValueError or FileNotFoundError, before any model is loaded, for a checkpoint that
     training did not write or that is not whole, for checkpoints of different recipes or of the same

@@ -51,7 +51,7 @@ def words(result: DemoResult) -> list[str]:
         f"{result.judged(1).mean:.3f} at N = 1 and {result.judged(best).mean:.3f} at N = {best}. "
         f"First above {ENOUGH:.2f}: {reach or 'none'}. Deepest in training: "
         f"N = {max(run.trained_depths)}.",
-        *([NO_BASELINE] if result.baseline is None else [depth.baseline_words(result)]),
+        NO_BASELINE if result.baseline is None else depth.baseline_words(result),
         *_repeated(result),
         f"{result.seconds:.0f} s in all, {result.seconds_training:.0f} s of them training.",
     ]
