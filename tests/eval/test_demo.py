@@ -37,6 +37,7 @@ def test_the_packaged_recipe_is_found_and_takes_seed_and_folder(tmp_path):
     assert run.output_dir == str(tmp_path)
     assert run.load_task().name == "ancestor"
     assert run.sleep_passes.deepest > 1
+    assert run.train.threads in (1, 2)
 
 
 def test_demo_writes_what_it_measured(short, tmp_path, capsys, monkeypatch):
