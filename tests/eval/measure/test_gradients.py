@@ -20,22 +20,27 @@ def model_of(**changes):
     return HybridSleepForCausalLM(config).double()
 
 
-def loss_with(model, batch, passes, call, shift):
-    """The loss when `shift` is added to what goes into the first looped block at its `call`."""
+def losses_with(model, example, passes, call, shifts):
+    """The loss of `example` when one of `shifts: [n, T, D]` is added to what goes into the first
+    looped block at its `call`, [n]."""
     calls = []
 
     def add(block, arguments):
         calls.append(block)
         h, *rest = arguments
-        return (h + shift if len(calls) == call else h, *rest)
+        return (h + shifts if len(calls) == call else h, *rest)
 
     block = model.model.blocks[model.model.options.loop[0]]
     hook = block.register_forward_pre_hook(add)
+    batch = {name: x.expand(len(shifts), -1) for name, x in example.items()}
     with torch.no_grad():
         logits = model(**batch, sleep_passes=passes, use_cache=False).logits
     hook.remove()
-    # The model's own is in fp32.
-    return float(torch.nn.functional.cross_entropy(logits[0, :-1], batch["labels"][0, 1:]))
+    # The model's own loss is in fp32, and one of all rows.
+    loss = torch.nn.functional.cross_entropy(
+        logits[:, :-1].mT, batch["labels"][:, 1:], reduction="none"
+    )
+    return loss.sum(1) / (example["labels"][:, 1:] != -100).sum()
 
 
 @pytest.mark.parametrize(
@@ -49,21 +54,14 @@ def loss_with(model, batch, passes, call, shift):
     ],
 )
 def test_norms_are_those_of_differences_of_the_loss(changes, calls):
-    model, passes = model_of(**changes), 3
-    batch = TASK.batch("train", 5, 1)
+    model, passes, eps = model_of(**changes), 3, 1e-5
+    example = TASK.batch("train", 5, 1)
     found = gradient_norms(model, TASK, passes, count=1, seed=5)
-    shape, eps = (1, TASK.window, model.config.hidden_size), 1e-5
+    entries = TASK.window * model.config.hidden_size
+    shifts = eps * torch.eye(entries, dtype=torch.float64).view(entries, TASK.window, -1)
     for call, norm in zip(calls, found, strict=True):
-        squares = 0.0
-        for place in range(shape[1] * shape[2]):
-            shift = torch.zeros(shape[1] * shape[2], dtype=torch.float64)
-            shift[place] = eps
-            up, down = (
-                loss_with(model, batch, passes, call, sign * shift.view(shape))
-                for sign in (1, -1)
-            )
-            squares += ((up - down) / (2 * eps)) ** 2
-        assert norm == pytest.approx(squares**0.5, rel=1e-5)
+        up, down = (losses_with(model, example, passes, call, sign * shifts) for sign in (1, -1))
+        assert norm == pytest.approx(float(((up - down) / (2 * eps)).norm()), rel=1e-5)
     assert len({round(norm, 12) for norm in found}) == passes and min(found) > 1e-9
 
 
