@@ -111,8 +111,7 @@ class HeldOut:
 
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """The examples, at most `batch_size` at a time."""
-        seed = derive_seed("held out", self.seed)
-        whole = self.task.batch(TRAIN_SPLIT, seed, self.count)
+        whole = self.task.batch(TRAIN_SPLIT, held_out_seed(self.seed), self.count)
         for start in range(0, self.count, self.batch_size):
             yield {name: rows[start : start + self.batch_size] for name, rows in whole.items()}
 
@@ -168,12 +167,18 @@ def labelled_columns(batch: Mapping[str, Any]) -> int | None:
     Where only the end of each row is supervised, as in most tasks, the other logits are a good part
     of a small model's work.
     """
-    if {"attention_mask", "document_ids", "position_ids"} & batch.keys():
+    labels = batch.get("labels")
+    if labels is None or {"attention_mask", "document_ids", "position_ids"} & batch.keys():
         return None
-    columns = (batch["labels"] != IGNORED).any(0).nonzero()
+    columns = (labels != IGNORED).any(0).nonzero()
     # A label is predicted one column before it.
     first = int(columns[0]) - 1 if len(columns) else 0
-    return batch["labels"].shape[1] - first if first > 0 else None
+    return labels.shape[1] - first if first > 0 else None
+
+
+def held_out_seed(seed: int) -> int:
+    """Where in the training split a run with `seed` finds examples that it never trains on."""
+    return derive_seed("held out", seed)
 
 
 def derive_seed(*parts: Any) -> int:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hybrid_sleep.eval import tasks
-from hybrid_sleep.training.data import TaskBatches, derive_seed
+from hybrid_sleep.training.data import TaskBatches, derive_seed, labelled_columns
 
 
 class Small(tasks.Rule110):
@@ -122,3 +122,20 @@ def test_examples_that_ask_about_one_context_stand_in_groups_of_their_own(world,
     assert sorted(seen) == sorted(by_hand.tolist())
     with pytest.raises(ValueError, match="size must be a multiple of the 3 examples .*, got 8"):
         TaskBatches(task, length=1, size=8)
+
+
+@pytest.mark.parametrize(
+    ("labels", "others", "kept"),
+    [
+        # Column 3 is predicted from column 2, the third of the last three.
+        ([[-100, -100, -100, 7, -100], [-100, -100, -100, -100, 7]], {}, 3),
+        ([[-100, 7, -100, -100, -100]], {}, None),
+        ([[7, -100, -100, -100, 7]], {}, None),
+        ([[-100] * 5], {}, None),
+        ([[-100, -100, -100, -100, 7]], {"attention_mask": torch.ones(1, 5)}, None),
+        (None, {}, None),
+    ],
+)
+def test_the_columns_whose_logits_labels_need(labels, others, kept):
+    given = {} if labels is None else {"labels": torch.tensor(labels)}
+    assert labelled_columns({**given, **others}) == kept

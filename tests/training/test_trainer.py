@@ -99,6 +99,13 @@ def test_depths_at_once_are_the_mean_of_their_labels(tmp_path, tiny, levels):
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_a_batch_without_labels_is_refused_in_words(tmp_path, tiny):
+    trainer = build_trainer(tiny.run(tmp_path))
+    ids = trainer.train_dataset[0]["input_ids"]
+    with pytest.raises(ValueError, match="did not return a loss from the inputs"):
+        trainer.compute_loss(trainer.model.train(), {"input_ids": ids})
+
+
 def test_contexts_that_several_examples_ask_about_are_read_once(tmp_path, tiny, monkeypatch):
     """As many groups as questions share a window, and learn what they learn apart."""
     content = tiny.run(tmp_path, task={"width": 4}, steps=1, warmup=0).to_dict()
