@@ -169,11 +169,8 @@ def baseline(run: RunConfig, compared: Comparison) -> Baseline:
 
 def on_hardest(compared: Comparison, variant: str) -> list[float]:
     """What the trials of a variant get right of the hardest questions, where it is compared."""
-    hardest = max(compared.questions)
-    return [
-        trial.accuracy[trial.depths[0]].by_difficulty[hardest]
-        for trial in compared.trials(variant).values()
-    ]
+    (one,) = (known for known in compared.variants if known.name == variant)
+    return [*compared.shares(one, one.compared_at, max(compared.questions)).values]
 
 
 def generate(model: Any, task: Task, passes: int) -> Generation:

@@ -21,7 +21,7 @@ from hybrid_sleep.eval.results import Result
 from hybrid_sleep.eval.tasks.accuracy import Accuracy
 from hybrid_sleep.support.provenance import provenance
 from hybrid_sleep.support.resume import Row, collect
-from hybrid_sleep.training.data import TRAIN_SPLIT, derive_seed
+from hybrid_sleep.training.data import TRAIN_SPLIT, held_out_seed
 from hybrid_sleep.training.weights import load_model
 from hybrid_sleep.validation import check_count
 
@@ -221,7 +221,7 @@ def train_and_measure(runs: Mapping[tuple[str, int], RunConfig], key: Row) -> Ro
         model = load_model(trained.model_dir, device)
         drawn: dict[str, Any] = {}
         if key["split"] == VALIDATION:
-            drawn = {"split": TRAIN_SPLIT, "seed": derive_seed("held out", run.train.seed)}
+            drawn = {"split": TRAIN_SPLIT, "seed": held_out_seed(run.train.seed)}
         accuracy = measure_depth(model, task, key["depths"], key["examples"], **drawn)
         auto = None
         if most is not None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hybrid_sleep.eval.measure.run_cost import sleeping_windows
+from hybrid_sleep.eval.measure.run_cost import first_label, sleeping_windows
 from hybrid_sleep.eval.tasks import Task
 from hybrid_sleep.training.data import TRAIN_SPLIT
 from hybrid_sleep.validation import check_count
@@ -28,8 +28,8 @@ def gradient_norms(
     check_count("count", count)
     if task.length <= model.config.window or sleeping_windows(task, model.config) == 0:
         raise ValueError(
-            "task must have a first window that sleeps, got one whose examples of "
-            f"{task.length} tokens have labels in their first {model.config.window}"
+            f"task must have a first window that sleeps, got examples of {task.length} tokens, "
+            f"labels from token {first_label(task)} on and a window of {model.config.window}"
         )
     device = next(model.parameters()).device
     batch = {name: x.to(device) for name, x in task.batch(TRAIN_SPLIT, seed, count).items()}

@@ -7,7 +7,7 @@ from statistics import geometric_mean
 from typing import TYPE_CHECKING
 
 from hybrid_sleep.eval.measure.statistics import NO_DIFFERENCE, Seeds, best_depth, over_questions
-from hybrid_sleep.eval.render.lines import seeds_line
+from hybrid_sleep.eval.render.lines import seeds_line, shift
 from hybrid_sleep.support.markdown import table
 from hybrid_sleep.support.plots import BLUE, GREY, INK, SKY, STYLES, VERMILLION, new_figure
 
@@ -204,7 +204,7 @@ def _levels(axes: Axes, result: DepthResult) -> None:
         seeds_line(axes, result.depths, shares, index, count, label)
         if base is not None:
             color, _, _ = STYLES[index % len(STYLES)]
-            at = base.depth - 0.2 + 0.05 * (index - (count - 1) / 2)
+            at = base.depth - 0.2 + shift(index, count)
             _baseline(axes, result, base.judged(level), at, color, named=index == count - 1)
     floors = [result.task.floor[level] for level in result.levels]
     for floor in sorted({*floors}):

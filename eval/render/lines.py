@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 def seeds_line(
     axes: Axes, places: Sequence[int], shares: Sequence[Seeds], index: int, of: int, label: str
 ) -> None:
-    """Line `index` of `of` at `places`, next to the others, or the bars would hide each other."""
+    """Line `index` of `of` at `places`, each moved by its `shift`."""
     color, marker, line = STYLES[index % len(STYLES)]
-    shift = 0.05 * (index - (of - 1) / 2)
+    aside = shift(index, of)
     axes.errorbar(
-        [place + shift for place in places], [share.mean for share in shares],
+        [place + aside for place in places], [share.mean for share in shares],
         yerr=[
             [share.mean - share.lowest for share in shares],
             [share.highest - share.mean for share in shares],
@@ -27,3 +27,8 @@ def seeds_line(
         color=color, marker=marker, linestyle=line, markersize=7, linewidth=2, capsize=3,
         label=label,
     )  # fmt: skip
+
+
+def shift(index: int, of: int) -> float:
+    """How far mark `index` of `of` stands aside, so that their bars do not hide each other."""
+    return 0.05 * (index - (of - 1) / 2)
