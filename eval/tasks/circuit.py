@@ -16,14 +16,15 @@ import numpy as np
 
 from hybrid_sleep.eval.tasks.base import IGNORED, Majority, RowTask, check_asked, check_levels
 from hybrid_sleep.eval.tasks.sampling import U64, distinct, draw, mix
-from hybrid_sleep.validation import check_choice, check_count, check_flag
+from hybrid_sleep.validation import check_choice, check_count
 
 GATES = ("xor", "xnor", "and", "or")
 TRUTH = np.array([[0, 1, 0], [1, 0, 1], [0, 0, 1], [0, 1, 1]])  # by gate, and how many inputs are 1
 ORDERS = ("topological", "reverse", "random")
+# What a token is, its first digit: an input with a value, a gate of a kind, a question, the stop.
+INPUTS, KINDS, QUESTION, STOP = (0, 1), (2, 3, 4, 5), 6, 7
 MOST_WIRES = 64
 MOST_LEVELS = 256
-SPELLING = 4  # tokens of a node that is spelled out
 
 
 class Circuit(RowTask):
@@ -39,14 +40,10 @@ class Circuit(RowTask):
     Its value is the label of the position behind it, where `input_ids` holds the next question, so
     that no question sees the answer to another; a stop token ends the row.
 
-    The difficulty of a question is the level of its gate. Tokens: inputs `2 * wire + value`; gates,
-    by level, wire, kind and the pair of wires that they read; questions, by level and wire; stop.
-
-    `spelled`: an input or a gate is four tokens: its name, its value or kind, and the names of the
-    two gates that it reads (of an input, twice the token for none). A name and a kind are then the
-    same token wherever they stand; where each gate has one of its own, a model must learn what
-    every one of them means. Tokens: names, by level and wire; values 0, 1; the four kinds; none;
-    questions; stop.
+    The difficulty of a question is the level of its gate. A token has three digits (`token_fields`,
+    see `CompoundEmbedding`): what it is (an input that is 0, one that is 1, a gate of the four
+    kinds, a question, the stop); which input or gate, by level and wire; and which pair of wires a
+    gate reads, 0 in the others. A value as a label is the token of the first input with it.
 
     Train and test circuits are disjoint for any seeds: a 64-bit hash of inputs and gates, in
     whatever order they stand, decides (one in 16 is test). Examples come from raw Philox words.
@@ -67,7 +64,6 @@ class Circuit(RowTask):
         order: str = "topological",
         windows: int = 1,
         asked: int | Sequence[int] | None = None,
-        spelled: bool = False,
     ):
         self.wires = check_count("wires", wires, 2, MOST_WIRES)
         self.levels = check_count("levels", levels, 1, MOST_LEVELS)
@@ -81,14 +77,11 @@ class Circuit(RowTask):
         self.pairs = np.stack(np.triu_indices(wires, 1), axis=1)
         self.gates = wires * levels
         self.nodes = wires + self.gates
-        self.spelled = check_flag("spelled", spelled)
-        each = SPELLING if spelled else 1
-        codes = 2 * wires + self.gates * len(GATES) * len(self.pairs)
-        self.first_question = self._first_words()[-1] + 1 if spelled else codes
-        self.stop = self.first_question + self.gates
-        self.vocab_size = self.stop + 1
+        self.token_fields = [STOP + 1, self.nodes, len(self.pairs)]
+        self.vocab_size = int(np.prod(self.token_fields))
+        self.stop = int(self._token(STOP))
         questions = wires * len(self.asked) + 1
-        self.context = self.nodes * each
+        self.context = self.nodes
         self.window = self.context // windows
         if self.context % windows or self.window < questions:
             raise ValueError(
@@ -102,7 +95,6 @@ class Circuit(RowTask):
             "order": order,
             "windows": windows,
             "asked": None if asked is None else list(self.asked),
-            "spelled": spelled,
         }
 
     def parse(self, input_ids: Sequence[int]) -> dict[str, Any]:
@@ -112,30 +104,30 @@ class Circuit(RowTask):
         wire, value) as asked, values worked out.
         """
         tokens = np.array([int(token) for token in input_ids])
-        asked = tokens[self.context : -1] - self.first_question
-        circuit = tokens[: self.context]
-        if self.spelled:
-            circuit = self._codes_in(circuit)
-        first = 2 * self.wires
-        inputs = np.sort(circuit[circuit < first])
-        each = np.sort(circuit[circuit >= first]) - first
-        variety = len(GATES) * len(self.pairs)
+        what, which, pairs = self._digits(tokens)
+        circuit, asking = np.split(np.arange(len(tokens) - 1), [self.context])
+        order = circuit[np.argsort(which[circuit], kind="stable")]
+        inputs, gates_at = np.split(order, [self.wires])
+        asked = which[asking] - self.wires
         if (
             len(tokens) != self.length
             or tokens[-1] != self.stop
-            or circuit.min() < 0
-            or not np.array_equal(inputs // 2, np.arange(self.wires))
-            or not np.array_equal(each // variety, np.arange(self.gates))
+            or not np.array_equal(which[order], np.arange(self.nodes))
+            or not np.isin(what[inputs], INPUTS).all()
+            or not np.isin(what[gates_at], KINDS).all()
+            or (what[asking] != QUESTION).any()
+            or pairs[inputs].any()
+            or pairs[asking].any()
             or not np.array_equal(np.sort(asked), self._questions())
-            or (self.order != "random" and not self._in_order(circuit))
+            or (self.order != "random" and not self._in_order(which[circuit]))
         ):
             raise ValueError(
                 f"input_ids must be {self.wires} inputs and {self.gates} gates, each once, in "
                 f"{self.order} order, a question for each gate of the levels {list(self.asked)} "
                 f"and the stop token {self.stop}: {self.length} tokens, got {tokens.tolist()}"
             )
-        kinds, pairs = each % variety // len(self.pairs), each % len(self.pairs)
-        values = self.evaluate((inputs % 2)[None], kinds[None], pairs[None])[0]
+        bits, kinds, pairs = what[inputs], what[gates_at] - KINDS[0], pairs[gates_at]
+        values = self.evaluate(bits[None], kinds[None], pairs[None])[0]
         gates = [
             [
                 (GATES[kinds[g]], *map(int, self.pairs[pairs[g]]))
@@ -144,7 +136,7 @@ class Circuit(RowTask):
             for level in range(self.levels)
         ]
         return {
-            "inputs": (inputs % 2).tolist(),
+            "inputs": bits.tolist(),
             "gates": gates,
             "queries": [
                 (g // self.wires + 1, g % self.wires, int(values[g])) for g in asked.tolist()
@@ -219,51 +211,24 @@ class Circuit(RowTask):
             levels.append(below)
         return np.concatenate(levels, axis=1)
 
-    def _spell(self, codes: np.ndarray) -> np.ndarray:
-        """The tokens [n, nodes * 4] of `codes` [n, nodes] (see `_tokens`), four for each."""
-        values, kinds, none = self._first_words()
-        wire, value = np.divmod(codes, 2)
-        gate, rest = np.divmod(codes - 2 * self.wires, len(GATES) * len(self.pairs))
-        kind, pair = np.divmod(rest, len(self.pairs))
-        read = (gate // self.wires * self.wires)[..., None] + self.pairs[pair]
-        is_input = codes < 2 * self.wires
-        words = [
-            np.where(is_input, wire, self.wires + gate),
-            np.where(is_input, values + value, kinds + kind),
-            *np.where(is_input, none, np.moveaxis(read, -1, 0)),
-        ]
-        return np.stack(words, axis=-1).reshape(len(codes), -1)
+    def _token(
+        self, what: np.ndarray | int, which: np.ndarray | int = 0, pair: np.ndarray | int = 0
+    ) -> np.ndarray:
+        """The token of these digits."""
+        return (np.asarray(what) * self.nodes + which) * len(self.pairs) + pair
 
-    def _codes_in(self, words: np.ndarray) -> np.ndarray:
-        """The codes that `words` spell, four for each; -1 for what spells none."""
-        values, kinds, none = self._first_words()
-        name, what, *read = words[: len(words) // SPELLING * SPELLING].reshape(-1, SPELLING).T
-        gate = name - self.wires
-        first, second = (
-            np.where((gate >= 0) & (x // self.wires == gate // self.wires), x % self.wires, -1)
-            for x in read
-        )
-        # Pairs are in the order of the upper triangle of a matrix.
-        pair = first * (2 * self.wires - first - 1) // 2 + second - first - 1
-        kind = what - kinds
-        codes = 2 * self.wires + (gate * len(GATES) + kind) * len(self.pairs) + pair
-        is_gate = (kind >= 0) & (kind < len(GATES)) & (0 <= first) & (first < second)
-        is_gate &= gate < self.gates
-        is_input = (gate < 0) & (name >= 0) & (what >= values) & (what < kinds)
-        is_input &= (read[0] == none) & (read[1] == none)
-        return np.where(is_input, 2 * name + what - values, np.where(is_gate, codes, -1))
-
-    def _first_words(self) -> tuple[int, int, int]:
-        """The first tokens of values, of kinds, and the one for none; names are before them."""
-        return self.nodes, self.nodes + 2, self.nodes + 2 + len(GATES)
+    def _digits(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What each token is, which node, and the pair that it reads."""
+        rest, pair = np.divmod(tokens, len(self.pairs))
+        return *np.divmod(rest, self.nodes), pair
 
     def _questions(self) -> np.ndarray:
         """The gates that are asked for, ascending."""
         levels = np.array(self.asked)[:, None] - 1
         return (levels * self.wires + np.arange(self.wires)).ravel()
 
-    def _in_order(self, circuit: np.ndarray) -> bool:
-        ahead = circuit if self.order == "topological" else circuit[::-1]
+    def _in_order(self, nodes: np.ndarray) -> bool:
+        ahead = nodes if self.order == "topological" else nodes[::-1]
         return bool((np.diff(ahead) > 0).all())
 
     def _rows(
@@ -301,22 +266,21 @@ class Circuit(RowTask):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What `_rows` yields."""
         values = self.evaluate(inputs, kinds, pairs)
-        gates = (np.arange(self.gates) * len(GATES) + kinds) * len(self.pairs) + pairs
+        wires, gates = np.split(np.arange(self.nodes), [self.wires])
         circuit = np.concatenate(
-            [2 * np.arange(self.wires) + inputs, 2 * self.wires + gates], axis=1
+            [self._token(inputs, wires), self._token(KINDS[0] + kinds, gates, pairs)], axis=1
         )
         if self.order == "reverse":
             circuit = circuit[:, ::-1]
         elif self.order == "random":
             circuit = np.take_along_axis(circuit, distinct(mixing, self.nodes), axis=1)
-        if self.spelled:
-            circuit = self._spell(circuit)
         questions = self._questions()
         asked = questions[distinct(asking[:, : len(questions)], len(questions))]
+        asking_for = self._token(QUESTION, self.wires + asked)
         stop = np.full((len(inputs), 1), self.stop)
-        input_ids = np.concatenate([circuit, self.first_question + asked, stop], axis=1)
+        input_ids = np.concatenate([circuit, asking_for, stop], axis=1)
         labels = np.full_like(input_ids, IGNORED)
-        labels[:, self.context + 1 :] = np.take_along_axis(values, asked, axis=1)
+        labels[:, self.context + 1 :] = self._token(np.take_along_axis(values, asked, axis=1))
         return asked // self.wires + 1, input_ids, labels
 
     def _pairs_with(self, on: int) -> np.ndarray:

@@ -25,8 +25,7 @@ VARIANTS = [
     {"wires": 2, "levels": 1},
     {"wires": 4, "levels": 7, "order": "random", "windows": 2, "asked": [3, 7]},
     {"wires": 5, "levels": 3, "windows": 2, "asked": 2},
-    {"wires": 4, "levels": 3, "order": "random", "windows": 2, "spelled": True},
-    {"wires": 2, "levels": 4, "order": "reverse", "asked": [1, 4], "spelled": True},
+    {"wires": 2, "levels": 4, "order": "reverse", "asked": [1, 4]},
 ]
 
 
@@ -53,12 +52,14 @@ def values_of(inputs, gates):
 def test_a_circuit_worked_out_by_hand():
     """Two wires, two levels: inputs 1 and 0; xor 1, and 0; then xnor 0, or 1.
 
-    Tokens: inputs 0..3; four gates of four kinds, one pair of wires; questions 20..23; stop 24.
+    Six nodes, one pair of wires: a token is six times what it is (0, 1, xor, xnor, and, or, a
+    question, the stop), plus the node: inputs 0, 1; level 1: 2, 3; level 2: 4, 5.
     """
     task = tasks.load("circuit", wires=2, levels=2)
-    assert (task.vocab_size, task.window, task.length) == (25, 6, 11)
-    circuit = [1, 2, 4 + 0, 8 + 2, 12 + 1, 16 + 3]
-    tokens = [*circuit, 22, 20, 23, 21, 24]
+    assert (task.vocab_size, task.window, task.length) == (48, 6, 11)
+    assert task.token_fields == [8, 6, 1]
+    circuit = [6 + 0, 0 + 1, 12 + 2, 24 + 3, 18 + 4, 30 + 5]
+    tokens = [*circuit, 36 + 4, 36 + 2, 36 + 5, 36 + 3, 42]
     assert task.parse(tokens) == {
         "inputs": [1, 0],
         "gates": [[("xor", 0, 1), ("and", 0, 1)], [("xnor", 0, 1), ("or", 0, 1)]],
@@ -74,37 +75,24 @@ def test_a_circuit_worked_out_by_hand():
     assert backwards.parse([*circuit[::-1], *tokens[6:]]) == task.parse(tokens)
 
 
-def test_a_circuit_spelled_out_by_hand():
-    """The circuit of the test before. Names 0..5 (inputs 0, 1; level 1: 2, 3; level 2: 4, 5),
-    values 6, 7, kinds 8..11, none 12, questions 13..16, stop 17."""
-    task = tasks.load("circuit", wires=2, levels=2, spelled=True)
-    assert (task.vocab_size, task.window, task.length) == (18, 24, 29)
-    inputs = [[0, 7, 12, 12], [1, 6, 12, 12]]
-    gates = [[2, 8, 0, 1], [3, 10, 0, 1], [4, 9, 2, 3], [5, 11, 2, 3]]
-    tokens = [*sum(inputs + gates, []), 15, 13, 16, 14, 17]
-    alike = tasks.load("circuit", wires=2, levels=2)
-    assert task.parse(tokens) == alike.parse([1, 2, 4, 10, 13, 19, 22, 20, 23, 21, 24])
-    for at, wrong in ((1, 8), (2, 0), (9, 7), (10, 1), (11, 0), (18, 1), (19, 4), (0, 6)):
-        spoilt = [*tokens]
-        spoilt[at] = wrong
-        with pytest.raises(ValueError, match="input_ids must be 2 inputs and 4 gates"):
-            task.parse(spoilt)
-
-
-def test_spelling_changes_no_circuit():
-    one, four = (tasks.load("circuit", wires=5, levels=3, spelled=x) for x in (False, True))
-    pairs = zip(one.examples("test", 1, 40), four.examples("test", 1, 40), strict=True)
-    for short, long in pairs:
-        assert one.parse(short["input_ids"]) == four.parse(long["input_ids"])
-        assert short["labels"][one.context :] == long["labels"][four.context :]
+def test_the_pair_that_a_gate_reads_is_a_digit():
+    """Three wires, one level: 1, 1, 0; gates 0 and 2, 1 xor 2, 0 xnor 1."""
+    task = tasks.load("circuit", wires=3, levels=1)
+    assert task.token_fields == [8, 6, 3]  # pairs: 0 and 1, 0 and 2, 1 and 2
+    inputs = [18 * 1 + 3 * 0, 18 * 1 + 3 * 1, 18 * 0 + 3 * 2]
+    gates = [18 * 4 + 3 * 3 + 1, 18 * 2 + 3 * 4 + 2, 18 * 3 + 3 * 5 + 0]
+    read = task.parse([*inputs, *gates, 18 * 6 + 3 * 5, 18 * 6 + 3 * 3, 18 * 6 + 3 * 4, 18 * 7])
+    assert read["inputs"] == [1, 1, 0]
+    assert read["gates"] == [[("and", 0, 2), ("xor", 1, 2), ("xnor", 0, 1)]]
+    assert read["queries"] == [(1, 2, 1), (1, 0, 0), (1, 1, 1)]
 
 
 def test_the_stream_never_changes():
     """A seed in an old result must mean the same examples for ever."""
     task = tasks.load("circuit", wires=2, levels=2, order="random")
     (example,) = task.examples("test", 0, 1)
-    assert example["input_ids"] == [11, 18, 6, 0, 3, 15, 21, 20, 23, 22, 24]
-    assert example["labels"] == [-100] * 7 + [1, 0, 0, 1]
+    assert example["input_ids"] == [33, 29, 26, 0, 7, 34, 39, 38, 41, 40, 42]
+    assert example["labels"] == [-100] * 7 + [6, 0, 0, 6]
     assert example["meta"] == {
         "task": "circuit", **task.params, "difficulty": [1, 1, 2, 2]
     }  # fmt: skip
@@ -121,10 +109,12 @@ def test_every_label_is_the_value_of_the_gate_that_is_asked_for(params, split):
         values = values_of(read["inputs"], read["gates"])
         end = task.context
         assert labels[: end + 1] == [-100] * (end + 1)
-        asked = [divmod(token - task.first_question, task.wires) for token in tokens[end:]]
-        named = [(level + 1, wire) for level, wire in asked[:-1]]
+        what, nodes, pairs = task.token_fields
+        asked = [divmod(token, nodes * pairs) for token in tokens[end:-1]]
+        assert {first for first, _ in asked} == {6} and tokens[-1] == 7 * nodes * pairs
+        named = [divmod(rest // pairs, task.wires) for _, rest in asked]
         # The label of a question stands where the next one does.
-        assert labels[end + 1 :] == [values[gate] for gate in named]
+        assert labels[end + 1 :] == [values[gate] * nodes * pairs for gate in named]
         assert read["queries"] == [(*gate, values[gate]) for gate in named]
         assert sorted(named) == sorted(gate for gate in values if gate[0] in task.asked)
         assert example["meta"]["difficulty"] == [level for level, _ in named]
@@ -138,14 +128,16 @@ def test_orders_hold_the_same_circuits():
     }
     nodes = 24
     forwards = made["topological"][:nodes]
-    assert forwards == sorted(forwards) == made["reverse"][:nodes][::-1]
-    assert made["random"][:nodes] != forwards == sorted(made["random"][:nodes])
+    assert forwards == made["reverse"][:nodes][::-1]
+    assert [token // 6 % nodes for token in forwards] == list(range(nodes))
+    assert made["random"][:nodes] != forwards
+    assert sorted(made["random"][:nodes]) == sorted(forwards)
     assert made["topological"][nodes:] == made["reverse"][nodes:]
     places = np.array(
         [e["input_ids"] for e in tasks.load("circuit", order="random").examples("train", 0, 4000)]
     )[:, :nodes]
-    # An input, of token 0 to 7, stands anywhere equally often: 4 of 24, within 5 deviations.
-    shares = (places < 8).mean(axis=0)
+    # An input, of node 0 to 3, stands anywhere equally often: 4 of 24, within 5 deviations.
+    shares = (places // 6 % nodes < 4).mean(axis=0)
     assert np.abs(shares - 4 / 24).max() < 5 * np.sqrt(4 / 24 * 20 / 24 / 4000)
 
 
@@ -252,14 +244,21 @@ def test_bad_parameters_are_named(params, said):
 
 def test_what_is_no_circuit_is_refused():
     task = tasks.load("circuit", wires=2, levels=2)
-    tokens = [1, 2, 4, 10, 13, 19, 22, 20, 23, 21, 24]
+    tokens = [6, 1, 14, 27, 22, 35, 40, 38, 41, 39, 42]
+    assert task.parse(tokens)["inputs"] == [1, 0]
     for wrong in (
         tokens[:-1],
-        [3, 3, *tokens[2:]],
-        [2, 1, *tokens[2:]],
-        [*tokens[:6], 22, 22, *tokens[8:]],
-        [*tokens[:-1], 23],
-        [*tokens[:5], 25, *tokens[6:]],
+        [],
+        [6, 6, *tokens[2:]],
+        [1, 6, *tokens[2:]],
+        [12, *tokens[1:]],
+        [*tokens[:5], 5, *tokens[6:]],
+        [*tokens[:6], 40, 40, *tokens[8:]],
+        [*tokens[:6], 28, *tokens[7:]],
+        [*tokens[:6], 36, *tokens[7:]],
+        [*tokens[:-1], 41],
+        [*tokens[:5], 53, *tokens[6:]],
+        [*tokens[:5], -1, *tokens[6:]],
     ):
         with pytest.raises(ValueError, match="input_ids must be 2 inputs and 4 gates"):
             task.parse(wrong)

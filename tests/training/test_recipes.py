@@ -81,7 +81,7 @@ SHORT = {
     ),
     "circuit_cpu": (
         [
-            "task.params={wires: 2, levels: 1, spelled: true}",
+            "task.params={wires: 2, levels: 1}",
             "sleep_passes=2",
             "train.steps=200",
             "train.eval_every=200",
