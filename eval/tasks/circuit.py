@@ -35,9 +35,9 @@ class Circuit(RowTask):
     and what it reads; values are nowhere. Level 0, the inputs, is first where `order` is
     `topological`, last where it is `reverse`; `random` mixes all tokens, anew for each circuit.
 
-    The circuit fills `windows` windows. Then, in a window of their own, every gate of the levels
-    `asked` (default: all but the inputs) is asked for, in random order: a token that says which.
-    Its value is the label of the position behind it, where `input_ids` holds the next question, so
+    The circuit fills `windows` windows. Then, in a window of their own, gates of the levels `asked`
+    (default: all but the inputs) are asked for, in random order: `queries` of them (default: all),
+    each a token that says which. Its value is the label of the position behind it, where `input_ids` holds the next question, so
     that no question sees the answer to another; a stop token ends the row.
 
     The difficulty of a question is the level of its gate. A token has three digits (`token_fields`,
@@ -49,8 +49,9 @@ class Circuit(RowTask):
     whatever order they stand, decides (one in 16 is test). Examples come from raw Philox words.
 
     Raises ValueError unless 2 <= wires <= 64, 1 <= levels <= 256, `order` is one of the three,
-    `asked` are different levels of 1 to `levels`, and `windows` divide the `wires * (levels + 1)`
-    tokens of a circuit and leave at least as many to each as the questions take.
+    `asked` are different levels of 1 to `levels`, `queries` is at least 1 and at most the gates of
+    one level, or None, and `windows` divide the `wires * (levels + 1)` tokens of a circuit and
+    leave at least as many to each as the questions take.
     """
 
     name = "circuit"
@@ -64,6 +65,7 @@ class Circuit(RowTask):
         order: str = "topological",
         windows: int = 1,
         asked: int | Sequence[int] | None = None,
+        queries: int | None = None,
     ):
         self.wires = check_count("wires", wires, 2, MOST_WIRES)
         self.levels = check_count("levels", levels, 1, MOST_LEVELS)
@@ -80,7 +82,11 @@ class Circuit(RowTask):
         self.token_fields = [STOP + 1, self.nodes, len(self.pairs)]
         self.vocab_size = int(np.prod(self.token_fields))
         self.stop = int(self._token(STOP))
-        questions = wires * len(self.asked) + 1
+        self.queries = wires * len(self.asked)
+        if queries is not None:
+            # So that a sequence is as long whatever levels are asked for.
+            self.queries = check_count("queries", queries, 1, wires)
+        questions = self.queries + 1
         self.context = self.nodes
         self.window = self.context // windows
         if self.context % windows or self.window < questions:
@@ -95,6 +101,7 @@ class Circuit(RowTask):
             "order": order,
             "windows": windows,
             "asked": None if asked is None else list(self.asked),
+            "queries": queries,
         }
 
     def parse(self, input_ids: Sequence[int]) -> dict[str, Any]:
@@ -118,13 +125,15 @@ class Circuit(RowTask):
             or (what[asking] != QUESTION).any()
             or pairs[inputs].any()
             or pairs[asking].any()
-            or not np.array_equal(np.sort(asked), self._questions())
+            or not np.isin(asked, self._questions()).all()
+            or len(set(asked.tolist())) < self.queries
             or (self.order != "random" and not self._in_order(which[circuit]))
         ):
             raise ValueError(
                 f"input_ids must be {self.wires} inputs and {self.gates} gates, each once, in "
-                f"{self.order} order, a question for each gate of the levels {list(self.asked)} "
-                f"and the stop token {self.stop}: {self.length} tokens, got {tokens.tolist()}"
+                f"{self.order} order, questions for {self.queries} different gates of the levels "
+                f"{list(self.asked)} and the stop token {self.stop}: {self.length} tokens, got "
+                f"{tokens.tolist()}"
             )
         bits, kinds, pairs = what[inputs], what[gates_at] - KINDS[0], pairs[gates_at]
         values = self.evaluate(bits[None], kinds[None], pairs[None])[0]
@@ -155,7 +164,7 @@ class Circuit(RowTask):
         """What always guessing the same value scores, over all circuits.
 
         Values of one circuit depend on each other: the share with all of them the same is that of
-        circuits whose gates of the levels `asked` are all 0, by enumeration.
+        circuits whose gates that are asked for are all 0, by enumeration.
         """
         return Majority(self._all_alike(), per_label=0.5, guess=(0,))
 
@@ -275,7 +284,7 @@ class Circuit(RowTask):
         elif self.order == "random":
             circuit = np.take_along_axis(circuit, distinct(mixing, self.nodes), axis=1)
         questions = self._questions()
-        asked = questions[distinct(asking[:, : len(questions)], len(questions))]
+        asked = questions[distinct(asking[:, : len(questions)], len(questions))][:, : self.queries]
         asking_for = self._token(QUESTION, self.wires + asked)
         stop = np.full((len(inputs), 1), self.stop)
         input_ids = np.concatenate([circuit, asking_for, stop], axis=1)
@@ -301,10 +310,14 @@ class Circuit(RowTask):
         return ways * p**counts * (1 - p) ** (self.wires - counts)
 
     def _all_alike(self) -> float:
-        """The probability that all gates of the levels `asked` are off."""
-        chances = self._on_after_inputs()
+        """The probability that all gates that are asked for are off."""
+        gates = self.wires * len(self.asked)
+        # [m, o]: m gates of the level are on, and o of the levels `asked` up to it are off.
+        chances = np.zeros((self.wires + 1, gates + 1))
+        chances[:, 0] = self._on_after_inputs()
         for level in range(1, max(self.asked) + 1):
-            chances = chances @ self._next_on()
+            chances = self._next_on().T @ chances
             if level in self.asked:
-                chances = np.where(np.arange(self.wires + 1) == 0, chances, 0)
-        return float(chances.sum())
+                chances = np.stack([np.roll(x, self.wires - m) for m, x in enumerate(chances)])
+        ways = np.array([comb(off, self.queries) for off in range(gates + 1)], dtype=float)
+        return float(chances.sum(axis=0) @ ways / comb(gates, self.queries))

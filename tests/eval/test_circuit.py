@@ -26,6 +26,7 @@ VARIANTS = [
     {"wires": 4, "levels": 7, "order": "random", "windows": 2, "asked": [3, 7]},
     {"wires": 5, "levels": 3, "windows": 2, "asked": 2},
     {"wires": 2, "levels": 4, "order": "reverse", "asked": [1, 4]},
+    {"wires": 3, "levels": 4, "asked": [1, 2, 4], "queries": 2, "windows": 3},
 ]
 
 
@@ -116,7 +117,9 @@ def test_every_label_is_the_value_of_the_gate_that_is_asked_for(params, split):
         # The label of a question stands where the next one does.
         assert labels[end + 1 :] == [values[gate] * nodes * pairs for gate in named]
         assert read["queries"] == [(*gate, values[gate]) for gate in named]
-        assert sorted(named) == sorted(gate for gate in values if gate[0] in task.asked)
+        every = {gate for gate in values if gate[0] in task.asked}
+        assert {*named} <= every
+        assert len({*named}) == len(named) == (task.params["queries"] or len(every))
         assert example["meta"]["difficulty"] == [level for level, _ in named]
 
 
@@ -174,8 +177,9 @@ def test_floors_by_enumeration(wires, levels):
     assert (found.per_label, found.guess, task.chance()) == (0.5, (0,), 0.5)
 
 
-def test_the_majority_of_some_levels_by_drawing():
-    task = tasks.load("circuit", wires=3, levels=4, asked=[2, 4])
+@pytest.mark.parametrize("queries", [None, 2])
+def test_the_majority_of_some_levels_by_drawing(queries):
+    task = tasks.load("circuit", wires=3, levels=4, asked=[2, 4], queries=queries)
     labels = np.asarray(task.batch("train", 0, 20_000)["labels"])[:, task.nodes + 1 :]
     share = (labels == 0).all(axis=1).mean()
     want = task.majority().exact
@@ -197,6 +201,18 @@ def test_splits_are_apart_and_drawn_the_same_however_sliced():
     each = [e["labels"] for e in task.examples("train", 7, 40)]
     assert whole["labels"].tolist() == each
     assert not torch.equal(whole["input_ids"], task.batch("train", 8, 40)["input_ids"])
+
+
+def test_some_of_the_gates_are_asked_for_equally_often():
+    some, every = (tasks.load("circuit", wires=3, levels=2, queries=n) for n in (2, None))
+    asked = []
+    for few, all_six in zip(some.examples("train", 0, 3000), every.examples("train", 0, 3000)):
+        assert few["input_ids"][:-1] == all_six["input_ids"][: some.length - 1]
+        assert few["meta"]["difficulty"] == all_six["meta"]["difficulty"][:2]
+        asked += [(level, wire) for level, wire, _ in some.parse(few["input_ids"])["queries"]]
+    shares = np.array([asked.count(gate) for gate in sorted({*asked})]) / 3000
+    # Two of six, within 5 deviations.
+    assert len(shares) == 6 and np.abs(shares - 1 / 3).max() < 5 * np.sqrt(2 / 9 / 3000)
 
 
 def test_limited_to_a_level_circuits_stay_the_same():
@@ -233,6 +249,7 @@ def test_a_model_sleeps_on_the_circuit_alone():
         ({"order": "sorted"}, "order must be one of 'topological', 'reverse', 'random'"),
         ({"asked": [6]}, r"asked must be levels of 1 to 5, got \[6\]"),
         ({"asked": []}, "asked must be an integer or a list of one or more"),
+        ({"queries": 5}, "queries must be an integer of at least 1 and at most 4, got 5"),
         ({"windows": 5}, "windows must divide the 24 tokens of a circuit and leave at least 21"),
         ({"windows": 2}, "leave at least 21, those of the questions, to a window, got 2"),
     ],
