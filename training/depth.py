@@ -181,11 +181,11 @@ class ByDifficulty(DepthPolicy):
 
 @dataclass(frozen=True)
 class AtOnce(DepthPolicy):
-    """A step has groups of rows, one for each depth (>= 1), with the same contexts one below other.
+    """A step has groups of rows, each with a depth (>= 1), with the same contexts one below other.
 
-    `asked_at`: pairs of depth and the difficulties that its group is asked for. So every pass has a
-    loss of its own, which says what it should know by then; where the groups begin with the same
-    window, its passes run once for all of them.
+    `asked_at`: pairs of depth and the difficulties that a group is asked for; a depth may have
+    several groups. So every pass has a loss of its own, which says what it should know by then;
+    where the groups begin with the same window, its passes run once for all of them.
     """
 
     asked_at: tuple[tuple[int, Difficulties], ...]
@@ -217,15 +217,14 @@ class AtOnce(DepthPolicy):
         return (self.asked(0, 0),)
 
     def probabilities(self) -> dict[int, float]:
-        return {depth: 1 / len(self.asked_at) for depth, _ in self.asked_at}
+        depths = [depth for depth, _ in self.asked_at]
+        return {depth: depths.count(depth) / len(depths) for depth in depths}
 
-    def to_config(self) -> dict[str, dict[int, int | list[int]]]:
-        return {
-            "at_once": {
-                depth: asked[0] if len(asked) == 1 else list(asked)
-                for depth, asked in self.asked_at
-            }
-        }
+    def to_config(self) -> dict[str, dict[int, Any]]:
+        groups: dict[int, list[list[int]]] = {}
+        for depth, asked in self.asked_at:
+            groups.setdefault(depth, []).append(list(asked))
+        return {"at_once": {depth: _shortest(asked) for depth, asked in groups.items()}}
 
 
 @dataclass(frozen=True)
@@ -354,15 +353,23 @@ def _parse_by_difficulty(detail: Any) -> ByDifficulty:
 def _parse_at_once(detail: Any) -> AtOnce:
     if not isinstance(detail, Mapping):
         raise ValueError(
-            "sleep_passes.at_once must be {depth: difficulty or a list of them, ...}, got "
-            f"{detail!r}"
+            "sleep_passes.at_once must be {depth: difficulty, a list of them or of lists, ...}, "
+            f"got {detail!r}"
         )
-    return AtOnce(
-        tuple(
-            (depth, tuple(asked) if isinstance(asked, (list, tuple)) else (asked,))
-            for depth, asked in detail.items()
-        )
-    )
+    pairs = []
+    for depth, asked in detail.items():
+        several = isinstance(asked, (list, tuple))
+        apart = several and any(isinstance(group, (list, tuple)) for group in asked)
+        for group in asked if apart else [asked]:
+            pairs.append((depth, tuple(group) if isinstance(group, (list, tuple)) else (group,)))
+    return AtOnce(tuple(pairs))
+
+
+def _shortest(groups: list[list[int]]) -> int | list[int] | list[list[int]]:
+    """What `_parse_at_once` reads as these groups of one depth."""
+    if len(groups) > 1:
+        return groups
+    return groups[0][0] if len(groups[0]) == 1 else groups[0]
 
 
 def _parse_lognormal_poisson(detail: Any) -> LognormalPoisson:

@@ -37,8 +37,9 @@ class Circuit(RowTask):
 
     The circuit fills `windows` windows. Then, in a window of their own, gates of the levels `asked`
     (default: all but the inputs) are asked for, in random order: `queries` of them (default: all),
-    each a token that says which. Its value is the label of the position behind it, where `input_ids` holds the next question, so
-    that no question sees the answer to another; a stop token ends the row.
+    each a token that says which. Its value is the label of the position behind it, where
+    `input_ids` holds the next question, so that no question sees the answer to another; a stop
+    token ends the row.
 
     The difficulty of a question is the level of its gate. A token has three digits (`token_fields`,
     see `CompoundEmbedding`): what it is (an input that is 0, one that is 1, a gate of the four

@@ -206,7 +206,8 @@ def test_splits_are_apart_and_drawn_the_same_however_sliced():
 def test_some_of_the_gates_are_asked_for_equally_often():
     some, every = (tasks.load("circuit", wires=3, levels=2, queries=n) for n in (2, None))
     asked = []
-    for few, all_six in zip(some.examples("train", 0, 3000), every.examples("train", 0, 3000)):
+    pairs = zip(*(task.examples("train", 0, 3000) for task in (some, every)), strict=True)
+    for few, all_six in pairs:
         assert few["input_ids"][:-1] == all_six["input_ids"][: some.length - 1]
         assert few["meta"]["difficulty"] == all_six["meta"]["difficulty"][:2]
         asked += [(level, wire) for level, wire, _ in some.parse(few["input_ids"])["queries"]]

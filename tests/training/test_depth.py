@@ -140,11 +140,13 @@ def lognormal(**changed):
         (lognormal(sigma=-1), "sigma must be a finite number of at least 0, got -1"),
         (lognormal(sigma="x"), "sigma must be a finite number of at least 0, got 'x'"),
         (lognormal(max=2.0), "max must be an integer of at least 1"),
-        ({"at_once": [1, 2]}, r"at_once must be {depth: difficulty or a list .*, got \[1, 2\]"),
+        ({"at_once": [1, 2]}, r"at_once must be {depth: difficulty, a list .*, got \[1, 2\]"),
         ({"at_once": {}}, "sleep_passes.at_once must have a depth: difficulties, got none"),
         ({"at_once": {0: 1}}, "at_once depth must be an integer of at least 1, got 0"),
         ({"at_once": {1: []}}, r"difficulties of depth 1 must be one or several .*, got \[\]"),
         ({"at_once": {2: [3, 3]}}, r"depth 2 must be .* different ones, got \[3, 3\]"),
+        ({"at_once": {2: [[1], []]}}, r"depth 2 must be one or several .*, got \[\]"),
+        ({"at_once": {2: [[1], ["x"]]}}, "difficulty of depth 2 must be an integer of .*, got 'x'"),
         ({"at_once": {2: "x"}}, "difficulty of depth 2 must be an integer of at least 0, got 'x'"),
         ({"by_difficulty": 3}, "by_difficulty must be {difficulty: depth, ...}, got 3"),
         ({"by_difficulty": {}}, "by_difficulty must have a difficulty: depth at least, got none"),
@@ -267,3 +269,13 @@ def test_depths_at_once_are_groups_of_one_step():
     assert once.to_config() == {"at_once": {1: 1, 4: [1, 3]}}
     assert parse_depth(once.to_config()) == once
     assert [in_words(policy.draw(0, step)) for step in (0, 10)] == ["1", "1, 4 at once"]
+
+
+def test_a_depth_may_have_several_groups_of_one_step():
+    policy = parse_depth({"at_once": {3: [4, [2, 1]], 1: [[1]], 2: [[2], [1]]}})
+    assert policy.draw(0, 0) == (1, 2, 2, 3, 3)
+    assert policy.asked(0, 0) == ((1,), (1,), (2,), (1, 2), (4,))
+    assert policy.probabilities() == {1: 0.2, 2: 0.4, 3: 0.4}
+    assert policy.mean == pytest.approx(2.2) and policy.depths() == (1, 2, 3)
+    assert policy.to_config() == {"at_once": {1: 1, 2: [[1], [2]], 3: [[1, 2], [4]]}}
+    assert parse_depth(policy.to_config()) == policy

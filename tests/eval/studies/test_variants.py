@@ -164,6 +164,12 @@ def test_cost_of_depths_at_once_counts_what_they_share_once(tmp_path):
     assert apart - both["training_flops"] == 3 * content["train"]["batch_size"] * first_window
     assert of(at_once, activation_checkpointing="window")["training_flops"] == apart
     assert of(at_once, backprop_passes=1)["training_flops"] == apart
+    # Of two groups of one depth only what follows the passes is a cost of its own.
+    twice = of({"at_once": {4: [[1], [4]]}})
+    assert twice["tokens"] == 2 * four["tokens"]
+    passes = 3 * 3 * content["train"]["batch_size"] * flops.shared_flops(config, (4, 4))
+    assert twice["training_flops"] == 2 * four["training_flops"] - passes
+    assert passes > 3 * content["train"]["batch_size"] * first_window
     # Shorter rows go on to the end of the longest.
     assert of({"at_once": {1: 1, 4: [1, 4]}})["tokens"] == 2 * of(4, [1, 4])["tokens"]
 
