@@ -16,7 +16,7 @@ from hybrid_sleep.sleep import forward
 from hybrid_sleep.training import optimizer
 from hybrid_sleep.training.config import load_run_config, run_config
 from hybrid_sleep.training.data import HeldOut, TaskBatches
-from hybrid_sleep.training.depth import Uniform
+from hybrid_sleep.training.depth import Uniform, parse_depth
 from hybrid_sleep.training.folder import checkpoints
 from hybrid_sleep.training.run import build_trainer, train
 from hybrid_sleep.training.trainer import SleepTrainer
@@ -58,27 +58,31 @@ def test_depth_tied_to_difficulty_trains_each_step_on_one_difficulty(tmp_path, t
         run_config({**content, "sleep_passes": {"by_difficulty": {3: 1}}})
 
 
-@pytest.mark.parametrize("levels", [{1: [1, 2], 4: [1, 4]}, {1: [1], 4: [1, 2, 4]}])
+@pytest.mark.parametrize(
+    "levels", [{1: [1, 2], 4: [1, 4]}, {1: [1], 4: [1, 2, 4]}, {3: [[1], [2, 4]]}]
+)
 def test_depths_at_once_are_the_mean_of_their_labels(tmp_path, tiny, levels):
-    """The gradient of a step is that of each depth alone, on the same contexts and in rows of its
+    """The gradient of a step is that of each group alone, on the same contexts and in rows of its
     own length, averaged over labels."""
     params = {"wires": 3, "levels": 4}
     content = tiny.run(tmp_path, task={"width": 4}, steps=1, warmup=0).to_dict()
     content |= {"task": {"name": "circuit", "params": params}}
     content["model"] = {k: v for k, v in content["model"].items() if k not in FROM_TASK}
     content = {**content, "sleep_passes": {"at_once": levels}}
+    policy = parse_depth(content["sleep_passes"])
+    depths, asked_of = policy.draw(0, 0), policy.asked(0, 0)
     trainer = build_trainer(run_config(content))
     task, model = trainer.train_dataset.task, trainer.model
-    asked = {depth: task.only(*some) for depth, some in levels.items()}
+    limited = [task.only(*some) for some in asked_of]
 
     def forward(*args, given=model.forward, **kwargs):
-        assert kwargs["sleep_passes"] == (1, 4)
-        one, other = kwargs["input_ids"].chunk(2)
+        assert kwargs["sleep_passes"] == depths
+        one, other = groups = kwargs["input_ids"].chunk(2)
         assert torch.equal(one[:, : task.context], other[:, : task.context])
-        for ids, depth in ((one, 1), (other, 4)):
+        for ids, own, some in zip(groups, limited, asked_of, strict=True):
             for row in ids.tolist():
-                found = asked[depth].parse(row[: asked[depth].length])["queries"]
-                assert {level for level, _, _ in found} == {*levels[depth]}
+                found = own.parse(row[: own.length])["queries"]
+                assert {level for level, _, _ in found} == {*some}
         return given(*args, **kwargs)
 
     model.forward = forward
@@ -90,11 +94,16 @@ def test_depths_at_once_are_the_mean_of_their_labels(tmp_path, tiny, levels):
     del model.forward
     by_depth = trainer.losses.summary()["loss_by_depth"]
     labels = int((batch["labels"] != -100).sum())
-    for depth, part in zip((1, 4), (slice(8), slice(8, 16)), strict=True):
-        rows = {name: tensor[part, : asked[depth].length] for name, tensor in batch.items()}
+    means = {depth: [0.0, 0] for depth in depths}
+    for depth, own, part in zip(depths, limited, (slice(8), slice(8, 16)), strict=True):
+        rows = {name: tensor[part, : own.length] for name, tensor in batch.items()}
         loss = model(**rows, sleep_passes=depth, use_cache=False).loss
-        (loss * int((rows["labels"] != -100).sum()) / labels).backward()
-        assert by_depth[depth] == pytest.approx(loss.item(), rel=1e-4)
+        count = int((rows["labels"] != -100).sum())
+        (loss * count / labels).backward()
+        means[depth][0] += loss.item() * count
+        means[depth][1] += count
+    for depth, (total, count) in means.items():
+        assert by_depth[depth] == pytest.approx(total / count, rel=1e-4)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
