@@ -327,7 +327,9 @@ def depths_of(drawn: Drawn, together: int = 1) -> tuple[int, ...]:
 
 def in_words(depth: Drawn) -> str:
     """A depth that `draw` gave, `4` or `1, 2, 4 at once`."""
-    return f"{depth}" if isinstance(depth, int) else f"{', '.join(map(str, depth))} at once"
+    if isinstance(depth, int):
+        return f"{depth}"
+    return f"{', '.join(map(str, dict.fromkeys(depth)))} at once"
 
 
 def _parse_uniform(detail: Any) -> Uniform:

@@ -274,6 +274,7 @@ def test_depths_at_once_are_groups_of_one_step():
 def test_a_depth_may_have_several_groups_of_one_step():
     policy = parse_depth({"at_once": {3: [4, [2, 1]], 1: [[1]], 2: [[2], [1]]}})
     assert policy.draw(0, 0) == (1, 2, 2, 3, 3)
+    assert in_words(policy.draw(0, 0)) == "1, 2, 3 at once"
     assert policy.asked(0, 0) == ((1,), (1,), (2,), (1, 2), (4,))
     assert policy.probabilities() == {1: 0.2, 2: 0.4, 3: 0.4}
     assert policy.mean == pytest.approx(2.2) and policy.depths() == (1, 2, 3)
