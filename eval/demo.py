@@ -32,9 +32,9 @@ from hybrid_sleep.validation import check_count
 if TYPE_CHECKING:
     from hybrid_sleep.training import RunConfig
 
-RECIPE = "circuit_cpu.yaml"
-BASELINE = "depth_circuit"
-DEPTHS = range(1, 9)
+RECIPE = "ancestor_cpu.yaml"
+BASELINE = "depth_ancestor"
+DEPTHS = range(1, 7)
 EXAMPLES = 500
 NEW_WINDOWS = 3
 THREADS = 2  # more would wait for each other: matrices are small
@@ -205,7 +205,7 @@ def generate(model: Any, task: Task, passes: int) -> Generation:
     return Generation(
         depth=passes,
         window=window,
-        question=task.describe(example).splitlines()[-len(example["meta"]["difficulty"])],
+        question=task.describe(example).splitlines()[1],
         prompt=prompt,
         answer=answer,
         generated=sequence[first:],
