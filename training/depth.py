@@ -172,8 +172,7 @@ class ByDifficulty(DepthPolicy):
         return self.depths_of[int(_uniform(seed, step) * len(self.depths_of))]
 
     def probabilities(self) -> dict[int, float]:
-        depths = [depth for _, depth in self.depths_of]
-        return {depth: depths.count(depth) / len(depths) for depth in sorted(set(depths))}
+        return _shares([depth for _, depth in self.depths_of])
 
     def to_config(self) -> dict[str, dict[int, int]]:
         return {"by_difficulty": dict(self.depths_of)}
@@ -217,8 +216,7 @@ class AtOnce(DepthPolicy):
         return (self.asked(0, 0),)
 
     def probabilities(self) -> dict[int, float]:
-        depths = [depth for depth, _ in self.asked_at]
-        return {depth: depths.count(depth) / len(depths) for depth in depths}
+        return _shares([depth for depth, _ in self.asked_at])
 
     def to_config(self) -> dict[str, dict[int, Any]]:
         groups: dict[int, list[list[int]]] = {}
@@ -325,6 +323,11 @@ def depths_of(drawn: Drawn, together: int = 1) -> tuple[int, ...]:
     return tuple(depth for depth in depths for _ in range(together))
 
 
+def _shares(depths: list[int]) -> dict[int, float]:
+    """How often each depth occurs, ascending, of all."""
+    return {depth: depths.count(depth) / len(depths) for depth in sorted(set(depths))}
+
+
 def in_words(depth: Drawn) -> str:
     """A depth that `draw` gave, `4` or `1, 2, 4 at once`."""
     if isinstance(depth, int):
@@ -360,11 +363,13 @@ def _parse_at_once(detail: Any) -> AtOnce:
         )
     pairs = []
     for depth, asked in detail.items():
-        several = isinstance(asked, (list, tuple))
-        apart = several and any(isinstance(group, (list, tuple)) for group in asked)
-        for group in asked if apart else [asked]:
-            pairs.append((depth, tuple(group) if isinstance(group, (list, tuple)) else (group,)))
+        groups = asked if _listed(asked) and any(map(_listed, asked)) else [asked]
+        pairs += [(depth, tuple(group) if _listed(group) else (group,)) for group in groups]
     return AtOnce(tuple(pairs))
+
+
+def _listed(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
 
 
 def _shortest(groups: list[list[int]]) -> int | list[int] | list[list[int]]:

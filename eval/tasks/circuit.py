@@ -285,7 +285,7 @@ class Circuit(RowTask):
         elif self.order == "random":
             circuit = np.take_along_axis(circuit, distinct(mixing, self.nodes), axis=1)
         questions = self._questions()
-        asked = questions[distinct(asking[:, : len(questions)], len(questions))][:, : self.queries]
+        asked = questions[distinct(asking[:, : self.queries], len(questions))]
         asking_for = self._token(QUESTION, self.wires + asked)
         stop = np.full((len(inputs), 1), self.stop)
         input_ids = np.concatenate([circuit, asking_for, stop], axis=1)
