@@ -29,6 +29,8 @@ _FREE_FIELDS = (
     "use_cache",
     "initializer_range",
     "embedding_initializer_range",
+    "time_step_min",
+    "time_step_max",
     "attention_dropout",
     "max_position_embeddings",
     "tie_word_embeddings",
@@ -95,6 +97,10 @@ class HybridSleepConfig(PreTrainedConfig):
         embedding_initializer_range: that of token embeddings, or of each digit's vector; None: the
             same. At 1 they outweigh what the layers add at first; logits too, where the two are
             tied.
+        time_step_min, time_step_max: above 0; the time steps of new state-space layers are drawn
+            log-uniformly between them. A head starts with a decay of `exp(-A step)` a token, A of 1
+            to 16: by default a window of 24 tokens leaves between 0.98 and 0.00 of what it found,
+            and a sleep reads it N times. Smaller steps keep it until training says otherwise.
         rope_parameters: `rope_type` (`default`, `linear`, `proportional`, `llama3`, `yarn`), its
             `rope_theta` and the keys that this type needs. None: `default` with 10000.
         pad_token_id, bos_token_id, eos_token_id: None or in the vocabulary; of eos also several.
@@ -120,6 +126,8 @@ class HybridSleepConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     embedding_initializer_range: Filled[float] = UNSET
+    time_step_min: float = 0.001
+    time_step_max: float = 0.1
     attention_dropout: float = 0.0
     tie_word_embeddings: bool = False
     use_cache: bool = True
@@ -239,6 +247,8 @@ class HybridSleepConfig(PreTrainedConfig):
         if self.embedding_initializer_range is None:
             self.embedding_initializer_range = self.initializer_range
         check_number("embedding_initializer_range", self.embedding_initializer_range, least=0)
+        check_number("time_step_min", self.time_step_min, above=0)
+        check_number("time_step_max", self.time_step_max, least=self.time_step_min)
         check_number("attention_dropout", self.attention_dropout, least=0, below=1)
         check_flag("tie_word_embeddings", self.tie_word_embeddings)
         check_flag("use_cache", self.use_cache)

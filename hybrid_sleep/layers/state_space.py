@@ -22,7 +22,6 @@ from hybrid_sleep.layers.context import Context
 from hybrid_sleep.sleep.state import LayerState
 
 DECAY_RATE = (1.0, 16.0)
-TIME_STEP = (1e-3, 1e-1)
 
 
 class GatedRMSNorm(nn.Module):
@@ -56,6 +55,7 @@ class StateSpaceMixer(nn.Module, ABC):
     def __init__(self, config: HybridSleepConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
+        self.time_steps = (config.time_step_min, config.time_step_max)
         self.key_heads, self.value_heads = (
             config.linear_num_key_heads,
             config.linear_num_value_heads,
@@ -91,13 +91,13 @@ class StateSpaceMixer(nn.Module, ABC):
 
     @torch.no_grad()
     def init_own_weights(self) -> None:
-        """Decay rates uniform in 1..16, time steps log-uniform in 1e-3..1e-1, taps small.
+        """Decay rates uniform in 1..16, time steps log-uniform in the config's range, taps small.
 
-        The ranges are those of Mamba-2 (arXiv 2405.21060) and of the Gated DeltaNet code. What a
-        checkpoint has filled (transformers marks it) stays.
+        The rates, and the range by default, are those of Mamba-2 (arXiv 2405.21060) and of the
+        Gated DeltaNet code. What a checkpoint has filled (transformers marks it) stays.
         """
         init.copy_(self.A_log, torch.empty_like(self.A_log).uniform_(*DECAY_RATE).log_())
-        low, high = map(math.log, TIME_STEP)
+        low, high = map(math.log, self.time_steps)
         step = torch.empty_like(self.dt_bias).uniform_(low, high).exp_()
         # softplus(dt_bias) is the time step while the projection is zero.
         init.copy_(self.dt_bias, step + torch.log(-torch.expm1(-step)))

@@ -37,6 +37,8 @@ ROPES = [
     [
         *(("rms_norm_eps", value) for value in (0, -1e-6, "1e-6", None, True, math.nan, math.inf)),
         ("embedding_initializer_range", -1.0),
+        *(("time_step_min", value) for value in (0, -1e-3, "1e-3", None, math.nan)),
+        *(("time_step_max", value) for value in (1e-4, "0.1", None, math.inf)),
         *(("initializer_range", value) for value in (-0.1, "1e-2", None, math.inf, 10**400)),
         *(("attention_dropout", value) for value in (-0.1, 1, 2.0, "0", None, math.nan)),
         *(("tie_word_embeddings", value) for value in ("no", 0, None)),

@@ -201,6 +201,22 @@ def test_embeddings_may_start_wider_than_the_rest():
         assert abs(weight.std().item() - spread) < 4 * spread / (2 * weight.numel()) ** 0.5
 
 
+@pytest.mark.parametrize("state_space", ["gated_deltanet", "mamba2"])
+def test_new_layers_forget_as_slowly_as_they_are_told(state_space):
+    heads = {"linear_num_key_heads": 1, "linear_num_value_heads": 512, "num_hidden_layers": 1}
+    steps = {"time_step_min": 1e-5, "time_step_max": 1e-2}
+    torch.manual_seed(3)
+    config = small_config(
+        layer_types=["linear_attention"], state_space=state_space, **heads, **steps
+    )
+    mixer = HybridSleepForCausalLM(config).model.layers[0].mixer
+    drawn = torch.nn.functional.softplus(mixer.dt_bias.double()).log10()
+    assert -5 - 1e-4 < drawn.min() < -4.9 and -2.1 < drawn.max() < -2 + 1e-4
+    # Log-uniform: as many below the middle as above it.
+    assert abs((drawn < -3.5).double().mean() - 0.5) < 4 * 0.5 / 512**0.5
+    assert mixer.A_log.exp().min() >= 1 and mixer.A_log.exp().max() <= 16
+
+
 @pytest.mark.parametrize("padded", ["not", "left", "right"])
 def test_eager_and_sdpa_attention_agree(model, padded):
     mask = torch.ones_like(IDS)
