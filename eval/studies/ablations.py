@@ -57,6 +57,8 @@ def applicable(
     return kept, left_out
 
 
+SLOWLY = (1e-4, 1e-3)  # time steps of layers that keep a window through a sleep
+
 Found = dict[str, tuple[str, dict[str, Any]]]
 
 
@@ -136,6 +138,15 @@ def _difficulty(run: RunConfig, config: HybridSleepConfig) -> Found:
     return {"": (label, {"sleep_passes": {"by_difficulty": depths}})}
 
 
+def _forgetting(run: RunConfig, config: HybridSleepConfig) -> Found:
+    """Time steps of new layers as by default, and smaller ones where the run has those."""
+    default = (type(config).time_step_min, type(config).time_step_max)
+    own = (config.time_step_min, config.time_step_max)
+    name, (low, high) = ("slow", SLOWLY) if own == default else ("default", default)
+    label = f"time steps of {low:g} to {high:g} at first"
+    return {name: (label, {"model.time_step_min": low, "model.time_step_max": high})}
+
+
 ABLATIONS: dict[str, Callable[[RunConfig, HybridSleepConfig], Found]] = {
     "state_space": _other("state_space", "{} layers"),
     "eviction": _other("eviction", "{} eviction"),
@@ -144,4 +155,5 @@ ABLATIONS: dict[str, Callable[[RunConfig, HybridSleepConfig], Found]] = {
     "attention": _other("sleep_attention", "{} attention in passes 2 to N"),
     "depth": _depth,
     "difficulty": _difficulty,
+    "forgetting": _forgetting,
 }

@@ -14,7 +14,9 @@ from hybrid_sleep.support.io import sole_writer
 from hybrid_sleep.support.lists import parse_counts, parse_multiples, parse_names
 
 CONFIG_SUFFIXES = (".yaml", ".yml")
-ABLATIONS = "state_space, eviction, loop, schedule, attention, depth, difficulty, adaptive"
+ABLATIONS = (
+    "state_space, eviction, loop, schedule, attention, depth, difficulty, forgetting, adaptive"
+)
 
 
 @command

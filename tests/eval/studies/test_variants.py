@@ -215,7 +215,9 @@ def test_ablations_change_one_decision_each(tmp_path):
     names = [name for name in ABLATIONS if name != "schedule"]
     found = {v.name: v for v in ablations_of(run, names, [1, 2, 3, 4])}
     before = run.model_config()
-    keys = ("state_space", "eviction", "loop", "sleep_attention", "sleep_schedule")
+    keys = (
+        "state_space", "eviction", "loop", "sleep_attention", "sleep_schedule", "time_step_min",
+    )  # fmt: skip
     for name, variant in found.items():
         after = changed(run, variant)
         config = after.model_config()
@@ -232,6 +234,16 @@ def test_ablations_change_one_decision_each(tmp_path):
         "by_difficulty": {1: 1, 2: 4}
     }
     assert found["difficulty"].tied == {1: 1, 2: 4}
+    slow = changed(run, found["forgetting_slow"]).model_config()
+    assert (slow.time_step_min, slow.time_step_max) == (1e-4, 1e-3)
+    again = run_of(tmp_path, model={"time_step_min": 1e-4, "time_step_max": 1e-3})
+    (back,) = ablations_of(again, ["forgetting"], [1])
+    assert back.name == "forgetting_default" and "0.001 to 0.1 at first" in back.label
+    assert changed(again, back).model_config().to_dict() == before.to_dict() | {
+        "num_hidden_layers": again.model_config().num_hidden_layers,
+        "layer_types": again.model_config().layer_types,
+        "intermediate_size": again.model_config().intermediate_size,
+    }
 
 
 def test_the_schedule_is_ablated_where_it_matters(tmp_path):
