@@ -88,14 +88,13 @@ class Circuit(RowTask):
             # So that a sequence is as long whatever levels are asked for.
             self.queries = check_count("queries", queries, 1, wires)
         questions = self.queries + 1
-        self.context = self.nodes
-        self.window = self.context // windows
-        if self.context % windows or self.window < questions:
+        self.window = self.nodes // windows
+        if self.nodes % windows or self.window < questions:
             raise ValueError(
-                f"windows must divide the {self.context} tokens of a circuit and leave at least "
+                f"windows must divide the {self.nodes} tokens of a circuit and leave at least "
                 f"{questions}, those of the questions, to a window, got {windows}"
             )
-        self.length = self.context + questions
+        self.length = self.nodes + questions
         self.params = {
             "wires": wires,
             "levels": levels,
@@ -113,7 +112,7 @@ class Circuit(RowTask):
         """
         tokens = np.array([int(token) for token in input_ids])
         what, which, pairs = self._digits(tokens)
-        circuit, asking = np.split(np.arange(len(tokens) - 1), [self.context])
+        circuit, asking = np.split(np.arange(len(tokens) - 1), [self.nodes])
         order = circuit[np.argsort(which[circuit], kind="stable")]
         inputs, gates_at = np.split(order, [self.wires])
         asked = which[asking] - self.wires
@@ -290,7 +289,7 @@ class Circuit(RowTask):
         stop = np.full((len(inputs), 1), self.stop)
         input_ids = np.concatenate([circuit, asking_for, stop], axis=1)
         labels = np.full_like(input_ids, IGNORED)
-        labels[:, self.context + 1 :] = self._token(np.take_along_axis(values, asked, axis=1))
+        labels[:, self.nodes + 1 :] = self._token(np.take_along_axis(values, asked, axis=1))
         return asked // self.wires + 1, input_ids, labels
 
     def _pairs_with(self, on: int) -> np.ndarray:

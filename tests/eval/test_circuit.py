@@ -108,7 +108,7 @@ def test_every_label_is_the_value_of_the_gate_that_is_asked_for(params, split):
         assert len(tokens) == len(labels) == task.length and max(tokens) < task.vocab_size
         read = task.parse(tokens)
         values = values_of(read["inputs"], read["gates"])
-        end = task.context
+        end = task.nodes
         assert labels[: end + 1] == [-100] * (end + 1)
         what, nodes, pairs = task.token_fields
         asked = [divmod(token, nodes * pairs) for token in tokens[end:-1]]
