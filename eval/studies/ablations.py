@@ -20,6 +20,7 @@ OTHER = {
     "sleep_attention": {"causal": "bidirectional", "bidirectional": "causal"},
     "sleep_schedule": dict(zip(SCHEDULES, reversed(SCHEDULES), strict=True)),
 }
+SLOWLY = (1e-4, 1e-3)  # time steps of layers that keep a window through a sleep
 
 
 def ablations_of(run: RunConfig, names: Sequence[str], depths: list[int]) -> list[Variant]:
@@ -56,8 +57,6 @@ def applicable(
             left_out[name] = str(error)
     return kept, left_out
 
-
-SLOWLY = (1e-4, 1e-3)  # time steps of layers that keep a window through a sleep
 
 Found = dict[str, tuple[str, dict[str, Any]]]
 
