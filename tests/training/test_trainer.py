@@ -78,7 +78,7 @@ def test_depths_at_once_are_the_mean_of_their_labels(tmp_path, tiny, levels):
     def forward(*args, given=model.forward, **kwargs):
         assert kwargs["sleep_passes"] == depths
         one, other = groups = kwargs["input_ids"].chunk(2)
-        assert torch.equal(one[:, : task.context], other[:, : task.context])
+        assert torch.equal(one[:, : task.nodes], other[:, : task.nodes])
         for ids, own, some in zip(groups, limited, asked_of, strict=True):
             for row in ids.tolist():
                 found = own.parse(row[: own.length])["queries"]
