@@ -32,8 +32,10 @@ class Circuit(RowTask):
 
     A gate is XOR, XNOR, AND or OR, equally often, of two different wires of the level below it,
     drawn anew for each gate. An input or a gate is one token, which says where it is, what it is
-    and what it reads; values are nowhere. Level 0, the inputs, is first where `order` is
-    `topological`, last where it is `reverse`; `random` mixes all tokens, anew for each circuit.
+    and what it reads; values are nowhere. Levels stand one after the other
+    where `order` is `topological`, level 0, the inputs, first; the other way round where it is
+    `reverse`. Where it is `random`, the inputs stand first and the gates behind them in any order,
+    anew for each circuit: half of the gates that a gate reads come later than it.
 
     The circuit fills `windows` windows. Then, in a window of their own, gates of the levels `asked`
     (default: all but the inputs) are asked for, in random order: `queries` of them (default: all),
@@ -127,7 +129,7 @@ class Circuit(RowTask):
             or pairs[asking].any()
             or not np.isin(asked, self._questions()).all()
             or len(set(asked.tolist())) < self.queries
-            or (self.order != "random" and not self._in_order(which[circuit]))
+            or not self._in_order(which[circuit])
         ):
             raise ValueError(
                 f"input_ids must be {self.wires} inputs and {self.gates} gates, each once, in "
@@ -237,8 +239,9 @@ class Circuit(RowTask):
         return (levels * self.wires + np.arange(self.wires)).ravel()
 
     def _in_order(self, nodes: np.ndarray) -> bool:
-        ahead = nodes if self.order == "topological" else nodes[::-1]
-        return bool((np.diff(ahead) > 0).all())
+        ahead = nodes[::-1] if self.order == "reverse" else nodes
+        fixed = self.wires if self.order == "random" else self.nodes
+        return np.array_equal(ahead[:fixed], np.arange(fixed))
 
     def _rows(
         self, split: str, seed: int, count: int | None
@@ -247,7 +250,7 @@ class Circuit(RowTask):
 
         Circuits do not depend on what is asked of them, nor on their order.
         """
-        words = self.nodes + self.gates + (self.nodes if self.order == "random" else 0)
+        words = self.nodes + self.gates + (self.gates if self.order == "random" else 0)
         for parts in draw(split, seed, count, words, self._read):
             yield self._tokens(*parts)
 
@@ -276,13 +279,12 @@ class Circuit(RowTask):
         """What `_rows` yields."""
         values = self.evaluate(inputs, kinds, pairs)
         wires, gates = np.split(np.arange(self.nodes), [self.wires])
-        circuit = np.concatenate(
-            [self._token(inputs, wires), self._token(KINDS[0] + kinds, gates, pairs)], axis=1
-        )
+        reading = self._token(KINDS[0] + kinds, gates, pairs)
+        if self.order == "random":
+            reading = np.take_along_axis(reading, distinct(mixing, self.gates), axis=1)
+        circuit = np.concatenate([self._token(inputs, wires), reading], axis=1)
         if self.order == "reverse":
             circuit = circuit[:, ::-1]
-        elif self.order == "random":
-            circuit = np.take_along_axis(circuit, distinct(mixing, self.nodes), axis=1)
         questions = self._questions()
         asked = questions[distinct(asking[:, : self.queries], len(questions))]
         asking_for = self._token(QUESTION, self.wires + asked)

@@ -74,6 +74,13 @@ def test_a_circuit_worked_out_by_hand():
     )
     backwards = tasks.load("circuit", wires=2, levels=2, order="reverse")
     assert backwards.parse([*circuit[::-1], *tokens[6:]]) == task.parse(tokens)
+    mixed = tasks.load("circuit", wires=2, levels=2, order="random")
+    for order in itertools.permutations(circuit[2:]):
+        assert mixed.parse([*circuit[:2], *order, *tokens[6:]]) == task.parse(tokens)
+    one, two, *gates = circuit
+    for wrong in ([two, one, *gates], [one, gates[0], two, *gates[1:]]):
+        with pytest.raises(ValueError, match="input_ids must be 2 inputs and 4 gates"):
+            mixed.parse([*wrong, *tokens[6:]])
 
 
 def test_the_pair_that_a_gate_reads_is_a_digit():
@@ -91,11 +98,12 @@ def test_the_pair_that_a_gate_reads_is_a_digit():
 def test_the_stream_never_changes():
     """A seed in an old result must mean the same examples for ever."""
     task = tasks.load("circuit", wires=2, levels=2, order="random")
-    (example,) = task.examples("test", 0, 1)
-    assert example["input_ids"] == [33, 29, 26, 0, 7, 34, 39, 38, 41, 40, 42]
-    assert example["labels"] == [-100] * 7 + [6, 0, 0, 6]
+    (example,) = task.examples("test", 3, 1)
+    # Inputs 0 and 0; then gates 3, an AND: 0; 5, an XOR: 1; 4, an XNOR: 0; 2, an XNOR: 1.
+    assert example["input_ids"] == [0, 1, 27, 17, 22, 20, 38, 41, 39, 40, 42]
+    assert example["labels"] == [-100] * 7 + [6, 6, 0, 0]
     assert example["meta"] == {
-        "task": "circuit", **task.params, "difficulty": [1, 1, 2, 2]
+        "task": "circuit", **task.params, "difficulty": [1, 2, 1, 2]
     }  # fmt: skip
 
 
@@ -139,9 +147,12 @@ def test_orders_hold_the_same_circuits():
     places = np.array(
         [e["input_ids"] for e in tasks.load("circuit", order="random").examples("train", 0, 4000)]
     )[:, :nodes]
-    # An input, of node 0 to 3, stands anywhere equally often: 4 of 24, within 5 deviations.
-    shares = (places // 6 % nodes < 4).mean(axis=0)
-    assert np.abs(shares - 4 / 24).max() < 5 * np.sqrt(4 / 24 * 20 / 24 / 4000)
+    which = places // 6 % nodes
+    assert (which[:, :4] == np.arange(4)).all()
+    # A gate of level 1, of node 4 to 7, stands anywhere behind the inputs equally often: 4 of 20,
+    # within 5 deviations.
+    shares = (which[:, 4:] < 8).mean(axis=0)
+    assert np.abs(shares - 4 / 20).max() < 5 * np.sqrt(4 / 20 * 16 / 20 / 4000)
 
 
 def all_circuits(wires, levels):
