@@ -66,7 +66,7 @@ EXPERIENCE = [
 # without an entry are short as they are.
 SHORT = {
     "hybrid-sleep train configs/runs/rule110_cpu.yaml": [*SMALL, *BRIEF],
-    "hybrid-sleep train configs/runs/circuit_cpu.yaml": BRIEF,
+    "hybrid-sleep train configs/runs/circuit_": BRIEF,
     "hybrid-sleep train configs/runs/text_cpu.yaml": [*SMALL, *BRIEF, *OF_TEXT],
     "hybrid-sleep train out/my_text/run.yaml": ["train.steps=1"],
     "hybrid-sleep bench depth out/": ["--count", "4"],
