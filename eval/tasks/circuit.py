@@ -32,10 +32,10 @@ class Circuit(RowTask):
 
     A gate is XOR, XNOR, AND or OR, equally often, of two different wires of the level below it,
     drawn anew for each gate. An input or a gate is one token, which says where it is, what it is
-    and what it reads; values are nowhere. Levels stand one after the other
-    where `order` is `topological`, level 0, the inputs, first; the other way round where it is
-    `reverse`. Where it is `random`, the inputs stand first and the gates behind them in any order,
-    anew for each circuit: half of the gates that a gate reads come later than it.
+    and what it reads; values are nowhere. Level 0, the inputs, is first where `order` is
+    `topological`, last where it is `reverse`. Where it is `random`, the inputs are first and the
+    gates behind them in any order, anew for each circuit: on average, half of the gates that a gate
+    reads come later than it.
 
     The circuit fills `windows` windows. Then, in a window of their own, gates of the levels `asked`
     (default: all but the inputs) are asked for, in random order: `queries` of them (default: all),
