@@ -75,14 +75,26 @@ class Comparison(TrialsResult):
         return first.accuracy[first.depths[0]].questions
 
     @property
+    def kinds(self) -> list[str]:
+        """Kinds of questions that the task tells apart, of every difficulty among the examples."""
+        first = self.rows[0].accuracy[self.rows[0].depths[0]]
+        levels = set(first.questions)
+        return [kind for kind, shares in first.by_kind.items() if set(shares) == levels]
+
+    @property
     def floor(self) -> float:
         """The floor of all questions together."""
         return over_questions(self.task.floor, self.questions)
 
-    def shares(self, variant: Variant, depth: int, level: int | None = None) -> Seeds:
-        """Questions right at `depth`, of one difficulty (None: of all), over seeds."""
+    def shares(
+        self, variant: Variant, depth: int, level: int | None = None, kind: str | None = None
+    ) -> Seeds:
+        """Questions right at `depth`, of one difficulty (None: of all), over seeds.
+
+        kind: of these, questions of one kind.
+        """
         found = self.trials(variant.name).values()
-        return Seeds(tuple(_share(trial.accuracy[depth], level) for trial in found))
+        return Seeds(tuple(_share(trial.accuracy[depth], level, kind) for trial in found))
 
     def tied(self, variant: Variant) -> dict[int, Seeds]:
         """Each difficulty at the depth it was trained at; empty where training ties none, or at
@@ -91,14 +103,16 @@ class Comparison(TrialsResult):
             return {}
         return {x: self.shares(variant, depth, x) for x, depth in variant.tied.items()}
 
-    def ahead(self, variant: Variant, level: int | None = None) -> Gap | None:
+    def ahead(
+        self, variant: Variant, level: int | None = None, kind: str | None = None
+    ) -> Gap | None:
         """What the reference scores more than `variant`, each where it is compared.
 
-        level: on questions of one difficulty; None: on all.
+        level: on questions of one difficulty; None: on all. kind: of these, on one kind.
         """
         one, other = (
             {
-                seed: _share(trial.accuracy[side.compared_at], level)
+                seed: _share(trial.accuracy[side.compared_at], level, kind)
                 for seed, trial in self.trials(side.name).items()
             }
             for side in (self.reference, variant)
@@ -136,8 +150,10 @@ class Comparison(TrialsResult):
         ]
 
 
-def _share(accuracy: Accuracy, level: int | None) -> float:
-    return accuracy.per_question if level is None else accuracy.by_difficulty[level]
+def _share(accuracy: Accuracy, level: int | None, kind: str | None = None) -> float:
+    if level is None:
+        return accuracy.per_question
+    return (accuracy.by_difficulty if kind is None else accuracy.by_kind[kind])[level]
 
 
 def run(

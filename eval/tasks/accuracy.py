@@ -45,8 +45,9 @@ class Accuracy:
 
     exact: examples with every label right; per_question: questions; per_label: labels.
     by_difficulty, questions: questions right by their difficulty, and how many there were; empty
-    where batches do not say how hard their questions are. seconds: of all forwards. passes: mean
-    sleep depth of a row at a boundary.
+    where batches do not say how hard their questions are. by_kind: by kind and difficulty, where a
+    task tells kinds apart. seconds: of all forwards. passes: mean sleep depth of a row at a
+    boundary.
     """
 
     exact: float
@@ -54,6 +55,7 @@ class Accuracy:
     per_label: float
     by_difficulty: dict[int, float] = field(default_factory=dict)
     questions: dict[int, int] = field(default_factory=dict)
+    by_kind: dict[str, dict[int, float]] = field(default_factory=dict)
     seconds: float
     passes: float
 

@@ -121,6 +121,10 @@ class Task(ABC):
             f"limited to one, got {_named(difficulties)}"
         )
 
+    def kinds(self, example: Mapping[str, Any]) -> Sequence[str] | None:
+        """The kind of each question, where some are harder to guess; by default None."""
+        return None
+
     def describe(self, example: Mapping[str, Any]) -> str:
         """One example in words; by default its tokens."""
         return " ".join(str(token) for token in example["input_ids"])
@@ -136,8 +140,9 @@ class Task(ABC):
         at t-1. Unsupervised positions are ignored. `exact` counts the examples with every label
         right, `per_question` the questions, `per_label` the labels. Examples that have `meta` also
         give `by_difficulty`: the share of questions right by their difficulty, ascending, and
-        `questions`, how many of each there were. Raises ValueError if the shapes differ or if an
-        example has no label.
+        `questions`, how many of each there were; where questions have `kinds` also `by_kind`, the
+        shares by kind and difficulty. Raises ValueError if the shapes differ or if an example has
+        no label.
         """
         if isinstance(examples, Mapping):
             labels = np.asarray(examples["labels"])
@@ -166,10 +171,16 @@ class Task(ABC):
         }
         if not isinstance(examples, Mapping) and all("meta" in example for example in examples):
             levels = np.concatenate([np.ravel(e["meta"]["difficulty"]) for e in examples])
+            scores["by_difficulty"] = _shares(solved, levels)
             values, counts = np.unique(levels, return_counts=True)
-            shares = [float(solved[levels == value].mean()) for value in values]
-            scores["by_difficulty"] = dict(zip(values.tolist(), shares, strict=True))
             scores["questions"] = dict(zip(values.tolist(), counts.tolist(), strict=True))
+            given = [found for e in examples if (found := self.kinds(e)) is not None]
+            if given:
+                kinds = np.concatenate(given)
+                scores["by_kind"] = {
+                    str(kind): _shares(solved[kinds == kind], levels[kinds == kind])
+                    for kind in np.unique(kinds)
+                }
         return scores
 
     def _solved(self, right: np.ndarray, supervised: np.ndarray) -> np.ndarray:
@@ -181,6 +192,11 @@ class Task(ABC):
         opens = supervised & ~np.pad(supervised, ((0, 0), (1, 0)))[:, :-1]
         question = np.cumsum(opens).reshape(opens.shape)[supervised] - 1
         return np.bincount(question, ~right[supervised]) == 0
+
+
+def _shares(solved: np.ndarray, levels: np.ndarray) -> dict[int, float]:
+    """The share of questions right by difficulty, ascending."""
+    return {int(value): float(solved[levels == value].mean()) for value in np.unique(levels)}
 
 
 class RowTask(Task):

@@ -21,6 +21,7 @@ from hybrid_sleep.validation import check_choice, check_count
 GATES = ("xor", "xnor", "and", "or")
 TRUTH = np.array([[0, 1, 0], [1, 0, 1], [0, 0, 1], [0, 1, 1]])  # by gate, and how many inputs are 1
 ORDERS = ("topological", "reverse", "random")
+LINEAR, NOT_LINEAR = "XOR and XNOR", "AND and OR"
 # What a token is, its first digit: an input with a value, a gate of a kind, a question, the stop.
 INPUTS, KINDS, QUESTION, STOP = (0, 1), (2, 3, 4, 5), 6, 7
 MOST_WIRES = 64
@@ -198,6 +199,16 @@ class Circuit(RowTask):
         return Circuit(
             **{**self.params, "asked": check_asked(difficulties, "levels", self.asked)}
         )
+
+    def kinds(self, example: Mapping[str, Any]) -> list[str]:
+        """`LINEAR` or `NOT_LINEAR`: the gate that each question asks for.
+
+        An AND or OR gate is on in one case or three of four, and goes with the sum of its inputs,
+        which an affine state can carry. Of an XOR or XNOR gate neither says anything.
+        """
+        read = self.parse(example["input_ids"])
+        asked = (read["gates"][level - 1][wire][0] for level, wire, _ in read["queries"])
+        return [LINEAR if gate in GATES[:2] else NOT_LINEAR for gate in asked]
 
     def describe(self, example: Mapping[str, Any]) -> str:
         """The circuit of an example, level by level, and the gates asked for."""

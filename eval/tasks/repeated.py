@@ -117,6 +117,14 @@ class Repeated(Task):
         """The task limited to examples of some difficulties, as often."""
         return Repeated(self.task.only(*difficulties), self.times)
 
+    def kinds(self, example: Mapping[str, Any]) -> Sequence[str] | None:
+        """The task's."""
+        return self.task.kinds(self._example(example))
+
     def describe(self, example: Mapping[str, Any]) -> str:
         """The task's words."""
-        return self.task.describe({**example, "input_ids": self.once(example["input_ids"])})
+        return self.task.describe(self._example(example))
+
+    def _example(self, example: Mapping[str, Any]) -> dict[str, Any]:
+        """An example as the task itself has it, labels apart."""
+        return {**example, "input_ids": self.once(example["input_ids"])}
