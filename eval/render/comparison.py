@@ -35,6 +35,9 @@ def words(result: Comparison) -> list[str]:
         on_it = result.ahead(variant, hardest) if len(result.questions) > 1 else None
         if on_it is not None:
             line += f"; on {result.task.difficulty} = {hardest} {_distance(on_it, 'it')}"
+            for kind in result.kinds:
+                if (on_kind := result.ahead(variant, hardest, kind)) is not None:
+                    line += f"; on {kind} there {_distance(on_kind, 'it')}"
         lines.append(f"{line}.")
     return lines
 
@@ -67,6 +70,7 @@ def markdown(result: Comparison) -> str:
         f"the past): {result.floor:.3f}; chance: {task.chance:.3f}.{_cost_words(result)}",
         "",
         *_by_difficulty(result),
+        *(line for kind in result.kinds for line in _by_difficulty(result, kind)),
         *_by_depth(result),
         "",
         f"Task: {task}; {result.examples} {result.split} examples of each model. Config: "
@@ -124,20 +128,24 @@ def _cost_words(result: Comparison) -> str:
     )
 
 
-def _by_difficulty(result: Comparison) -> list[str]:
+def _by_difficulty(result: Comparison, kind: str | None = None) -> list[str]:
+    """A row for each variant; of one kind of questions, or of all."""
     levels = list(result.questions)
     if len(levels) < 2:
         return []
     rows = []
     for variant in result.measured:
         equal = f" ({EQUAL[variant.equal]})" if variant.role == "baseline" else ""
-        shares = [result.shares(variant, variant.compared_at, level) for level in levels]
+        shares = [result.shares(variant, variant.compared_at, level, kind) for level in levels]
         rows.append([variant.label + equal, *(f"{share.mean:.3f}" for share in shares)])
-        if tied := result.tied(variant):
+        if kind is None and (tied := result.tied(variant)):
             cells = [f"{tied[level].mean:.3f}" for level in levels]
             rows.append([f"{variant.label}, each at its own N", *cells])
-    rows.append(["floor", *(f"{result.task.floor[level]:.3f}" for level in levels)])
-    return [*table([f"accuracy by {result.task.difficulty}", *map(str, levels)], rows, "lr"), ""]
+    if kind is None:
+        rows.append(["floor", *(f"{result.task.floor[level]:.3f}" for level in levels)])
+    of = "" if kind is None else f", {kind}"
+    head = [f"accuracy by {result.task.difficulty}{of}", *map(str, levels)]
+    return [*table(head, rows, "lr"), ""]
 
 
 def _by_depth(result: Comparison) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 
 from hybrid_sleep import HybridSleepConfig, HybridSleepForCausalLM
 from hybrid_sleep.eval import tasks
+from hybrid_sleep.eval.tasks.repeated import Repeated
 
 OPERATORS = {
     "xor": operator.xor,
@@ -81,6 +82,24 @@ def test_a_circuit_worked_out_by_hand():
     for wrong in ([two, one, *gates], [one, gates[0], two, *gates[1:]]):
         with pytest.raises(ValueError, match="input_ids must be 2 inputs and 4 gates"):
             mixed.parse([*wrong, *tokens[6:]])
+
+
+def test_linear_gates_are_counted_apart_from_the_others():
+    """The circuit above: xnor, xor, or and and are asked for; the second and third are missed."""
+    task = tasks.load("circuit", wires=2, levels=2)
+    tokens = [6, 1, 14, 27, 22, 35, 40, 38, 41, 39, 42]
+    labels = [-100] * 7 + [0, 6, 6, 0]
+    example = {"input_ids": tokens, "labels": labels, "meta": {"difficulty": [2, 1, 2, 1]}}
+    predicted = [labels[:7] + [0, 0, 0, 0]]
+    expected = {"XOR and XNOR": {1: 0.0, 2: 1.0}, "AND and OR": {1: 1.0, 2: 0.0}}
+    assert task.score(predicted, [example])["by_kind"] == expected
+    repeated = Repeated(task, 2)
+    twice = {**example, "input_ids": tokens[:6] + tokens, "labels": [-100] * 6 + labels}
+    assert repeated.score([[-100] * 6 + predicted[0]], [twice])["by_kind"] == expected
+    # Rule 110 tells no kinds apart.
+    other = tasks.load("rule110", width=4, states=2, steps=[0, 1])
+    examples = list(other.examples("test", 0, 3))
+    assert "by_kind" not in other.score([e["labels"] for e in examples], examples)
 
 
 def test_the_pair_that_a_gate_reads_is_a_digit():

@@ -124,6 +124,28 @@ def test_shares_intervals_and_gaps_are_summed_up_seed_by_seed():
     assert render.words(result)[0].endswith("so no difference.")
 
 
+def test_kinds_of_questions_are_shown_apart():
+    result = made_up()
+    for row, even, odd in zip(result.rows, (0.5, 0.3, 0.2, 0.2), (0.7, 0.5, 0.0, 0.8), strict=True):
+        for found in row.accuracy.values():
+            # Of the last kind there is no question of 0 steps.
+            found.by_kind = {"even": {0: 1.0, 1: even}, "odd": {0: 0.0, 1: odd}, "rare": {1: 1.0}}
+    sleep, once, _ = result.variants
+    assert Comparison.from_content(result.content()) == result
+    assert result.kinds == ["even", "odd"]
+    assert result.shares(sleep, 2, 1, "even").values == (0.5, 0.3)
+    assert result.ahead(once, 1, "even") == Gap(*map(pytest.approx, (0.2, 0.1, 0.3)))
+    assert render.words(result)[0].endswith(
+        "but the seeds do not agree; on even there 0.200 ahead of it (+0.100 to +0.300, seed by "
+        "seed), with every seed; on odd there 0.200 ahead of it (-0.300 to +0.700, seed by seed), "
+        "but the seeds do not agree."
+    )
+    text = render.markdown(result)
+    assert "| accuracy by steps, even | 0 | 1 |" in text and "rare" not in text
+    assert "| sleep, N = 2 | 1.000 | 0.400 |" in text
+    assert "| N = 1 (compute) | 0.000 | 0.400 |" in text
+
+
 def test_without_the_reference_there_is_nothing_to_show(tmp_path):
     result = made_up(rows=[trial("once", 0, {1: (0.7, 0.1)})])
     assert render.markdown(result) == (
