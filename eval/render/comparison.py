@@ -203,9 +203,10 @@ def _changes(result: Comparison) -> list[str]:
 
 
 def figure(result: Comparison) -> Figure:
-    """With baselines two panels: the reference against depth, and all against difficulty.
+    """With baselines the reference against depth, and all against difficulty: a panel for each kind
+    of questions, or for all alike.
 
-    Without, one: every variant against depth.
+    Without, one panel: every variant against depth.
     """
     if any(variant.role == "baseline" for variant in result.variants):
         return _with_baselines(result)
@@ -223,9 +224,12 @@ def figure(result: Comparison) -> Figure:
 
 def _with_baselines(result: Comparison) -> Figure:
     task, reference = result.task, result.reference
-    picture, (top, bottom) = new_panels(
-        [f"{task.name}: one model, evaluated at every depth", "and what the same compute buys"],
-        height=3.9,
+    kinds: list[str | None] = [*(result.kinds if result.rows else ())] or [None]
+    bought = [
+        "and what the same compute buys" + ("" if kind is None else f": {kind}") for kind in kinds
+    ]
+    picture, (top, *others) = new_panels(
+        [f"{task.name}: one model, evaluated at every depth", *bought], height=3.9
     )
     if not result.trials(reference.name):
         return picture
@@ -234,21 +238,28 @@ def _with_baselines(result: Comparison) -> Figure:
         shares = [result.shares(reference, depth, level) for depth in depths]
         seeds_line(top, depths, shares, index, len(levels), f"{task.difficulty} = {level}")
     _depth_axis(top, depths)
+    _dress(top, result)
+    for axes, kind in zip(others, kinds, strict=True):
+        _against_difficulty(axes, result, kind)
+    picture.set_size_inches(8.6, picture.get_size_inches()[1])
+    return picture
+
+
+def _against_difficulty(axes: Axes, result: Comparison, kind: str | None) -> None:
+    """A line for each model of the reference's compute, on one kind of questions or on all."""
+    task, reference, levels = result.task, result.reference, list(result.questions)
     shown = [x for x in result.measured if x.role != "ablation" and x.equal != "tokens"]
     for index, variant in enumerate(shown):
         at = variant.compared_at
-        shares = [result.shares(variant, at, level) for level in levels]
+        shares = [result.shares(variant, at, level, kind) for level in levels]
         label = f"sleep, N = {at}" if variant is reference else variant.label
-        seeds_line(bottom, list(range(len(levels))), shares, index, len(shown), label)
+        seeds_line(axes, list(range(len(levels))), shares, index, len(shown), label)
     if len(levels) > 1:
         floors = [task.floor[level] for level in levels]
-        bottom.plot(range(len(levels)), floors, **_FLOOR)
-    bottom.set_xticks(range(len(levels)), map(str, levels))
-    bottom.set_xlabel(f"{task.difficulty} (bars: lowest to highest seed)", fontsize=13)
-    _dress(top, result)
-    _dress(bottom, result, line=len(levels) == 1)
-    picture.set_size_inches(8.6, picture.get_size_inches()[1])
-    return picture
+        axes.plot(range(len(levels)), floors, **_FLOOR)
+    axes.set_xticks(range(len(levels)), map(str, levels))
+    axes.set_xlabel(f"{task.difficulty} (bars: lowest to highest seed)", fontsize=13)
+    _dress(axes, result, line=len(levels) == 1)
 
 
 _FLOOR: dict[str, Any] = {
