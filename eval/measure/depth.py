@@ -145,9 +145,19 @@ class DepthResult(Result):
         """The difficulties of the test questions, ascending; none where it has no name."""
         return list(self.runs[0].accuracy[self.depths[0]].by_difficulty)
 
-    def of_level(self, level: int, depth: int) -> Seeds:
-        """Share of the questions of one difficulty that all checkpoints get right at `depth`."""
-        return Seeds(tuple(run.accuracy[depth].by_difficulty[level] for run in self.runs))
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds of questions that the task tells apart, of every difficulty among the examples."""
+        return self.runs[0].accuracy[self.depths[0]].kinds
+
+    def of_level(self, level: int, depth: int, kind: str | None = None) -> Seeds:
+        """Share of the questions of one difficulty that all checkpoints get right at `depth`.
+
+        kind: of these, questions of one kind.
+        """
+        found = (run.accuracy[depth] for run in self.runs)
+        shares = (x.by_difficulty if kind is None else x.by_kind[kind] for x in found)
+        return Seeds(tuple(share[level] for share in shares))
 
     @property
     def hardest(self) -> int | None:

@@ -107,10 +107,17 @@ def _between(interval: Sequence[float] | None) -> str:
 
 
 def level_table(result: DepthResult) -> list[str]:
-    """Accuracy on questions by depth and difficulty."""
+    """Accuracy on questions by depth and difficulty, then of each kind of questions."""
     head = [f"accuracy by {result.task.difficulty}", *map(str, result.levels)]
     cells = [[name, *(f"{share:.3f}" for share in shares)] for name, shares in by_level(result)]
-    return table(head, cells, "lr")
+    lines = table(head, cells, "lr")
+    for kind in result.kinds:
+        cells = [
+            [f"depth {N}", *(f"{result.of_level(x, N, kind).mean:.3f}" for x in result.levels)]
+            for N in result.depths
+        ]
+        lines += ["", *table([f"{head[0]}, {kind}", *head[1:]], cells, "lr")]
+    return lines
 
 
 def _gradients(result: DepthResult) -> list[str]:

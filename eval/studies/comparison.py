@@ -77,9 +77,8 @@ class Comparison(TrialsResult):
     @property
     def kinds(self) -> list[str]:
         """Kinds of questions that the task tells apart, of every difficulty among the examples."""
-        first = self.rows[0].accuracy[self.rows[0].depths[0]]
-        levels = set(first.questions)
-        return [kind for kind, shares in first.by_kind.items() if set(shares) == levels]
+        first = self.rows[0]
+        return first.accuracy[first.depths[0]].kinds
 
     @property
     def floor(self) -> float:

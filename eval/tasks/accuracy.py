@@ -59,6 +59,11 @@ class Accuracy:
     seconds: float
     passes: float
 
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of which there are questions of every difficulty."""
+        return [kind for kind, shares in self.by_kind.items() if set(shares) == set(self.questions)]
+
 
 def measure_accuracy(
     model: Any,

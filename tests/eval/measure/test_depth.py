@@ -102,6 +102,18 @@ def test_accuracy_by_difficulty_is_the_mean_over_checkpoints():
     assert "(the best guess) 0.5625 of questions" in text and "chance 0.5000" in text
 
 
+def test_kinds_of_questions_have_tables_of_their_own():
+    runs = [run(seed, exact={1: 0.5}) for seed in (0, 1)]
+    for share, measured in zip((0.5, 0.75), runs, strict=True):
+        found = measured.accuracy[1] = accuracy(0.5, {0: 0.5, 1: 0.5}, {0: 4, 1: 4})
+        found.by_kind = {"even": {0: share, 1: 0.25}, "rare": {1: 1.0}}
+    task = tasks.load("rule110", width=5, states=1, steps=[0, 1])
+    result = again(result_of(*runs, task=task))
+    text = render.markdown(result)
+    assert result.kinds == ["even"] and "rare" not in text
+    assert "| accuracy by steps, even | 0 | 1 |" in text and "| depth 1 | 0.625 | 0.250 |" in text
+
+
 @pytest.mark.parametrize("checkpoints", [1, 3])
 def test_table_and_figure_come_from_the_json_alone(tmp_path, checkpoints):
     paths = files.save(result_of(*(run(i, 0.01 * i) for i in range(checkpoints))), tmp_path)
