@@ -155,9 +155,7 @@ class DepthResult(Result):
 
         kind: of these, questions of one kind.
         """
-        found = (run.accuracy[depth] for run in self.runs)
-        shares = (x.by_difficulty if kind is None else x.by_kind[kind] for x in found)
-        return Seeds(tuple(share[level] for share in shares))
+        return Seeds(tuple(run.accuracy[depth].share(level, kind) for run in self.runs))
 
     @property
     def hardest(self) -> int | None:

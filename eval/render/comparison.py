@@ -32,12 +32,11 @@ def words(result: Comparison) -> list[str]:
             + _distance(gap, variant.label)
         )
         hardest = list(result.questions)[-1]
-        on_it = result.ahead(variant, hardest) if len(result.questions) > 1 else None
-        if on_it is not None:
-            line += f"; on {result.task.difficulty} = {hardest} {_distance(on_it, 'it')}"
-            for kind in result.kinds:
-                if (on_kind := result.ahead(variant, hardest, kind)) is not None:
-                    line += f"; on {kind} there {_distance(on_kind, 'it')}"
+        for kind in (None, *result.kinds) if len(result.questions) > 1 else ():
+            on_it = result.ahead(variant, hardest, kind)
+            assert on_it is not None
+            where = f"{result.task.difficulty} = {hardest}" if kind is None else f"{kind} there"
+            line += f"; on {where} {_distance(on_it, 'it')}"
         lines.append(f"{line}.")
     return lines
 
@@ -69,8 +68,7 @@ def markdown(result: Comparison) -> str:
         f"t), each model evaluated at the N in brackets. Floor (the best guess without memory of "
         f"the past): {result.floor:.3f}; chance: {task.chance:.3f}.{_cost_words(result)}",
         "",
-        *_by_difficulty(result),
-        *(line for kind in result.kinds for line in _by_difficulty(result, kind)),
+        *(line for kind in (None, *result.kinds) for line in _by_difficulty(result, kind)),
         *_by_depth(result),
         "",
         f"Task: {task}; {result.examples} {result.split} examples of each model. Config: "
@@ -128,7 +126,7 @@ def _cost_words(result: Comparison) -> str:
     )
 
 
-def _by_difficulty(result: Comparison, kind: str | None = None) -> list[str]:
+def _by_difficulty(result: Comparison, kind: str | None) -> list[str]:
     """A row for each variant; of one kind of questions, or of all."""
     levels = list(result.questions)
     if len(levels) < 2:

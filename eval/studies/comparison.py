@@ -25,7 +25,7 @@ from hybrid_sleep.eval.studies.variants import (
     compared_at,
     tied_depths,
 )
-from hybrid_sleep.eval.tasks.accuracy import Accuracy, check_depths
+from hybrid_sleep.eval.tasks.accuracy import check_depths
 from hybrid_sleep.eval.trials import VALIDATION, Call, TrialsResult
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Comparison(TrialsResult):
         kind: of these, questions of one kind.
         """
         found = self.trials(variant.name).values()
-        return Seeds(tuple(_share(trial.accuracy[depth], level, kind) for trial in found))
+        return Seeds(tuple(trial.accuracy[depth].share(level, kind) for trial in found))
 
     def tied(self, variant: Variant) -> dict[int, Seeds]:
         """Each difficulty at the depth it was trained at; empty where training ties none, or at
@@ -111,7 +111,7 @@ class Comparison(TrialsResult):
         """
         one, other = (
             {
-                seed: _share(trial.accuracy[side.compared_at], level, kind)
+                seed: trial.accuracy[side.compared_at].share(level, kind)
                 for seed, trial in self.trials(side.name).items()
             }
             for side in (self.reference, variant)
@@ -147,12 +147,6 @@ class Comparison(TrialsResult):
             )
             for tolerance in (found[0] if found else ())
         ]
-
-
-def _share(accuracy: Accuracy, level: int | None, kind: str | None = None) -> float:
-    if level is None:
-        return accuracy.per_question
-    return (accuracy.by_difficulty if kind is None else accuracy.by_kind[kind])[level]
 
 
 def run(

@@ -64,6 +64,12 @@ class Accuracy:
         """The kinds of which there are questions of every difficulty."""
         return [kind for kind, shares in self.by_kind.items() if set(shares) == set(self.questions)]
 
+    def share(self, level: int | None = None, kind: str | None = None) -> float:
+        """Questions right of one difficulty (None: of all); kind: of these, of one kind."""
+        if level is None:
+            return self.per_question
+        return (self.by_difficulty if kind is None else self.by_kind[kind])[level]
+
 
 def measure_accuracy(
     model: Any,
