@@ -89,6 +89,9 @@ class HybridSleepConfig(PreTrainedConfig):
         sleep_attention: attention in passes 2..N, `causal` or `bidirectional` within the window.
         sleep_carry: what a pass takes over from the one before, `both` (hidden states and fast
             weights), `hidden_states` or `fast_weights`; see `SleepOptions`.
+        distinct_passes: how many passes have weights of their own, at least 1: pass j those of
+            number min(j, distinct_passes), for the layers in the loop. At 1 all have those that
+            predict, and there are no more parameters than without a sleep.
 
     Numbers:
         rms_norm_eps: above 0. attention_dropout: in [0, 1).
@@ -150,6 +153,7 @@ class HybridSleepConfig(PreTrainedConfig):
     sleep_schedule: Literal["context_windows", "every_window"] = "context_windows"
     sleep_attention: Literal["causal", "bidirectional"] = "causal"
     sleep_carry: Literal["both", "hidden_states", "fast_weights"] = "both"
+    distinct_passes: int = 1
     weights_version: int = 0
 
     @classmethod
@@ -331,6 +335,7 @@ class HybridSleepConfig(PreTrainedConfig):
             self.sleep_schedule,
             self.sleep_attention,
             self.sleep_carry,
+            self.distinct_passes,
             prefix="sleep_",
         )
         if self.loop is not None:
@@ -347,6 +352,7 @@ class HybridSleepConfig(PreTrainedConfig):
             self.sleep_schedule,
             self.sleep_attention,
             self.sleep_carry,
+            self.distinct_passes,
         )
 
     @property

@@ -68,6 +68,10 @@ class HybridSleepModel(Stack, HybridSleepPreTrainedModel):
         )
         distinct = config.distinct_layers or config.num_hidden_layers
         self.layers = nn.ModuleList(Block(config, i) for i in range(distinct))
+        self.later_layers = nn.ModuleList(
+            nn.ModuleList(Block(config, i) for i in range(*config.loop_range))
+            for _ in range(1, config.distinct_passes)
+        )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary = Rotary(config)
         self.checkpointing = Checkpointing()

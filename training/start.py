@@ -60,6 +60,11 @@ def initial_model(init: InitConfig, given: dict[str, Any]) -> dict[str, Any]:
             "init.checkpoint must have layers that share no weights to get init.new_layers, got "
             f"distinct_layers={model['distinct_layers']}"
         )
+    if model["distinct_passes"] > 1:
+        raise ValueError(
+            "init.checkpoint must have passes that share their weights to get init.new_layers, got "
+            f"distinct_passes={model['distinct_passes']}"
+        )
     width = model["intermediate_size"]
     widths = iter(width if isinstance(width, list) else [width] * len(old))
     kinds = iter(old)

@@ -194,13 +194,14 @@ def training_flops(
 
 
 def parameters(config: HybridSleepConfig) -> int:
-    """Parameters of a HybridSleepForCausalLM; layers that share weights count once."""
+    """Parameters of a HybridSleepForCausalLM; layers and passes that share weights count once."""
     hidden, fields = config.hidden_size, config.token_fields
     count = hidden * (1 + (config.vocab_size if fields is None else sum(fields)))
     if not config.tie_word_embeddings:
         count += hidden * config.vocab_size
     distinct = getattr(config, "distinct_layers", None) or config.num_hidden_layers
-    for layer in range(distinct):
+    later = [*range(*config.loop_range)] * (getattr(config, "distinct_passes", 1) - 1)
+    for layer in (*range(distinct), *later):
         count += _weights(config, layer, False) + hidden * (1 + bool(config.mlp_widths[layer]))
         if config.layer_types[layer] == "full_attention":
             count += 2 * config.head_dim

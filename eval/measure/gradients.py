@@ -41,20 +41,22 @@ def gradient_norms(
         entering.append(h if h.requires_grad else h.requires_grad_())
         return (h, *arguments[1:])
 
-    first, end = model.model.options.loop
-    blocks = model.model.blocks
-    hook = blocks[first].register_forward_pre_hook(watch)
+    options, blocks = model.model.options, model.model.blocks
+    (first, end), own = options.loop, options.distinct_passes
+    starts = [options.looped_blocks(n + 1, len(blocks)).start for n in range(own)]
+    hooks = [blocks[start].register_forward_pre_hook(watch) for start in starts]
     training = model.training
     model.eval()
     try:
         with torch.enable_grad():
             loss = model(**batch, sleep_passes=passes, use_cache=False).loss
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         model.train(training)
     # Where layers are shared a block runs several times in a pass.
     alike = [i for i, block in enumerate(blocks) if block is blocks[first]]
-    again = sum(first <= i < end for i in alike)
+    again = 1 if own > 1 else sum(first <= i < end for i in alike)
     places = [alike.index(first), *(len(alike) + again * n for n in range(passes - 1))]
     found = torch.autograd.grad(loss, [entering[place] for place in places], allow_unused=True)
     return [0.0 if gradient is None else float(gradient.double().norm()) for gradient in found]

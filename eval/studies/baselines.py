@@ -3,8 +3,8 @@
 A run of depth N costs more than the same run at N = 1. What else could that compute have bought?
 More steps, more looks at each window, more layers, wider ones, the layers looped over in decoding,
 or no eviction at all. And what of a sleep is it that helps: that hidden states go from pass to
-pass, or fast weights? Each is a variant of the run, its steps chosen so that training takes as many
-FLOPs.
+pass, or fast weights, or that all passes share their weights? Each is a variant of the run, its
+steps chosen so that training takes as many FLOPs.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def baselines_of(
     variants = []
     for name in names:
         if name in ASLEEP:
-            variants.append(_carrying(run, name, levels))
+            variants.append(_sleeping(run, name, levels))
             continue
         label, makes = BASELINES[name]
         changes = {"sleep_passes": 1, "model.sleep_passes": 1, **makes(config, run, ratio)}
@@ -72,16 +72,18 @@ def baselines_of(
     return variants
 
 
-def _carrying(run: RunConfig, name: str, depths: list[int]) -> Variant:
-    """The run, as deep, with less handed on from pass to pass: as many FLOPs, as many tokens."""
-    if run.model_config().sleep_carry != "both":
-        raise ValueError(
-            "model.sleep_carry must be 'both' in a run that is compared with less, got "
-            f"{run.model_config().sleep_carry!r}"
-        )
+def _sleeping(run: RunConfig, name: str, depths: list[int]) -> Variant:
+    """The run, as deep, whose passes hand on less or share no weights: as many FLOPs and tokens."""
+    config = run.model_config()
+    for key, tied in (("sleep_carry", "both"), ("distinct_passes", 1)):
+        if getattr(config, key) != tied:
+            raise ValueError(
+                f"model.{key} must be {tied!r} in a run that is compared with {name!r}, got "
+                f"{getattr(config, key)!r}"
+            )
     label, makes = BASELINES[name]
     return Variant(
-        name=name, label=label, changes=makes(run.model_config(), run, 1.0), depths=depths,
+        name=name, label=label, changes=makes(config, run, 1.0), depths=depths,
         compared_at=compared_at(run, depths), role="baseline", equal="both", tied=tied_depths(run),
     )  # fmt: skip
 
@@ -162,6 +164,10 @@ def _read_anew(config: HybridSleepConfig, run: RunConfig, ratio: float) -> dict[
     return {"model.sleep_carry": "fast_weights"}
 
 
+def _untied(config: HybridSleepConfig, run: RunConfig, ratio: float) -> dict[str, Any]:
+    return {"model.distinct_passes": run.sleep_passes.deepest}
+
+
 def _full_cache(config: HybridSleepConfig, run: RunConfig, ratio: float) -> dict[str, Any]:
     """A window that is never full before the end: nothing is evicted, nothing sleeps."""
     return {"model.window": run.load_task().length, "train.windows": None}
@@ -173,10 +179,11 @@ BASELINES: dict[str, tuple[str, Change]] = {
     "repeated": ("N = 1, each window written N times", _repeated_window),
     "h_carried": ("h carried, S reset before each pass", _written_once),
     "S_carried": ("S carried, h reset before each pass", _read_anew),
+    "untied": ("each pass with weights of its own", _untied),
     "deeper": ("N = 1, more layers", _more_layers),
     "wider": ("N = 1, wider", _wider),
     "looped": ("N = 1, layers looped in decoding", _looped),
     "full_cache": ("N = 1, whole KV cache kept", _full_cache),
 }
 # Those that sleep as deep as the run.
-ASLEEP = ("h_carried", "S_carried")
+ASLEEP = ("h_carried", "S_carried", "untied")

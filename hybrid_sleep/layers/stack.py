@@ -26,13 +26,16 @@ class Stack:
 
     config: Any
     layers: nn.ModuleList
+    later_layers: nn.ModuleList
     checkpointing: Checkpointing
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The layers in the order in which they are applied, the same one again where shared."""
+        """The layers in the order in which they are applied, the same one again where shared, and
+        behind them those that later passes have of their own."""
         distinct = len(self.layers)
-        return [self.layers[i % distinct] for i in range(self.config.num_hidden_layers)]
+        first = [self.layers[i % distinct] for i in range(self.config.num_hidden_layers)]
+        return [*first, *(block for layers in self.later_layers for block in layers)]
 
     def run_blocks(
         self,
@@ -56,14 +59,22 @@ class Stack:
             for first in range(0, len(layers), group):
                 part = layers[first : first + group]
                 run = partial(self.run_blocks, part, last_writer=last_writer, recomputing=True)
-                h, new = recompute(run, h, {i: states[i] for i in part if i in states}, context)
+                own = {j: states[j] for j in map(self._layer_of, part) if j in states}
+                h, new = recompute(run, h, own, context)
                 after |= new
                 if h is None:
                     break
             return h, after
         blocks = self.blocks
         for i in layers:
-            h, after[i] = blocks[i](h, states.get(i), context, i == last_writer)
-            if i == last_writer:
+            layer = self._layer_of(i)
+            h, after[layer] = blocks[i](h, states.get(layer), context, layer == last_writer)
+            if layer == last_writer:
                 break
         return h, after
+
+    def _layer_of(self, block: int) -> int:
+        """The layer that a block stands for, in whichever pass."""
+        layers = self.config.num_hidden_layers
+        start, end = self.config.loop_range
+        return block if block < layers else start + (block - layers) % (end - start)

@@ -57,7 +57,12 @@ class Site:
 
 def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The list of blocks of a causal model, and its name: the one with the most parameters."""
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    lists = [
+        (name, m)
+        for name, m in model.named_modules()
+        # What passes of a sleep have of their own does not predict.
+        if isinstance(m, nn.ModuleList) and "later_layers" not in name.split(".")
+    ]
     if not lists:
         raise ValueError(f"model must have its blocks in a ModuleList, got {type(model).__name__}")
 

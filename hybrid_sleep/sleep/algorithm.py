@@ -59,8 +59,8 @@ def consolidate(
 def _repeat_passes(
     backbone: Backbone, window: Window, passes: Passes, tol: float, max_passes: int
 ) -> Outcome:
-    (_, end), learns = backbone.options.loop, torch.is_grad_enabled()
-    writer = writer_of(backbone, window)
+    (_, end), own = backbone.options.loop, backbone.options.distinct_passes
+    writer, learns = writer_of(backbone, window), torch.is_grad_enabled()
     N, auto = (max_passes, True) if passes == "auto" else (passes, False)
     depths, active = torch.ones_like(window.lengths), window.lengths > 0
     changes: list[report.Change] = []
@@ -75,7 +75,7 @@ def _repeat_passes(
             # A pass known to be the last one leaves out what only a further one would read.
             last = writer if j == N and writer < end and not auto else None
             with torch.set_grad_enabled(learns and j > N - through):
-                run(looped_pass, last=last, measure=measure)
+                run(looped_pass, number=min(j, own), last=last, measure=measure)
             depths = depths + active
             if measure:
                 changes.append((tuple(carry.S), run.read("change")))
@@ -90,13 +90,15 @@ def _repeat_passes(
     return Outcome(after, depths, changes, run.path)
 
 
-def looped_pass(backbone: Backbone, carry: Carry, *, last: int | None, measure: bool) -> Carry:
-    """`h, S <- LoopedBlocks(h, S)`, up to the block `last` if it is given."""
+def looped_pass(
+    backbone: Backbone, carry: Carry, *, number: int, last: int | None, measure: bool
+) -> Carry:
+    """`h, S <- LoopedBlocks(h, S)` of pass `number`, up to the layer `last` if it is given."""
     # Keys and tails are short-term, and this pass's own.
     states = carry.start
     if backbone.options.carry != "hidden_states":
         states = states | {i: states.get(i, LayerState())._replace(S=S) for i, S in carry.S.items()}
-    looped = range(*backbone.options.loop)
+    looped = backbone.options.looped_blocks(number, len(backbone.blocks))
     h, after = backbone.run_blocks(looped, carry.entering, states, carry.context, last_writer=last)
     new = {"h": carry.h if h is None else h, "S": {i: after[i].S for i in carry.S}}
     if backbone.options.is_sliding:

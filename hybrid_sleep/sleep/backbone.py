@@ -20,7 +20,9 @@ class Backbone(Protocol):
     """A stack of blocks that take and return explicit states. Whatever has these can sleep.
 
     options: what its windows and sleeps are.
-    blocks: in the order of layers; only looked at (their weights, hooks and dropout).
+    blocks: one a layer, in their order; behind them, where `options.distinct_passes` is above 1,
+        one for each layer of the loop in pass 2, in pass 3 and so on. Only looked at (their number,
+        weights, hooks and dropout).
     fast_weight_layers: indices of the layers whose state has an `S`.
     training: as of `nn.Module`.
     checkpointing, truncation: how the backward recomputes and where it ends; both empty to do all.
@@ -70,7 +72,8 @@ class Backbone(Protocol):
         *,
         last_writer: int | None = None,
     ) -> tuple[torch.Tensor | None, dict[int, LayerState]]:
-        """Apply the blocks of `layers` to `h: [B, T, D]`, each from its state (missing: nothing).
+        """Apply `blocks[i] for i in layers` to `h: [B, T, D]`, each from the state of its layer
+        (missing: nothing). States and `last_writer` are by layer, whichever pass has the block.
 
         Returns the new hidden states and the layers' states after them, and leaves `states` as
         they are. Pads behind a row's last token change no state. Convolution tails are among the

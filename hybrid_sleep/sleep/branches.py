@@ -44,7 +44,7 @@ def branch(backbone: Backbone, cache: SleepCache, depths: Sequence[int]) -> Slee
         after: dict[int, LayerState] = {}
         if N > 1 and writer is not None:
             last = writer if N == deepest and writer < end else None
-            carry = looped_pass(backbone, carry, last=last, measure=False)
+            carry = looped_pass(backbone, carry, number=N, last=last, measure=False)
             done = coda(backbone, carry, last=writer) if N in depths and writer >= end else carry
             after = after_passes(done.S, done.left)
         if N in depths:

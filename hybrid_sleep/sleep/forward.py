@@ -183,7 +183,8 @@ def _zeros(
     """Zeros `[*shape, D]`, or as many D as `every_layer` gives, of the dtype of embeddings."""
     # Of no tokens: offloaded weights lie on no device, so only the backbone knows how to embed.
     none = backbone.embed(tokens[:1, :1]) if tokens.ndim == 2 else tokens
-    width = none.shape[-1] * (1 + len(backbone.blocks) if every_layer else 1)
+    layers = backbone.options.layers(len(backbone.blocks))
+    width = none.shape[-1] * (1 + layers if every_layer else 1)
     return torch.zeros(*shape, width, dtype=none.dtype, device=tokens.device)
 
 
@@ -255,7 +256,7 @@ def _pass_one(
         h,
         sleeping=False,
     )
-    layers, (_, end) = len(backbone.blocks), backbone.options.loop
+    layers, (_, end) = backbone.options.layers(len(backbone.blocks)), backbone.options.loop
     handed_on = backbone.options.start_of_passes
     # Where every layer is asked for, each is a range of its own.
     stops = range(1, layers + 1) if every_layer else sorted({handed_on, end, layers} - {0})

@@ -106,13 +106,13 @@ class MinimalModel:
             # where the last pass left it (one of them starts anew if `sleep_carry` says so); keys,
             # values and convolution inputs are this pass's own.
             row.depths.append(window.depth)
-            for _ in range(window.depth - 1):
+            for number in range(2, window.depth + 1):
                 for i in range(start, end):
                     S, states[i] = states[i].S, opening[i].copy()
                     if self.carry != "hidden_states":
                         states[i].S = S
                 h = enters if self.carry == "fast_weights" else h
-                h = self.run(start, end, states, h, places, sleeping=True)
+                h = self.run(start, end, states, h, places, sleeping=True, number=number)
 
             # The coda (blocks behind the loop) had to run in pass 1, to predict. What it wrote then
             # is undone: it reads the window once more, from the last pass.
@@ -150,28 +150,32 @@ class MinimalModel:
         places: list[int],
         *,
         sleeping: bool,
+        number: int = 1,
     ) -> list[Tensor]:
         """Blocks start..end - 1 over the tokens `h`, which stand at `places`; updates `states`."""
         c = self.config
+        # Passes may have weights of their own (`distinct_passes`), as far as there are any.
+        own = min(number, c.distinct_passes) - 2
         for i in range(start, end):
-            x = [self.norm(f"model.layers.{i}.mixer_norm.weight", t) for t in h]
+            block = f"model.layers.{i}" if own < 0 else f"model.later_layers.{own}.{i - start}"
+            x = [self.norm(f"{block}.mixer_norm.weight", t) for t in h]
             if c.layer_types[i] == "full_attention":
-                mixed = self.attend(i, states[i], x, places, sleeping)
+                mixed = self.attend(block, states[i], x, places, sleeping)
             else:
-                mixed = [self.update(i, states[i], t) for t in x]
+                mixed = [self.update(block, states[i], t) for t in x]
             h = [a + b for a, b in zip(h, mixed, strict=True)]
             widths = c.intermediate_size
             if widths if isinstance(widths, int) else widths[i]:
-                h = [t + self.mlp(i, t) for t in h]
+                h = [t + self.mlp(block, t) for t in h]
         return h
 
-    def update(self, i: int, state: State, x: Tensor) -> Tensor:
+    def update(self, block: str, state: State, x: Tensor) -> Tensor:
         """One token of a state-space layer: decay and write S, then read it with the query.
 
         Gated delta rule (arXiv 2412.06464, Eq. 10): `S <- a (I - b k k^T) S + b k v^T`. Mamba-2
         (arXiv 2405.21060): `S <- a S + k (dt v)^T`. Both: `o = S^T q`.
         """
-        c, name = self.config, f"model.layers.{i}.mixer"
+        c, name = self.config, f"{block}.mixer"
         K, V, H = c.linear_key_head_dim, c.linear_value_head_dim, c.linear_num_value_heads
         G, width = c.linear_num_key_heads, c.linear_conv_kernel_dim
         raw = torch.cat([self.w(f"{name}.{p}_proj.weight") @ x for p in "qkv"])
@@ -207,11 +211,11 @@ class MinimalModel:
         return self.w(f"{name}.o_proj.weight") @ torch.cat(heads)
 
     def attend(
-        self, i: int, state: State, x: list[Tensor], places: list[int], sleeping: bool
+        self, block: str, state: State, x: list[Tensor], places: list[int], sleeping: bool
     ) -> list[Tensor]:
         """Grouped-query attention within the window. Passes after the first predict nothing, so
         they may look both ways (`sleep_attention`)."""
-        c, name = self.config, f"model.layers.{i}.mixer"
+        c, name = self.config, f"{block}.mixer"
         K, groups = c.head_dim, c.num_attention_heads // c.num_key_value_heads
         own = set(places)
         for t, place in zip(x, places, strict=True):
@@ -279,10 +283,10 @@ class MinimalModel:
         """Root-mean-square norm."""
         return x / torch.sqrt((x * x).mean() + self.config.rms_norm_eps) * self.w(name)
 
-    def mlp(self, i: int, h: Tensor) -> Tensor:
+    def mlp(self, block: str, h: Tensor) -> Tensor:
         """SwiGLU, behind its own norm."""
-        name = f"model.layers.{i}.mlp"
-        x = self.norm(f"model.layers.{i}.mlp_norm.weight", h)
+        name = f"{block}.mlp"
+        x = self.norm(f"{block}.mlp_norm.weight", h)
         return self.w(f"{name}.down_proj.weight") @ (
             silu(self.w(f"{name}.gate_proj.weight") @ x) * (self.w(f"{name}.up_proj.weight") @ x)
         )

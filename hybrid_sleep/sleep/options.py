@@ -36,6 +36,8 @@ class SleepOptions:
         (Algorithm 1), or one of them, the other as it was before pass 1. With `hidden_states` each
         pass starts from the S that the window opened with, so that a window is written once; with
         `fast_weights` each reads what enters the loop, as if the window were written N times.
+    distinct_passes: how many passes have looped blocks of their own, at least 1; later ones take
+        those of the last. At 1 a sleep repeats the blocks that predict.
 
     Raises ValueError naming the field, its value and what is allowed.
     """
@@ -47,6 +49,7 @@ class SleepOptions:
     schedule: Literal["context_windows", "every_window"] = "context_windows"
     attention: Literal["causal", "bidirectional"] = "causal"
     carry: Literal["both", "hidden_states", "fast_weights"] = "both"
+    distinct_passes: int = 1
 
     def __post_init__(self) -> None:
         check_loop(self.loop)
@@ -57,6 +60,7 @@ class SleepOptions:
             self.schedule,
             self.attention,
             self.carry,
+            self.distinct_passes,
             prefix="",
         )
 
@@ -69,6 +73,19 @@ class SleepOptions:
     def start_of_passes(self) -> int:
         """The block in front of which the hidden states stand that pass 2 reads."""
         return self.loop[0] if self.carry == "fast_weights" else self.loop[1]
+
+    def layers(self, blocks: int) -> int:
+        """How many of `blocks` are those of pass 1, one a layer."""
+        return blocks - (self.distinct_passes - 1) * (self.loop[1] - self.loop[0])
+
+    def looped_blocks(self, number: int, blocks: int) -> range:
+        """Those of `blocks` that stand for the looped layers in pass `number`, from 1 on."""
+        start, end = self.loop
+        own = min(number, self.distinct_passes)
+        if own == 1:
+            return range(start, end)
+        first = self.layers(blocks) + (own - 2) * (end - start)
+        return range(first, first + end - start)
 
     @property
     def reach(self) -> int | None:
@@ -98,6 +115,7 @@ def check_sleep(
     schedule: Any,
     attention: Any,
     carry: Any,
+    distinct_passes: Any,
     *,
     prefix: str,
 ) -> None:
@@ -108,6 +126,7 @@ def check_sleep(
     check_choice(f"{prefix}schedule", schedule, SCHEDULES)
     check_choice(f"{prefix}attention", attention, ATTENTIONS)
     check_choice(f"{prefix}carry", carry, CARRIES)
+    check_count("distinct_passes", distinct_passes)
 
 
 def check_loop(loop: Any, layers: int | None = None) -> None:

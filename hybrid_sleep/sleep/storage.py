@@ -25,7 +25,12 @@ FILE_NAME = "sleep_cache.safetensors"
 FORMAT = "hybrid_sleep.cache.3"
 _HASHES = ("whole", "opening")
 # Fields that configs got after files of this format were written, and what held before.
-_SINCE = {"sleep_carry": "both", "linear_allow_neg_eigval": False, "token_fields": None}
+_SINCE = {
+    "sleep_carry": "both",
+    "distinct_passes": 1,
+    "linear_allow_neg_eigval": False,
+    "token_fields": None,
+}
 _VECTORS = ("counts", "kept", "positions", "sleeps", "supervised")
 
 # Format 2 had names for the states of two kinds of layers.

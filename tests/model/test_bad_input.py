@@ -69,6 +69,7 @@ def test_max_passes(model, cache, most):
         ("sleep_schedule", "never"),
         ("sleep_attention", "both"),
         ("sleep_carry", "nothing"),
+        *(("distinct_passes", value) for value in (0, 1.5, None)),
         ("vocab_size", 0),
         ("head_dim", 3),
         ("num_key_value_heads", 3),

@@ -149,6 +149,13 @@ def test_every_application_of_a_shared_block_is_seen():
     assert not torch.allclose(*seen[site])
 
 
+def test_blocks_are_those_that_predict_where_later_passes_have_more():
+    model = small_model(distinct_passes=4)
+    name, stack = blocks(model)
+    assert name == "model.layers" and stack is model.model.layers
+    assert {site.name.split(".")[1] for site in find_sites(model)} == {"layers"}
+
+
 @pytest.mark.parametrize("passes", [1, 2, 4])
 def test_every_pass_of_a_sleep_is_seen(passes):
     model = small_model()

@@ -24,6 +24,7 @@ MODELS = st.fixed_dictionaries(
         "eviction": st.sampled_from(EVICTIONS),
         "sleep_attention": st.sampled_from(["causal", "bidirectional"]),
         "sleep_carry": st.sampled_from(CARRIES),
+        "distinct_passes": st.integers(1, 3),
         "loop": st.sampled_from([None, (1, 3), (0, 2), (0, 3), (2, 4)]),
         "layer_types": st.sampled_from(
             [

@@ -405,6 +405,7 @@ def test_files_from_before_passes_handed_on_less_than_all_load(tmp_path):
     def without(tensors, metadata):
         config = json.loads(metadata["config"])
         assert config.pop("sleep_carry") == "both"
+        assert config.pop("distinct_passes") == 1
         assert config.pop("linear_allow_neg_eigval") is False
         assert config.pop("token_fields") is None
         metadata["config"] = json.dumps(config)

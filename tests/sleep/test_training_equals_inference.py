@@ -111,6 +111,7 @@ def configs(draw) -> HybridSleepConfig:
         eviction=draw(st.sampled_from(EVICTIONS)),
         sleep_attention=draw(st.sampled_from(ATTENTIONS)),
         sleep_carry=draw(st.sampled_from(CARRIES)),
+        distinct_passes=draw(st.integers(1, 3)),
         linear_conv_kernel_dim=draw(st.integers(2, 4)),
         linear_num_key_heads=key_heads,
         linear_num_value_heads=key_heads * draw(st.sampled_from([1, 2])),
@@ -180,15 +181,17 @@ def test_any_reading_equals_the_specification(config, calls, seed):
 
 
 @pytest.mark.parametrize(
-    ("state_space", "eviction", "attention", "carry"),
-    halved(STATE_SPACES, EVICTIONS, ATTENTIONS, CARRIES),
+    ("state_space", "eviction", "attention", "carry", "distinct"),
+    halved(STATE_SPACES, EVICTIONS, ATTENTIONS, CARRIES, (1, 3)),
 )
-def test_every_kind_of_sleep_equals_the_specification(state_space, eviction, attention, carry):
+def test_every_kind_of_sleep_equals_the_specification(
+    state_space, eviction, attention, carry, distinct
+):
     ids = small_ids(2, 17)
     for loop, depth in product(LOOPS, (1, 2, 4)):
         model = small_model(
             state_space=state_space, eviction=eviction, sleep_attention=attention,
-            sleep_carry=carry, loop=loop,
+            sleep_carry=carry, distinct_passes=distinct, loop=loop,
         )  # fmt: skip
         out = model(ids, sleep_passes=depth)
         for b in range(2):

@@ -62,8 +62,8 @@ def depth(
         str | None,
         typer.Option(
             metavar="NAME,NAME",
-            help="CONFIG: all, none or some of once, repeated, h_carried, S_carried, deeper, "
-            "wider, looped, full_cache (default: all).",
+            help="CONFIG: all, none or some of once, repeated, h_carried, S_carried, untied, "
+            "deeper, wider, looped, full_cache (default: all).",
         ),
     ] = None,
     ablate: Annotated[

@@ -44,6 +44,7 @@ CONFIGS = {
         "state_space": "mamba2",
     },
     "compound tokens": {"vocab_size": 12, "token_fields": [3, 2, 2]},
+    "passes of their own": {"layer_types": [A, S, A, S], "loop": (1, 3), "distinct_passes": 3},
     "shared layers": {"layer_types": [A, S] * 3, "distinct_layers": 2},
 }
 every_config = pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())

@@ -30,12 +30,14 @@ def losses_with(model, example, passes, call, shifts):
         h, *rest = arguments
         return (h + shifts if len(calls) == call else h, *rest)
 
-    block = model.model.blocks[model.model.options.loop[0]]
-    hook = block.register_forward_pre_hook(add)
+    first = model.model.blocks[model.model.options.loop[0]]
+    own = [layers[0] for layers in model.model.later_layers]
+    hooks = [block.register_forward_pre_hook(add) for block in (first, *own)]
     batch = {name: x.expand(len(shifts), -1) for name, x in example.items()}
     with torch.no_grad():
         logits = model(**batch, sleep_passes=passes, use_cache=False).logits
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     # The model's own loss is in fp32, and one of all rows.
     loss = torch.nn.functional.cross_entropy(
         logits[:, :-1].mT, batch["labels"][:, 1:], reduction="none"
@@ -51,6 +53,13 @@ def losses_with(model, example, passes, call, shifts):
         # Layers 0 and 2 are one, and so are 1 and 3: two calls in each pass.
         ({"num_hidden_layers": 4, "layer_types": None, "distinct_layers": 2}, [1, 3, 5]),
         ({"num_hidden_layers": 3, "layer_types": None, "loop": [1, 3]}, [1, 2, 3]),
+        ({"distinct_passes": 2}, [1, 2, 3]),
+        # Layers 0 and 2 are one, so pass 1 takes two calls.
+        (
+            {"num_hidden_layers": 4, "layer_types": None, "distinct_layers": 2,
+             "distinct_passes": 3},
+            [1, 3, 4],
+        ),
     ],
 )
 def test_norms_are_those_of_differences_of_the_loss(changes, calls):

@@ -110,6 +110,8 @@ def test_what_the_baselines_are(tmp_path):
     assert changed(run, repeated).load_task().length == run.load_task().length + 3 * 3 * 8
     assert found["h_carried"].sleep_carry == "hidden_states"
     assert found["S_carried"].sleep_carry == "fast_weights"
+    assert found["untied"].distinct_passes == run.sleep_passes.deepest == 4
+    assert size["untied"] > 2 * size["once"]
 
 
 def test_baselines_that_sleep_are_measured_as_the_run_is(tmp_path):
@@ -271,6 +273,10 @@ def test_the_schedule_is_ablated_where_it_matters(tmp_path):
         (
             lambda run: baselines_of(run(model={"sleep_carry": "fast_weights"}), ["h_carried"]),
             "model.sleep_carry must be 'both' .* got 'fast_weights'",
+        ),
+        (
+            lambda run: baselines_of(run(model={"distinct_passes": 2}), ["untied"]),
+            "model.distinct_passes must be 1 in a run that is compared with 'untied', got 2",
         ),
         (
             lambda run: baselines_of(run(model={"window": 5}), ["repeated"]),
