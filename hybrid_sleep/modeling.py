@@ -68,9 +68,9 @@ class HybridSleepModel(Stack, HybridSleepPreTrainedModel):
         )
         distinct = config.distinct_layers or config.num_hidden_layers
         self.layers = nn.ModuleList(Block(config, i) for i in range(distinct))
+        looped = range(*config.loop_range)
         self.later_layers = nn.ModuleList(
-            nn.ModuleList(Block(config, i) for i in range(*config.loop_range))
-            for _ in range(1, config.distinct_passes)
+            Block(config, i) for _ in range(1, config.distinct_passes) for i in looped
         )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary = Rotary(config)

@@ -35,7 +35,7 @@ class Stack:
         behind them those that later passes have of their own."""
         distinct = len(self.layers)
         first = [self.layers[i % distinct] for i in range(self.config.num_hidden_layers)]
-        return [*first, *(block for layers in self.later_layers for block in layers)]
+        return [*first, *self.later_layers]
 
     def run_blocks(
         self,

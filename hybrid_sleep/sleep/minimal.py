@@ -155,9 +155,10 @@ class MinimalModel:
         """Blocks start..end - 1 over the tokens `h`, which stand at `places`; updates `states`."""
         c = self.config
         # Passes may have weights of their own (`distinct_passes`), as far as there are any.
-        own = min(number, c.distinct_passes) - 2
+        own = min(number, c.distinct_passes) - 1
         for i in range(start, end):
-            block = f"model.layers.{i}" if own < 0 else f"model.later_layers.{own}.{i - start}"
+            later = (own - 1) * (end - start) + i - start
+            block = f"model.later_layers.{later}" if own else f"model.layers.{i}"
             x = [self.norm(f"{block}.mixer_norm.weight", t) for t in h]
             if c.layer_types[i] == "full_attention":
                 mixed = self.attend(block, states[i], x, places, sleeping)

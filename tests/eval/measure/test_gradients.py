@@ -30,9 +30,9 @@ def losses_with(model, example, passes, call, shifts):
         h, *rest = arguments
         return (h + shifts if len(calls) == call else h, *rest)
 
-    first = model.model.blocks[model.model.options.loop[0]]
-    own = [layers[0] for layers in model.model.later_layers]
-    hooks = [block.register_forward_pre_hook(add) for block in (first, *own)]
+    start, end = model.model.options.loop
+    first, later = model.model.blocks[start], model.model.later_layers[:: end - start]
+    hooks = [block.register_forward_pre_hook(add) for block in (first, *later)]
     batch = {name: x.expand(len(shifts), -1) for name, x in example.items()}
     with torch.no_grad():
         logits = model(**batch, sleep_passes=passes, use_cache=False).logits
