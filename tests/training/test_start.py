@@ -171,6 +171,19 @@ def test_a_loop_is_given_anew_where_layers_shift(tmp_path, tiny):
     assert run.model_config().loop_range == (0, 2)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"distinct_layers": 1}, "layers that share no weights .*, got distinct_layers=1"),
+        ({"distinct_passes": 2}, "passes that share their weights .*, got distinct_passes=2"),
+    ],
+)
+def test_layers_are_not_inserted_where_several_would_be_meant(tmp_path, tiny, changes, message):
+    checkpoint(tmp_path / "base", **changes)
+    with pytest.raises(ValueError, match=message):
+        started(tiny, tmp_path / "base", [1])
+
+
 def test_what_is_no_whole_checkpoint_is_refused(tmp_path, tiny):
     with pytest.raises(
         FileNotFoundError,
