@@ -54,12 +54,13 @@ class Stack:
         recomputed, so nothing is lost on the way.
         """
         after: dict[int, LayerState] = {}
+        behind = self._behind(layers.start)
         group = self.checkpointing.group
         if group is not None and not recomputing and torch.is_grad_enabled():
             for first in range(0, len(layers), group):
                 part = layers[first : first + group]
                 run = partial(self.run_blocks, part, last_writer=last_writer, recomputing=True)
-                own = {j: states[j] for j in map(self._layer_of, part) if j in states}
+                own = {i - behind: states[i - behind] for i in part if i - behind in states}
                 h, new = recompute(run, h, own, context)
                 after |= new
                 if h is None:
@@ -67,14 +68,16 @@ class Stack:
             return h, after
         blocks = self.blocks
         for i in layers:
-            layer = self._layer_of(i)
+            layer = i - behind
             h, after[layer] = blocks[i](h, states.get(layer), context, layer == last_writer)
             if layer == last_writer:
                 break
         return h, after
 
-    def _layer_of(self, block: int) -> int:
-        """The layer that a block stands for, in whichever pass."""
+    def _behind(self, block: int) -> int:
+        """How far a block, and its pass, stands behind the layer that it stands for."""
         layers = self.config.num_hidden_layers
+        if block < layers:
+            return 0
         start, end = self.config.loop_range
-        return block if block < layers else start + (block - layers) % (end - start)
+        return block - (start + (block - layers) % (end - start))

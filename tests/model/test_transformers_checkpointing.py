@@ -45,8 +45,9 @@ def test_what_turns_it_on_and_off_is_our_own(enable):
 
 
 @pytest.mark.parametrize("eviction", ["hard", "sliding"])
-def test_gradients_are_the_same_bits(eviction):
-    model = small_model(sleep_passes=3, eviction=eviction, loop=(1, 3), distinct_layers=2)
+@pytest.mark.parametrize("own", [{"distinct_layers": 2}, {"distinct_passes": 3}])
+def test_gradients_are_the_same_bits(eviction, own):
+    model = small_model(sleep_passes=3, eviction=eviction, loop=(1, 3), **own)
     want = step(model)
     model.gradient_checkpointing_enable()
     got = step(model)
