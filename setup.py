@@ -26,7 +26,7 @@ setup(
     package_data={
         "hybrid_sleep": ["py.typed"],
         "hybrid_sleep.configs": ["**/*.yaml", "**/*.json"],
-        "hybrid_sleep.eval": ["results/depth_ancestor/results.json"],
+        "hybrid_sleep.eval": ["results/depth_demo/results.json"],
         "hybrid_sleep.eval.facts": ["checkpoints/*/*"],
     },
     include_package_data=False,

@@ -32,8 +32,8 @@ from hybrid_sleep.validation import check_count
 if TYPE_CHECKING:
     from hybrid_sleep.training import RunConfig
 
-RECIPE = "ancestor_cpu.yaml"
-BASELINE = "depth_ancestor"
+RECIPE = "circuit_demo_cpu.yaml"
+BASELINE = "depth_demo"
 DEPTHS = range(1, 7)
 EXAMPLES = 500
 NEW_WINDOWS = 3
@@ -202,10 +202,12 @@ def generate(model: Any, task: Task, passes: int) -> Generation:
         do_sample=False,
         sleep_passes=passes,
     )[0].tolist()
+    # Descriptions end with the questions, a line each.
+    questions = task.describe(example).splitlines()[-len(example["meta"]["difficulty"]) :]
     return Generation(
         depth=passes,
         window=window,
-        question=task.describe(example).splitlines()[1],
+        question=questions[0],
         prompt=prompt,
         answer=answer,
         generated=sequence[first:],

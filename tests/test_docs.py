@@ -67,6 +67,7 @@ EXPERIENCE = [
 SHORT = {
     "hybrid-sleep train configs/runs/rule110_cpu.yaml": [*SMALL, *BRIEF],
     "hybrid-sleep train configs/runs/circuit_": BRIEF,
+    "hybrid-sleep train configs/runs/ancestor_cpu.yaml": BRIEF,
     "hybrid-sleep train configs/runs/text_cpu.yaml": [*SMALL, *BRIEF, *OF_TEXT],
     "hybrid-sleep train out/my_text/run.yaml": ["train.steps=1"],
     "hybrid-sleep bench depth out/": ["--count", "4"],

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BESIDE = ("kernels", "training", "eval", "configs")
-BASELINE = "eval/results/depth_ancestor/results.json"
+BASELINE = "eval/results/depth_demo/results.json"
 CHECKPOINTS = "eval/facts/checkpoints/"
 TYPED = "hybrid_sleep/py.typed"
 RUNNERS = ("python", "python -m pytest", "pytest")

@@ -204,10 +204,14 @@ def figure(result: Comparison) -> Figure:
     """With baselines the reference against depth, and all against difficulty: a panel for each kind
     of questions, or for all alike.
 
-    Without, one panel: every variant against depth.
+    Without, one panel: every variant against depth; of the reference alone, each difficulty.
     """
     if any(variant.role == "baseline" for variant in result.variants):
         return _with_baselines(result)
+    if len(result.variants) == 1:
+        picture, (axes,) = new_panels([f"{result.task.name}: {_EVERY_DEPTH}"], height=3.9)
+        _against_depth(axes, result)
+        return picture
     names = [variant for variant in result.measured if variant.depths == result.reference.depths]
     picture, (axes,) = new_panels([f"{result.task.name}: {len(names)} variants"], height=3.9)
     depths = result.reference.depths
@@ -227,20 +231,27 @@ def _with_baselines(result: Comparison) -> Figure:
         "and what the same compute buys" + ("" if kind is None else f": {kind}") for kind in kinds
     ]
     picture, (top, *others) = new_panels(
-        [f"{task.name}: one model, evaluated at every depth", *bought], height=3.9
+        [f"{task.name}: {_EVERY_DEPTH}", *bought], height=3.9
     )
     if not result.trials(reference.name):
         return picture
-    levels, depths = list(result.questions), reference.depths
-    for index, level in enumerate(levels):
-        shares = [result.shares(reference, depth, level) for depth in depths]
-        seeds_line(top, depths, shares, index, len(levels), f"{task.difficulty} = {level}")
-    _depth_axis(top, depths)
-    _dress(top, result)
+    _against_depth(top, result)
     for axes, kind in zip(others, kinds, strict=True):
         _against_difficulty(axes, result, kind)
     picture.set_size_inches(8.6, picture.get_size_inches()[1])
     return picture
+
+
+def _against_depth(axes: Axes, result: Comparison) -> None:
+    """The reference against depth, a line for each difficulty."""
+    reference, levels = result.reference, list(result.questions) if result.rows else []
+    for index, level in enumerate(levels):
+        shares = [result.shares(reference, depth, level) for depth in reference.depths]
+        label = f"{result.task.difficulty} = {level}"
+        seeds_line(axes, reference.depths, shares, index, len(levels), label)
+    if levels:
+        _depth_axis(axes, reference.depths)
+        _dress(axes, result)
 
 
 def _against_difficulty(axes: Axes, result: Comparison, kind: str | None) -> None:
@@ -260,6 +271,7 @@ def _against_difficulty(axes: Axes, result: Comparison, kind: str | None) -> Non
     _dress(axes, result, line=len(levels) == 1)
 
 
+_EVERY_DEPTH = "one model, evaluated at every depth"
 _FLOOR: dict[str, Any] = {
     "color": GREY, "linestyle": (0, (4, 3)), "linewidth": 1.6, "label": "floor",
 }  # fmt: skip

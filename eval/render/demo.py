@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 ENOUGH = 0.95
 NO_BASELINE = (
     "The baseline (the same model trained at N = 1 alone) is not part of this installation; it is "
-    "in the repository, eval/results/depth_ancestor."
+    "in the repository, eval/results/depth_demo."
 )
 
 
@@ -25,7 +25,7 @@ def table(result: DemoResult) -> Any:
 
     (run,) = result.runs
     name = result.task.difficulty
-    shown = Table(title=f"Pointer chasing, seed {run.seed}: accuracy by sleep depth and {name}")
+    shown = Table(title=f"Random circuits, seed {run.seed}: accuracy by sleep depth and {name}")
     for column in ("", *(f"{name} = {level}" for level in result.levels), "ms per example"):
         shown.add_column(column, justify="right")
     times = {f"depth {n}": f"{1000 * result.seconds_per_example(n):.2f}" for n in result.depths}
@@ -45,9 +45,9 @@ def words(result: DemoResult) -> list[str]:
     ]
     reach = ", ".join(f"{level} at N = {found[0]}" for level, found in reached if found)
     return [
-        "One checkpoint. Which node lies so many pointers further, asked when all pointers have "
-        "left the window: each question is one token, its answer one forward pass, whatever the "
-        f"depth of the sleep before it. On {result.task.difficulty} = {result.hardest} accuracy is "
+        "One checkpoint. What is the value of a gate, asked when the circuit has left the window: "
+        "each question is one token, its answer one forward pass, whatever the depth of the sleep "
+        f"before it. On {result.task.difficulty} = {result.hardest} accuracy is "
         f"{result.judged(1).mean:.3f} at N = 1 and {result.judged(best).mean:.3f} at N = {best}. "
         f"First above {ENOUGH:.2f}: {reach or 'none'}. Deepest in training: "
         f"N = {max(run.trained_depths)}.",
@@ -65,8 +65,7 @@ def _repeated(result: DemoResult) -> list[str]:
     times, share = max(run.trained_depths), mean(result.repeated)
     return [
         f"Where each window is written {times} times, N = 1 reaches {share:.3f} for the same "
-        "compute: following pointers takes looks, be they passes or copies of the text "
-        "(docs/results.md)."
+        "compute (docs/results.md)."
     ]
 
 
@@ -91,7 +90,7 @@ def markdown(result: DemoResult) -> str:
     lines = [
         f"# Accuracy against sleep depth, seed {result.runs[0].seed}",
         "",
-        "![Accuracy against sleep depth, by how many pointers are followed](accuracy.png)",
+        "![Accuracy against sleep depth, by level of the gate](accuracy.png)",
         "",
     ]
     for paragraph in words(result):

@@ -26,7 +26,7 @@ def short(monkeypatch):
 
 BASE = Baseline(
     depth=1, seeds=[0, 1, 2], exact=[0.0, 0.0, 0.0],
-    by_difficulty={1: [1, 1, 1], 2: [1, 0.5, 0.9], 4: [0.1, 0.15, 0.2]},
+    by_difficulty={1: [1, 1, 1], 2: [1, 0.5, 0.9], 3: [1, 0.6, 0.8], 4: [0.1, 0.15, 0.2]},
     examples_ratio=3.0, compute_ratio=1.2, command="hybrid-sleep bench depth a b c", provenance={},
 )  # fmt: skip
 
@@ -35,7 +35,7 @@ def test_the_packaged_recipe_is_found_and_takes_seed_and_folder(tmp_path):
     run = REAL_RECIPE(7, tmp_path)
     assert run.train.seed == 7
     assert run.output_dir == str(tmp_path)
-    assert run.load_task().name == "ancestor"
+    assert run.load_task().name == "circuit"
     assert run.sleep_passes.deepest > 1
     assert run.train.threads in (1, 2)
 
@@ -68,9 +68,11 @@ def test_demo_writes_what_it_measured(short, tmp_path, capsys, monkeypatch):
     window, prompt = generation.window, generation.prompt
     first = next(e for e in task.examples("test", 0) if e["meta"]["difficulty"][0] == 4)
     assert prompt == first["input_ids"][: task.nodes + 1]
-    k, node, above = task.parse(first["input_ids"])["queries"][0]
-    assert generation.question == f"4 hops above {node}: {above}"
-    assert (k, generation.answer) == (4, task.answer + above)
+    level, wire, value = task.parse(first["input_ids"])["queries"][0]
+    asked = f"wire {wire} of level 4: {value}"
+    assert (level, generation.question) == (4, asked)
+    # The token of the first input with that value.
+    assert generation.answer == value * task.nodes * len(task.pairs)
     assert len(generation.generated) == 3 * window
     # Each window but the last, which nothing followed, slept once.
     read = len(prompt) + len(generation.generated) - 1
@@ -81,11 +83,11 @@ def test_demo_writes_what_it_measured(short, tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr().out
     page = path.with_name("results.md").read_text()
     for text in (shown, page):
-        assert "accuracy on hops = 4 of 0.150 (0.100 to 0.200 over 3 seeds)" in text
+        assert "accuracy on level = 4 of 0.150 (0.100 to 0.200 over 3 seeds)" in text
         assert "trained at N = 1 alone" in text and "floor" in text
-        assert "Where each window is written 3 times, N = 1 reaches 0.500 for the same" in text
+        assert "Where each window is written 4 times, N = 1 reaches 0.500 for the same" in text
         assert f"sleep 3: {window} tokens" in text
-        assert f"Asked for 4 hops above {node}: {above}, it says token" in text
+        assert f"Asked for {asked}, it says token" in text
     assert "`hybrid-sleep demo --seed 3`" in page and "hybrid-sleep bench depth a b c" in page
 
     before = {p.name: p.read_bytes() for p in (tmp_path / "d").iterdir() if p.is_file()}
@@ -97,7 +99,7 @@ def test_without_the_baseline_it_says_where_it_is(short, tmp_path, monkeypatch, 
     monkeypatch.setattr(demo, "comparison", lambda: None)
     path = demo.run_demo(seed=0, out=tmp_path)
     for text in (capsys.readouterr().out, path.with_name("results.md").read_text()):
-        assert "eval/results/depth_ancestor" in text
+        assert "eval/results/depth_demo" in text
 
 
 def test_the_committed_baseline_belongs_to_the_recipe(tmp_path):
@@ -105,7 +107,7 @@ def test_the_committed_baseline_belongs_to_the_recipe(tmp_path):
     run = REAL_RECIPE(0, tmp_path)
     compared = demo.comparison()
     if compared is None:
-        pytest.skip("eval/results/depth_ancestor is not here")
+        pytest.skip("eval/results/depth_demo is not here")
     found = demo.baseline(run, compared)
     assert found.depth == 1
     assert len(found.seeds) >= 3

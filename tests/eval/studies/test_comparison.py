@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from hybrid_sleep import HybridSleepForCausalLM
@@ -251,6 +253,15 @@ def test_variants_are_trained_measured_and_resumed(tmp_path, config, monkeypatch
     assert "- plain: as it is\n- wide: `train.batch_size=16`, `sleep_passes=1`" in table
     assert "| wide |" in table and "the command" in table
     assert len(render.figure(result).axes[0].containers) == 2
+    # One alone shows what it knows at every depth, by difficulty.
+    alone = replace(
+        result, variants=result.variants[:1], rows=[*result.trials("plain").values()]
+    )
+    shown = render.figure(alone).axes[0].containers
+    assert [line.get_label() for line in shown] == [f"steps = {x}" for x in result.questions]
+    for level, line in zip(result.questions, shown, strict=True):
+        shares = [alone.shares(alone.reference, N, level).mean for N in (1, 3)]
+        assert line.lines[0].get_ydata().tolist() == pytest.approx(shares)
 
 
 @pytest.mark.parametrize(
