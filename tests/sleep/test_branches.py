@@ -52,11 +52,11 @@ def gradients(model, *calls):
         out = model(ids, labels=labels, sleep_passes=depths, num_items_in_batch=1)
         out.loss.backward()
         logits.append(out.logits.detach())
-    # Where passes have weights of their own and hidden states go nowhere, some have no effect.
-    found = {
-        n: torch.zeros_like(p) if p.grad is None else p.grad.clone()
-        for n, p in model.named_parameters()
-    }
+    found = {}
+    for name, parameter in model.named_parameters():
+        # What a later pass has of its own may have no effect, as where hidden states go nowhere.
+        no_effect = parameter.grad is None and name.startswith("model.later_layers.")
+        found[name] = torch.zeros_like(parameter) if no_effect else parameter.grad.clone()
     return found, torch.cat(logits)
 
 
