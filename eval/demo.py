@@ -202,12 +202,12 @@ def generate(model: Any, task: Task, passes: int) -> Generation:
         do_sample=False,
         sleep_passes=passes,
     )[0].tolist()
-    # Descriptions end with the questions, a line each.
-    questions = task.describe(example).splitlines()[-len(example["meta"]["difficulty"]) :]
+    questions = len(example["meta"]["difficulty"])
     return Generation(
         depth=passes,
         window=window,
-        question=questions[0],
+        # Descriptions end with the questions, a line each.
+        question=task.describe(example).splitlines()[-questions],
         prompt=prompt,
         answer=answer,
         generated=sequence[first:],

@@ -200,7 +200,7 @@ def parameters(config: HybridSleepConfig) -> int:
     if not config.tie_word_embeddings:
         count += hidden * config.vocab_size
     distinct = getattr(config, "distinct_layers", None) or config.num_hidden_layers
-    later = [*range(*config.loop_range)] * (getattr(config, "distinct_passes", 1) - 1)
+    later = [*range(*config.loop_range)] * (config.distinct_passes - 1)
     for layer in (*range(distinct), *later):
         count += _weights(config, layer, False) + hidden * (1 + bool(config.mlp_widths[layer]))
         if config.layer_types[layer] == "full_attention":

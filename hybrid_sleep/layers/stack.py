@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from hybrid_sleep.layers.context import Context
 from hybrid_sleep.sleep.checkpointing import Checkpointing, recompute
+from hybrid_sleep.sleep.options import SleepOptions
 from hybrid_sleep.sleep.state import LayerState
 
 # Which rows sleep when is decided in every call, from counters that are never the same: traced, it
@@ -28,6 +29,11 @@ class Stack:
     layers: nn.ModuleList
     later_layers: nn.ModuleList
     checkpointing: Checkpointing
+
+    if TYPE_CHECKING:
+        # Of the model that this is a part of.
+        @property
+        def options(self) -> SleepOptions: ...
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -54,7 +60,8 @@ class Stack:
         recomputed, so nothing is lost on the way.
         """
         after: dict[int, LayerState] = {}
-        behind = self._behind(layers.start)
+        blocks = self.blocks
+        behind = self.options.behind(layers.start, len(blocks))
         group = self.checkpointing.group
         if group is not None and not recomputing and torch.is_grad_enabled():
             for first in range(0, len(layers), group):
@@ -66,18 +73,9 @@ class Stack:
                 if h is None:
                     break
             return h, after
-        blocks = self.blocks
         for i in layers:
             layer = i - behind
             h, after[layer] = blocks[i](h, states.get(layer), context, layer == last_writer)
             if layer == last_writer:
                 break
         return h, after
-
-    def _behind(self, block: int) -> int:
-        """How far a block, and its pass, stands behind the layer that it stands for."""
-        layers = self.config.num_hidden_layers
-        if block < layers:
-            return 0
-        start, end = self.config.loop_range
-        return block - (start + (block - layers) % (end - start))

@@ -59,7 +59,7 @@ def consolidate(
 def _repeat_passes(
     backbone: Backbone, window: Window, passes: Passes, tol: float, max_passes: int
 ) -> Outcome:
-    (_, end), own = backbone.options.loop, backbone.options.distinct_passes
+    (_, end), blocks = backbone.options.loop, len(backbone.blocks)
     writer, learns = writer_of(backbone, window), torch.is_grad_enabled()
     N, auto = (max_passes, True) if passes == "auto" else (passes, False)
     depths, active = torch.ones_like(window.lengths), window.lengths > 0
@@ -74,8 +74,9 @@ def _repeat_passes(
         for j in range(2, N + 1):
             # A pass known to be the last one leaves out what only a further one would read.
             last = writer if j == N and writer < end and not auto else None
+            looped = backbone.options.looped_blocks(j, blocks)
             with torch.set_grad_enabled(learns and j > N - through):
-                run(looped_pass, number=min(j, own), last=last, measure=measure)
+                run(looped_pass, looped=looped, last=last, measure=measure)
             depths = depths + active
             if measure:
                 changes.append((tuple(carry.S), run.read("change")))
@@ -91,14 +92,13 @@ def _repeat_passes(
 
 
 def looped_pass(
-    backbone: Backbone, carry: Carry, *, number: int, last: int | None, measure: bool
+    backbone: Backbone, carry: Carry, *, looped: range, last: int | None, measure: bool
 ) -> Carry:
-    """`h, S <- LoopedBlocks(h, S)` of pass `number`, up to the layer `last` if it is given."""
+    """`h, S <- LoopedBlocks(h, S)`, the blocks `looped`, up to the layer `last` if it is given."""
     # Keys and tails are short-term, and this pass's own.
     states = carry.start
     if backbone.options.carry != "hidden_states":
         states = states | {i: states.get(i, LayerState())._replace(S=S) for i, S in carry.S.items()}
-    looped = backbone.options.looped_blocks(number, len(backbone.blocks))
     h, after = backbone.run_blocks(looped, carry.entering, states, carry.context, last_writer=last)
     new = {"h": carry.h if h is None else h, "S": {i: after[i].S for i in carry.S}}
     if backbone.options.is_sliding:

@@ -35,7 +35,7 @@ def branch(backbone: Backbone, cache: SleepCache, depths: Sequence[int]) -> Slee
     Passes 1..max(depths) run once: what a shallower sleep leaves is what a deeper one finds on its
     way. For training, where nothing is reported; `cache` stays as it is.
     """
-    end = backbone.options.loop[1]
+    end, blocks = backbone.options.loop[1], len(backbone.blocks)
     window = cache.window(torch.arange(len(cache.counts)))
     writer = writer_of(backbone, window)
     deepest, slept = max(depths), {}
@@ -44,7 +44,8 @@ def branch(backbone: Backbone, cache: SleepCache, depths: Sequence[int]) -> Slee
         after: dict[int, LayerState] = {}
         if N > 1 and writer is not None:
             last = writer if N == deepest and writer < end else None
-            carry = looped_pass(backbone, carry, number=N, last=last, measure=False)
+            looped = backbone.options.looped_blocks(N, blocks)
+            carry = looped_pass(backbone, carry, looped=looped, last=last, measure=False)
             done = coda(backbone, carry, last=writer) if N in depths and writer >= end else carry
             after = after_passes(done.S, done.left)
         if N in depths:

@@ -87,6 +87,12 @@ class SleepOptions:
         first = self.layers(blocks) + (own - 2) * (end - start)
         return range(first, first + end - start)
 
+    def behind(self, block: int, blocks: int) -> int:
+        """How far one of `blocks`, and its pass, stands behind the layer that it stands for."""
+        start, end = self.loop
+        later = block - self.layers(blocks)
+        return 0 if later < 0 else block - (start + later % (end - start))
+
     @property
     def reach(self) -> int | None:
         """How many last slots, its own included, a query sees at most; None for all."""
