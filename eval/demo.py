@@ -32,7 +32,7 @@ from hybrid_sleep.validation import check_count
 if TYPE_CHECKING:
     from hybrid_sleep.training import RunConfig
 
-RECIPE = "circuit_demo_cpu.yaml"
+RECIPE = "circuit_cpu.yaml"
 BASELINE = "depth_demo"
 DEPTHS = range(1, 7)
 EXAMPLES = 500

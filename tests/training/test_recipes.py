@@ -88,15 +88,6 @@ SHORT = {
         ],
         0.3,
     ),
-    "circuit_demo_cpu": (
-        [
-            "task.params={wires: 2, levels: 1}",
-            "sleep_passes=2",
-            "train.steps=200",
-            "train.eval_every=200",
-        ],
-        0.3,
-    ),
     "circuit_scattered_cpu": (
         [
             "task.params={wires: 2, levels: 1, order: random}",
