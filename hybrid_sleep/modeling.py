@@ -32,6 +32,7 @@ from hybrid_sleep.sleep.checkpointing import (
     Truncation,
     parse_granularity,
 )
+from hybrid_sleep.sleep.compiling import StepCompiler
 from hybrid_sleep.sleep.documents import (
     find_documents,
     next_labels_in_document,
@@ -40,7 +41,7 @@ from hybrid_sleep.sleep.documents import (
 from hybrid_sleep.sleep.execution import SleepEngine
 from hybrid_sleep.sleep.forward import check_supervised, forward, forward_documents
 from hybrid_sleep.sleep.generation import SleepGenerationMixin
-from hybrid_sleep.sleep.masks import build_mask
+from hybrid_sleep.sleep.masks import build_mask, decoding_mask
 from hybrid_sleep.sleep.options import MAX_PASSES, TOLERANCE, Depths, Passes
 from hybrid_sleep.sleep.report import SleepReport
 from hybrid_sleep.sleep.weights import Owner
@@ -53,7 +54,8 @@ _LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index")
 class HybridSleepModel(Stack, HybridSleepPreTrainedModel):
     """The backbone (`sleep.backbone.Backbone`): embeddings, blocks, final norm, windows and sleeps.
 
-    `engine` runs the passes of sleeps from CUDA graphs where it can; None turns it off, to measure.
+    `engine` runs the passes of sleeps from CUDA graphs where it can, `compiler` compiles decode steps
+    where generate() wants it; None turns either off, to measure.
 
     Raises ValueError, naming the argument, for token ids out of range, masks of another shape, an
     invalid depth, and a cache of another model, config or weights version.
@@ -77,6 +79,7 @@ class HybridSleepModel(Stack, HybridSleepPreTrainedModel):
         self.checkpointing = Checkpointing()
         self.truncation = Truncation()
         self.engine: SleepEngine | None = SleepEngine()
+        self.compiler: StepCompiler | None = StepCompiler()
         self.post_init()
 
     def _apply(self, *args: Any, **kwargs: Any) -> HybridSleepModel:
@@ -124,6 +127,19 @@ class HybridSleepModel(Stack, HybridSleepPreTrainedModel):
             device=device,
         )
         return Context(cos, sin, attention, mask, keep_tails=options.is_sliding or not sleeping)
+
+    def decoding_context(
+        self,
+        place: torch.Tensor,
+        position: torch.Tensor,
+        width: int,
+        active: torch.Tensor | None,
+        like: torch.Tensor,
+    ) -> Context:
+        """Positions and masks of one token a row, see `DecodesInPlace`."""
+        cos, sin = self.rotary(position[:, None], like.dtype)
+        attention = decoding_mask(place, width, reach=self.options.reach)
+        return Context(cos, sin, attention, active, keep_tails=True)
 
     def _check_depths(self, passes: Any, rows: int) -> Depths:
         """`passes` as a sleep of this model takes it; of several, one for each group of `rows`."""
@@ -362,7 +378,9 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
+        last = outputs.last_hidden_state[:, -logits_to_keep:]
+        decoder = None if outputs.cache is None else outputs.cache.decoder
+        logits = self.lm_head(last) if decoder is None else decoder.head(self.lm_head, last)
         loss = None
         if labels is not None:
             real = real_tokens(attention_mask, *labels.shape)

@@ -22,7 +22,7 @@ from transformers.utils import is_flash_attn_2_available
 
 import hybrid_sleep
 from hybrid_sleep.kernels.common import dispatch
-from hybrid_sleep.sleep.cuda_graphs import outlook
+from hybrid_sleep.sleep import compiling, cuda_graphs
 from hybrid_sleep.support import versions
 
 # Distribution, import name, and what it is good for here.
@@ -52,6 +52,7 @@ TITLES = {
     "attention": "Attention implementations (attn_implementation=...)",
     "ops": "Ops: the implementation that is used, why, and why not another",
     "sleep": "How model.sleep() runs its passes",
+    "decoding": "How tokens that come one by one are taken in",
     "verdict": "Verdict",
 }
 # What a container may use, where there is one.
@@ -71,7 +72,7 @@ def report() -> list[Row]:
     """
     software, optional = list(_software()), list(_optional())
     verdict = _verdict([*software, *optional])
-    return [*_machine(), *software, *optional, *_attention(), *_ops(), *_sleep(), verdict]
+    return [*_machine(), *software, *optional, *_attention(), *_ops(), *_outlooks(), verdict]
 
 
 def broken(rows: list[Row]) -> bool:
@@ -202,10 +203,11 @@ def _devices() -> list[tuple[str, torch.dtype]]:
     return [("cpu", torch.float32), *on_gpu]
 
 
-def _sleep() -> Iterator[Row]:
-    for device, _ in _devices():
-        path, why = outlook(device)
-        yield _row("sleep", f"on {device}", path, why, device=device)
+def _outlooks() -> Iterator[Row]:
+    for section, outlook in (("sleep", cuda_graphs.outlook), ("decoding", compiling.outlook)):
+        for device, _ in _devices():
+            path, why = outlook(device)
+            yield _row(section, f"on {device}", path, why, device=device)
 
 
 def _ops() -> Iterator[Row]:

@@ -13,6 +13,7 @@ from transformers.utils import logging
 from hybrid_sleep.configuration import HybridSleepConfig
 from hybrid_sleep.layers.context import Context
 from hybrid_sleep.layers.rotary import rotate
+from hybrid_sleep.sleep.masks import AttentionMask
 from hybrid_sleep.sleep.state import LayerState, take_slots
 
 logger = logging.get_logger(__name__)
@@ -82,7 +83,7 @@ class Attention(nn.Module):
         k = self.k_norm(self.k_proj(h).view(heads_shape)).transpose(1, 2)
         k = rotate(k, context.cos, context.sin)
         v = self.v_proj(h).view(heads_shape).transpose(1, 2)
-        k, v = _append(state, (k, v), context.attention.gather)
+        k, v = _append(state, (k, v), context.attention)
         state = LayerState(slots=(k, v))
         if write_only:
             return None, state
@@ -119,9 +120,14 @@ class Attention(nn.Module):
 
 
 def _append(
-    state: LayerState | None, new: tuple[torch.Tensor, ...], gather: torch.Tensor | None
+    state: LayerState | None, new: tuple[torch.Tensor, ...], attention: AttentionMask
 ) -> tuple[torch.Tensor, ...]:
     """Slots `[B, H, C, K]` with the new tokens' behind those that the state holds."""
+    if attention.place is not None:
+        assert state is not None
+        for slots, x in zip(state.slots, new, strict=True):
+            slots.scatter_(2, attention.place.view(-1, 1, 1, 1).expand_as(x), x)
+        return state.slots
     if state is not None and state.slots:
         new = tuple(torch.cat(pair, dim=2) for pair in zip(state.slots, new, strict=True))
-    return new if gather is None else tuple(take_slots(x, gather) for x in new)
+    return new if attention.gather is None else tuple(take_slots(x, attention.gather) for x in new)

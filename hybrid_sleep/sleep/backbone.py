@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from hybrid_sleep.sleep.options import SleepOptions
 from hybrid_sleep.sleep.state import LayerState
 
 if TYPE_CHECKING:
+    from hybrid_sleep.sleep.compiling import StepCompiler
     from hybrid_sleep.sleep.execution import SleepEngine
 
 
@@ -76,7 +77,32 @@ class Backbone(Protocol):
         (missing: nothing). States and `last_writer` are by layer, whichever pass has the block.
 
         Returns the new hidden states and the layers' states after them, and leaves `states` as
-        they are. Pads behind a row's last token change no state. Convolution tails are among the
+        they are, but for slots that it writes in place where a `decoding_context` says so. Pads behind a row's last token change no state. Convolution tails are among the
         states where a later token may need them: in pass 1, and under sliding eviction.
         last_writer: stop at this block and only let it update its state; h comes back as None.
+        """
+
+
+@runtime_checkable
+class DecodesInPlace(Protocol):
+    """What a backbone offers beside `Backbone` for tokens that come one by one, see `decoding`.
+
+    compiler: compiles decode steps; None never does.
+    """
+
+    compiler: StepCompiler | None
+
+    def decoding_context(
+        self,
+        place: torch.Tensor,
+        position: torch.Tensor,
+        width: int,
+        active: torch.Tensor | None,
+        like: torch.Tensor,
+    ) -> Any:
+        """The context of one token a row whose slots have room: blocks write there, in place.
+
+        place, position: `[B]`, the slot that the token goes to, and its position. width: slots that
+        the attention layers hold. active: bool `[B, 1]`, rows that take a token; None for all.
+        like: a tensor of the dtype to compute in. All tensors lie on its device.
         """

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 import torch
 from transformers import Cache
@@ -14,18 +14,12 @@ from transformers import Cache
 from hybrid_sleep.sleep.history import History
 from hybrid_sleep.sleep.masks import append_index
 from hybrid_sleep.sleep.options import SleepOptions
-from hybrid_sleep.sleep.state import (
-    LayerState,
-    join_rows,
-    join_states,
-    put_rows,
-    take_rows,
-    take_slots,
-)
+from hybrid_sleep.sleep.state import LayerState, put_rows, take_rows, take_slots
 from hybrid_sleep.sleep.trees import map_tensors, tensors_of
 from hybrid_sleep.sleep.weights import FormerOwner, Owner
 
 if TYPE_CHECKING:
+    from hybrid_sleep.sleep.decoding import Decoder
     from hybrid_sleep.sleep.report import SleepReport
 
 ROW_COUNTERS = ("counts", "kept", "positions", "sleeps")
@@ -54,6 +48,23 @@ class Window:
     opening: dict[int, LayerState]
 
 
+Held = TypeVar("Held")
+
+
+class Settled(Generic[Held]):
+    """A field of a cache that is in a decoder's buffers at times, and out of them when read."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = f"_{name}"
+
+    def __get__(self, cache: SleepCache, owner: type) -> Held:
+        cache.settle()
+        return vars(cache)[self._name]
+
+    def __set__(self, cache: SleepCache, value: Held) -> None:
+        vars(cache)[self._name] = value
+
+
 class SleepCache(Cache):
     """All that a model carries from token to token for a batch of rows; constant in size.
 
@@ -71,6 +82,10 @@ class SleepCache(Cache):
     for anything else.
     """
 
+    states = Settled[dict[int, LayerState]]()
+    hidden = Settled["torch.Tensor | None"]()
+    history = Settled[History]()
+
     def __init__(self, options: Any):
         given = getattr(options, "sleep_options", options)
         if not isinstance(given, SleepOptions):
@@ -85,9 +100,12 @@ class SleepCache(Cache):
 
     def reset(self) -> None:
         """Forget everything; the cache is as new and takes any batch size."""
-        self.states: dict[int, LayerState] = {}
+        self.decoder: Decoder | None = None
+        self.single = self.compile = False
+        self.decoding = "nothing decoded yet"
+        self.states = {}
         self.opening: dict[int, LayerState] = {}
-        self.hidden: torch.Tensor | None = None
+        self.hidden = None
         self._open_rows(0)
         self.columns = 0
         self.finished: torch.Tensor | None = None
@@ -100,6 +118,12 @@ class SleepCache(Cache):
         )
         self.supervised = torch.zeros(batch, dtype=torch.bool)
         self.history = History.empty(batch)
+
+    def settle(self) -> None:
+        """Take back what a decoder holds in its buffers; whoever looks at the cache does."""
+        decoder, self.decoder, self.single = self.decoder, None, False
+        if decoder is not None:
+            decoder.give_back(self)
 
     @property
     def batch_size(self) -> int:
@@ -259,70 +283,18 @@ class SleepCache(Cache):
 
         Raises ValueError for an empty sequence, and for caches of other options, models or weights.
         """
-        if not caches:
-            raise ValueError("caches must be a sequence of at least one SleepCache, got none")
-        first = caches[0]
-        for i, cache in enumerate(caches):
-            if cache.options.memory_fields() != first.options.memory_fields():
-                raise ValueError(f"caches[{i}] must be of the same options as caches[0]")
-            if cache.owner != first.owner:
-                raise ValueError(
-                    f"caches[{i}] must be of the same model and weights as caches[0], and at the "
-                    "same version of them"
-                )
-        sizes = [len(cache.counts) for cache in caches]
-        joined = cls(first.options)
-        joined.owner, joined.columns = first.owner, max(cache.columns for cache in caches)
-        for name in (*ROW_COUNTERS, "supervised"):
-            setattr(joined, name, torch.cat([getattr(cache, name) for cache in caches]))
-        for name in ("states", "opening"):
-            held = [getattr(cache, name) for cache in caches]
-            layers = sorted({i for states in held for i in states})
-            setattr(joined, name, {
-                i: join_states([states.get(i, LayerState()) for states in held], sizes)
-                for i in layers
-            })  # fmt: skip
-        width = max((x.shape[1] for c in caches if (x := c.hidden) is not None), default=0)
-        hidden = [
-            x if x is None else torch.nn.functional.pad(x, (0, 0, 0, width - x.shape[1]))
-            for x in (cache.hidden for cache in caches)
-        ]
-        joined.hidden = join_rows(hidden, sizes)
-        histories = [cache.history.folded() for cache in caches]
-        device = histories[0].whole.device
-        joined.history = History(
-            torch.cat([history.whole.to(device) for history in histories]),
-            torch.cat([history.opening.to(device) for history in histories]),
-        )
-        return joined
+        from hybrid_sleep.sleep.batches import join
+
+        return join(caches)
 
     def split(self, sizes: Sequence[int] | None = None) -> list[SleepCache]:
         """Caches of `sizes` rows each, in order (None: one row each), as small as their rows allow.
 
         Reports stay with this cache. Raises ValueError for sizes that are not its rows in all.
         """
-        rows = len(self.counts)
-        sizes = [1] * rows if sizes is None else list(sizes)
-        if any(size < 1 for size in sizes) or sum(sizes) != rows:
-            raise ValueError(f"sizes must be at least 1 each and {rows} in all, got {sizes}")
-        parts, first = [], 0
-        for size in sizes:
-            part = self.copy()
-            part.batch_select_indices(torch.arange(first, first + size))
-            part._trim()
-            part.reports, part.finished = [], None
-            parts.append(part)
-            first += size
-        return parts
+        from hybrid_sleep.sleep.batches import split
 
-    def _trim(self) -> None:
-        """Drop what lies behind the longest row of slots and hidden states."""
-        tokens, width = int(self.counts.max()), int((self.kept + self.counts).max())
-        if self.hidden is not None:
-            self.hidden = self.hidden[:, :tokens].clone() if tokens else None
-        for i, state in self.states.items():
-            slots = tuple(x[:, :, :width].clone() for x in state.slots) if width else ()
-            self.states[i] = state._replace(slots=slots)
+        return split(self, sizes)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace every tensor whose first dim is the rows."""
@@ -348,6 +320,7 @@ class SleepCache(Cache):
 
     def copy(self) -> SleepCache:
         """A second cache that goes its own way; the tensors are shared until one is replaced."""
+        self.settle()
         twin = type(self).__new__(type(self))
         vars(twin).update(vars(self))
         twin.states, twin.opening = dict(self.states), dict(self.opening)

@@ -13,9 +13,10 @@ from hybrid_sleep.sleep.backbone import Backbone
 from hybrid_sleep.sleep.branches import branch, rows_by_depth, shares_first_window
 from hybrid_sleep.sleep.cache import SleepCache
 from hybrid_sleep.sleep.checkpointing import recompute
+from hybrid_sleep.sleep.decoding import decode
 from hybrid_sleep.sleep.documents import Documents
 from hybrid_sleep.sleep.options import Depths
-from hybrid_sleep.sleep.state import LayerState
+from hybrid_sleep.sleep.pass_one import pass_one
 from hybrid_sleep.sleep.windows import TokenBlock, cut, unpack
 
 logger = logging.get_logger(__name__)
@@ -73,6 +74,9 @@ def forward(
     rows; what training groups have in common at the start is then computed once (`branches`).
     """
     batch, columns = tokens.shape[:2]
+    plain = supervised is None and not every_layer and first == 0
+    if (h := decode(backbone, cache, tokens, real, plain=plain)) is not None:
+        return h
     if isinstance(passes, tuple) and shares_first_window(
         backbone, tokens, real, cache, passes, supervised
     ):
@@ -95,6 +99,7 @@ def forward(
                 outputs = [pair for pair in outputs if pair[0].last_column >= first]
                 outputs.append((block, h))
         cache.columns += columns
+    cache.single = columns == 1
     if outputs:
         return unpack(outputs, first, columns)
     return _zeros(backbone, tokens, every_layer, batch, columns - first)
@@ -256,21 +261,6 @@ def _pass_one(
         h,
         sleeping=False,
     )
-    layers, (_, end) = backbone.options.layers(len(backbone.blocks)), backbone.options.loop
-    handed_on = backbone.options.start_of_passes
-    # Where every layer is asked for, each is a range of its own.
-    stops = range(1, layers + 1) if every_layer else sorted({handed_on, end, layers} - {0})
-    outputs, start, hidden = [h], 0, h
-    after: dict[int, LayerState] = {}
-    for stop in stops:
-        out, new = backbone.run_blocks(range(start, stop), h, cache.states, context)
-        assert out is not None
-        h = out
-        outputs.append(h)
-        after |= new
-        if stop == handed_on:
-            # The loop's output, not the coda's.
-            hidden = h
-        start = stop
+    outputs, hidden, after = pass_one(backbone, h, cache.states, context, every_layer=every_layer)
     cache.append(after, hidden, block.lengths)
-    return torch.cat(outputs, dim=-1) if every_layer else h
+    return torch.cat(outputs, dim=-1) if every_layer else outputs[-1]

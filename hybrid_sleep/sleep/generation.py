@@ -18,6 +18,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from hybrid_sleep.sleep.arguments import check_tokens, refuse_unknown
 from hybrid_sleep.sleep.cache import SleepCache
+from hybrid_sleep.sleep.compiling import COMPILED_FROM
 from hybrid_sleep.sleep.options import Passes, SleepOptions
 from hybrid_sleep.sleep.prefix import without_read
 from hybrid_sleep.sleep.weights import Owner
@@ -121,6 +122,11 @@ class SleepGenerationMixin(GenerationMixin):
             processed of it is then left out. With beams or several returned sequences a repeated
             copy is used instead.
 
+        disable_compile, compile_config: with the first True decode steps are never compiled, with
+            the second given (a `CompileConfig()`) from the first one on; otherwise on a CPU, where
+            at least 2000 new tokens may come. Compiling takes about a second a layer, once for each
+            number of rows; `cache.decoding` says how the last step was run, and why.
+
         Raises ValueError for an empty prompt, an invalid depth, a cache of another model, config
         or weights version, a text that the cache knows otherwise, and for what cannot work:
         assisted decoding (fast weights cannot be rolled back), static, quantised or offloaded
@@ -156,6 +162,7 @@ class SleepGenerationMixin(GenerationMixin):
                 kwargs["attention_mask"] = mask
         cache = self._cache_for(setting, cache, embeds)
         if cache is not None:
+            cache.compile = self._compiles(setting, tokens)
             kwargs["cache"] = cache
             if setting("num_beams") in (None, 1):
                 criteria = kwargs.get("stopping_criteria")
@@ -231,6 +238,18 @@ class SleepGenerationMixin(GenerationMixin):
             cache.batch_repeat_interleave(copies)
         cache.finished = None
         return cache
+
+    def _compiles(self, setting: Callable[[str], Any], tokens: torch.Tensor | None) -> bool:
+        """Whether the decode steps of this call are compiled, see `generate`."""
+        if setting("disable_compile"):
+            return False
+        if setting("compile_config") is not None:
+            return True
+        new = setting("max_new_tokens")
+        if new is None:
+            read = 0 if tokens is None else tokens.shape[1]
+            new = (setting("max_length") or 0) - read
+        return self.input_device.type == "cpu" and new >= COMPILED_FROM
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         return self.get_input_embeddings()(ids.to(self.input_device))

@@ -13,11 +13,13 @@ class AttentionMask(NamedTuple):
     gather: `[B, C]` index into the old slots followed by the new ones, None for plain appending.
     mask: bool `[B or 1, 1, T, C]`, True where attended; None where `causal` alone says it.
     causal: with no mask, whether query i attends to slots 0..i only (True) or to all of them.
+    place: `[B]`, the slot that a row's one new token is written to, in place; None to append it.
     """
 
     gather: torch.Tensor | None
     mask: torch.Tensor | None
     causal: bool
+    place: torch.Tensor | None = None
 
 
 def is_uniform(lengths: torch.Tensor) -> bool:
@@ -76,3 +78,17 @@ def build_mask(
     if reach is not None:
         attended = attended & (slot > place - reach)
     return AttentionMask(gather, attended[:, None].to(device), causal=False)
+
+
+def decoding_mask(
+    place: torch.Tensor, width: int, *, reach: int | None = None
+) -> AttentionMask:
+    """The mask of one token a row that is written to slot `place: [B]` of `width`, and sees it.
+
+    reach: as in `build_mask`.
+    """
+    slot = torch.arange(width, device=place.device)
+    attended = slot <= place[:, None]
+    if reach is not None:
+        attended = attended & (slot > place[:, None] - reach)
+    return AttentionMask(None, attended[:, None, None], causal=False, place=place)

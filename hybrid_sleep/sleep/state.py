@@ -27,6 +27,11 @@ class LayerState(NamedTuple):
     tails: tuple[torch.Tensor | None, ...] = ()
     slots: tuple[torch.Tensor, ...] = ()
 
+    @property
+    def carried(self) -> tuple[torch.Tensor, ...]:
+        """Fast weights and tails, those that there are."""
+        return tuple(x for x in (self.S, *self.tails) if x is not None)
+
     def put(self, rows: torch.Tensor, new: LayerState, total: int) -> LayerState:
         """This state of `total` rows with `rows` replaced by the rows of `new`, see `put_rows`."""
         slots = _put_all(rows, self.slots, new.slots, total)

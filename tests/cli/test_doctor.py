@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -210,6 +211,22 @@ def test_a_sleep_takes_the_path_that_is_reported():
     report = model.sleep(model(small_ids(1, 4)).cache, passes=2)
     told = row("sleep", "on cpu")
     assert report.path == f"{told['value']}: {told['why']}"
+
+
+@torch.no_grad()
+def test_tokens_are_decoded_as_is_reported():
+    model = small_model()
+    cache = model(small_ids(1, 1)).cache
+    for _ in range(2):
+        model(small_ids(1, 1), cache=cache)
+    assert cache.decoding == row("decoding", "on cpu")["value"]
+
+
+def test_no_compiler_is_a_reason(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "C++ compiler" in row("decoding", "on cpu")["why"]
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert "2000 new tokens" in row("decoding", "on cpu")["why"]
 
 
 def test_a_container_can_only_lower_the_limits(tmp_path, monkeypatch):
