@@ -54,8 +54,8 @@ _LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index")
 class HybridSleepModel(Stack, HybridSleepPreTrainedModel):
     """The backbone (`sleep.backbone.Backbone`): embeddings, blocks, final norm, windows and sleeps.
 
-    `engine` runs the passes of sleeps from CUDA graphs where it can, `compiler` compiles decode steps
-    where generate() wants it; None turns either off, to measure.
+    `engine` runs the passes of sleeps from CUDA graphs where it can, `compiler` compiles decode
+    steps where generate() wants it; None turns either off, to measure.
 
     Raises ValueError, naming the argument, for token ids out of range, masks of another shape, an
     invalid depth, and a cache of another model, config or weights version.

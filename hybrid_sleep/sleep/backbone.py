@@ -77,8 +77,9 @@ class Backbone(Protocol):
         (missing: nothing). States and `last_writer` are by layer, whichever pass has the block.
 
         Returns the new hidden states and the layers' states after them, and leaves `states` as
-        they are, but for slots that it writes in place where a `decoding_context` says so. Pads behind a row's last token change no state. Convolution tails are among the
-        states where a later token may need them: in pass 1, and under sliding eviction.
+        they are, but for slots that it writes in place where a `decoding_context` says so. Pads
+        behind a row's last token change no state. Convolution tails are among the states where a
+        later token may need them: in pass 1, and under sliding eviction.
         last_writer: stop at this block and only let it update its state; h comes back as None.
         """
 

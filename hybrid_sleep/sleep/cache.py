@@ -353,12 +353,23 @@ class SleepCache(Cache):
         self._each(cut)
         return self
 
-    def to(self, device: torch.device | str) -> SleepCache:
-        """Move the tensors to `device`; counters stay on the CPU. Returns the cache itself."""
+    def to(self, device: torch.device | str | None) -> SleepCache:
+        """Move the tensors to `device` (None: nowhere), counters stay on the CPU; returns itself."""
+        if device is None or self._lies_on(torch.device(device)):
+            return self
         counters = {name: getattr(self, name) for name in (*ROW_COUNTERS, "supervised")}
         self._each(lambda x: x.to(device))
         vars(self).update(counters)
         return self
+
+    def _lies_on(self, device: torch.device) -> bool:
+        """Whether all tensors do; accelerate asks at every call, which is no look at them."""
+        if self.decoder is not None:
+            return self.decoder.device == device
+        single = self.single
+        there = all(x.device == device for x in self.tensors())
+        self.single = single
+        return there
 
     def tensors(self) -> list[torch.Tensor]:
         """All tensors held on the device: fast weights and open window together."""

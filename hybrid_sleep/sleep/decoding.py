@@ -36,7 +36,7 @@ class Step(NamedTuple):
 
     tokens: ids `[B, 1]` or embeddings `[B, 1, D]`.
     active: bool `[B]`, rows that take a token; of the others nothing changes. None for all.
-    count: `[B]`, tokens in each row's window. kept: `[B]`, older slots that stay visible.
+    counts: `[B]`, tokens in each row's window. kept: `[B]`, older slots that stay visible.
     first: `[B]`, position of the window's first token.
     states: by layer, before this token; slots have room for it, and stale ones are finite.
     after: by layer, fast weights and tails of the same shapes, which those after it go into.
@@ -45,7 +45,7 @@ class Step(NamedTuple):
 
     tokens: torch.Tensor
     active: torch.Tensor | None
-    count: torch.Tensor
+    counts: torch.Tensor
     kept: torch.Tensor
     first: torch.Tensor
     states: dict[int, LayerState]
@@ -64,13 +64,13 @@ def decode_step(backbone: Backbone, step: Step) -> torch.Tensor:
     widths = [x.shape[2] for state in step.states.values() for x in state.slots] or [0]
     active = None if step.active is None else step.active[:, None]
     context = backbone.decoding_context(
-        step.kept + step.count, step.first + step.count, widths[0], active, h
+        step.kept + step.counts, step.first + step.counts, widths[0], active, h
     )
     (out,), hidden, after = pass_one(backbone, h, step.states, context)
     for i, state in after.items():
         for x, buffer in zip(state.carried, step.after[i].carried, strict=True):
             buffer.copy_(x)
-    here = step.count[:, None, None].expand_as(h)
+    here = step.counts[:, None, None].expand_as(h)
     step.hidden.scatter_(1, here, hidden)
     step.embedded.scatter_(1, here, h)
     return out if active is None else out.where(active[..., None], 0)
@@ -110,7 +110,7 @@ class Decoder:
         self._step = Step(
             tokens=torch.zeros(rows, 1, dtype=torch.long, device=device),
             active=None,
-            count=cache.counts.to(device),
+            counts=cache.counts.to(device),
             kept=cache.kept.to(device),
             first=cache.first_position.to(device),
             states=map_tensors(torch.clone, carried),
@@ -141,13 +141,18 @@ class Decoder:
             self.path = f"in place, {self._compiler.path}"
         # Two of each, so that a step which was broken off leaves what it started from.
         self._step = step._replace(
-            count=step.count + (1 if active is None else active),
+            counts=step.counts + (1 if active is None else active),
             states=step.after,
             after=step.states,
         )
         self._filled += 1
         self._room -= 1
         return h
+
+    @property
+    def device(self) -> torch.device:
+        """Where the buffers are."""
+        return self._step.hidden.device
 
     def has_room(self, counts: torch.Tensor, active: torch.Tensor | None) -> bool:
         """Whether the windows, which hold `counts: [B]` tokens, take one more of `active` rows."""

@@ -308,8 +308,9 @@ def test_compiled_once_for_all_windows(state_space, eviction):
 @needs_compiler
 def test_compiled_steps_see_new_weights_and_rows_that_take_nothing():
     model = small_model(
-        layer_types=["linear_attention", "full_attention"], window=12, dtype=torch.float32, noise=0.1
-    )
+        layer_types=["linear_attention", "full_attention"], window=12, dtype=torch.float32,
+        noise=0.1,
+    )  # fmt: skip
     cache, other = SleepCache(model.config), SleepCache(model.config)
     cache.compile = True
     ids = small_ids(2, 9)

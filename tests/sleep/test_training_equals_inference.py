@@ -144,7 +144,7 @@ def readings(draw) -> list[Call]:
     sizes = draw(st.lists(st.integers(1, 11), min_size=1, max_size=4))
     # One token after another, which are written in place.
     alone = draw(st.integers(0, 9))
-    for place, size in enumerate([*sizes, *[1] * alone]):
+    for free, size in [*((True, size) for size in sizes), *[(False, 1)] * alone]:
         ids = small_ids(batch, size, seed=draw(st.integers(0, 10**6)))
         mask = None
         if padded == "anywhere":
@@ -159,8 +159,8 @@ def readings(draw) -> list[Call]:
                 ids,
                 mask,
                 depth=draw(st.integers(1, 4)) if vary else depth,
-                then_sleep=draw(st.sampled_from([None, None, 1, 2, 3] if place < len(sizes) else [None])),
-                grad=draw(st.booleans()) if place < len(sizes) else False,
+                then_sleep=draw(st.sampled_from([None, None, 1, 2, 3])) if free else None,
+                grad=draw(st.booleans()) if free else False,
             )
         )
     return calls
