@@ -354,7 +354,7 @@ class SleepCache(Cache):
         return self
 
     def to(self, device: torch.device | str | None) -> SleepCache:
-        """Move the tensors to `device` (None: nowhere), counters stay on the CPU; returns itself."""
+        """Move the tensors to `device` (None: nowhere); counters stay on the CPU. Returns it."""
         if device is None or self._lies_on(torch.device(device)):
             return self
         counters = {name: getattr(self, name) for name in (*ROW_COUNTERS, "supervised")}
