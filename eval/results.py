@@ -45,6 +45,7 @@ KINDS = {
     "generation": Kind(
         f"{RENDER}.generation", "generation.png", f"{COSTS}.generation:GenerationCost"
     ),
+    "decoding": Kind(f"{RENDER}.decoding", "decoding.png", f"{COSTS}.decoding:DecodingCost"),
     "cost": Kind(f"{RENDER}.cost", "cost.png", f"{COSTS}.cost:Cost"),
     "kernels": Kind("hybrid_sleep.kernels.benchmarks.report", "kernels.png"),
     "base": Kind("hybrid_sleep.kernels.benchmarks.report", "base.png"),

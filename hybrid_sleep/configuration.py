@@ -344,15 +344,18 @@ class HybridSleepConfig(PreTrainedConfig):
     @property
     def sleep_options(self) -> SleepOptions:
         """When and how a model of this config sleeps."""
+        # A dozen times in a forward pass, and configs of transformers look twice at every attribute.
+        held = vars(self)
+        loop = held["loop"]
         return _options(
-            self.window,
-            self.loop_range,
-            self.sleep_passes,
-            self.eviction,
-            self.sleep_schedule,
-            self.sleep_attention,
-            self.sleep_carry,
-            self.distinct_passes,
+            held["window"],
+            (0, held["num_hidden_layers"]) if loop is None else tuple(loop),
+            held["sleep_passes"],
+            held["eviction"],
+            held["sleep_schedule"],
+            held["sleep_attention"],
+            held["sleep_carry"],
+            held["distinct_passes"],
         )
 
     @property

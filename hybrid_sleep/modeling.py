@@ -38,7 +38,8 @@ from hybrid_sleep.sleep.documents import (
     next_labels_in_document,
     positions_in_document,
 )
-from hybrid_sleep.sleep.execution import SleepEngine
+from hybrid_sleep.sleep.decoding import decode
+from hybrid_sleep.sleep.execution import SleepEngine, is_hooked
 from hybrid_sleep.sleep.forward import check_supervised, forward, forward_documents
 from hybrid_sleep.sleep.generation import SleepGenerationMixin
 from hybrid_sleep.sleep.masks import build_mask, decoding_mask
@@ -341,6 +342,14 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
         output_hidden_states: return those of pass 1, `[B, T, D]` each: the embeddings, what each
         layer but the last gives, and `last_hidden_state`. None takes the config's.
         """
+        others = (inputs_embeds, labels, document_ids, supervised, *kwargs.values())
+        if logits_to_keep in (0, 1) and all(x is None for x in others):
+            keeps = self.config.use_cache if use_cache is None else use_cache
+            hides = output_hidden_states is None and not self.config.output_hidden_states
+            if keeps and (hides or output_hidden_states is False):
+                logits = self._decode(input_ids, attention_mask, cache, sleep_passes)
+                if logits is not None:
+                    return CausalLMOutputWithPast(logits=logits, cache=cache)
         loss_arguments = {k: kwargs.pop(k) for k in _LOSS_ARGUMENTS if k in kwargs}
         position_ids = kwargs.pop("position_ids", None)
         if any(x is not None for x in (labels, document_ids, position_ids)):
@@ -378,9 +387,7 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        last = outputs.last_hidden_state[:, -logits_to_keep:]
-        decoder = None if outputs.cache is None else outputs.cache.decoder
-        logits = self.lm_head(last) if decoder is None else decoder.head(self.lm_head, last)
+        logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
         loss = None
         if labels is not None:
             real = real_tokens(attention_mask, *labels.shape)
@@ -398,6 +405,37 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, cache=outputs.cache, hidden_states=outputs.hidden_states
         )
+
+    def _decode(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        cache: SleepCache | None,
+        sleep_passes: Depths | None,
+    ) -> torch.Tensor | None:
+        """Logits `[B, 1, V]` of one token a row, decoded in place; None where `forward` goes on.
+
+        Its checks, without those of what such a call does not have: for a small model all of them
+        cost as much as the step.
+        """
+        if not isinstance(cache, SleepCache) or not (cache.single or cache.decoder is not None):
+            return None
+        if input_ids is None or input_ids.ndim != 2 or input_ids.shape[1] != 1:
+            return None
+        if is_hooked(self.model):
+            return None
+        refuse_unknown(self.config, {})
+        rows = len(check_tokens(self.config, input_ids, None))
+        self.model._check_depths(
+            self.config.sleep_passes if sleep_passes is None else sleep_passes, rows
+        )
+        real = real_tokens(attention_mask, rows, 1)
+        cache.check(self.memory_owner(), self.options)
+        cache.open(rows)
+        return decode(self.model, cache, input_ids, real, finish=self._logits)
+
+    def _logits(self, h: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(self.model.norm(h))
 
     @torch.no_grad()
     def sleep(

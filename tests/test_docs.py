@@ -80,6 +80,8 @@ SHORT = {
                                         "--cycles", "2"],
     "hybrid-sleep bench sleep": ["--minutes", "0.02"],
     "hybrid-sleep bench generation": ["--windows", "2", "--window", "4", "--repeats", "2"],
+    "hybrid-sleep bench decoding": ["--hidden", "64", "--layers", "2", "--window", "20", "--repeats",
+                                    "2", "--windows", "0", "--batches", "1"],
     "hybrid-sleep bench train": ["--repeats", "2", "--minutes", "0.02"],
     "hybrid-sleep bench kernels": ["--repeats", "2", "--minutes", "0.02"],
     "hybrid-sleep experience sleep": [
@@ -98,7 +100,7 @@ SLOW = (
     "hybrid-sleep bench depth configs/", "hybrid-sleep bench ablate", "hybrid-sleep bench map",
     "hybrid-sleep train out/my_text/run.yaml",
     "hybrid-sleep bench cost --model", "hybrid-sleep bench sleep",
-    "hybrid-sleep bench generation", "hybrid-sleep bench train",
+    "hybrid-sleep bench generation", "hybrid-sleep bench decoding", "hybrid-sleep bench train",
     "hybrid-sleep bench kernels", "hybrid-sleep bench nights", "hybrid-sleep eval", "deepspeed",
     "hybrid-sleep facts sleep", "hybrid-sleep facts save", "hybrid-sleep facts calibrate",
 )  # fmt: skip

@@ -85,8 +85,8 @@ class Backbone(Protocol):
 
 
 @runtime_checkable
-class DecodesInPlace(Protocol):
-    """What a backbone offers beside `Backbone` for tokens that come one by one, see `decoding`.
+class DecodesInPlace(Backbone, Protocol):
+    """A backbone whose tokens are decoded in place where they come one by one, see `decoding`.
 
     compiler: compiles decode steps; None never does.
     """

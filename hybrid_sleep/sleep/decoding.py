@@ -14,10 +14,10 @@ Whatever is no such token goes the ordinary way, `forward.py`: prompts, gradient
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
-from torch import nn
 
 from hybrid_sleep.sleep.backbone import Backbone, DecodesInPlace
 from hybrid_sleep.sleep.compiling import StepCompiler, varies
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from hybrid_sleep.sleep.cache import SleepCache
 
 FEWEST_SLOTS = 64
+Finish = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Step(NamedTuple):
@@ -54,12 +55,11 @@ class Step(NamedTuple):
     embedded: torch.Tensor
 
 
-def decode_step(backbone: Backbone, step: Step) -> torch.Tensor:
+def decode_step(backbone: DecodesInPlace, step: Step, finish: Finish | None) -> torch.Tensor:
     """`[B, 1, D]`, what the last layer gives of one token a row; zeros where a row takes none.
 
-    Writes in place: slots, `hidden` and `embedded` where the token stands, and all of `after`.
+    finish: what is made of that instead, such as logits. Writes in place: slots, `hidden` and `embedded` where the token stands, and all of `after`.
     """
-    assert isinstance(backbone, DecodesInPlace)
     h = backbone.embed(step.tokens) if step.tokens.ndim == 2 else step.tokens
     widths = [x.shape[2] for state in step.states.values() for x in state.slots] or [0]
     active = None if step.active is None else step.active[:, None]
@@ -73,11 +73,9 @@ def decode_step(backbone: Backbone, step: Step) -> torch.Tensor:
     here = step.counts[:, None, None].expand_as(h)
     step.hidden.scatter_(1, here, hidden)
     step.embedded.scatter_(1, here, h)
-    return out if active is None else out.where(active[..., None], 0)
-
-
-def _call(module: nn.Module, h: torch.Tensor) -> torch.Tensor:
-    return module(h)
+    if active is not None:
+        out = out.where(active[..., None], 0)
+    return out if finish is None else finish(out)
 
 
 class Decoder:
@@ -121,11 +119,15 @@ class Decoder:
         self._width = 0
 
     def __call__(
-        self, backbone: Backbone, tokens: torch.Tensor, active: torch.Tensor | None
+        self,
+        backbone: DecodesInPlace,
+        tokens: torch.Tensor,
+        active: torch.Tensor | None,
+        finish: Finish | None,
     ) -> torch.Tensor:
         """Take in `tokens: [B, 1, ...]`, see `Step`; active: bool `[B]`, None for all.
 
-        Returns `[B, 1, D]`. On an exception, Ctrl-C included, all is as it was.
+        Returns what `decode_step` does. On an exception, Ctrl-C included, all is as it was.
         """
         # A window that has just begun does not cost what a full one does.
         width = min(self._most, max(FEWEST_SLOTS, 1 << self._filled.bit_length()))
@@ -135,9 +137,9 @@ class Decoder:
             active = active.to(tokens.device)
         step = self._step._replace(tokens=tokens, active=active)
         if self._compiler is None:
-            h = decode_step(backbone, step)
+            h = decode_step(backbone, step, finish)
         else:
-            h = self._compiler(decode_step, backbone, step)
+            h = self._compiler(decode_step, backbone, step, finish)
             self.path = f"in place, {self._compiler.path}"
         # Two of each, so that a step which was broken off leaves what it started from.
         self._step = step._replace(
@@ -162,10 +164,6 @@ class Decoder:
             # Of rows that took no token there is more than was counted.
             self._room = self._window - int(counts.max())
         return self._room > 0
-
-    def head(self, module: nn.Module, h: torch.Tensor) -> torch.Tensor:
-        """`module(h)`, what is done with the hidden states of a step, run as the step was."""
-        return module(h) if self._compiler is None else self._compiler(_call, module, h)
 
     def _look_at(self, width: int) -> None:
         """Let steps attend over the first `width` slots from now on."""
@@ -201,12 +199,13 @@ def decode(
     tokens: torch.Tensor,
     real: torch.Tensor | None,
     *,
-    plain: bool,
+    plain: bool = True,
+    finish: Finish | None = None,
 ) -> torch.Tensor | None:
     """`[B, 1, D]` of one more token a row; None where it has to go the ordinary way.
 
     tokens, real: as in `forward.forward`. plain: nothing is asked for but the last layer's hidden
-    states. `cache.decoding` says which way was taken, and why.
+    states. finish: see `decode_step`. `cache.decoding` says which way was taken, and why.
     """
     active = None if real is None else real[:, 0]
     reason = _refusal(cache, tokens, plain)
@@ -223,12 +222,12 @@ def decode(
     if reason is not None or decoder is None:
         cache.decoding = f"appended: {reason}"
         return None
-    h = decoder(backbone, tokens, active)
+    out = decoder(cast(DecodesInPlace, backbone), tokens, active, finish)
     new = torch.ones_like(cache.counts) if active is None else active.long()
     cache.counts, cache.positions = cache.counts + new, cache.positions + new
     cache.columns += 1
     cache.decoding = decoder.path
-    return h
+    return out
 
 
 def _refusal(cache: SleepCache, tokens: torch.Tensor, plain: bool) -> str | None:

@@ -302,7 +302,7 @@ def _inspect(backbone: Backbone, device: torch.device) -> tuple[str | None, Hash
         if (config := vars(module).get("config")) is not None:
             # transformers' attention looks up its kernel in the config at every call.
             places.append(getattr(config, "_attn_implementation", None))
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        if is_hooked(module):
             # Replays run no Python: who hooks in to record or to fetch weights would be skipped.
             return f"a {type(module).__name__} has forward hooks, which a graph would skip", None
         if is_parametrized(module):
@@ -319,6 +319,11 @@ def _inspect(backbone: Backbone, device: torch.device) -> tuple[str | None, Hash
                 return f"weights lie on {x.device}, the window on {device}", None
             places.append((x.data_ptr(), x.dtype, x.shape, x.stride()))
     return None, tuple(places)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of `module` does more than its forward method says."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def dropout_of(module: nn.Module) -> str | None:

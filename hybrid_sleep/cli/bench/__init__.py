@@ -41,6 +41,7 @@ for _name, _run in {
     "bridge": bridge.bridge,
     "nights": nights.nights,
     "generation": costs.generation,
+    "decoding": costs.decoding,
     "sleep": costs.sleep,
     "cost": costs.cost,
     "train": costs.train,

@@ -1,4 +1,4 @@
-"""`hybrid-sleep bench generation`, `sleep`, `cost` and `train`: time and memory of models."""
+"""`hybrid-sleep bench generation`, `decoding`, `sleep`, `cost` and `train`: time and memory of models."""
 
 from __future__ import annotations
 
@@ -40,6 +40,36 @@ def generation(
         state_space=state_space,
         device=device,
     )
+
+
+@command
+def decoding(
+    batches: Annotated[str, typer.Option(metavar="N,N", help="Rows decoded together.")] = "1,8",
+    windows: Annotated[
+        str, typer.Option(metavar="N,N", help="Full windows in the past, such as 0,64.")
+    ] = "0,64",
+    hidden: Annotated[int, typer.Option(help="Width of the models.")] = 256,
+    layers: Annotated[int, typer.Option(help="Layers of the models.")] = 8,
+    window: Annotated[int, typer.Option(help="Tokens in a window.")] = 128,
+    passes: Annotated[int, typer.Option(help="Passes of each sleep.")] = 2,
+    repeats: Annotated[int, typer.Option(help="Timed tokens of each case.")] = 64,
+    device: Device = "cpu",
+    minutes: Minutes = None,
+    out: Out = None,
+) -> None:
+    """Milliseconds per token, compiled and not, beside transformers' hybrids of the same dims.
+
+    Before and after many windows; all take their tokens in lockstep. What an earlier call finished
+    in the folder, with the same code, versions and device, is kept.
+    """
+    from hybrid_sleep.eval.costs import decoding
+
+    _measure(
+        "decoding", decoding.run, out, repeats=repeats, device=device, minutes=minutes,
+        batches=parse_counts("batches", batches),
+        windows=parse_counts("windows", windows, minimum=0),
+        hidden=hidden, layers=layers, window=window, passes=passes,
+    )  # fmt: skip
 
 
 @command
