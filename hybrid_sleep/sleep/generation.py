@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -163,6 +164,11 @@ class SleepGenerationMixin(GenerationMixin):
         cache = self._cache_for(setting, cache, embeds)
         if cache is not None:
             cache.compile = self._compiles(setting, tokens)
+            # transformers would say that it compiles nothing.
+            kwargs.pop("compile_config", None)
+            if generation_config is not None and generation_config.compile_config is not None:
+                generation_config = copy.copy(generation_config)
+                generation_config.compile_config = None
             kwargs["cache"] = cache
             if setting("num_beams") in (None, 1):
                 criteria = kwargs.get("stopping_criteria")

@@ -16,7 +16,12 @@ from small import (
     small_model,
     snapshot,
 )
-from transformers import CompileConfig, MaxLengthCriteria, StoppingCriteriaList
+from transformers import (
+    CompileConfig,
+    GenerationConfig,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+)
 
 from hybrid_sleep import SleepCache
 from hybrid_sleep.configuration import STATE_SPACES
@@ -341,13 +346,16 @@ def test_a_compiler_that_fails_is_left_alone(monkeypatch, caplog):
     [
         ({"max_new_tokens": 4}, False),
         ({"max_new_tokens": 4, "compile_config": CompileConfig()}, True),
+        ({"generation_config": GenerationConfig(
+            max_new_tokens=4, compile_config=CompileConfig(), do_sample=False
+        )}, True),
         ({"max_new_tokens": 3000}, True),
         ({"max_new_tokens": 3000, "disable_compile": True}, False),
         ({"max_length": 3000}, True),
         ({"max_length": 10}, False),
     ],
 )
-def test_generate_compiles_where_it_pays_or_is_asked_to(settings, compiles, monkeypatch):
+def test_generate_compiles_where_it_pays_or_is_asked_to(settings, compiles, monkeypatch, caplog):
     model = small_model(window=9, noise=0.4, seed=3)
     calls = []
     monkeypatch.setattr(
@@ -358,8 +366,9 @@ def test_generate_compiles_where_it_pays_or_is_asked_to(settings, compiles, monk
     # Of thousands of tokens that may come, a few do.
     stop = StoppingCriteriaList([MaxLengthCriteria(8)])
     out = model.generate(
-        ids, do_sample=False, return_dict_in_generate=True, stopping_criteria=stop, **settings
+        ids, return_dict_in_generate=True, stopping_criteria=stop, **{"do_sample": False, **settings}
     )
     assert bool(calls) == compiles
+    assert "Compilation will be skipped" not in caplog.text
     assert out.cache.compile == compiles
     assert compiling.FEW_ROWS >= 1
