@@ -344,7 +344,7 @@ class HybridSleepConfig(PreTrainedConfig):
     @property
     def sleep_options(self) -> SleepOptions:
         """When and how a model of this config sleeps."""
-        # A dozen times in a forward pass, and configs of transformers look twice at every attribute.
+        # Asked for many times a token, and configs of transformers look twice at every attribute.
         held = vars(self)
         loop = held["loop"]
         return _options(

@@ -33,12 +33,12 @@ from hybrid_sleep.sleep.checkpointing import (
     parse_granularity,
 )
 from hybrid_sleep.sleep.compiling import StepCompiler
+from hybrid_sleep.sleep.decoding import decode
 from hybrid_sleep.sleep.documents import (
     find_documents,
     next_labels_in_document,
     positions_in_document,
 )
-from hybrid_sleep.sleep.decoding import decode
 from hybrid_sleep.sleep.execution import SleepEngine, is_hooked
 from hybrid_sleep.sleep.forward import check_supervised, forward, forward_documents
 from hybrid_sleep.sleep.generation import SleepGenerationMixin

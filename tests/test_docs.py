@@ -80,8 +80,8 @@ SHORT = {
                                         "--cycles", "2"],
     "hybrid-sleep bench sleep": ["--minutes", "0.02"],
     "hybrid-sleep bench generation": ["--windows", "2", "--window", "4", "--repeats", "2"],
-    "hybrid-sleep bench decoding": ["--hidden", "64", "--layers", "2", "--window", "20", "--repeats",
-                                    "2", "--windows", "0", "--batches", "1"],
+    "hybrid-sleep bench decoding": ["--hidden", "64", "--layers", "2", "--window", "20",
+                                    "--repeats", "2", "--windows", "0", "--batches", "1"],
     "hybrid-sleep bench train": ["--repeats", "2", "--minutes", "0.02"],
     "hybrid-sleep bench kernels": ["--repeats", "2", "--minutes", "0.02"],
     "hybrid-sleep experience sleep": [

@@ -58,7 +58,8 @@ class Step(NamedTuple):
 def decode_step(backbone: DecodesInPlace, step: Step, finish: Finish | None) -> torch.Tensor:
     """`[B, 1, D]`, what the last layer gives of one token a row; zeros where a row takes none.
 
-    finish: what is made of that instead, such as logits. Writes in place: slots, `hidden` and `embedded` where the token stands, and all of `after`.
+    finish: what is made of that instead, such as logits. Writes in place: slots, `hidden` and
+    `embedded` where the token stands, and all of `after`.
     """
     h = backbone.embed(step.tokens) if step.tokens.ndim == 2 else step.tokens
     widths = [x.shape[2] for state in step.states.values() for x in state.slots] or [0]

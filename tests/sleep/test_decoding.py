@@ -365,9 +365,8 @@ def test_generate_compiles_where_it_pays_or_is_asked_to(settings, compiles, monk
     ids = small_ids(1, 3)
     # Of thousands of tokens that may come, a few do.
     stop = StoppingCriteriaList([MaxLengthCriteria(8)])
-    out = model.generate(
-        ids, return_dict_in_generate=True, stopping_criteria=stop, **{"do_sample": False, **settings}
-    )
+    options = {"do_sample": False, **settings}
+    out = model.generate(ids, return_dict_in_generate=True, stopping_criteria=stop, **options)
     assert bool(calls) == compiles
     assert "Compilation will be skipped" not in caplog.text
     assert out.cache.compile == compiles
