@@ -1,4 +1,4 @@
-"""`hybrid-sleep bench generation`, `decoding`, `sleep`, `cost`, `train`: time and memory of models."""
+"""`hybrid-sleep bench generation`, `decoding`, `sleep`, `cost` and `train`: time and memory."""
 
 from __future__ import annotations
 
