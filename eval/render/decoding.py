@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hybrid_sleep.eval.costs.decoding import REFERENCE
+from hybrid_sleep.eval.costs.decoding import REFERENCE, TURN
 from hybrid_sleep.support.markdown import table
 from hybrid_sleep.support.plots import BLUE, GREY, ORANGE, new_figure
 
@@ -37,7 +37,7 @@ def markdown(result: DecodingCost) -> str:
     lines = [
         *table(head, cells, "rrlr"),
         "",
-        f"Reference: {REFERENCE}. {result.repeats} tokens each, in lockstep; medians, and the "
+        f"Reference: {REFERENCE}. {result.repeats} tokens each, {TURN} in turn; medians, and the "
         f"median of the ratios token by token. {result.layers} layers of {result.hidden}, windows "
         f"of {result.window} tokens, N = {result.passes}; parameters: {sizes}; random weights. "
         "transformers' models keep the whole past. A token is a forward pass over the cache and "

@@ -59,7 +59,7 @@ def decoding(
 ) -> None:
     """Milliseconds per token, compiled and not, beside transformers' hybrids of the same dims.
 
-    Before and after many windows; all take their tokens in lockstep. What an earlier call finished
+    Before and after many windows; all take their tokens in turn. What an earlier call finished
     in the folder, with the same code, versions and device, is kept.
     """
     from hybrid_sleep.eval.costs import decoding
