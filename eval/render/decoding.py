@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import floor, log10, nan
 from typing import TYPE_CHECKING
 
 from hybrid_sleep.eval.costs.decoding import REFERENCE, TURN
@@ -63,13 +64,21 @@ def figure(result: DecodingCost) -> Figure:
             [i + (place - (len(names) - 1) / 2) * width for i in range(len(times))], times,
             width=0.9 * width, color=colour, alpha=1.0 if "compiled" in name else 0.55, label=name,
         )  # fmt: skip
-    labels = [f"{row.batch} rows,\n{row.windows} windows before" for row in result.rows]
-    axes.set_xticks(range(len(labels)), labels)
+    axes.set_yscale("log")
+    least = min(x for row in result.rows for name in names if (x := _milliseconds(row, name)) > 0)
+    axes.set_ylim(bottom=10 ** floor(log10(least)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xticks(range(len(result.rows)), [_label(row) for row in result.rows])
     axes.set_ylabel("ms per token", fontsize=13)
-    picture.legend(fontsize=11, frameon=False, loc="outside lower center", ncols=3)
+    picture.legend(fontsize=10, frameon=False, loc="outside lower center", ncols=2)
     return picture
 
 
 def _milliseconds(row: DecodingRow, name: str) -> float:
     cost = row.costs.get(name)
-    return 0.0 if cost is None or cost.token is None else 1000 * cost.token.median
+    return nan if cost is None or cost.token is None else 1000 * cost.token.median
+
+
+def _label(row: DecodingRow) -> str:
+    rows = f"{row.batch} row{'s' * (row.batch > 1)}"
+    return f"{rows}\n" + (f"after {row.windows}\nwindows" if row.windows else "no past")
