@@ -112,8 +112,8 @@ class Attention(nn.Module):
             # Flash kernels take lengths, not a mask over slots that start anywhere.
             logger.warning_once(
                 f"attention takes 'sdpa' instead of {name!r} where rows of a batch hold windows "
-                "of different length, where a window is prefilled in pieces, and under sliding "
-                "eviction"
+                "of different length, where a window is prefilled in pieces, where tokens come one "
+                "by one, and under sliding eviction"
             )
             name = "sdpa"
         return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)

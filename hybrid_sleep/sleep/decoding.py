@@ -6,7 +6,7 @@ sleeping model's memory has one size for ever, so all of it fits into buffers th
 window and written in place, and the step over them is the same program for every token:
 
     cache  ->  Decoder        the second token in a row that comes alone
-    token  ->  decode_step    slots and hidden states written in place, fast weights and tails new
+    token  ->  decode_step    slots and hidden states where it stands, all else to a second set
     Decoder  ->  cache        a full window, or whoever looks at what the cache holds
 
 Whatever is no such token goes the ordinary way, `forward.py`: prompts, gradients, sleeps.

@@ -323,7 +323,8 @@ def _inspect(backbone: Backbone, device: torch.device) -> tuple[str | None, Hash
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether a call of `module` does more than its forward method says."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    own = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return bool(own or _global_forward_hooks or _global_forward_pre_hooks)
 
 
 def dropout_of(module: nn.Module) -> str | None:

@@ -254,6 +254,16 @@ def test_a_backbone_that_cannot_is_told_apart(monkeypatch):
     assert paths[-1] == "appended: this backbone has no `decoding_context`"
 
 
+@torch.no_grad()
+def test_hooks_on_the_backbone_see_every_token():
+    model = small_model(window=9)
+    ids, cache = small_ids(1, 6), SleepCache(model.config)
+    seen = []
+    model.model.register_forward_hook(lambda *_: seen.append(cache.decoding))
+    decode(model, cache, ids)
+    assert seen[2:] == ["in place"] * 4
+
+
 def test_beams_are_appended_and_greedy_search_is_not(monkeypatch):
     model = small_model(window=9, noise=0.4, seed=3)
     ids = small_ids(2, 3)
