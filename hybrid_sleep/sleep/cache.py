@@ -318,6 +318,26 @@ class SleepCache(Cache):
         """Repeat each row `repeats` times, keeping copies together."""
         self._each(lambda x: x.repeat_interleave(repeats, dim=0))
 
+    def renew(self, rows: torch.Tensor) -> None:
+        """Forget all that `rows` hold, so that each takes another text; the others go on.
+
+        rows: indices, in ascending order, of rows whose request is done, for a server that decodes
+        several texts together. Nothing of them is left in memory: what they held is zeros.
+
+        Raises ValueError for indices that are no rows, or not in ascending order.
+        """
+        total, wanted = len(self.counts), rows.tolist()
+        if wanted != sorted({*wanted}) or not {*wanted} <= {*range(total)}:
+            raise ValueError(f"rows must be ascending indices below {total}, got {wanted}")
+        rows = rows.cpu()
+
+        def forget(x: torch.Tensor) -> torch.Tensor:
+            return x.index_fill(0, rows.to(x.device), 0)
+
+        self._each(forget)
+        if self.finished is not None:
+            self.finished = forget(self.finished)
+
     def copy(self) -> SleepCache:
         """A second cache that goes its own way; the tensors are shared until one is replaced."""
         self.settle()

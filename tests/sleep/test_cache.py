@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from marks import halved
-from small import assert_same, gap, small_ids, small_model, snapshot
+from small import assert_same, fields_of, gap, small_ids, small_model, snapshot
 
 from hybrid_sleep import SleepCache
 from hybrid_sleep.configuration import STATE_SPACES
@@ -207,3 +207,44 @@ def test_a_transaction_that_fails_leaves_no_trace():
     with cache.transaction():
         cache.batch_select_indices(torch.tensor([1]))
     assert cache.batch_size == 1
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS)
+def test_rows_are_renewed_for_other_texts(eviction):
+    """A new text in a used row is what it is in a new cache, and the rows beside it go on."""
+    model = small_model(eviction=eviction, loop=(1, 3))
+    cache, others = SleepCache(model.config), SleepCache(model.config)
+    old, more, new = small_ids(3, 13), small_ids(3, 6, seed=1), small_ids(3, 9, seed=2)
+    here = torch.tensor([1])
+    with torch.no_grad():
+        model(old, cache=cache, sleep_passes=3)
+        model(old, cache=others, sleep_passes=3)
+        cache.renew(here)
+        held = [x for state in cache.states.values() for x in fields_of(state).values()]
+        for x in (*held, cache.hidden, *cache.history.folded()[:2]):
+            assert not bool(x[1].any()) and bool(x[0].any())
+        assert cache.counts[1] == cache.positions[1] == cache.sleeps[1] == 0
+        # The new prompt alone, then all rows token by token.
+        mask = torch.zeros(3, 9, dtype=torch.long)
+        mask[1] = 1
+        model(new, attention_mask=mask, cache=cache, sleep_passes=3)
+        for t in range(6):
+            out = model(more[:, t : t + 1], cache=cache, sleep_passes=3)
+        assert cache.decoding == "in place"
+        kept = [model(more, cache=others, sleep_passes=3).logits[b, -1] for b in range(1)]
+        alone = model(torch.cat((new, more), 1), sleep_passes=3)
+    assert gap(out.logits[0, -1], kept[0]) <= EXACT
+    assert gap(out.logits[1, -1], alone.logits[1, -1]) <= EXACT
+    for i, S in alone.cache.fast_weights.items():
+        assert gap(cache.fast_weights[i][1], S[1]) <= EXACT
+        assert gap(cache.fast_weights[i][2], others.fast_weights[i][2]) <= EXACT
+
+
+@pytest.mark.parametrize("rows", [[3], [1, 0], [1, 1], [-1]])
+def test_what_is_no_row_is_not_renewed(rows):
+    model = small_model()
+    cache = model(small_ids(3, 4)).cache
+    before = snapshot(cache)
+    with pytest.raises(ValueError, match="rows must be ascending indices below 3"):
+        cache.renew(torch.tensor(rows))
+    assert_same(before, snapshot(cache))
