@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from itertools import product
 
 import pytest
 import torch
-from marks import halved
+from marks import halved, slow
 from small import (
     assert_same,
     expect,
@@ -30,6 +31,7 @@ from hybrid_sleep.sleep.compiling import StepCompiler, few_rows
 from hybrid_sleep.sleep.options import ATTENTIONS, CARRIES, EVICTIONS
 
 EXACT = 1e-10
+FIRST = ("gated_deltanet", "hard")
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, compiling.COMPILERS)), reason="no C++ compiler"
 )
@@ -41,9 +43,7 @@ def decode(model, cache, ids, *, passes=3, mask=None, look=lambda cache, t: None
     with torch.no_grad():
         for t in range(ids.shape[1]):
             now = None if mask is None else mask[:, t : t + 1]
-            out = model(
-                ids[:, t : t + 1], attention_mask=now, cache=cache, sleep_passes=passes
-            )
+            out = model(ids[:, t : t + 1], attention_mask=now, cache=cache, sleep_passes=passes)
             logits.append(out.logits)
             paths.append(cache.decoding)
             look(cache, t)
@@ -285,7 +285,11 @@ def test_few_rows_is_a_product():
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("state_space", "eviction"), halved(STATE_SPACES, EVICTIONS)
+    ("state_space", "eviction"),
+    [
+        FIRST,
+        *(slow(*kind) for kind in product(STATE_SPACES, EVICTIONS) if kind != FIRST),
+    ],
 )
 def test_compiled_once_for_all_windows(state_space, eviction):
     """64 windows, each longer than the fewest slots that a step looks at."""
@@ -356,9 +360,14 @@ def test_a_compiler_that_fails_is_left_alone(monkeypatch, caplog):
     [
         ({"max_new_tokens": 4}, False),
         ({"max_new_tokens": 4, "compile_config": CompileConfig()}, True),
-        ({"generation_config": GenerationConfig(
-            max_new_tokens=4, compile_config=CompileConfig(), do_sample=False
-        )}, True),
+        (
+            {
+                "generation_config": GenerationConfig(
+                    max_new_tokens=4, compile_config=CompileConfig(), do_sample=False
+                )
+            },
+            True,
+        ),
         ({"max_new_tokens": 3000}, True),
         ({"max_new_tokens": 3000, "disable_compile": True}, False),
         ({"max_length": 3000}, True),

@@ -143,7 +143,7 @@ def readings(draw) -> list[Call]:
     calls = []
     sizes = draw(st.lists(st.integers(1, 11), min_size=1, max_size=4))
     # One token after another, which are written in place.
-    alone = draw(st.integers(0, 9))
+    alone = draw(st.integers(0, 5))
     for free, size in [*((True, size) for size in sizes), *[(False, 1)] * alone]:
         ids = small_ids(batch, size, seed=draw(st.integers(0, 10**6)))
         mask = None
