@@ -181,6 +181,8 @@ def run(
             max_new_tokens=tokens,
             min_new_tokens=tokens,
             do_sample=False,
+            # By itself generate() would compile the long run alone.
+            disable_compile=True,
             sleep_passes=passes,
             streamer=clock,
         )
