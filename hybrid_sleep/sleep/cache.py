@@ -119,6 +119,12 @@ class SleepCache(Cache):
         self.supervised = torch.zeros(batch, dtype=torch.bool)
         self.history = History.empty(batch)
 
+    def extend_history(self, h: torch.Tensor, new: torch.Tensor) -> None:
+        """Add the last `new: [B]` tokens of each row, embeddings `h: [B, n, D]`, to the history."""
+        # Not by `self.history`, which would take the cache out of its decoder.
+        held = vars(self)["_history"]
+        self.history = held.extend(h, self.positions - new, new)
+
     def settle(self) -> None:
         """Take back what a decoder holds in its buffers; whoever looks at the cache does."""
         decoder, self.decoder, self.single = self.decoder, None, False

@@ -21,6 +21,7 @@ import torch
 
 from hybrid_sleep.sleep.backbone import Backbone, DecodesInPlace
 from hybrid_sleep.sleep.compiling import StepCompiler, varies
+from hybrid_sleep.sleep.history import MOST_LATER
 from hybrid_sleep.sleep.pass_one import pass_one
 from hybrid_sleep.sleep.state import LayerState, pad_slots
 from hybrid_sleep.sleep.trees import map_tensors
@@ -38,10 +39,11 @@ class Step(NamedTuple):
     tokens: ids `[B, 1]` or embeddings `[B, 1, D]`.
     active: bool `[B]`, rows that take a token; of the others nothing changes. None for all.
     counts: `[B]`, tokens in each row's window. kept: `[B]`, older slots that stay visible.
-    first: `[B]`, position of the window's first token.
+    first: `[B]`, position of the window's first token. since: `[B]`, tokens that the history has.
     states: by layer, before this token; slots have room for it, and stale ones are finite.
     after: by layer, fast weights and tails of the same shapes, which those after it go into.
-    hidden, embedded: `[B, L + 1, D]`, what passes start from and what the history is a hash of.
+    hidden: `[B, L + 1, D]`, what passes start from.
+    embedded: `[B, MOST_LATER + 1, D]`, tokens that the history, a hash of them, does not have yet.
     """
 
     tokens: torch.Tensor
@@ -49,6 +51,7 @@ class Step(NamedTuple):
     counts: torch.Tensor
     kept: torch.Tensor
     first: torch.Tensor
+    since: torch.Tensor
     states: dict[int, LayerState]
     after: dict[int, LayerState]
     hidden: torch.Tensor
@@ -71,9 +74,8 @@ def decode_step(backbone: DecodesInPlace, step: Step, finish: Finish | None) -> 
     for i, state in after.items():
         for x, buffer in zip(state.carried, step.after[i].carried, strict=True):
             buffer.copy_(x)
-    here = step.counts[:, None, None].expand_as(h)
-    step.hidden.scatter_(1, here, hidden)
-    step.embedded.scatter_(1, here, h)
+    step.hidden.scatter_(1, step.counts[:, None, None].expand_as(h), hidden)
+    step.embedded.scatter_(1, (step.counts - step.since)[:, None, None].expand_as(h), h)
     if active is not None:
         out = out.where(active[..., None], 0)
     return out if finish is None else finish(out)
@@ -112,12 +114,13 @@ class Decoder:
             counts=cache.counts.to(device),
             kept=cache.kept.to(device),
             first=cache.first_position.to(device),
+            since=cache.counts.to(device, copy=True),
             states=map_tensors(torch.clone, carried),
             after=map_tensors(torch.empty_like, carried),
             hidden=torch.cat((hidden, room[:, tokens:]), dim=1),
-            embedded=room,
+            embedded=hidden.new_zeros(rows, MOST_LATER + 1, width),
         )
-        self._width = 0
+        self._width = self._new = 0
 
     def __call__(
         self,
@@ -149,6 +152,7 @@ class Decoder:
             after=step.states,
         )
         self._filled += 1
+        self._new += 1
         self._room -= 1
         return h
 
@@ -181,17 +185,23 @@ class Decoder:
     def give_back(self, cache: SleepCache) -> None:
         """Hand the cache what the buffers hold, as large as it is without them."""
         self._look_at(int((cache.kept + cache.counts).max()))
-        step, new = self._step, cache.counts - self._before
-        longest, last = int(new.max()), step.embedded.shape[1] - 1
+        self.remember(cache, all_of_them=True)
         cache.states = {
             i: state._replace(slots=tuple(x.clone() for x in state.slots))
-            for i, state in step.states.items()
+            for i, state in self._step.states.items()
         }
-        cache.hidden = step.hidden[:, : int(cache.counts.max())].clone()
+        cache.hidden = self._step.hidden[:, : int(cache.counts.max())].clone()
+
+    def remember(self, cache: SleepCache, *, all_of_them: bool) -> None:
+        """Put the tokens that are new into the cache's history, or only if it is time to."""
+        if not all_of_them and self._new < MOST_LATER:
+            return
+        new = cache.counts - self._before
+        longest = int(new.max())
         if longest and cache.owner is not None:
-            index = (self._before[:, None] + torch.arange(longest)).clamp_(max=last)
-            h = step.embedded.take_along_dim(index.to(step.embedded.device)[..., None], dim=1)
-            cache.history = cache.history.extend(h, cache.positions - new, new)
+            cache.extend_history(self._step.embedded[:, :longest].clone(), new)
+        self._before, self._new = cache.counts, 0
+        self._step = self._step._replace(since=self._step.counts.clone())
 
 
 def decode(
@@ -227,6 +237,7 @@ def decode(
     new = torch.ones_like(cache.counts) if active is None else active.long()
     cache.counts, cache.positions = cache.counts + new, cache.positions + new
     cache.columns += 1
+    decoder.remember(cache, all_of_them=False)
     cache.decoding = decoder.path
     return out
 

@@ -113,6 +113,21 @@ def test_rows_at_places_of_their_own(eviction, appending):
     assert_close(*caches)
 
 
+def test_a_window_longer_than_what_is_hashed_at_once(appending):
+    model = small_model(window=150, layer_types=["linear_attention"])
+    ids, caches = small_ids(2, 149), []
+    mask = torch.ones_like(ids)
+    mask[1, 30:60] = 0
+    for turn in range(2):
+        cache = SleepCache(model.config)
+        _, paths = decode(model, cache, ids, mask=mask)
+        assert paths.count("in place") == (0 if turn else 148)
+        caches.append(cache)
+        appending()
+    one, other = (cache.history.folded() for cache in caches)
+    assert torch.equal(one.whole, other.whole) and torch.equal(one.opening, other.opening)
+
+
 def test_a_row_whose_window_is_full_and_takes_nothing_keeps_all_of_it(appending):
     model = small_model(window=5)
     ids, more = small_ids(2, 5), small_ids(2, 4, seed=1)
