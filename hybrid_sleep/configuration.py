@@ -346,10 +346,9 @@ class HybridSleepConfig(PreTrainedConfig):
         """When and how a model of this config sleeps."""
         # Asked for many times a token, and configs of transformers look twice at every attribute.
         held = vars(self)
-        loop = held["loop"]
         return _options(
             held["window"],
-            (0, held["num_hidden_layers"]) if loop is None else tuple(loop),
+            self.loop_range,
             held["sleep_passes"],
             held["eviction"],
             held["sleep_schedule"],
@@ -381,7 +380,8 @@ class HybridSleepConfig(PreTrainedConfig):
     @property
     def loop_range(self) -> tuple[int, int]:
         """`(start, end)` of the blocks that a sleep repeats."""
-        start, end = (0, self.num_hidden_layers) if self.loop is None else self.loop
+        held = vars(self)
+        start, end = (0, held["num_hidden_layers"]) if held["loop"] is None else held["loop"]
         return start, end
 
     @property

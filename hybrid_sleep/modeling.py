@@ -343,10 +343,11 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
         layer but the last gives, and `last_hidden_state`. None takes the config's.
         """
         others = (inputs_embeds, labels, document_ids, supervised, *kwargs.values())
-        if logits_to_keep in (0, 1) and all(x is None for x in others):
+        if isinstance(cache, SleepCache) and logits_to_keep in (0, 1):
             keeps = self.config.use_cache if use_cache is None else use_cache
-            hides = output_hidden_states is None and not self.config.output_hidden_states
-            if keeps and (hides or output_hidden_states is False):
+            shows = output_hidden_states
+            shows = self.config.output_hidden_states if shows is None else shows
+            if keeps and not shows and all(x is None for x in others):
                 logits = self._decode(input_ids, attention_mask, cache, sleep_passes)
                 if logits is not None:
                     return CausalLMOutputWithPast(logits=logits, cache=cache)
@@ -410,7 +411,7 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
         self,
         input_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
-        cache: SleepCache | None,
+        cache: SleepCache,
         sleep_passes: Depths | None,
     ) -> torch.Tensor | None:
         """Logits `[B, 1, V]` of one token a row, decoded in place; None where `forward` goes on.
@@ -418,7 +419,7 @@ class HybridSleepForCausalLM(HybridSleepPreTrainedModel, SleepGenerationMixin):
         Its checks, without those of what such a call does not have: for a small model all of them
         cost as much as the step.
         """
-        if not isinstance(cache, SleepCache) or not (cache.single or cache.decoder is not None):
+        if not (cache.single or cache.decoder is not None):
             return None
         if input_ids is None or input_ids.ndim != 2 or input_ids.shape[1] != 1:
             return None

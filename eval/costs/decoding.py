@@ -22,7 +22,6 @@ from hybrid_sleep.eval.results import Result
 from hybrid_sleep.validation import check_count
 
 REFERENCE = "hybrid_sleep, compiled"
-PEER = "olmo_hybrid"
 OPENING = 8  # tokens of the window that are read before any is timed
 TURN = 8  # tokens that a model takes before the next one has its turn
 VOCABULARY = 4096
